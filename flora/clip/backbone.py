@@ -1,0 +1,311 @@
+"""The frozen OpenCLIP model: found, checked, loaded. The only file that imports `open_clip`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from flora.errors import UserError
+from flora.registry import Options, option, suggest
+from flora.rng import Rng
+
+ASSETS = resources.files("flora") / "assets"
+SUPPORTED = "supported are OpenCLIP's own ViT with its own text transformer (classes CLIP and CustomTextCLIP)"
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """The sizes of one tower's transformer."""
+
+    width: int
+    mlp_width: int
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What can be known of a model without building it."""
+
+    name: str
+    vision: TowerShape
+    text: TowerShape
+    embed_dim: int
+    image_size: tuple[int, int]
+    context_length: int
+
+    def tower(self, name: str) -> TowerShape:
+        """The shape of the tower called `name`: "vision" or "text"."""
+        return self.vision if name == "vision" else self.text
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenClip:
+    """A loaded model whose weights nobody writes to, with its image preprocessing and its tokenizer.
+
+    `preprocess` turns a PIL image into float32 `(3, H, W)`; `tokenize` turns P texts into int64 `(P, context_length)`.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[Sequence[str]], Tensor]
+    device: torch.device
+    precision: str
+
+    @property
+    def visual(self) -> Any:
+        """The vision tower (`open_clip.transformer.VisionTransformer`)."""
+        return self.model.visual
+
+    @property
+    def text(self) -> Any:
+        """The module that holds the text tower's parts: the model itself (CLIP) or its `.text` (CustomTextCLIP)."""
+        return getattr(self.model, "text", self.model)
+
+    @property
+    def text_prefix(self) -> str:
+        """What precedes the text tower's names in the model's state dict."""
+        return "text." if hasattr(self.model, "text") else ""
+
+    @property
+    def text_pool(self) -> str:
+        """Where the text tower is read: argmax or eos (at the end-of-text token), first, last."""
+        return str(getattr(self.model, "text_pool_type", None) or self.text.pool_type)
+
+    @property
+    def text_end_token(self) -> int | None:
+        """The id of the end-of-text token where the pooling looks for one by id."""
+        if self.text_pool != "eos":
+            return None
+        return int(self.model.text_eos_id if hasattr(self.model, "text_eos_id") else self.text.eos_id)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the towers run: bf16 autocast, or nothing for fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+@dataclass(frozen=True)
+class Backbone(Options):
+    """Which OpenCLIP model all clients share."""
+
+    model: str = option(
+        "an OpenCLIP model name, the built-in `quickstart`, a JSON model config, or a folder with open_clip_config.json",
+        "quickstart",
+    )
+    weights: str | None = option(
+        "a pretrained tag (downloaded by OpenCLIP), a .safetensors file, `builtin`, or `random`; "
+        "none: builtin for quickstart, a folder's own for a folder",
+        None,
+    )
+    precision: str = option("arithmetic of the frozen model; adapters are always fp32", "fp32", choices=("fp32", "bf16"))
+
+    def architecture(self) -> Architecture:
+        """The model's sizes, from its config alone. Raises `UserError` if it is unknown or not supported."""
+        return _architecture(self.model, _find_config(self.model)[0])
+
+    def load(self, device: torch.device, rng: Rng) -> FrozenClip:
+        """Build the model on `device`, in evaluation mode, without gradients. `rng` draws weights that are `random`.
+
+        Raises `UserError` if model or weights are unknown, can't be had, or don't fit each other.
+        """
+        config, preprocess = _find_config(self.model)
+        architecture = _architecture(self.model, config)
+        weights_file, weights_preprocess = self._find_weights(config)
+        model = _build(config, rng)
+        if weights_file is not None:
+            _load_weights(model, weights_file)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.eval().to(device)
+        settings = {**preprocess, **weights_preprocess, "size": architecture.image_size}
+        known = set(PreprocessCfg.__dataclass_fields__)
+        transform = image_transform_v2(
+            PreprocessCfg(**{key: value for key, value in settings.items() if key in known}), is_train=False
+        )
+        tokenizer = open_clip.SimpleTokenizer(context_length=architecture.context_length)
+        return FrozenClip(
+            model=model,
+            architecture=architecture,
+            preprocess=lambda image: transform(to_rgb(image)),
+            tokenize=lambda texts: tokenizer(list(texts)),
+            device=device,
+            precision=self.precision,
+        )
+
+    def _find_weights(self, config: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+        """The weights file (None: random weights) and what a pretrained tag says about preprocessing."""
+        folder, builtin = Path(self.model), Path(str(ASSETS / f"{self.model}.safetensors"))
+        weights = self.weights
+        if weights is None and folder.is_dir():
+            files = sorted(folder.glob("*.safetensors"))
+            if len(files) != 1:
+                raise UserError(
+                    f"backbone.model: {folder} should hold one .safetensors file, found {len(files)}; "
+                    "name it in backbone.weights"
+                )
+            return files[0], {}
+        if weights is None and self.model == "quickstart":
+            weights = "builtin"
+        if weights is None:
+            tags = open_clip.list_pretrained_tags_by_model(self.model)
+            known = f" (tags of {self.model}: {', '.join(tags)})" if tags else ""
+            raise UserError(f"backbone.weights: needed: a pretrained tag, a .safetensors file or `random`{known}")
+        if weights == "random":
+            return None, {}
+        if weights == "builtin":
+            if not builtin.is_file():
+                raise UserError(f"backbone.weights: there are no built-in weights for model {self.model!r}")
+            return builtin, {}
+        if open_clip.is_pretrained_cfg(self.model, weights):
+            return _download(self.model, weights, config)
+        path = Path(weights)
+        if not path.is_file():
+            known_tags = [*open_clip.list_pretrained_tags_by_model(self.model), "random", "builtin"]
+            raise UserError(
+                f"backbone.weights: {weights!r} is neither a file nor a tag of {self.model}; {suggest(weights, known_tags)}"
+            )
+        if path.suffix != ".safetensors":
+            raise UserError(
+                f"backbone.weights: {path}: only .safetensors files are read (pickled weights can run code); "
+                "convert it with safetensors.torch.save_file"
+            )
+        return path, {}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image upright (EXIF) and in RGB, whatever its mode.
+
+    16-bit grey is scaled from 0..65535, "I" and "F" from their own range: Pillow's own conversion would clip them
+    to white. Transparency is laid over white.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = image.convert("I")
+        image = image.point(lambda value: value * (1 / 257)).convert("L")
+    elif image.mode in ("I", "F"):
+        low, high = (float(limit) for limit in image.getextrema())
+        scale = 255 / (high - low) if high > low else 0.0
+        image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
+    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(canvas, image)
+    return image.convert("RGB")
+
+
+def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model config and preprocessing settings that `name` leads to."""
+    builtin = ASSETS / f"{name}.json"
+    path = Path(name)
+    if path.is_dir():
+        path = path / "open_clip_config.json"
+        if not path.is_file():
+            raise UserError(f"backbone.model: {name} is a folder without open_clip_config.json")
+    if path.suffix == ".json":
+        return _read_config(path)
+    if "/" not in name and builtin.is_file():
+        return _read_config(Path(str(builtin)))
+    config = open_clip.get_model_config(name) if ":" not in name else None
+    if config is None:
+        known = [*open_clip.list_models(), "quickstart"]
+        raise UserError(f"backbone.model: {name!r} is not known; {suggest(name, known)}".rstrip())
+    return config, {}
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"backbone.model: {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"backbone.model: {path}: not valid JSON: {error}") from None
+    config = content.get("model_cfg", content) if isinstance(content, dict) else {}
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if missing:
+        raise UserError(f"backbone.model: {path}: not an OpenCLIP model config: {', '.join(missing)} missing")
+    return config, dict(content.get("preprocess_cfg", {}))
+
+
+def _architecture(name: str, config: dict[str, Any]) -> Architecture:
+    """Check that the model is one we know how to cut and adapt, and read off its sizes."""
+    try:
+        vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
+        text = open_clip.CLIPTextCfg(**config["text_cfg"])
+    except TypeError as error:
+        raise UserError(f"backbone.model: {name}: {error}") from None
+    custom = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+    refused = {
+        "a timm vision tower": bool(vision.timm_model_name),
+        "a ResNet vision tower": isinstance(vision.layers, tuple | list),
+        "an attentional pooler": bool(vision.attentional_pool),
+        "a Hugging Face text tower": bool(text.hf_model_name),
+        "a Hugging Face tokenizer": bool(text.hf_tokenizer_name) or "siglip" in name.lower(),
+        "a class token in the text tower": text.embed_cls,
+        "a multimodal decoder (CoCa)": "multimodal_cfg" in config,
+        "custom attention blocks": any(
+            tower.block_type == "custom" or any(getattr(tower, key) for key in custom) for tower in (vision, text)
+        ),
+    }
+    for what, found in refused.items():
+        if found:
+            raise UserError(f"backbone.model: {name} has {what}, which is not supported; {SUPPORTED}")
+    assert isinstance(vision.layers, int)
+    size = vision.image_size
+    return Architecture(
+        name=name,
+        vision=TowerShape(vision.width, int(vision.width * vision.mlp_ratio), vision.layers),
+        text=TowerShape(text.width, int(text.width * text.mlp_ratio), text.layers),
+        embed_dim=config["embed_dim"],
+        image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
+        context_length=text.context_length,
+    )
+
+
+def _build(config: dict[str, Any], rng: Rng) -> nn.Module:
+    """A model with random weights drawn from `rng`; the process-wide generator is left as it was."""
+    arguments = dict(config)
+    model_class = open_clip.CustomTextCLIP if arguments.pop("custom_text", False) else open_clip.CLIP
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.seed64() >> 1)
+        model = model_class(**arguments)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    try:
+        open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
+    except OSError as error:
+        raise UserError(f"backbone.weights: {path}: {error.strerror or error}") from None
+    except Exception as error:  # torch, safetensors and open_clip each raise types of their own here
+        reason = " ".join(str(error).split())
+        shown = reason if len(reason) <= 300 else reason[:300] + " ..."
+        raise UserError(f"backbone.weights: {path} doesn't fit the model: {shown}") from None
+
+
+def _download(model: str, tag: str, config: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Fetch a pretrained tag's weights; also what the tag says about preprocessing."""
+    settings = open_clip.get_pretrained_cfg(model, tag)
+    if bool(settings.get("quick_gelu")) != bool(config.get("quick_gelu")):
+        other = f"{model}-quickgelu" if settings.get("quick_gelu") else model.removesuffix("-quickgelu")
+        raise UserError(f"backbone.model: the weights {tag!r} were trained with another GELU; use model {other}")
+    try:
+        return Path(open_clip.download_pretrained(settings)), settings
+    except Exception as error:  # the hub's client, urllib and the file system each raise types of their own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"backbone.weights: {tag!r} of {model} can't be downloaded: {reason}") from None
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many parameters the model has."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,108 @@
+"""Low-rank adapters for K clients at once (LoRA, arXiv:2106.09685), beside frozen weights that are never written.
+
+Everything here folds clients into the batch, client-major: an input of `(K * N, ..., d)` holds the N inputs of
+client 0, then those of client 1, and so on. Only `LowRank` knows K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Dropout:
+    """Dropout masks from each client's own generator, so that they don't depend on who shares the block."""
+
+    def __init__(self, fraction: float, generators: Sequence[torch.Generator]) -> None:
+        self.fraction = fraction
+        self.generators = generators
+
+    def apply(self, x: Tensor) -> Tensor:
+        """`x` `(K, M, d)` with the given fraction of numbers zeroed and the others scaled by 1 / (1 - fraction)."""
+        shape = x.shape[1:]
+        draws = torch.stack([torch.rand(shape, generator=generator) for generator in self.generators])
+        return x * ((draws >= self.fraction) / (1 - self.fraction)).to(device=x.device, dtype=x.dtype)
+
+
+class LowRank(nn.Module):
+    """The term `scaling * B A x` beside one frozen matrix: equation 3 of arXiv:2106.09685, for K clients.
+
+    `lora_A` is `(K, r, d_in)`, `lora_B` `(K, d_out, r)`. Both are plain tensors, put here by `attach` and taken away
+    by `detach`; without them the layer adds nothing. They are not parameters: the model's state dict stays OpenCLIP's.
+    """
+
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+
+    def __init__(self, d_in: int, d_out: int, scaling: float) -> None:
+        super().__init__()
+        self.d_in, self.d_out, self.scaling = d_in, d_out, scaling
+        self.dropout: Dropout | None = None
+        self.detach()
+
+    def attach(self, lora_A: Tensor, lora_B: Tensor, dropout: Dropout | None = None) -> None:
+        """Use these factors from now on."""
+        self.lora_A, self.lora_B, self.dropout = lora_A, lora_B, dropout
+
+    def detach(self) -> None:
+        """Add nothing from now on."""
+        self.lora_A, self.lora_B, self.dropout = None, None, None
+
+    def forward(self, x: Tensor, frozen: Tensor) -> Tensor:
+        """`frozen + scaling * B A x`; `x` is `(K * N, ..., d_in)`, `frozen` and the result `(K * N, ..., d_out)`."""
+        if self.lora_A is None or self.lora_B is None:
+            return frozen
+        rows = x.reshape(self.lora_A.shape[0], -1, self.d_in)
+        if self.dropout is not None:
+            rows = self.dropout.apply(rows)
+        low = torch.bmm(rows, self.lora_A.transpose(1, 2)) * self.scaling
+        return frozen + torch.bmm(low, self.lora_B.transpose(1, 2)).view(frozen.shape)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with a low-rank term. It shares the layer's parameters and their names."""
+
+    def __init__(self, linear: nn.Linear, low_rank: LowRank) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.low_rank = low_rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(K * N, ..., d_in)` to `(K * N, ..., d_out)`."""
+        return self.low_rank(x, F.linear(x, self.weight, self.bias))  # type: ignore[no-any-return]
+
+
+class LoraAttention(nn.Module):
+    """A frozen `nn.MultiheadAttention` with low-rank terms on any of q, k, v and out.
+
+    It shares the frozen module's parameters under their own names (`in_proj_weight`, `in_proj_bias`, `out_proj.*`),
+    so checkpoints load before and after the replacement. Self-attention, batch first.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention, low_rank: dict[str, LowRank]) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.in_proj_weight = attention.in_proj_weight
+        self.in_proj_bias = attention.in_proj_bias
+        self.out_proj = attention.out_proj
+        self.low_rank = nn.ModuleDict(low_rank)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Self-attention over `query` `(K * N, L, D)`; key and value are the same tensor. Returns it and None."""
+        projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        heads = [
+            self._add(target, query, part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for target, part in zip("qkv", projected, strict=True)
+        ]
+        mask = None if attn_mask is None else attn_mask.to(heads[0].dtype)
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
+        return self._add("out", mixed, F.linear(mixed, self.out_proj.weight, self.out_proj.bias)), None
+
+    def _add(self, target: str, x: Tensor, frozen: Tensor) -> Tensor:
+        return self.low_rank[target](x, frozen) if target in self.low_rank else frozen

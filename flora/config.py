@@ -1,0 +1,270 @@
+"""YAML plus `key=value` overrides to an `ExperimentConfig`; anything wrong is one line that names the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flora.clip.adapters import Adapter, Lora
+from flora.clip.backbone import Backbone
+from flora.data.datasets import Dataset
+from flora.data.partition import Partitioner
+from flora.data.prompts import PromptOptions
+from flora.errors import UserError
+from flora.federated.aggregation import FedAvg, Strategy
+from flora.federated.evaluation import EvaluationOptions
+from flora.federated.local import LocalTraining
+from flora.federated.sampling import Sampler, Uniform
+from flora.registry import Component, OptionError, Options, components, name_of, option, suggest
+
+MAX_CONFIG_BYTES = 1_000_000
+
+
+class ConfigError(UserError):
+    """A configuration that can't be used: `where: dotted.key: what was expected, what was found`."""
+
+
+@dataclass(frozen=True)
+class ClientOptions(Options):
+    """The virtual clients."""
+
+    number: int = option("how many virtual clients there are", 10, at_least=1)
+    cohort: Sampler = option("which of them take part in a round", Uniform())
+    holdout_fraction: float = option("share of a client's examples kept for its own test", 0.2, at_least=0, below=1)
+    per_block: int | None = option("clients trained in one step; changes the speed only; none: automatic", None, at_least=1)
+
+
+@dataclass(frozen=True)
+class ServerOptions(Options):
+    """What the server does with the updates."""
+
+    strategy: Strategy = option("how updates become the next adapter", FedAvg())
+
+
+@dataclass(frozen=True)
+class ExperimentConfig(Options):
+    """A whole experiment."""
+
+    data: Dataset = option("where the images come from")
+    partition: Partitioner = option("how the training examples are dealt out to the clients")
+    name: str = option("the run's name, and its folder's below `output`; none: the file's name", "")
+    seed: int = option("root of all random numbers", 0, at_least=0)
+    rounds: int = option("rounds of federated training; 0: zero-shot only", 20, at_least=0)
+    device: str = option("auto (cuda if there is one, else cpu), cpu, cuda or cuda:N", "auto")
+    threads: int | None = option("threads of a CPU operation; none: PyTorch's choice", None, at_least=1)
+    output: str = option("folder that run directories are made in", "runs")
+    backbone: Backbone = option("the frozen model", Backbone())
+    adapter: Adapter = option("what the clients train", Lora())
+    prompts: PromptOptions = option("the texts that stand for the classes", PromptOptions())
+    clients: ClientOptions = option("the virtual clients", ClientOptions())
+    local: LocalTraining = option("what a client does in a round", LocalTraining())
+    server: ServerOptions = option("what the server does with the updates", ServerOptions())
+    evaluation: EvaluationOptions = option("when and how results are measured", EvaluationOptions())
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error."""
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a string", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return dict(loader.construct_mapping(node, deep=True))
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read a YAML file, apply `key=value` overrides, check everything.
+
+    Raises `ConfigError` naming the file (or the command line) and the key.
+    """
+    raw = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(raw, override)
+    overridden = [override.partition("=")[0].strip() for override in overrides]
+    try:
+        config = parse_config(raw)
+    except OptionError as error:
+        on_command_line = any(f"{error.option}.".startswith(f"{key}.") for key in overridden)
+        raise ConfigError(f"{'command line' if on_command_line else path}: {error}") from None
+    if not config.name:
+        config = dataclasses.replace(config, name=Path(path).stem)
+    return config
+
+
+def parse_config(raw: Mapping[str, Any]) -> ExperimentConfig:
+    """A checked config from nested mappings. Raises `OptionError` naming the dotted key."""
+    config: ExperimentConfig = _parse(ExperimentConfig, raw, "")
+    name = config.name
+    if name in (".", "..") or any(character in name for character in "/\\\0\n"):
+        raise OptionError("name", f"expected a plain folder name, got {name!r}")
+    return config
+
+
+def config_to_dict(config: Any) -> Any:
+    """The config with every default filled in, as plain YAML types; `parse_config` gives the same config back."""
+    if isinstance(config, Options):
+        own = {field.name: config_to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return {"name": name_of(config), **own} if isinstance(config, Component) else own
+    if isinstance(config, tuple):
+        return [config_to_dict(element) for element in config]
+    return dict(config) if isinstance(config, Mapping) else config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, which no experiment needs")
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506: derives from SafeLoader
+    except OSError as error:
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            known = [str(other) for other in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+            hint = f"; {suggest(str(path), known)}" if known else ""
+        raise ConfigError(f"{path}: {error.strerror}{hint}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ConfigError(f"{path}: not valid YAML: {reason}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of options, got {_show(raw)}")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    key = key.strip()
+    if not separator or not key or "" in key.split("."):
+        raise ConfigError(f"command line: expected key=value with a dotted key, got {override!r}")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506: derives from SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"command line: {key}: not valid YAML: {' '.join(str(error).split())}") from None
+    *parents, last = key.split(".")
+    target = raw
+    for parent in parents:
+        inner = target.get(parent)
+        if isinstance(inner, str):  # `partition: iid` is short for `partition: {name: iid}`
+            inner = {"name": inner}
+        target[parent] = inner if isinstance(inner, dict) else {}
+        target = target[parent]
+    target[last] = value
+
+
+def _parse(annotation: Any, raw: Any, path: str) -> Any:
+    """`raw` as a value of the annotated type. Raises `OptionError` with the dotted key."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return _parse_union(typing.get_args(annotation), raw, path)
+    if typing.get_origin(annotation) is tuple:
+        if not isinstance(raw, list | tuple):
+            raise OptionError(path, f"expected a list, got {_show(raw)}")
+        element = typing.get_args(annotation)[0]
+        return tuple(_parse(element, item, f"{path}[{index}]") for index, item in enumerate(raw))
+    if typing.get_origin(annotation) in (dict, Mapping):
+        return _parse_mapping(raw, path)
+    if inspect.isclass(annotation) and issubclass(annotation, Component):
+        return _parse_component(annotation, raw, path)
+    if inspect.isclass(annotation) and issubclass(annotation, Options):
+        return _parse_options(annotation, raw, path)
+    return _parse_scalar(annotation, raw, path)
+
+
+def _parse_union(choices: tuple[Any, ...], raw: Any, path: str) -> Any:
+    if raw is None and type(None) in choices:
+        return None
+    others = [choice for choice in choices if choice is not type(None)]
+    fitting = [choice for choice in others if _container(choice) is _container_of(raw)]
+    return _parse((fitting or others)[0], raw, path)
+
+
+def _container(annotation: Any) -> type | None:
+    origin = typing.get_origin(annotation)
+    return list if origin is tuple else dict if origin in (dict, Mapping) else None
+
+
+def _container_of(raw: Any) -> type | None:
+    return list if isinstance(raw, list | tuple) else dict if isinstance(raw, dict) else None
+
+
+def _parse_mapping(raw: Any, path: str) -> dict[str, str]:
+    if not isinstance(raw, dict) or not all(isinstance(value, str) for pair in raw.items() for value in pair):
+        raise OptionError(path, f"expected a mapping of text to text, got {_show(raw)}")
+    return dict(raw)
+
+
+def _parse_component(kind: type[Component], raw: Any, path: str) -> Component:
+    known = components(kind)
+    if isinstance(raw, str):
+        raw = {"name": raw}
+    if not isinstance(raw, dict):
+        raise OptionError(path, f"expected one of {', '.join(known)} (or a mapping with its `name`), got {_show(raw)}")
+    if "name" not in raw:
+        raise OptionError(f"{path}.name", f"missing; expected one of {', '.join(known)}")
+    name = raw["name"]
+    if not isinstance(name, str) or name not in known:
+        raise OptionError(f"{path}.name", f"{_show(name)} is not known; {suggest(str(name), known)}")
+    options = {key: value for key, value in raw.items() if key != "name"}
+    return typing.cast(Component, _parse_options(known[name], options, path))
+
+
+def _parse_options(cls: type[Options], raw: Any, path: str) -> Options:
+    prefix = f"{path}." if path else ""
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise OptionError(path, f"expected a mapping of options, got {_show(raw)}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in raw:
+        if key not in fields:
+            known = f"; {suggest(str(key), fields)}" if fields else "; there are no options here"
+            raise OptionError(f"{prefix}{key}", f"unknown key{known}")
+    for name, field in fields.items():
+        if name not in raw and field.default is dataclasses.MISSING:
+            raise OptionError(f"{prefix}{name}", f"missing: {field.metadata['help']}")
+    types_by_name = typing.get_type_hints(cls)
+    values = {name: _parse(types_by_name[name], value, f"{prefix}{name}") for name, value in raw.items()}
+    try:
+        return cls(**values)
+    except OptionError as error:
+        raise OptionError(f"{prefix}{error.option}", error.message) from None
+
+
+def _parse_scalar(annotation: Any, raw: Any, path: str) -> Any:
+    if annotation is bool and isinstance(raw, bool):
+        return raw
+    if annotation is int and isinstance(raw, int) and not isinstance(raw, bool):
+        return raw
+    if annotation is float and isinstance(raw, int | float | str) and not isinstance(raw, bool):
+        # YAML 1.1 reads 1e-3, without a dot, as text.
+        try:
+            number = float(raw)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    if annotation is str and isinstance(raw, str):
+        return raw
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise OptionError(path, f"expected {words.get(annotation, annotation)}, got {_show(raw)}")
+
+
+def _show(raw: Any) -> str:
+    """A value as an error message shows it: short, on one line."""
+    text = repr(raw)
+    return text if len(text) <= 80 else f"{text[:77]}..."

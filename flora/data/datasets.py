@@ -1,0 +1,139 @@
+"""What a data set is: labelled images, read on demand, in a train and a test split."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+from PIL import Image
+
+from flora.registry import Component, option
+from flora.rng import Rng
+
+
+class ImageSource(Protocol):
+    """A numbered collection of images."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call image `index` in a message: its path, or its place in an archive."""
+
+    def open(self, index: int) -> Image.Image:
+        """Decode image `index`, in whatever mode and size it has. Raises OSError if it can't be read."""
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images in files of their own."""
+
+    paths: Sequence[Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def open(self, index: int) -> Image.Image:
+        try:
+            with Image.open(self.paths[index]) as image:
+                image.load()
+                return image
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # Pillow's decoders raise ValueError, SyntaxError and more on a damaged file.
+            raise OSError(f"cannot decode image file: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class ImageArrays:
+    """Images of one size in memory: `pixels` is uint8, `(N, H, W)` grey or `(N, H, W, 3)` RGB."""
+
+    pixels: np.ndarray
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, index: int) -> str:
+        return f"{self.title}[{index}]"
+
+    def open(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Labelled images.
+
+    `labels` is `(N,)` int64, an index into the class names; example i is image `positions[i]` of `source`.
+    `groups`, where the data names a client for each image, is `(N,)` of str.
+    """
+
+    source: ImageSource
+    positions: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """What to call example `index` in a message."""
+        return self.source.name(int(self.positions[index]))
+
+    def open(self, index: int) -> Image.Image:
+        """Decode example `index`. Raises OSError if it can't be read."""
+        return self.source.open(int(self.positions[index]))
+
+    def subset(self, indices: np.ndarray) -> Split:
+        """The examples at `indices` (integers or a boolean mask), in that order."""
+        groups = None if self.groups is None else self.groups[indices]
+        return Split(self.source, self.positions[indices], self.labels[indices], groups)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A data set's two splits and the names of its classes, as the data calls them."""
+
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(Component):
+    """Where the images come from. `templates` are the prompts used unless the experiment sets its own."""
+
+    templates: ClassVar[tuple[str, ...]] = ("a photo of a {}.",)
+
+    unreadable: str = option("what to do with an image that can't be read", "error", choices=("error", "skip"))
+
+    @abstractmethod
+    def load(self, rng: Rng) -> ImageData:
+        """Index the images without decoding them; any random split is drawn from `rng`.
+
+        The order of the examples doesn't depend on the order in which a file system lists them.
+        Raises `UserError` naming what was expected where, if the data are not there.
+        """
+
+
+def stratified_split(labels: np.ndarray, test_fraction: float, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of a train and a test part that hold each class in the same proportion.
+
+    A class of n examples gives round(n * test_fraction) to the test part, at least one to each part if n > 1.
+    """
+    train, test = [], []
+    for label in np.unique(labels):
+        members = rng.child("class", int(label)).numpy().permutation(np.flatnonzero(labels == label))
+        num_test = round(len(members) * test_fraction)
+        if len(members) > 1:
+            num_test = min(max(num_test, 1), len(members) - 1)
+        test.append(members[:num_test])
+        train.append(members[num_test:])
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))

@@ -1,0 +1,342 @@
+"""How the training examples are dealt out to the clients."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from flora.errors import UserError
+from flora.registry import Component, OptionError, option, register
+from flora.rng import Rng
+
+MAX_DRAWS = 10
+
+
+@dataclass(frozen=True)
+class Partitioner(Component):
+    """How the training examples are dealt out to the clients."""
+
+    @abstractmethod
+    def split(
+        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """Return `num_clients` sorted int64 arrays of indices into `labels` `(N,)`.
+
+        `groups` `(N,)` names the client of each example where the data do so; only `natural` reads it.
+        Raises `UserError`, saying what would be possible, where the request can't be met.
+        """
+
+
+# Every partitioner fills in `owner` (N,): the client that each example goes to, -1 for an example left out.
+
+
+def _collect(owner: np.ndarray, num_owners: int) -> list[np.ndarray]:
+    """The sorted indices that each of the owners 0 .. num_owners - 1 has in `owner`."""
+    order = np.argsort(owner, kind="stable").astype(np.int64, copy=False)
+    cuts = np.searchsorted(owner[order], np.arange(num_owners + 1))
+    return [order[start:stop] for start, stop in pairwise(cuts.tolist())]
+
+
+def _classes(labels: np.ndarray) -> dict[int, np.ndarray]:
+    """The sorted indices of each class's examples, for the classes that occur."""
+    names, index = np.unique(labels, return_inverse=True)
+    return dict(zip(names.tolist(), _collect(index, len(names)), strict=True))
+
+
+def _require_examples(labels: np.ndarray, num_clients: int, minimum: int = 1) -> None:
+    """Raise `UserError` unless there are enough examples for each client to have one, and to have `minimum`."""
+    if not 1 <= num_clients <= len(labels):
+        raise UserError(f"clients.number: expected 1 to {len(labels)} (the training examples), got {num_clients}")
+    if num_clients * minimum > len(labels):
+        raise UserError(
+            f"partition.minimum_examples: {num_clients} clients share {len(labels)} training examples: "
+            f"expected at most {len(labels) // num_clients}, got {minimum}"
+        )
+
+
+def _deal(owner: np.ndarray, examples: np.ndarray, log_weights: np.ndarray, rng: Rng) -> None:
+    """Deal all of `examples`, shuffled, in proportion to exp(log_weights) `(K,)`; each share is off by less than one.
+
+    The clients come in a random order, so that rounding favours none of them; equal weights give sizes that differ
+    by at most one.
+    """
+    order = np.argsort(rng.child("order").numpy().random(len(log_weights)), kind="stable")
+    total = np.cumsum(np.exp(log_weights - log_weights.max())[order])
+    cuts = np.rint(total / total[-1] * len(examples)).astype(np.int64)
+    owner[rng.child("examples").numpy().permutation(examples)] = np.repeat(order, np.diff(cuts, prepend=0))
+
+
+def _raise_to_minimum(owner: np.ndarray, num_clients: int, minimum: int, rng: Rng) -> None:
+    """Move random examples from the largest clients to those with fewer than `minimum`, and no more than needed."""
+    sizes = np.bincount(owner, minlength=num_clients)
+    missing = np.maximum(minimum - sizes, 0)
+    if not missing.any():
+        return
+    generator = rng.child("minimum").numpy()
+    stacked = generator.permutation(len(owner))
+    stacked = stacked[np.argsort(owner[stacked], kind="stable")]
+    # Pile up each client's examples: the highest ones are the surplus of the largest clients.
+    height = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    moved = stacked[np.argsort(-height, kind="stable")[: missing.sum()]]
+    owner[generator.permutation(moved)] = np.repeat(np.arange(num_clients), missing)
+
+
+def _holders(num_classes: int, classes_per_client: int, num_clients: int, rng: Rng) -> list[np.ndarray]:
+    """The sorted clients that hold each class, when every client holds `classes_per_client` distinct ones at random.
+
+    The classes are dealt like cards, a shuffled deck of all of them after another: their numbers of holders differ by
+    at most one, and one more client changes nobody else's classes.
+    """
+    if classes_per_client > num_classes:
+        raise UserError(
+            f"partition.classes_per_client: expected at most {num_classes} (the classes), got {classes_per_client}"
+        )
+    generator = rng.child("classes").numpy()
+    decks: list[np.ndarray] = []
+    for num_dealt in range(0, num_clients * classes_per_client, num_classes):
+        deck = generator.permutation(num_classes)
+        num_held = num_dealt % classes_per_client
+        if num_held:  # The last deck ran out within a client's hand: complete that with other classes.
+            new = np.flatnonzero(~np.isin(deck, decks[-1][-num_held:]))[: classes_per_client - num_held]
+            deck = np.concatenate([deck[new], np.delete(deck, new)])
+        decks.append(deck)
+    cards = np.concatenate(decks)[: num_clients * classes_per_client]
+    return [positions // classes_per_client for positions in _collect(cards, num_classes)]
+
+
+@register("iid")
+@dataclass(frozen=True)
+class Iid(Partitioner):
+    """Every client gets a random sample of the examples.
+
+    Complete: every example is dealt exactly once. Sizes differ by at most one.
+    """
+
+    def split(
+        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        _require_examples(labels, num_clients)
+        owner = np.empty(len(labels), np.int64)
+        _deal(owner, np.arange(len(labels)), np.zeros(num_clients), rng)
+        return _collect(owner, num_clients)
+
+
+@register("dirichlet")
+@dataclass(frozen=True)
+class Dirichlet(Partitioner):
+    """Label skew: each class is dealt in proportions drawn from Dirichlet(concentration) over the clients.
+
+    Complete: every example is dealt exactly once, and every client has at least `minimum_examples`. A draw that leaves
+    a client short is repeated; after `MAX_DRAWS`, random examples move from the largest clients to those still short.
+
+    Source: Yurochkin et al., arXiv:1905.12022, the experiments. Differs from the paper: the minimum.
+    """
+
+    concentration: float = option("small: each class at few clients; large: all clients alike", 0.5, above=0)
+    minimum_examples: int = option("examples that every client has at least", 1, at_least=0)
+
+    def split(
+        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        _require_examples(labels, num_clients, self.minimum_examples)
+        classes = _classes(labels)
+        owner = np.empty(len(labels), np.int64)
+        for draw in range(MAX_DRAWS):
+            for label, members in classes.items():
+                class_rng = rng.child("draw", draw, "class", label)
+                _deal(owner, members, self._log_weights(num_clients, class_rng), class_rng)
+            if np.bincount(owner, minlength=num_clients).min() >= self.minimum_examples:
+                break
+        _raise_to_minimum(owner, num_clients, self.minimum_examples, rng)
+        return _collect(owner, num_clients)
+
+    def _log_weights(self, num_clients: int, rng: Rng) -> np.ndarray:
+        """Logarithms `(K,)` of Gamma(concentration) draws, which normalised are a draw from the Dirichlet.
+
+        Gamma(c) is Gamma(c + 1) U^(1/c), whose logarithm is finite where a small c makes the number itself zero.
+        """
+        concentration = min(max(self.concentration, 1e-100), 1e100)
+        gamma = rng.child("gamma").numpy().standard_gamma(concentration + 1, num_clients)
+        return np.log(gamma) - rng.child("boost").numpy().standard_exponential(num_clients) / concentration
+
+
+@register("pathological")
+@dataclass(frozen=True)
+class Pathological(Partitioner):
+    """Every client has examples of a few classes only, chosen at random.
+
+    Complete: every example is dealt exactly once. The numbers of clients that hold a class differ by at most one, and
+    they share its examples equally. A client has fewer classes than `classes_per_client` only where a class has fewer
+    examples than holders; a request that would leave a client with no example is an error.
+    """
+
+    classes_per_client: int = option("classes of which a client has examples", 2, at_least=1)
+
+    def split(
+        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        _require_examples(labels, num_clients)
+        classes = _classes(labels)
+        holders = _holders(len(classes), self.classes_per_client, num_clients, rng)
+        least_clients = -(-len(classes) // self.classes_per_client)
+        if num_clients < least_clients:
+            raise UserError(
+                f"partition.classes_per_client: {num_clients} clients with {self.classes_per_client} classes each "
+                f"don't cover the {len(classes)} classes: expected at least {-(-len(classes) // num_clients)} classes, "
+                f"or {least_clients} clients"
+            )
+        shuffled = [rng.child("class", label).numpy().permutation(members) for label, members in classes.items()]
+        owner = np.empty(len(labels), np.int64)
+        self._share(owner, shuffled, holders, num_clients)
+        num_empty = num_clients - len(np.unique(owner))
+        if num_empty:
+            rarest = min(len(members) for members in shuffled)
+            possible = max(least_clients, rarest * len(classes) // self.classes_per_client)
+            raise UserError(
+                f"clients.number: {num_empty} of {num_clients} clients would get no example: "
+                f"{possible} clients are possible, or try more partition.classes_per_client"
+            )
+        return _collect(owner, num_clients)
+
+    def _share(
+        self, owner: np.ndarray, shuffled: list[np.ndarray], holders: list[np.ndarray], num_clients: int
+    ) -> None:
+        """Give each class's examples to its holders in equal shares, the rarest class last.
+
+        Odd examples go to the holders with the fewest so far, among these to those with the fewest classes to come.
+        """
+        sizes = np.zeros(num_clients, np.int64)
+        classes_to_come = np.full(num_clients, self.classes_per_client)
+        for members, clients in sorted(zip(shuffled, holders, strict=True), key=lambda pair: -len(pair[0])):
+            share, num_odd = divmod(len(members), len(clients))
+            shares = np.full(len(clients), share)
+            shares[np.lexsort((classes_to_come[clients], sizes[clients]))[:num_odd]] += 1
+            owner[members] = np.repeat(clients, shares)
+            sizes[clients] += shares
+            classes_to_come[clients] -= 1
+
+
+@register("shards")
+@dataclass(frozen=True)
+class Shards(Partitioner):
+    """The examples, sorted by label, are cut into equal shards; every client gets some of these at random.
+
+    Complete: every example is dealt exactly once. Shard sizes differ by at most one. A shard that is no larger than
+    the smallest class has at most two classes.
+
+    Source: McMahan et al., arXiv:1602.05629, section 3.
+    """
+
+    shards_per_client: int = option("shards that every client gets", 2, at_least=1)
+
+    def split(
+        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        _require_examples(labels, num_clients)
+        num_shards = num_clients * self.shards_per_client
+        if num_shards > len(labels):
+            raise UserError(
+                f"partition.shards_per_client: {num_clients} clients share {len(labels)} training examples: "
+                f"expected at most {len(labels) // num_clients}, got {self.shards_per_client}"
+            )
+        by_label = np.concatenate(
+            [rng.child("class", label).numpy().permutation(members) for label, members in _classes(labels).items()]
+        )
+        client_of_shard = rng.child("shards").numpy().permutation(num_shards) // self.shards_per_client
+        owner = np.empty(len(labels), np.int64)
+        owner[by_label] = client_of_shard[np.arange(len(labels)) * num_shards // len(labels)]
+        return _collect(owner, num_clients)
+
+
+@register("few_shot")
+@dataclass(frozen=True)
+class FewShot(Partitioner):
+    """Every client gets `shots` examples of each of its classes: of all classes (iid) or of some (pathological).
+
+    No example goes to two clients; those left over go to none. In pathological mode the classes are chosen as
+    `pathological` does, and some may stay without a client.
+    """
+
+    shots: int = option("examples of each of its classes that a client gets", 16, at_least=1)
+    mode: str = option("iid: a client has all classes; pathological: some", "iid", choices=("iid", "pathological"))
+    classes_per_client: int | None = option("classes of a client, with mode pathological", None, at_least=1)
+
+    def check(self) -> None:
+        if self.mode == "iid" and self.classes_per_client is not None:
+            raise OptionError("classes_per_client", "with mode iid a client has all classes; leave this out")
+        if self.mode == "pathological" and self.classes_per_client is None:
+            raise OptionError("classes_per_client", "mode pathological needs it")
+
+    def split(
+        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        _require_examples(labels, num_clients)
+        classes = _classes(labels)
+        holders = _holders(len(classes), self.classes_per_client or len(classes), num_clients, rng)
+        self._require_shots(classes, holders, num_clients)
+        owner = np.full(len(labels), -1, np.int64)
+        for (label, members), clients in zip(classes.items(), holders, strict=True):
+            shuffled = rng.child("class", label).numpy().permutation(members)
+            owner[shuffled[: len(clients) * self.shots]] = np.repeat(clients, self.shots)
+        return _collect(owner, num_clients)
+
+    def _require_shots(self, classes: dict[int, np.ndarray], holders: list[np.ndarray], num_clients: int) -> None:
+        """Raise `UserError`, with the largest possible shots and clients, unless every class has enough examples."""
+        sizes = [len(members) for members in classes.values()]
+        most_shots = min(size // len(clients) for size, clients in zip(sizes, holders, strict=True) if len(clients))
+        if self.shots <= most_shots:
+            return
+        per_client = self.classes_per_client or len(classes)
+        most_clients = min(sizes) // self.shots * len(classes) // per_client
+        possible = [f"{most_shots} shots"] * (most_shots > 0) + [f"{most_clients} clients"] * (most_clients > 0)
+        if not possible:
+            possible = [f"{min(sizes) * len(classes) // per_client} clients with 1 shot"]
+        raise UserError(
+            f"partition.shots: too few examples for {num_clients} clients with {self.shots} shots of each of "
+            f"{per_client} classes: expected at most {' or '.join(possible)}"
+        )
+
+
+@register("quantity")
+@dataclass(frozen=True)
+class Quantity(Partitioner):
+    """Quantity skew: client sizes in proportion to log-normal draws, each client a random sample of the examples.
+
+    Complete: every example is dealt exactly once, and every client has at least `minimum_examples`: random examples
+    move from the largest clients to those that are short.
+    """
+
+    sigma: float = option("standard deviation of the logarithm of a client's size; 0: equal sizes", 1.0, at_least=0)
+    minimum_examples: int = option("examples that every client has at least", 1, at_least=0)
+
+    def split(
+        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        _require_examples(labels, num_clients, self.minimum_examples)
+        owner = np.empty(len(labels), np.int64)
+        log_sizes = min(self.sigma, 1e100) * rng.child("sizes").numpy().standard_normal(num_clients)
+        _deal(owner, np.arange(len(labels)), log_sizes, rng)
+        _raise_to_minimum(owner, num_clients, self.minimum_examples, rng)
+        return _collect(owner, num_clients)
+
+
+@register("natural")
+@dataclass(frozen=True)
+class Natural(Partitioner):
+    """The clients that the data themselves name, in the sorted order of their names.
+
+    Complete: every example belongs to the client that its group names. Nothing is drawn.
+    """
+
+    def split(
+        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        if groups is None:
+            raise UserError("partition: the data name no clients, which natural needs; choose another partitioner")
+        names, owner = np.unique(groups, return_inverse=True)
+        if len(names) != num_clients:
+            raise UserError(f"clients.number: the data name {len(names)} clients, got {num_clients}")
+        return _collect(owner, num_clients)

@@ -1,0 +1,180 @@
+"""From a configuration to the objects that run: the only reader of the whole configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flora import catalogue  # noqa: F401: registers the components
+from flora.clip.backbone import parameter_count
+from flora.clip.towers import AdaptedClip
+from flora.config import ExperimentConfig
+from flora.data.datasets import ImageData, Split
+from flora.errors import UserError
+from flora.federated.features import Features, compute_features
+from flora.federated.memory import choose_clients_per_block
+from flora.federated.round import Federation
+from flora.records import ClientData, ServerState
+from flora.registry import OptionError
+from flora.rng import Rng
+from flora.tree import State
+
+Progress = Callable[[str, int], Callable[[int], object]]
+"""`progress(title, total)` starts a bar and returns the function that advances it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """Everything a run needs. `held_out` are the clients' held-out examples, one client after the other."""
+
+    config: ExperimentConfig
+    federation: Federation
+    test: Features
+    held_out: Features
+    class_names: tuple[str, ...]
+    initial_adapter: State
+    backbone_parameters: int
+    unreadable: tuple[str, ...]
+
+    def initial_state(self) -> ServerState:
+        """The server before the first round."""
+        return ServerState(0, self.initial_adapter, self.config.server.strategy.init(self.initial_adapter))
+
+
+def check_experiment(config: ExperimentConfig) -> None:
+    """What can be checked without the model's weights or an image. Raises `UserError` naming the setting."""
+    architecture = config.backbone.architecture()
+    with _below("adapter"):
+        config.adapter.check_fits(architecture)
+    with _below("clients.cohort"):
+        config.clients.cohort.cohort_size(config.clients.number)
+    if config.evaluation.num_alone > config.clients.number:
+        raise OptionError(
+            "evaluation.num_alone",
+            f"expected at most clients.number, {config.clients.number}, got {config.evaluation.num_alone}",
+        )
+
+
+def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Callable[[str], object]) -> Experiment:
+    """Load the model and the data, run the frozen stems over all images, deal the examples out.
+
+    Raises `UserError` naming the setting or the file. `log` is given what a user should know of it.
+    """
+    check_experiment(config)
+    rng = Rng(config.seed)
+    device = choose_device(config.device)
+    data = config.data.load(rng.child("data"))
+    with _below("prompts"):
+        class_names = config.prompts.rename(data.class_names)
+    clip = config.backbone.load(device, rng.child("backbone"))
+    backbone_parameters = parameter_count(clip.model)
+    log(f"{clip.architecture.name}: {backbone_parameters:,} frozen parameters on {device}, {config.backbone.precision}")
+    adapter = config.adapter.attach(clip)
+    templates = config.prompts.templates or config.data.templates
+    model = AdaptedClip(clip, adapter, class_names=class_names, templates=templates)
+    if not model.text.is_cut_at_end:
+        log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
+    train, test, unreadable = _features(config, data, model, progress)
+    for line in unreadable:
+        log(f"left out: {line}")
+    labels = train.labels.numpy()
+    _check_classes(labels, test.labels.numpy(), class_names)
+    groups = None if data.train.groups is None else data.train.groups[train.positions]
+    parts = config.partition.split(labels, config.clients.number, rng.child("partition"), groups=groups)
+    clients = [
+        hold_out(part, config.clients.holdout_fraction, rng.child("holdout", index)) for index, part in enumerate(parts)
+    ]
+    log(f"{len(labels):,} training and {len(test):,} test images, {len(class_names)} classes, {len(clients)} clients")
+    federation = Federation(
+        model=model,
+        features=train,
+        clients=clients,
+        local=config.local,
+        sampler=config.clients.cohort,
+        strategy=config.server.strategy,
+        num_rounds=config.rounds,
+        clients_per_block=_clients_per_block(config, model),
+        rng=rng.child("federation"),
+    )
+    return Experiment(
+        config=config,
+        federation=federation,
+        test=test,
+        held_out=train.subset(np.concatenate([client.held_out for client in clients])),
+        class_names=class_names,
+        initial_adapter=adapter.initial_state(rng.child("adapter")),
+        backbone_parameters=backbone_parameters,
+        unreadable=tuple(unreadable),
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`: auto, cpu, cuda or cuda:N. Raises `UserError` if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} CUDA devices here" if torch.cuda.is_available() else "no CUDA device here"
+        raise UserError(f"device: {name} was asked for, but there is {found}; expected auto or cpu")
+    return torch.device(name)
+
+
+def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:
+    """Split a client's examples: it tests on round(n * fraction) of them (at least one if n > 1 and fraction > 0)."""
+    count = 0
+    if fraction > 0 and len(examples) > 1:
+        count = min(max(round(len(examples) * fraction), 1), len(examples) - 1)
+    order = rng.numpy().permutation(examples)
+    return ClientData(train=np.sort(order[count:]), held_out=np.sort(order[:count]))
+
+
+def _features(
+    config: ExperimentConfig, data: ImageData, model: AdaptedClip, progress: Progress
+) -> tuple[Features, Features, list[str]]:
+    """Stem outputs of both splits, and a line for each image that was skipped."""
+    advance = progress("images", len(data.train) + len(data.test))
+
+    def compute(split: Split) -> tuple[Features, list[str]]:
+        return compute_features(
+            split,
+            preprocess=model.clip.preprocess,
+            stem=model.vision.stem,
+            device=model.device,
+            skip_unreadable=config.data.unreadable == "skip",
+            advance=advance,
+        )
+
+    (train, train_problems), (test, test_problems) = compute(data.train), compute(data.test)
+    return train, test, train_problems + test_problems
+
+
+def _check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:
+    empty = np.flatnonzero(np.bincount(train, minlength=len(class_names)) == 0)
+    if len(empty):
+        raise UserError(f"data: class {class_names[empty[0]]!r} has no training image that can be read")
+    if not len(test):
+        raise UserError("data: there are no test images")
+
+
+def _clients_per_block(config: ExperimentConfig, model: AdaptedClip) -> int:
+    limit = model.adapter.max_clients_per_block
+    asked = config.clients.per_block
+    if limit is not None and asked is not None and asked > limit:
+        raise OptionError("clients.per_block", f"expected at most {limit} with this adapter, got {asked}")
+    chosen = asked or choose_clients_per_block(model, batch_size=config.local.batch_size)
+    return min(chosen, limit or chosen)
+
+
+@contextmanager
+def _below(section: str) -> Iterator[None]:
+    """Give the options named in an `OptionError` their full dotted names."""
+    try:
+        yield
+    except OptionError as error:
+        raise OptionError(f"{section}.{error.option}", error.message) from None

@@ -1,0 +1,79 @@
+"""How good an adapter is: on the common test set, and on what each client kept for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from flora.clip.towers import AdaptedClip
+from flora.federated.features import Features
+from flora.records import ClientData, Evaluation
+from flora.registry import Options, option
+from flora.tree import StateLike
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(Options):
+    """When and how results are measured."""
+
+    every: int = option("rounds between two evaluations; the last round is always evaluated", 1, at_least=1)
+    batch_size: int = option("images through the trained part of a tower at once", 512, at_least=1)
+    num_alone: int = option("clients that are also trained alone, for comparison (spread over the ids)", 0, at_least=0)
+
+
+@torch.no_grad()
+def evaluate(model: AdaptedClip, adapters: StateLike, features: Features, *, batch_size: int) -> list[Evaluation]:
+    """Classify every example of `features` with each of K adapters `(K, ...)`: one `Evaluation` an adapter.
+
+    The loss is the cross-entropy over all classes, whatever the training objective.
+    """
+    stack = {name: tensor.to(model.device) for name, tensor in adapters.items()}
+    num_adapters = len(next(iter(stack.values())))
+    correct, losses = [], []
+    with model.adapter.bind(stack):
+        classes = model.class_features(num_adapters).transpose(1, 2)
+        for start in range(0, len(features), batch_size):
+            chunk = torch.arange(start, min(start + batch_size, len(features)))
+            stem, labels = features.take(chunk, model.device)
+            repeated = stem.unsqueeze(0).expand(num_adapters, *stem.shape).flatten(0, 1)
+            logits = model.logit_scale() * torch.bmm(model.image_features(repeated, num_adapters), classes)
+            targets = labels.unsqueeze(0).expand(num_adapters, -1)
+            correct.append(logits.argmax(dim=-1) == targets)
+            losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+    all_correct = torch.cat(correct, dim=1).cpu().numpy()
+    all_losses = torch.cat(losses, dim=1).double().cpu().numpy()
+    return [Evaluation(*pair) for pair in zip(all_correct, all_losses, strict=True)]
+
+
+def class_accuracy(evaluation: Evaluation, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, float | None]:
+    """Accuracy by class name; None for a class without examples."""
+    totals = np.bincount(labels, minlength=len(class_names))
+    right = np.bincount(labels, weights=evaluation.correct, minlength=len(class_names))
+    return {
+        name: float(right[index] / totals[index]) if totals[index] else None for index, name in enumerate(class_names)
+    }
+
+
+def client_accuracies(evaluation: Evaluation, clients: Sequence[ClientData]) -> np.ndarray:
+    """Accuracy on each client's held-out part, `(num_clients,)`; NaN for a client without one.
+
+    `evaluation` covers the clients' held-out examples one after the other.
+    """
+    sizes = np.array([len(client.held_out) for client in clients])
+    ends = np.cumsum(sizes)
+    running = np.concatenate([[0], np.cumsum(evaluation.correct)])
+    right = running[ends] - running[ends - sizes]
+    return np.divide(right, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)
+
+
+def deciles(accuracies: np.ndarray) -> tuple[float, float, float] | None:
+    """Mean, mean of the worst tenth and mean of the best tenth of the clients that have a result; None if none has."""
+    known = np.sort(accuracies[~np.isnan(accuracies)])
+    if not len(known):
+        return None
+    tenth = max(1, len(known) // 10)
+    return float(known.mean()), float(known[:tenth].mean()), float(known[-tenth:].mean())

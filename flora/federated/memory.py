@@ -1,0 +1,55 @@
+"""How much memory there is, how much has been used, and how many clients fit into one step."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from flora.clip.towers import AdaptedClip
+
+MAX_CLIENTS_PER_BLOCK = 32
+# An estimate of the numbers that autograd keeps for each token of a block, in units of the width: the residual
+# stream, two norms, q, k, v, the attention's output, and the MLP's inner layer, four widths before and after GELU.
+ACTIVATIONS_PER_TOKEN = 20
+
+
+def choose_clients_per_block(model: AdaptedClip, *, batch_size: int) -> int:
+    """How many clients may share a step: their activations fit into a quarter of the memory that is free."""
+    per_client = 4 * ACTIVATIONS_PER_TOKEN * max(1, _trained_token_widths(model, batch_size))
+    fits = available_memory_bytes(model.device) // 4 // per_client
+    return int(min(max(fits, 1), MAX_CLIENTS_PER_BLOCK))
+
+
+def _trained_token_widths(model: AdaptedClip, batch_size: int) -> int:
+    """The sum over trained blocks of tokens times width, for one client's step."""
+    architecture = model.clip.architecture
+    prompts = model.prompts.tokens
+    num_patches = model.clip.visual.positional_embedding.shape[0]
+    tokens = {"text": prompts.shape[0] * prompts.shape[1], "vision": batch_size * num_patches}
+    total = 0
+    for tower, first_stage in model.adapter.trained_from.items():
+        shape = architecture.tower(tower)
+        total += max(shape.num_layers + 1 - max(first_stage, 1), 0) * tokens[tower] * shape.width
+    return total
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device; 4 GiB where the system doesn't tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 * 2**30
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: of the CUDA device, or the resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,54 @@
+"""Which clients take part in a round."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from flora.registry import Component, OptionError, option, register
+from flora.rng import Rng
+
+
+@dataclass(frozen=True)
+class Sampler(Component):
+    """Which clients take part in a round."""
+
+    fraction: float | None = option("share of all clients in a round; none (and no `number`): all", None, above=0, at_most=1)
+    number: int | None = option("clients in a round, in place of `fraction`", None, at_least=1)
+
+    def check(self) -> None:
+        if self.fraction is not None and self.number is not None:
+            raise OptionError("number", "give either `fraction` or `number`, not both")
+
+    def cohort_size(self, num_clients: int) -> int:
+        """How many of `num_clients` take part. Raises `OptionError` if `number` is larger than that."""
+        if self.number is not None and self.number > num_clients:
+            raise OptionError("number", f"expected at most the number of clients, {num_clients}, got {self.number}")
+        if self.number is not None:
+            return self.number
+        return max(1, round((self.fraction or 1.0) * num_clients))
+
+    @abstractmethod
+    def sample(self, sizes: np.ndarray, rng: Rng) -> np.ndarray:
+        """The ids of a cohort, distinct and sorted; `sizes` `(num_clients,)` are the clients' numbers of examples."""
+
+
+@register("uniform")
+@dataclass(frozen=True)
+class Uniform(Sampler):
+    """Every client is as likely as any other (arXiv:1602.05629, algorithm 1)."""
+
+    def sample(self, sizes: np.ndarray, rng: Rng) -> np.ndarray:
+        return np.sort(rng.numpy().choice(len(sizes), self.cohort_size(len(sizes)), replace=False))
+
+
+@register("by_size")
+@dataclass(frozen=True)
+class BySize(Sampler):
+    """Drawn one by one, each client with a probability in proportion to its examples."""
+
+    def sample(self, sizes: np.ndarray, rng: Rng) -> np.ndarray:
+        probabilities = sizes / sizes.sum()
+        return np.sort(rng.numpy().choice(len(sizes), self.cohort_size(len(sizes)), replace=False, p=probabilities))

@@ -1,0 +1,112 @@
+"""The named types that travel through a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flora.tree import State
+
+
+@dataclass(frozen=True, eq=False)
+class ClientData:
+    """One client's share: sorted indices into the training examples, and those it keeps for its own test."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ServerState:
+    """All that the server knows between two rounds; with the configuration, all that a resumed run needs.
+
+    `round` rounds are done. `adapter` and `strategy` are state dicts on the CPU without a client axis. `clients` keeps,
+    by client id, what a client carries from one of its rounds to the next (its optimiser state, if it is kept).
+    """
+
+    round: int
+    adapter: State
+    strategy: State
+    clients: Mapping[int, State] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ClientUpdate:
+    """What one client sends after local training: `delta` = local - broadcast, without a client axis."""
+
+    client: int
+    num_examples: int
+    delta: State
+    loss: float
+    num_steps: int
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Results of one adapter on a set of examples: `correct` (bool) and `losses` (float64), both `(N,)`."""
+
+    correct: np.ndarray
+    losses: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction that is right; NaN without examples."""
+        return float(self.correct.mean()) if len(self.correct) else float("nan")
+
+    @property
+    def loss(self) -> float:
+        """The mean loss; NaN without examples."""
+        return float(self.losses.mean()) if len(self.losses) else float("nan")
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of `rounds.jsonl`. Fractions are 0 to 1; round 0 is zero-shot and has neither training nor traffic."""
+
+    round: int
+    accuracy: float | None
+    loss: float | None
+    train_loss: float | None
+    num_clients: int
+    uplink_bytes: int
+    downlink_bytes: int
+    train_seconds: float
+    eval_seconds: float
+    peak_memory_bytes: int
+    learning_rate: float | None = None
+    num_steps: int = 0
+    num_examples: int = 0
+    class_accuracy: dict[str, float | None] | None = None
+    client_accuracy_mean: float | None = None
+    client_accuracy_worst_decile: float | None = None
+    client_accuracy_best_decile: float | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`summary.json`. The result is the LAST round; the best round is chosen on the test set and only shown."""
+
+    name: str
+    rounds: int
+    num_clients: int
+    zero_shot_accuracy: float
+    last_accuracy: float
+    best_accuracy: float
+    best_round: int
+    alone_accuracy_mean: float | None
+    alone_accuracy_best: float | None
+    num_alone: int
+    client_accuracy_mean: float | None
+    client_accuracy_worst_decile: float | None
+    client_accuracy_best_decile: float | None
+    total_uplink_bytes: int
+    total_downlink_bytes: int
+    uplink_bytes_per_client_round: float
+    wall_seconds: float
+    train_seconds: float
+    eval_seconds: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    backbone_parameters: int

@@ -1,0 +1,100 @@
+"""What a run comes to: the summary, the short table and the final line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flora.config import ExperimentConfig, config_to_dict
+from flora.records import RoundRecord, Summary
+from flora.registry import Component, name_of
+
+
+def summarise(records: Sequence[RoundRecord], *, alone: Sequence[float], **measured: Any) -> Summary:
+    """Add a run up. `measured` are the fields of `Summary` that the records don't hold."""
+    evaluated = [(record.accuracy, -record.round) for record in records if record.accuracy is not None]
+    best_accuracy, negative_round = max(evaluated)
+    last = records[-1]
+    uplink = sum(record.uplink_bytes for record in records)
+    client_rounds = sum(record.num_clients for record in records)
+    assert records[0].accuracy is not None and last.accuracy is not None  # rounds 0 and last are always evaluated
+    return Summary(
+        rounds=last.round,
+        zero_shot_accuracy=records[0].accuracy,
+        last_accuracy=last.accuracy,
+        best_accuracy=best_accuracy,
+        best_round=-negative_round,
+        alone_accuracy_mean=sum(alone) / len(alone) if alone else None,
+        alone_accuracy_best=max(alone, default=None),
+        num_alone=len(alone),
+        client_accuracy_mean=last.client_accuracy_mean,
+        client_accuracy_worst_decile=last.client_accuracy_worst_decile,
+        client_accuracy_best_decile=last.client_accuracy_best_decile,
+        total_uplink_bytes=uplink,
+        total_downlink_bytes=sum(record.downlink_bytes for record in records),
+        uplink_bytes_per_client_round=uplink / client_rounds if client_rounds else 0.0,
+        train_seconds=sum(record.train_seconds for record in records),
+        eval_seconds=sum(record.eval_seconds for record in records),
+        **measured,
+    )
+
+
+def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
+    """The table and the final line that a run ends with."""
+    rows = [
+        ("zero-shot", percent(summary.zero_shot_accuracy)),
+        ("last round", f"{percent(summary.last_accuracy)}   (the result)"),
+        ("best round", f"{percent(summary.best_accuracy)}   (round {summary.best_round}; chosen on the test set)"),
+    ]
+    if summary.client_accuracy_mean is not None:
+        worst, best = summary.client_accuracy_worst_decile, summary.client_accuracy_best_decile
+        spread = f"(worst tenth {percent(worst)}, best tenth {percent(best)})"
+        rows.append(("on clients' own data", f"{percent(summary.client_accuracy_mean)}   {spread}"))
+    if summary.alone_accuracy_mean is not None:
+        note = f"(mean of {summary.num_alone}; the best {percent(summary.alone_accuracy_best)})"
+        rows.append(("one client alone", f"{percent(summary.alone_accuracy_mean)}   {note}"))
+    share = summary.trainable_parameters / summary.backbone_parameters
+    rows += [
+        ("trained parameters", f"{summary.trainable_parameters:,} of {summary.backbone_parameters:,} ({share:.2%})"),
+        ("sent up, down", f"{size(summary.total_uplink_bytes)}, {size(summary.total_downlink_bytes)}"),
+        ("training, evaluation", f"{summary.train_seconds:.1f} s, {summary.eval_seconds:.1f} s"),
+        ("whole run", f"{summary.wall_seconds:.1f} s, peak memory {size(summary.peak_memory_bytes)}"),
+    ]
+    width = max(len(title) for title, _ in rows)
+    return ["", *(f"  {title:<{width}}  {value}" for title, value in rows), "", final_line(summary, config)]
+
+
+def final_line(summary: Summary, config: ExperimentConfig) -> str:
+    """The run in one line: what it began with, what it reached, between whom, and at what price."""
+    before, after = percent(summary.zero_shot_accuracy), percent(summary.last_accuracy)
+    clients = f"{summary.num_clients} client{'s' if summary.num_clients != 1 else ''}, {describe(config.partition)}"
+    line = f"zero-shot {before} -> {after} in {summary.rounds} rounds; {clients}"
+    if summary.num_clients > 1:
+        line += f"; {size(summary.uplink_bytes_per_client_round)} up per client and round; no image left a client"
+    return line
+
+
+def describe(component: Component) -> str:
+    """A component's name and the options that differ from their defaults: "dirichlet (concentration 0.3)"."""
+    defaults = {name: field.default for name, field in component.__dataclass_fields__.items()}
+    options = {
+        key: value
+        for key, value in config_to_dict(component).items()
+        if key != "name" and getattr(component, key) != defaults[key]
+    }
+    text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items())
+    return f"{name_of(component)} ({text})" if text else name_of(component)
+
+
+def percent(fraction: float | None) -> str:
+    """0.847 as "84.7 %"; a dash for None."""
+    return "-" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units: "24.1 KB"."""
+    for unit in ("B", "KB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} GB"

@@ -1,0 +1,170 @@
+"""The run directory `runs/NAME/`: what a run leaves behind. Its format is a promise; the README describes it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import yaml
+
+from flora.config import ExperimentConfig, config_to_dict
+from flora.errors import UserError
+from flora.records import ClientData, RoundRecord, Summary
+from flora.tree import StateLike
+
+ADAPTER_FORMAT = "flora-adapter-1"
+
+
+class RunDirectory:
+    """One run's folder. Files appear whole or not at all, except `rounds.jsonl` and `log.txt`, which grow by lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._records: list[RoundRecord] = []
+
+    @classmethod
+    def create(cls, output: str, name: str, *, numbered: bool) -> RunDirectory:
+        """Make a new folder below `output`; an existing run is never touched.
+
+        `numbered`: if `name` is taken, use the first free of name-2, name-3, ...; else that is a `UserError`.
+        """
+        for number in range(1, 10_000):
+            path = Path(output) / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir(parents=True)
+                return cls(path)
+            except FileExistsError:
+                if not Path(output).is_dir():
+                    raise UserError(f"output: {output} is not a folder") from None
+                if not numbered:
+                    raise UserError(f"name: {path} exists already; choose another name or remove it") from None
+            except OSError as error:
+                raise UserError(f"output: {path} can't be made: {error.strerror}") from None
+        raise UserError(f"name: there are too many runs called {name} in {output}")
+
+    def remove_if_nothing_ran(self) -> None:
+        """Take the folder away again if the run failed before its first record."""
+        if not self._records:
+            for file in self.path.iterdir():
+                file.unlink()
+            self.path.rmdir()
+
+    def log(self, line: str) -> None:
+        """Append a line, with the time, to `log.txt`."""
+        stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        with self._open("log.txt", "a") as file:
+            file.write(f"{stamp} {line}\n")
+
+    def write_start(
+        self, config: ExperimentConfig, *, device: torch.device, clients: Sequence[ClientData], labels: np.ndarray,
+        class_names: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Write `config.yaml`, `environment.json` and `partition.json`."""
+        self._write("config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True))
+        self._write_json("environment.json", environment(device, config.seed))
+        rows = []
+        for index, client in enumerate(clients):
+            counts = np.bincount(labels[client.train], minlength=len(class_names))
+            present = {name: int(count) for name, count in zip(class_names, counts, strict=True) if count}
+            rows.append(
+                {
+                    "client": index,
+                    "num_train": len(client.train),
+                    "num_held_out": len(client.held_out),
+                    "class_counts": present,
+                }
+            )
+        self._write_json("partition.json", {"class_names": list(class_names), "clients": rows}, indent=None)
+
+    def append_round(self, record: RoundRecord) -> None:
+        """Append one object to `rounds.jsonl`; fields that are None in every round of a run are left out."""
+        line = json.dumps({key: value for key, value in dataclasses.asdict(record).items()}, allow_nan=False)
+        with self._open("rounds.jsonl", "a") as file:
+            file.write(line + "\n")
+        self._records.append(record)
+
+    def write_adapter(self, adapter: StateLike, config: ExperimentConfig) -> None:
+        """Write `adapter.safetensors`, with what the adapter belongs to as its metadata."""
+        described = config_to_dict(config)
+        description = {"format": ADAPTER_FORMAT} | {
+            key: json.dumps(described[key]) for key in ("adapter", "backbone", "prompts")
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in adapter.items()}
+        self._write("adapter.safetensors", safetensors.torch.save(tensors, metadata=description))
+
+    def write_clients(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Write `clients.csv`, a row a client; a missing result is an empty cell."""
+        path = self.path / "clients.csv.part"
+        with self._open(path.name, "w") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+        os.replace(path, self.path / "clients.csv")
+
+    def write_summary(self, summary: Summary) -> None:
+        """Write `summary.json`, the last file of a finished run."""
+        self._write_json("summary.json", dataclasses.asdict(summary))
+
+    def _write_json(self, name: str, content: Any, indent: int | None = 2) -> None:
+        self._write(name, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def _write(self, name: str, content: str | bytes) -> None:
+        """Write a file under another name first, so that under its own it is never half-written."""
+        part = self.path / f"{name}.part"
+        try:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(part, self.path / name)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise UserError(f"{self.path / name}: can't be written: {error.strerror}") from None
+
+    def _open(self, name: str, mode: str) -> Any:
+        try:
+            return (self.path / name).open(mode, encoding="utf-8", newline="")
+        except OSError as error:
+            raise UserError(f"{self.path / name}: can't be written: {error.strerror}") from None
+
+
+def environment(device: torch.device, seed: int) -> dict[str, Any]:
+    """What a run depends on besides its configuration: versions, device, threads, seed, git revision."""
+    packages = ("flora-clip", "torch", "torchvision", "open_clip_torch", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "num_threads": torch.get_num_threads(),
+        "seed": seed,
+        "git_revision": _git_revision(),
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout that this package runs from, with -dirty if it was changed; None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None

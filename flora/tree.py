@@ -1,0 +1,70 @@
+"""Arithmetic on state dicts: flat mappings from a tensor's name to the tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+StateLike = Mapping[str, Tensor]
+
+
+def zeros_like(state: StateLike) -> State:
+    """A state of the same names and shapes, all zero."""
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+
+def add(left: StateLike, right: StateLike, scale: float = 1.0) -> State:
+    """`left + scale * right`, name by name."""
+    return {name: tensor + scale * right[name] for name, tensor in left.items()}
+
+
+def subtract(left: StateLike, right: StateLike) -> State:
+    """`left - right`, name by name."""
+    return {name: tensor - right[name] for name, tensor in left.items()}
+
+
+def weighted_mean(states: Iterable[StateLike], weights: Sequence[float]) -> State:
+    """The mean of states of equal shapes, weighted, summed in the order given (in double precision).
+
+    Raises ValueError if the weights are not all non-negative with a positive sum.
+    """
+    total = float(sum(weights))
+    if not total > 0 or any(weight < 0 for weight in weights):
+        raise ValueError("a weighted mean needs non-negative weights with a positive sum")
+    mean: State = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for state, weight in zip(states, weights, strict=True):
+        for name, tensor in state.items():
+            dtypes[name] = tensor.dtype
+            term = tensor.double() * (weight / total)
+            mean[name] = mean[name].add_(term) if name in mean else term
+    return {name: tensor.to(dtypes[name]) for name, tensor in mean.items()}
+
+
+def stack(states: Sequence[StateLike]) -> State:
+    """States of equal shapes `(...)` as one state with a leading axis `(K, ...)`."""
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+
+def unstack(stacked: StateLike) -> list[State]:
+    """The inverse of `stack`: a list of K states, views into the stack."""
+    size = next(iter(stacked.values())).shape[0]
+    return [{name: tensor[index] for name, tensor in stacked.items()} for index in range(size)]
+
+
+def expand(state: StateLike, size: int) -> State:
+    """The same state for K clients: shapes `(...)` become `(K, ...)`, without a copy."""
+    return {name: tensor.unsqueeze(0).expand(size, *tensor.shape) for name, tensor in state.items()}
+
+
+def count(state: StateLike) -> int:
+    """How many numbers the state holds."""
+    return sum(tensor.numel() for tensor in state.values())
+
+
+def is_finite(state: StateLike) -> bool:
+    """Whether no number in the state is NaN or infinite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
