@@ -40,7 +40,9 @@ class ClientOptions(Options):
     number: int = option("how many virtual clients there are", 10, at_least=1)
     cohort: Sampler = option("which of them take part in a round", Uniform())
     holdout_fraction: float = option("share of a client's examples kept for its own test", 0.2, at_least=0, below=1)
-    per_block: int | None = option("clients trained in one step; changes the speed only; none: automatic", None, at_least=1)
+    per_block: int | None = option(
+        "clients trained in one step; changes the speed only; none: automatic", None, at_least=1
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class _Loader(yaml.SafeLoader):
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a string", key_node.start_mark)
         if key in seen:
@@ -132,7 +134,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, which no experiment needs")
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506: derives from SafeLoader
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  (derives from SafeLoader)
     except OSError as error:
         hint = ""
         if isinstance(error, FileNotFoundError):
@@ -153,7 +155,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not separator or not key or "" in key.split("."):
         raise ConfigError(f"command line: expected key=value with a dotted key, got {override!r}")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506: derives from SafeLoader
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506  (derives from SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"command line: {key}: not valid YAML: {' '.join(str(error).split())}") from None
     *parents, last = key.split(".")

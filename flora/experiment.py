@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flora import catalogue  # noqa: F401: registers the components
+from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.backbone import parameter_count
 from flora.clip.towers import AdaptedClip
 from flora.config import ExperimentConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flora import catalogue  # noqa: F401: registers the components
+from flora import catalogue  # noqa: F401  (registers the components)
 from flora.config import ExperimentConfig, config_to_dict
 from flora.registry import Bounds, Component, Options, components, kinds, name_of
 

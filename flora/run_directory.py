@@ -90,8 +90,8 @@ class RunDirectory:
         self._write_json("partition.json", {"class_names": list(class_names), "clients": rows}, indent=None)
 
     def append_round(self, record: RoundRecord) -> None:
-        """Append one object to `rounds.jsonl`; fields that are None in every round of a run are left out."""
-        line = json.dumps({key: value for key, value in dataclasses.asdict(record).items()}, allow_nan=False)
+        """Append one object to `rounds.jsonl`."""
+        line = json.dumps(dataclasses.asdict(record), allow_nan=False)
         with self._open("rounds.jsonl", "a") as file:
             file.write(line + "\n")
         self._records.append(record)

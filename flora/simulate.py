@@ -38,7 +38,9 @@ class RunResult:
     directory: Path
 
 
-def simulate(config: ExperimentConfig, *, numbered: bool = False, echo: Callable[[str], object] | None = None) -> RunResult:
+def simulate(
+    config: ExperimentConfig, *, numbered: bool = False, echo: Callable[[str], object] | None = None
+) -> RunResult:
     """Run an experiment into a new run directory.
 
     `numbered`: if a run of that name exists, use the first free of name-2, name-3, ...; else that is an error.
@@ -82,7 +84,7 @@ def _run(experiment: Experiment, directory: RunDirectory, started: float) -> Run
     directory.append_round(records[0])
     clients = np.full(len(experiment.federation.clients), np.nan)
     with _bar("rounds", config.rounds, "round") as bar:
-        for round in range(1, config.rounds + 1):
+        for _ in range(config.rounds):
             state, result = run_round(experiment.federation, state)
             record, measured = _measure(experiment, state, result)
             clients = clients if measured is None else measured
@@ -97,7 +99,7 @@ def _run(experiment: Experiment, directory: RunDirectory, started: float) -> Run
         records,
         name=directory.path.name,
         num_clients=len(experiment.federation.clients),
-        alone=[accuracy for accuracy in alone.values()],
+        alone=list(alone.values()),
         wall_seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(experiment.federation.model.device),
         trainable_parameters=tree.count(state.adapter),
@@ -110,7 +112,7 @@ def _run(experiment: Experiment, directory: RunDirectory, started: float) -> Run
 def _measure(
     experiment: Experiment, state: ServerState, result: RoundResult | None
 ) -> tuple[RoundRecord, np.ndarray | None]:
-    """The record of the round that led to `state` (None: round 0), evaluated if it is due; and the clients' accuracies."""
+    """The record of the round that led to `state` (no result: round 0), evaluated if due; the clients' accuracies."""
     config, started = experiment.config.evaluation, time.perf_counter()
     due = state.round % config.every == 0 or state.round == experiment.config.rounds
     evaluation: Evaluation | None = None
@@ -222,7 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(list_components())
             return 0
         if not paths or (len(paths) > 1 and not options.check):
-            raise UserError(f"expected {'a config file' if not paths else 'one config file'}, got {len(paths)}; see --help")
+            raise UserError(
+                f"expected {'a config file' if not paths else 'one config file'}, got {len(paths)}; see --help"
+            )
         for path in paths:
             _main_one(path, overrides, check=options.check)
     except UserError as error:

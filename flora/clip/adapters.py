@@ -247,4 +247,6 @@ class AttachedFull(AttachedAdapter):
                 module._parameters[leaf] = self._frozen[name]
 
     def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
-        return {name: adapter[name].to(tensor.dtype) if name in adapter else tensor for name, tensor in state_dict.items()}
+        return {
+            name: adapter[name].to(tensor.dtype) if name in adapter else tensor for name, tensor in state_dict.items()
+        }

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -83,11 +84,9 @@ class FrozenClip:
         return str(getattr(self.model, "text_pool_type", None) or self.text.pool_type)
 
     @property
-    def text_end_token(self) -> int | None:
-        """The id of the end-of-text token where the pooling looks for one by id."""
-        if self.text_pool != "eos":
-            return None
-        return int(self.model.text_eos_id if hasattr(self.model, "text_eos_id") else self.text.eos_id)
+    def text_end_token(self) -> int:
+        """The id of the token at which the pooling called eos reads."""
+        return int(getattr(self.model, "text_eos_id", None) or self.text.eos_id)
 
     def autocast(self) -> torch.autocast:
         """The context in which the towers run: bf16 autocast, or nothing for fp32."""
@@ -99,7 +98,7 @@ class Backbone(Options):
     """Which OpenCLIP model all clients share."""
 
     model: str = option(
-        "an OpenCLIP model name, the built-in `quickstart`, a JSON model config, or a folder with open_clip_config.json",
+        "an OpenCLIP model name, the built-in `quickstart`, a JSON config, or a folder with open_clip_config.json",
         "quickstart",
     )
     weights: str | None = option(
@@ -107,7 +106,7 @@ class Backbone(Options):
         "none: builtin for quickstart, a folder's own for a folder",
         None,
     )
-    precision: str = option("arithmetic of the frozen model; adapters are always fp32", "fp32", choices=("fp32", "bf16"))
+    precision: str = option("arithmetic of the towers; adapters stay fp32", "fp32", choices=("fp32", "bf16"))
 
     def architecture(self) -> Architecture:
         """The model's sizes, from its config alone. Raises `UserError` if it is unknown or not supported."""
@@ -172,7 +171,8 @@ class Backbone(Options):
         if not path.is_file():
             known_tags = [*open_clip.list_pretrained_tags_by_model(self.model), "random", "builtin"]
             raise UserError(
-                f"backbone.weights: {weights!r} is neither a file nor a tag of {self.model}; {suggest(weights, known_tags)}"
+                f"backbone.weights: {weights!r} is neither a file nor a tag of {self.model}; "
+                f"{suggest(weights, known_tags)}"
             )
         if path.suffix != ".safetensors":
             raise UserError(
@@ -189,13 +189,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     to white. Transparency is laid over white.
     """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = image.convert("I")
-        image = image.point(lambda value: value * (1 / 257)).convert("L")
-    elif image.mode in ("I", "F"):
-        low, high = (float(limit) for limit in image.getextrema())
-        scale = 255 / (high - low) if high > low else 0.0
-        image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
+    if image.mode[0] in "IF":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (values.min(), values.max())
+        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")

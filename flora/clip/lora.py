@@ -73,7 +73,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(K * N, ..., d_in)` to `(K * N, ..., d_out)`."""
-        return self.low_rank(x, F.linear(x, self.weight, self.bias))  # type: ignore[no-any-return]
+        return self.low_rank(x, F.linear(x, self.weight, self.bias))
 
 
 class LoraAttention(nn.Module):
@@ -100,8 +100,9 @@ class LoraAttention(nn.Module):
             self._add(target, query, part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for target, part in zip("qkv", projected, strict=True)
         ]
-        mask = None if attn_mask is None else attn_mask.to(heads[0].dtype)
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
+        q, k, v = heads
+        mask = None if attn_mask is None else attn_mask.to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         return self._add("out", mixed, F.linear(mixed, self.out_proj.weight, self.out_proj.bias)), None
 
     def _add(self, target: str, x: Tensor, frozen: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class TextTower:
         if self._clip.text_pool == "argmax":
             return tokens.argmax(dim=-1)
         if self._clip.text_pool == "eos":
-            return (tokens == self._clip.text_end_token).int().argmax(dim=-1)
+            return torch.eq(tokens, self._clip.text_end_token).int().argmax(dim=-1)
         position = 0 if self._clip.text_pool == "first" else tokens.shape[1] - 1
         return torch.full((len(tokens),), position, device=tokens.device)
 

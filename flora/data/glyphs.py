@@ -28,10 +28,27 @@ Polyline = tuple[tuple[float, float], ...]
 
 # A six whose stem has no hook, and the same turned upside down.
 _SIX: Polyline = (
-    (0.75, 0.0), (0.35, 0.25), (0.05, 0.6), (0.1, 0.85), (0.4, 1.0), (0.85, 0.9), (0.9, 0.7), (0.55, 0.58), (0.08, 0.75)
+    (0.75, 0.0),
+    (0.35, 0.25),
+    (0.05, 0.6),
+    (0.1, 0.85),
+    (0.4, 1.0),
+    (0.85, 0.9),
+    (0.9, 0.7),
+    (0.55, 0.58),
+    (0.08, 0.75),
 )
 _NINE: Polyline = tuple((1 - x, 1 - y) for x, y in _SIX)
-_HOOKED_NINE: Polyline = ((0.95, 0.2), (0.5, 0.0), (0.1, 0.2), (0.4, 0.42), (0.95, 0.2), (0.95, 0.7), (0.6, 1.0), (0.1, 0.9))
+_HOOKED_NINE: Polyline = (
+    (0.95, 0.2),
+    (0.5, 0.0),
+    (0.1, 0.2),
+    (0.4, 0.42),
+    (0.95, 0.2),
+    (0.95, 0.7),
+    (0.6, 1.0),
+    (0.1, 0.9),
+)
 
 # Handwriting knows other forms than print. A form is a printed character (or none) and strokes drawn on top.
 _FORMS: dict[str, tuple[tuple[str, tuple[Polyline, ...]], ...]] = {
@@ -43,19 +60,20 @@ _FORMS: dict[str, tuple[tuple[str, tuple[Polyline, ...]], ...]] = {
 }
 # Width / height of a character that is drawn with strokes only.
 _STROKE_BOX = (32, 48)
-_OFFSET=(0.,1.5)
-_WIDTH=(20.,2.5)
-_INK=(.305,.03)
-_SHEAR=(0.,.18)
-_ANGLE=7
-_STRETCH=.12
-_AMP=.12
-_NARROW=.5
-_LOW=1
-_SQUEEZE=.15
-_SQUEEZEX=0.05
-_BLUR=2.0
-_MAXSW=0
+_OFFSET = (0.0, 1.5)
+_WIDTH = (20.0, 2.5)
+_INK = (0.305, 0.03)
+_SHEAR = (0.0, 0.18)
+_ANGLE = 7
+_STRETCH = 0.12
+_AMP = 0.12
+_NARROW = 0.5
+_LOW = 1
+_SQUEEZE = 0.15
+_SQUEEZEX = 0.05
+_BLUR = 2.0
+_MAXSW = 0
+
 
 @register("glyphs")
 @dataclass(frozen=True)
@@ -107,7 +125,7 @@ def draw_glyph(character: str, rng: Rng) -> np.ndarray:
     """One image `(8, 8)` uint8 of the character, in a random shape that depends on `rng` alone."""
     numpy_rng = rng.numpy()
     num_forms = len(_FORMS.get(character, "?"))
-    master = _master(character, int(numpy_rng.integers(num_forms)), int(numpy_rng.integers(0, _MAXSW+1)))
+    master = _master(character, int(numpy_rng.integers(num_forms)), int(numpy_rng.integers(0, _MAXSW + 1)))
     return _count_cells(_normalise(_warp(master, numpy_rng), numpy_rng))
 
 
@@ -155,7 +173,7 @@ def _waves2() -> np.ndarray:
 def _waves() -> np.ndarray:
     """The three lowest cosines on the drawing's axis, `(3, 48)`."""
     phase = (np.arange(_WARPED) + 0.5) * math.pi / _WARPED
-    return np.cos(np.outer(np.arange(_LOW, _LOW+3), phase))
+    return np.cos(np.outer(np.arange(_LOW, _LOW + 3), phase))
 
 
 def _displacement(rng: np.random.Generator) -> np.ndarray:
@@ -171,7 +189,7 @@ def _normalise(drawing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     columns, rows = np.flatnonzero(ink.any(0)), np.flatnonzero(ink.any(1))
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
     aspect = (box[2] - box[0]) / (box[3] - box[1])
-    width = int(np.clip(rng.normal(*_WIDTH) * min(1,aspect/_NARROW)**.5, 8, 28))
+    width = int(np.clip(rng.normal(*_WIDTH) * min(1, aspect / _NARROW) ** 0.5, 8, 28))
     grey = Image.fromarray(drawing).resize((width, _BITMAP), Image.Resampling.BILINEAR, box=box)
     levels = np.asarray(grey)
     num_ink = int(np.clip(rng.normal(*_INK), 0.2, 0.4) * _BITMAP**2)

@@ -22,7 +22,9 @@ class PromptOptions(Options):
         for template in self.templates or ():
             rest = template.replace("{}", "")
             if template.count("{}") != 1 or "{" in rest or "}" in rest:
-                raise OptionError("templates", f"expected one {{}} for the class name and no other braces, got {template!r}")
+                raise OptionError(
+                    "templates", f"expected one {{}} for the class name and no other braces, got {template!r}"
+                )
 
     def rename(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The class names to put into the templates, in the order of `names`, the data set's.
@@ -36,7 +38,9 @@ class PromptOptions(Options):
         if isinstance(self.class_names, dict):
             unknown = sorted(set(self.class_names) - set(names))
             if unknown:
-                raise OptionError("class_names", f"no class is called {unknown[0]!r}; expected any of {', '.join(names)}")
+                raise OptionError(
+                    "class_names", f"no class is called {unknown[0]!r}; expected any of {', '.join(names)}"
+                )
             names = tuple(self.class_names.get(name, name) for name in names)
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)

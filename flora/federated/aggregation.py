@@ -32,7 +32,7 @@ class Strategy(Component):
 @register("fedavg")
 @dataclass(frozen=True)
 class FedAvg(Strategy):
-    """The mean of the adapters, A and B each by itself (arXiv:1602.05629, algorithm 1; of adapters: arXiv:2404.15182)."""
+    """The mean of the adapters, A and B each by itself (arXiv:1602.05629, algorithm 1; arXiv:2404.15182)."""
 
     weighting: str = option("what a client's weight is", "examples", choices=("examples", "uniform"))
 

@@ -74,7 +74,9 @@ def compute_features(
             readable += indices
         advance(len(indices) + len(failed))
     if output is None:
-        raise UserError(f"data: none of the {len(split)} images can be read; the first: {(problems or ['no images'])[0]}")
+        raise UserError(
+            f"data: none of the {len(split)} images can be read; the first: {(problems or ['no images'])[0]}"
+        )
     kept = np.asarray(readable, dtype=np.int64)
     labels = torch.from_numpy(split.labels[kept])
     return Features(output[: len(kept)], torch.arange(len(kept)), labels, kept), problems

@@ -68,7 +68,7 @@ class FlatStack:
 
 @dataclass(frozen=True, eq=False)
 class BlockResult:
-    """What a block of K clients ends with: adapters and optimiser state `(K, ...)`, and the mean loss over steps `(K,)`."""
+    """What K clients end with: adapters and optimiser state `(K, ...)`, and the mean loss over steps `(K,)`."""
 
     adapters: State
     optimizer_state: State
@@ -128,4 +128,3 @@ def _row_gradients(losses: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
     """The gradient of the summed losses with respect to all leaves, `(K, P)`; zero for those that the loss ignores."""
     gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
-

@@ -15,7 +15,9 @@ from flora.rng import Rng
 class Sampler(Component):
     """Which clients take part in a round."""
 
-    fraction: float | None = option("share of all clients in a round; none (and no `number`): all", None, above=0, at_most=1)
+    fraction: float | None = option(
+        "share of all clients in a round; none (and no `number`): all", None, above=0, at_most=1
+    )
     number: int | None = option("clients in a round, in place of `fraction`", None, at_least=1)
 
     def check(self) -> None:
