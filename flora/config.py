@@ -240,7 +240,12 @@ def _parse_options(cls: type[Options], raw: Any, path: str) -> Options:
         if name not in raw and field.default is dataclasses.MISSING:
             raise OptionError(f"{prefix}{name}", f"missing: {field.metadata['help']}")
     types_by_name = typing.get_type_hints(cls)
-    values = {name: _parse(types_by_name[name], value, f"{prefix}{name}") for name, value in raw.items()}
+    values = {}
+    for name, value in raw.items():
+        default = fields[name].default
+        if isinstance(default, Component) and isinstance(value, dict) and "name" not in value:
+            value = {"name": name_of(default), **value}
+        values[name] = _parse(types_by_name[name], value, f"{prefix}{name}")
     try:
         return cls(**values)
     except OptionError as error:

@@ -1,0 +1,119 @@
+"""A tiny OpenCLIP model with random weights, images with something to learn, and a config that uses both."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flora import catalogue  # noqa: F401  (registers the components)
+from flora.clip.adapters import Adapter, Lora
+from flora.clip.backbone import Backbone, FrozenClip
+from flora.clip.towers import AdaptedClip
+from flora.data.datasets import Dataset, ImageArrays, ImageData, Split
+from flora.registry import option, register
+from flora.rng import Rng
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+CLASSES = ("cat", "fire truck", "a rather long name for a tree frog")
+
+
+@register("patterns")
+@dataclass(frozen=True)
+class Patterns(Dataset):
+    """Noisy images, 16 px, each class around a pattern of its own."""
+
+    num_train: int = option("training images", 60, at_least=1)
+    num_test: int = option("test images", 30, at_least=1)
+    num_classes: int = option("classes", 3, at_least=1)
+
+    def load(self, rng: Rng) -> ImageData:
+        generator = rng.numpy()
+        centres = generator.uniform(60, 190, (self.num_classes, 16, 16, 3))
+
+        def split(size: int) -> Split:
+            labels = np.arange(size) % self.num_classes
+            pixels = (centres[labels] + generator.normal(0, 25, (size, 16, 16, 3))).clip(0, 255).astype(np.uint8)
+            return Split(ImageArrays(pixels, "patterns"), np.arange(size), labels)
+
+        return ImageData(
+            split(self.num_train), split(self.num_test), tuple(f"thing {i}" for i in range(self.num_classes))
+        )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of the tiny model's JSON config."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny.json")
+
+
+def write_model(
+    path: Path, *, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **top: Any
+) -> str:
+    """Write a variant of the tiny model's config; return its path."""
+    config = {**TINY, **top}
+    config["text_cfg"] = {**TINY["text_cfg"], **(text or {})}  # type: ignore[dict-item]
+    config["vision_cfg"] = {**TINY["vision_cfg"], **(vision or {})}  # type: ignore[dict-item]
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def load_clip(model: str) -> FrozenClip:
+    """A fresh copy of a model with random weights, the same at each call."""
+    return Backbone(model=model, weights="random").load(torch.device("cpu"), Rng(0))
+
+
+def adapt(
+    model: str,
+    adapter: Adapter | None = None,
+    *,
+    class_names: tuple[str, ...] = CLASSES,
+    templates: tuple[str, ...] = ("a photo of a {}.",),
+) -> AdaptedClip:
+    """A fresh tiny model with an adapter attached."""
+    clip = load_clip(model)
+    return AdaptedClip(clip, (adapter or Lora()).attach(clip), class_names=class_names, templates=templates)
+
+
+def random_adapters(
+    model: AdaptedClip, num_clients: int, *, scale: float = 0.3, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """K adapters `(K, ...)` in which B is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    state = model.adapter.initial_state(Rng(seed))
+    return {
+        name: tensor + scale * torch.randn((num_clients, *tensor.shape), generator=generator)
+        for name, tensor in state.items()
+    }
+
+
+def random_pixels(number: int, seed: int = 1) -> torch.Tensor:
+    """Preprocessed images for the tiny model."""
+    return torch.randn(number, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def raw_config(tiny_model: str, tmp_path: Path) -> dict[str, Any]:
+    """A config, as YAML would give it, that runs in about a second."""
+    return {
+        "name": "test",
+        "output": str(tmp_path / "runs"),
+        "rounds": 2,
+        "backbone": {"model": tiny_model, "weights": "random"},
+        "adapter": {"name": "lora", "rank": 2},
+        "data": {"name": "patterns"},
+        "partition": {"name": "dirichlet", "concentration": 0.5, "minimum_examples": 3},
+        "clients": {"number": 4},
+        "local": {"learning_rate": 0.01, "batch_size": 8},
+    }
