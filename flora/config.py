@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -62,7 +64,7 @@ class ExperimentConfig(Options):
     seed: int = option("root of all random numbers", 0, at_least=0)
     rounds: int = option("rounds of federated training; 0: zero-shot only", 20, at_least=0)
     device: str = option("auto (cuda if there is one, else cpu), cpu, cuda or cuda:N", "auto")
-    threads: int | None = option("threads of a CPU operation; none: PyTorch's choice", None, at_least=1)
+    threads: int | None = option("threads of a CPU operation; none: PyTorch's choice", None, at_least=1, at_most=1024)
     output: str = option("folder that run directories are made in", "runs")
     backbone: Backbone = option("the frozen model", Backbone())
     adapter: Adapter = option("what the clients train", Lora())
@@ -71,6 +73,10 @@ class ExperimentConfig(Options):
     local: LocalTraining = option("what a client does in a round", LocalTraining())
     server: ServerOptions = option("what the server does with the updates", ServerOptions())
     evaluation: EvaluationOptions = option("when and how results are measured", EvaluationOptions())
+
+    def check(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
+            raise OptionError("device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -100,22 +106,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     raw = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(raw, override)
-    overridden = [override.partition("=")[0].strip() for override in overrides]
+    if raw.get("name") in (None, ""):
+        raw["name"] = Path(path).stem
     try:
-        config = parse_config(raw)
+        return parse_config(raw)
     except OptionError as error:
-        on_command_line = any(f"{error.option}.".startswith(f"{key}.") for key in overridden)
-        raise ConfigError(f"{'command line' if on_command_line else path}: {error}") from None
-    if not config.name:
-        config = dataclasses.replace(config, name=Path(path).stem)
-    return config
+        # An override of `local` is behind an error in `local.epochs`, and one of `rounds.x` behind one in `rounds`.
+        keys = [_dotted(override.partition("=")[0].strip().split(".")) for override in overrides]
+        found = f"{error.option}.".replace("[", ".")
+        by_override = any(found.startswith(f"{key}.") or f"{key}.".startswith(found) for key in keys)
+        raise ConfigError(f"{'command line' if by_override else path}: {error}") from None
 
 
 def parse_config(raw: Mapping[str, Any]) -> ExperimentConfig:
     """A checked config from nested mappings. Raises `OptionError` naming the dotted key."""
     config: ExperimentConfig = _parse(ExperimentConfig, raw, "")
     name = config.name
-    if name in (".", "..") or any(character in name for character in "/\\\0\n"):
+    if name in (".", "..") or not name.isprintable() or name != name.strip() or "/" in name or "\\" in name:
         raise OptionError("name", f"expected a plain folder name, got {name!r}")
     return config
 
@@ -130,20 +137,33 @@ def config_to_dict(config: Any) -> Any:
     return dict(config) if isinstance(config, Mapping) else config
 
 
+# What PyYAML raises on text that is not YAML, and on a value that doesn't fit its tag (`!!bool 3`).
+_YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError)
+
+
+def _yaml_reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if not isinstance(error, yaml.YAMLError | ValueError):
+        return "a value doesn't fit its tag"
+    return " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, which no experiment needs")
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  (derives from SafeLoader)
+        raw = yaml.load(content.decode(), Loader=_Loader)  # noqa: S506  (derives from SafeLoader)
     except OSError as error:
         hint = ""
         if isinstance(error, FileNotFoundError):
             known = [str(other) for other in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
             hint = f"; {suggest(str(path), known)}" if known else ""
         raise ConfigError(f"{path}: {error.strerror}{hint}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ConfigError(f"{path}: not valid YAML: {reason}") from None
+    except _YAML_ERRORS as error:
+        raise ConfigError(f"{path}: not valid YAML: {_yaml_reason(error)}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of options, got {_show(raw)}")
     return raw
@@ -156,15 +176,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"command line: expected key=value with a dotted key, got {override!r}")
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506  (derives from SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"command line: {key}: not valid YAML: {' '.join(str(error).split())}") from None
+    except _YAML_ERRORS as error:
+        raise ConfigError(f"command line: {_dotted(key.split('.'))}: not valid YAML: {_yaml_reason(error)}") from None
     *parents, last = key.split(".")
     target = raw
-    for parent in parents:
+    for depth, parent in enumerate(parents, start=1):
         inner = target.get(parent)
         if isinstance(inner, str):  # `partition: iid` is short for `partition: {name: iid}`
             inner = {"name": inner}
-        target[parent] = inner if isinstance(inner, dict) else {}
+        if inner is not None and not isinstance(inner, dict):
+            holder = _dotted(parents[:depth])
+            raise ConfigError(f"command line: {_dotted([*parents, last])}: {holder} is {_show(inner)}, not a mapping")
+        target[parent] = inner or {}
         target = target[parent]
     target[last] = value
 
@@ -192,6 +215,8 @@ def _parse_union(choices: tuple[Any, ...], raw: Any, path: str) -> Any:
         return None
     others = [choice for choice in choices if choice is not type(None)]
     fitting = [choice for choice in others if _container(choice) is _container_of(raw)]
+    if not fitting and len(others) > 1:
+        raise OptionError(path, f"expected a list or a mapping, got {_show(raw)}")
     return _parse((fitting or others)[0], raw, path)
 
 
@@ -220,7 +245,7 @@ def _parse_component(kind: type[Component], raw: Any, path: str) -> Component:
         raise OptionError(f"{path}.name", f"missing; expected one of {', '.join(known)}")
     name = raw["name"]
     if not isinstance(name, str) or name not in known:
-        raise OptionError(f"{path}.name", f"{_show(name)} is not known; {suggest(str(name), known)}")
+        raise OptionError(f"{path}.name", f"{_show(name)} is not known; {suggest(_show(name), known)}")
     options = {key: value for key, value in raw.items() if key != "name"}
     return typing.cast(Component, _parse_options(known[name], options, path))
 
@@ -234,8 +259,8 @@ def _parse_options(cls: type[Options], raw: Any, path: str) -> Options:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in raw:
         if key not in fields:
-            known = f"; {suggest(str(key), fields)}" if fields else "; there are no options here"
-            raise OptionError(f"{prefix}{key}", f"unknown key{known}")
+            known = f"; {suggest(_dotted([key]), fields)}" if fields else "; there are no options here"
+            raise OptionError(f"{prefix}{_dotted([key])}", f"unknown key{known}")
     for name, field in fields.items():
         if name not in raw and field.default is dataclasses.MISSING:
             raise OptionError(f"{prefix}{name}", f"missing: {field.metadata['help']}")
@@ -255,7 +280,7 @@ def _parse_options(cls: type[Options], raw: Any, path: str) -> Options:
 def _parse_scalar(annotation: Any, raw: Any, path: str) -> Any:
     if annotation is bool and isinstance(raw, bool):
         return raw
-    if annotation is int and isinstance(raw, int) and not isinstance(raw, bool):
+    if annotation is int and isinstance(raw, int) and not isinstance(raw, bool) and abs(raw) < 2**63:
         return raw
     if annotation is float and isinstance(raw, int | float | str) and not isinstance(raw, bool):
         # YAML 1.1 reads 1e-3, without a dot, as text.
@@ -265,13 +290,29 @@ def _parse_scalar(annotation: Any, raw: Any, path: str) -> Any:
             number = math.nan
         if math.isfinite(number):
             return number
-    if annotation is str and isinstance(raw, str):
+    if annotation is str and isinstance(raw, str) and "\0" not in raw:
         return raw
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     raise OptionError(path, f"expected {words.get(annotation, annotation)}, got {_show(raw)}")
 
 
+class _Short(reprlib.Repr):
+    """Limits the work too: a few lines of YAML aliases can stand for gigabytes of text."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 10**40 else "a number of more than 40 digits"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
 def _show(raw: Any) -> str:
     """A value as an error message shows it: short, on one line."""
-    text = repr(raw)
+    text = _SHORT.repr(raw)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _dotted(keys: Sequence[Any]) -> str:
+    """Keys as an error message shows them; one that could not be a name is quoted."""
+    return ".".join(key if isinstance(key, str) and key.isidentifier() else _show(key) for key in keys)

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from flora.errors import UserError
 
+MAX_SUGGESTIONS = 40
+
 T = TypeVar("T", bound="type[Component]")
 
 
@@ -50,7 +52,7 @@ class Bounds:
             return value in self.choices
         if not isinstance(value, int | float) or isinstance(value, bool):
             return True
-        return math.isfinite(value) and not (
+        return not (isinstance(value, float) and not math.isfinite(value)) and not (
             (self.above is not None and value <= self.above)
             or (self.at_least is not None and value < self.at_least)
             or (self.below is not None and value >= self.below)
@@ -82,7 +84,8 @@ class Options:
             bounds = field.metadata.get("bounds", Bounds())
             value = getattr(self, field.name)
             if not bounds.allow(value):
-                raise OptionError(field.name, f"expected {bounds.describe()}, got {value!r}")
+                shown = list(value) if isinstance(value, tuple) else value
+                raise OptionError(field.name, f"expected {bounds.describe()}, got {shown!r}")
         self.check()
 
     def check(self) -> None:
@@ -132,9 +135,12 @@ def name_of(component: Component) -> str:
 
 
 def suggest(unknown: str, known: Iterable[str]) -> str:
-    """What to say after an unknown name: the nearest known one, or all of them."""
-    names = list(known)
-    nearest = difflib.get_close_matches(unknown, names, n=1)
+    """What to say after an unknown name: the nearest known one, or all of them, or the five nearest of very many."""
+    names = {name.casefold(): name for name in known}
+    nearest = difflib.get_close_matches(unknown.casefold(), names, n=1)
     if nearest:
-        return f"did you mean {nearest[0]!r}?"
-    return "expected one of " + ", ".join(names)
+        return f"did you mean {names[nearest[0]]!r}?"
+    if len(names) <= MAX_SUGGESTIONS:
+        return "expected one of " + ", ".join(names.values())
+    closest = difflib.get_close_matches(unknown.casefold(), names, n=5, cutoff=0.0)
+    return f"the nearest of the {len(names)} known names are {', '.join(names[name] for name in closest)}"

@@ -68,7 +68,8 @@ def final_line(summary: Summary, config: ExperimentConfig) -> str:
     """The run in one line: what it began with, what it reached, between whom, and at what price."""
     before, after = percent(summary.zero_shot_accuracy), percent(summary.last_accuracy)
     clients = f"{summary.num_clients} client{'s' if summary.num_clients != 1 else ''}, {describe(config.partition)}"
-    line = f"zero-shot {before} -> {after} in {summary.rounds} rounds; {clients}"
+    rounds = f"{summary.rounds} round{'s' if summary.rounds != 1 else ''}"
+    line = f"zero-shot {before} -> {after} in {rounds}; {clients}"
     if summary.num_clients > 1:
         line += f"; {size(summary.uplink_bytes_per_client_round)} up per client and round; no image left a client"
     return line

@@ -18,7 +18,8 @@ class Rng:
 
     def child(self, *names: str | int) -> Rng:
         """The node below this one that `names` lead to: `rng.child("round", 3).child("client", 17)`."""
-        return Rng(self.seed, self.path + names)
+        # NumPy's integers print differently from Python's, and the path is hashed as text.
+        return Rng(self.seed, self.path + tuple(name if isinstance(name, str) else int(name) for name in names))
 
     def seed64(self) -> int:
         """This node's 64-bit seed: the first eight bytes of SHA-256 over the root seed and the path."""

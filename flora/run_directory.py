@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
+import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -58,15 +62,12 @@ class RunDirectory:
     def remove_if_nothing_ran(self) -> None:
         """Take the folder away again if the run failed before its first record."""
         if not self._records:
-            for file in self.path.iterdir():
-                file.unlink()
-            self.path.rmdir()
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def log(self, line: str) -> None:
         """Append a line, with the time, to `log.txt`."""
         stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        with self._open("log.txt", "a") as file:
-            file.write(f"{stamp} {line}\n")
+        self._append("log.txt", f"{stamp} {' '.join(line.splitlines())}")
 
     def write_start(
         self, config: ExperimentConfig, *, device: torch.device, clients: Sequence[ClientData], labels: np.ndarray,
@@ -90,10 +91,15 @@ class RunDirectory:
         self._write_json("partition.json", {"class_names": list(class_names), "clients": rows}, indent=None)
 
     def append_round(self, record: RoundRecord) -> None:
-        """Append one object to `rounds.jsonl`."""
-        line = json.dumps(dataclasses.asdict(record), allow_nan=False)
-        with self._open("rounds.jsonl", "a") as file:
-            file.write(line + "\n")
+        """Append one object to `rounds.jsonl`. Raises `UserError` if a result is not finite."""
+        fields = dataclasses.asdict(record)
+        broken = [name for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value)]
+        if broken:
+            raise UserError(
+                f"round {record.round}: {' and '.join(broken)} not finite: the model's outputs are out of range; "
+                "look at backbone.weights, adapter.alpha and local.learning_rate"
+            )
+        self._append("rounds.jsonl", json.dumps(fields, allow_nan=False))
         self._records.append(record)
 
     def write_adapter(self, adapter: StateLike, config: ExperimentConfig) -> None:
@@ -107,12 +113,11 @@ class RunDirectory:
 
     def write_clients(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """Write `clients.csv`, a row a client; a missing result is an empty cell."""
-        path = self.path / "clients.csv.part"
-        with self._open(path.name, "w") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
-        os.replace(path, self.path / "clients.csv")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+        self._write("clients.csv", text.getvalue())
 
     def write_summary(self, summary: Summary) -> None:
         """Write `summary.json`, the last file of a finished run."""
@@ -125,17 +130,29 @@ class RunDirectory:
         """Write a file under another name first, so that under its own it is never half-written."""
         part = self.path / f"{name}.part"
         try:
-            part.write_bytes(content.encode() if isinstance(content, str) else content)
+            part.write_bytes(_encode(content) if isinstance(content, str) else content)
             os.replace(part, self.path / name)
         except OSError as error:
-            part.unlink(missing_ok=True)
-            raise UserError(f"{self.path / name}: can't be written: {error.strerror}") from None
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise UserError(f"{self.path / name}: can't be written: {error.strerror or error}") from None
 
-    def _open(self, name: str, mode: str) -> Any:
+    def _append(self, name: str, line: str) -> None:
+        """Add a line to a file; a line that doesn't fit on the disk is taken back."""
+        path = self.path / name
+        size = path.stat().st_size if path.exists() else 0
         try:
-            return (self.path / name).open(mode, encoding="utf-8", newline="")
+            with path.open("ab") as file:
+                file.write(_encode(line + "\n"))
         except OSError as error:
-            raise UserError(f"{self.path / name}: can't be written: {error.strerror}") from None
+            with suppress(OSError):
+                os.truncate(path, size)
+            raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def _encode(text: str) -> bytes:
+    """UTF-8; bytes of file names that are no UTF-8 become escapes, which JSON understands."""
+    return text.encode(errors="backslashreplace")
 
 
 def environment(device: torch.device, seed: int) -> dict[str, Any]:

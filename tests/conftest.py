@@ -19,6 +19,9 @@ from flora.data.datasets import Dataset, ImageArrays, ImageData, Split
 from flora.registry import option, register
 from flora.rng import Rng
 
+# The tensors here are tiny: a second thread costs more than it brings.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 TINY = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ class Backbone(Options):
         transform = image_transform_v2(
             PreprocessCfg(**{key: value for key, value in settings.items() if key in known}), is_train=False
         )
-        tokenizer = open_clip.SimpleTokenizer(context_length=architecture.context_length)
+        tokenizer = _tokenizer(architecture.context_length)
         return FrozenClip(
             model=model,
             architecture=architecture,
@@ -277,6 +278,11 @@ def _build(config: dict[str, Any], rng: Rng) -> nn.Module:
         model = model_class(**arguments)
     assert isinstance(model, nn.Module)
     return model
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
+    return open_clip.SimpleTokenizer(context_length=context_length)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

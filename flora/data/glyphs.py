@@ -58,7 +58,7 @@ class Glyphs(Dataset):
 
     templates: ClassVar[tuple[str, ...]] = ("a photo of the {}.",)
 
-    num_train: int = option("Number of generated training images", 20_000, at_least=1)
+    num_train: int = option("Number of generated training images", 40_000, at_least=1)
     num_test: int = option("Number of generated test images", 2_000, at_least=1)
     characters: str = option("The classes: English letters and digits, each once", CHARACTERS)
 

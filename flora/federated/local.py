@@ -48,9 +48,7 @@ class FlatStack:
 
     def __init__(self, stack: StateLike, device: torch.device) -> None:
         self._shapes = {name: tensor.shape[1:] for name, tensor in stack.items()}
-        self.matrix = torch.cat([tensor.flatten(1) for tensor in stack.values()], dim=1).to(device)
-        if self.matrix.data_ptr() == next(iter(stack.values())).data_ptr():
-            self.matrix = self.matrix.clone()
+        self.matrix = torch.cat([tensor.reshape(len(tensor), -1) for tensor in stack.values()], dim=1).to(device)
 
     def state(self, num_clients: int | None = None) -> State:
         """The first `num_clients` adapters (default: all), tensors `(K, ...)`."""

@@ -65,7 +65,8 @@ class Adam(Optimizer):
     weight_decay: float = option("L2 penalty added to the gradient", 0.0, at_least=0)
 
     def init(self, parameters: Tensor) -> State:
-        steps = torch.zeros(len(parameters), 1, device=parameters.device)
+        # In double precision, because 1 - beta ** steps is the difference of two nearly equal numbers.
+        steps = torch.zeros(len(parameters), 1, device=parameters.device, dtype=torch.float64)
         return {"mean": torch.zeros_like(parameters), "square": torch.zeros_like(parameters), "steps": steps}
 
     def step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: float) -> None:
@@ -78,9 +79,10 @@ class Adam(Optimizer):
         steps = state["steps"].add_(1)
         mean = state["mean"].lerp_(gradients, 1 - self.beta1)
         square = state["square"].mul_(self.beta2).addcmul_(gradients, gradients, value=1 - self.beta2)
-        step_size = learning_rate / (1 - self.beta1**steps)
-        denominator = (square / (1 - self.beta2**steps)).sqrt_().add_(self.eps)
-        parameters.sub_(step_size * mean / denominator)
+        step_size = (learning_rate / (1 - self.beta1**steps)).to(mean.dtype)
+        correction = (1 - self.beta2**steps).sqrt().to(mean.dtype)
+        denominator = square.sqrt().div_(correction).add_(self.eps)
+        parameters.sub_(denominator.reciprocal_().mul_(mean).mul_(step_size))
 
 
 @register("adamw")

@@ -1,0 +1,94 @@
+"""Features are computed once for every readable image; evaluation equals OpenCLIP's own zero-shot classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from flora.clip.adapters import TARGETS, Lora
+from flora.data.datasets import ImageFiles, Split
+from flora.errors import UserError
+from flora.federated.evaluation import evaluate
+from flora.federated.features import Features, compute_features
+from tests.conftest import CLASSES, adapt, load_clip, random_adapters, random_pixels
+
+LABELS = torch.arange(20) % len(CLASSES)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+@pytest.mark.parametrize("towers", [("text",), ("vision",), ("text", "vision")], ids="-".join)
+def test_evaluation_of_k_adapters_equals_merged_models(
+    tiny_model: str, towers: tuple[str, ...], batch_size: int
+) -> None:
+    model, pixels = adapt(tiny_model, Lora(towers=towers, targets=TARGETS)), random_pixels(20)
+    stack = random_adapters(model, 2)
+    features = Features(model.vision.stem(pixels), torch.arange(20), LABELS, np.arange(20))
+    results = evaluate(model, stack, features, batch_size=batch_size)
+    for client, result in enumerate(results):
+        plain = load_clip(tiny_model)
+        own = {name: tensor[client] for name, tensor in stack.items()}
+        plain.model.load_state_dict(model.adapter.merged_state_dict(plain.model.state_dict(), own))
+        tokens = plain.tokenize([f"a photo of a {name}." for name in CLASSES])
+        with torch.no_grad():
+            images, texts, scale = plain.model(pixels, tokens)
+        logits = scale * images @ texts.T
+        expected = F.cross_entropy(logits, LABELS, reduction="none")
+        np.testing.assert_allclose(result.losses, expected.numpy(), atol=1e-4)
+        margin = (logits.topk(2).values[:, 0] - logits.topk(2).values[:, 1]) > 1e-3
+        assert np.array_equal(result.correct[margin], (logits.argmax(dim=1) == LABELS)[margin].numpy())
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Split:
+    """Six images of several sizes and modes; number 3 is not an image, number 4 is cut short."""
+    paths = []
+    for index, mode in enumerate(["RGB", "L", "RGBA", "RGB", "RGB", "P"]):
+        path = tmp_path / f"{index}.png"
+        pixels = np.random.default_rng(index).integers(0, 255, (20 + 9 * index, 31, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(path)
+        paths.append(path)
+    paths[3].write_text("not an image")
+    paths[4].write_bytes(paths[4].read_bytes()[:200])
+    return Split(ImageFiles(paths), np.arange(6), np.array([0, 1, 0, 1, 2, 1]))
+
+
+def compute(split: Split, model, *, skip: bool, batch_size: int = 2, seen: list[int] | None = None):  # type: ignore[no-untyped-def]
+    return compute_features(
+        split,
+        preprocess=model.clip.preprocess,
+        stem=model.vision.stem,
+        device=model.device,
+        skip_unreadable=skip,
+        advance=(seen if seen is not None else []).append,
+        batch_size=batch_size,
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
+def test_unreadable_images_are_named_and_left_out(tiny_model: str, split: Split, batch_size: int) -> None:
+    model, seen = adapt(tiny_model), []  # type: ignore[var-annotated]
+    features, problems = compute(split, model, skip=True, batch_size=batch_size, seen=seen)
+    assert sum(seen) == 6
+    assert features.positions.tolist() == [0, 1, 2, 5]
+    assert features.labels.tolist() == [0, 1, 0, 1]
+    assert [Path(problem.split(": ")[0]).name for problem in problems] == ["3.png", "4.png"]
+    stem, labels = features.take(torch.tensor([3, 0]), torch.device("cpu"))
+    assert labels.tolist() == [1, 0]
+    for row, index in zip(stem, (5, 0), strict=True):
+        expected = model.clip.model.encode_image(model.clip.preprocess(split.open(index)).unsqueeze(0))  # type: ignore[operator]
+        torch.testing.assert_close(row, expected[0], atol=1e-5, rtol=0)
+
+
+def test_an_unreadable_image_is_fatal_by_default(tiny_model: str, split: Split) -> None:
+    with pytest.raises(UserError, match=r"3\.png: can't be read as an image.*; set data\.unreadable=skip"):
+        compute(split, adapt(tiny_model), skip=False)
+
+
+def test_no_readable_image_at_all(tiny_model: str, split: Split) -> None:
+    with pytest.raises(UserError, match="none of the 2 images can be read"):
+        compute(split.subset(np.array([3, 4])), adapt(tiny_model), skip=True)

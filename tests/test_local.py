@@ -1,0 +1,225 @@
+"""K clients in one step train exactly as each would alone, and as plain PyTorch on plain OpenCLIP would train it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flora import tree
+from flora.clip.adapters import TARGETS, FullFineTuning, Lora
+from flora.clip.towers import AdaptedClip
+from flora.data.batching import client_batches
+from flora.federated.aggregation import FedAvg
+from flora.federated.features import Features
+from flora.federated.local import FlatStack, LocalTraining
+from flora.federated.objectives import Contrastive, CrossEntropy, MultiPositive
+from flora.federated.optimizers import Adam, AdamW, Cosine, Sgd
+from flora.federated.round import Federation, run_round, train_alone
+from flora.federated.sampling import Uniform
+from flora.records import ClientData, ServerState
+from flora.rng import Rng
+from tests.conftest import CLASSES, adapt, load_clip, random_pixels
+
+SIZES = (13, 4, 9, 1, 6)
+PIXELS = random_pixels(sum(SIZES))
+LABELS = torch.arange(sum(SIZES)) % len(CLASSES)
+TEXTS = tuple(f"a photo of a {name}." for name in CLASSES)
+
+
+def federation(
+    model: AdaptedClip, local: LocalTraining, *, per_block: int = 1, cohort: int | None = None
+) -> Federation:
+    """Five clients of 13, 4, 9, 1 and 6 examples."""
+    ends = np.cumsum(SIZES)
+    none = np.array([], dtype=np.int64)
+    count = len(LABELS)
+    return Federation(
+        model=model,
+        features=Features(model.vision.stem(PIXELS), torch.arange(count), LABELS, np.arange(count)),
+        clients=[ClientData(np.arange(end - size, end), none) for size, end in zip(SIZES, ends, strict=True)],
+        local=local,
+        sampler=Uniform(number=cohort),
+        strategy=FedAvg(),
+        num_rounds=3,
+        clients_per_block=per_block,
+        rng=Rng(7),
+    )
+
+
+def start(model: AdaptedClip) -> ServerState:
+    return ServerState(0, model.adapter.initial_state(Rng(1)), {})
+
+
+def run(model: AdaptedClip, local: LocalTraining, rounds: int = 2, **options: int) -> ServerState:
+    parts = federation(model, local, **options)
+    state = start(model)
+    for _ in range(rounds):
+        state, _ = run_round(parts, state)
+    return state
+
+
+def assert_states_close(left: tree.State, right: tree.State, atol: float = 1e-5) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(
+            left[name], right[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+LOCALS = {
+    "sgd, momentum, decay, clipping": LocalTraining(
+        learning_rate=0.5, batch_size=4, epochs=2, clip_norm=0.05, optimizer=Sgd(momentum=0.9, weight_decay=0.1)
+    ),
+    "adamw, kept, cosine": LocalTraining(
+        batch_size=4, optimizer=AdamW(weight_decay=0.2, eps=1e-4), optimizer_state="kept", schedule=Cosine()
+    ),
+    "adam, steps, contrastive": LocalTraining(
+        batch_size=4, steps=3, optimizer=Adam(eps=1e-4, weight_decay=0.1), objective=Contrastive()
+    ),
+    "multi-positive": LocalTraining(batch_size=5, learning_rate=0.1, optimizer=Sgd(), objective=MultiPositive()),
+}
+
+
+@pytest.mark.parametrize("per_block", [2, 3, 5])
+@pytest.mark.parametrize("local", LOCALS.values(), ids=LOCALS.keys())
+@pytest.mark.parametrize("towers", [("text",), ("vision",), ("text", "vision")], ids="-".join)
+def test_the_number_of_clients_per_block_changes_nothing(tiny_model, towers, local, per_block: int) -> None:  # type: ignore[no-untyped-def]
+    model = adapt(tiny_model, Lora(towers=towers, targets=TARGETS, dropout=0.1))
+    alone, together = run(model, local, per_block=1), run(model, local, per_block=per_block)
+    moved = max((alone.adapter[name] - tensor).abs().max().item() for name, tensor in start(model).adapter.items())
+    assert moved > 1e-3
+    assert_states_close(alone.adapter, together.adapter)
+    assert alone.clients.keys() == together.clients.keys()
+    for client in alone.clients:
+        assert_states_close(dict(alone.clients[client]), dict(together.clients[client]))
+
+
+def test_the_same_seed_twice_is_the_same_bit_for_bit(tiny_model: str) -> None:
+    local = LOCALS["adamw, kept, cosine"]
+    states = [run(adapt(tiny_model, Lora(dropout=0.2)), local, per_block=3, cohort=4) for _ in range(2)]
+    assert all(torch.equal(states[0].adapter[name], states[1].adapter[name]) for name in states[0].adapter)
+
+
+@pytest.mark.parametrize("towers", [("text",), ("vision",)], ids="-".join)
+def test_a_round_equals_plain_pytorch_on_a_plain_openclip_model(tiny_model: str, towers: tuple[str, ...]) -> None:
+    """The oracle merges W + s B A by autograd into plain OpenCLIP, pads prompts to 77 tokens, runs both towers."""
+    lora = Lora(towers=towers, targets=("q", "v", "proj"), rank=3, alpha=6)
+    model = adapt(tiny_model, lora)
+    local = LocalTraining(
+        learning_rate=0.3, batch_size=4, clip_norm=0.5, optimizer=Sgd(momentum=0.9, weight_decay=0.01)
+    )
+    parts, state = federation(model, local, per_block=5), start(model)
+    ours, _ = run_round(parts, state)
+
+    plain = load_clip(tiny_model)
+    frozen = {name: tensor.detach() for name, tensor in plain.model.named_parameters()}
+    tokens = plain.tokenize(TEXTS)
+
+    def plain_loss(adapter: tree.State, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        weights = dict(frozen)
+        for name in {key.rpartition(".")[0] for key in adapter}:
+            tower, block, target = name.split(".")
+            prefix = ("visual." if tower == "vision" else "") + f"transformer.resblocks.{block}."
+            key = prefix + ("mlp.c_proj.weight" if target == "proj" else "attn.in_proj_weight")
+            delta = 2.0 * adapter[f"{name}.lora_B"] @ adapter[f"{name}.lora_A"]
+            zero = torch.zeros(32, 32)
+            if target != "proj":
+                delta = torch.cat([delta, zero, zero] if target == "q" else [zero, zero, delta])
+            weights[key] = weights[key] + delta
+        images, texts, scale = torch.func.functional_call(plain.model, weights, (pixels, tokens))
+        return F.cross_entropy(scale * images @ texts.T, labels)
+
+    plain.model.train()  # OpenCLIP has no dropout here; its evaluation fast path has no gradient
+    deltas = []
+    for client, data in enumerate(parts.clients):
+        adapter = {name: tensor.clone().requires_grad_() for name, tensor in state.adapter.items()}
+        optimizer = torch.optim.SGD(adapter.values(), lr=0.3, momentum=0.9, weight_decay=0.01)
+        rng = parts.rng.child("round", 1).child("client", client)
+        steps = -(-len(data.train) // 4)
+        indices, mask = client_batches(data.train, rng, batch_size=4, width=4, num_steps=steps)
+        for batch, real in zip(indices, mask, strict=True):
+            optimizer.zero_grad()
+            plain_loss(adapter, PIXELS[batch[real]], LABELS[batch[real]]).backward()
+            torch.nn.utils.clip_grad_norm_(list(adapter.values()), 0.5)
+            optimizer.step()
+        deltas.append({name: (tensor - state.adapter[name]).detach() for name, tensor in adapter.items()})
+    total = sum(SIZES)
+    for name, before in state.adapter.items():
+        expected = before + sum(size / total * delta[name] for size, delta in zip(SIZES, deltas, strict=True))
+        assert (expected - before).abs().max() > 1e-4
+        torch.testing.assert_close(ours.adapter[name], expected, atol=1e-5, rtol=0)
+
+
+def test_full_fine_tuning_equals_plain_pytorch(tiny_model: str) -> None:
+    model = adapt(tiny_model, FullFineTuning())
+    frozen_before = {name: tensor.clone() for name, tensor in model.clip.model.state_dict().items()}
+    local = LocalTraining(learning_rate=1e-3, batch_size=40, optimizer=AdamW(weight_decay=0.1, eps=1e-4), steps=2)
+    state = start(model)
+    alone = train_alone(federation(model, local), state.adapter, np.array([2]), advance=lambda done: None)
+    plain = load_clip(tiny_model)
+    for parameter in plain.model.parameters():
+        parameter.requires_grad_(True)
+    plain.model.train()
+    tokens, rows = plain.tokenize(TEXTS), slice(17, 26)  # client 2 holds one batch of nine examples
+    for _ in range(3):  # rounds; the optimiser starts fresh in each
+        optimizer = torch.optim.AdamW(plain.model.parameters(), lr=1e-3, weight_decay=0.1, eps=1e-4)
+        for _ in range(2):
+            images, texts, scale = plain.model(PIXELS[rows], tokens)
+            optimizer.zero_grad()
+            F.cross_entropy(scale * images @ texts.T, LABELS[rows]).backward()
+            optimizer.step()
+    for name, parameter in plain.model.named_parameters():
+        torch.testing.assert_close(
+            alone[name][0], parameter.detach(), atol=2e-5, rtol=0, msg=lambda text, name=name: name + text
+        )
+    for name, tensor in model.clip.model.state_dict().items():
+        assert torch.equal(tensor, frozen_before[name])
+
+
+@pytest.mark.parametrize("adapter", [Lora(towers=("text", "vision"), targets=TARGETS), FullFineTuning()])
+def test_training_never_writes_to_a_frozen_weight(tiny_model: str, adapter) -> None:  # type: ignore[no-untyped-def]
+    model = adapt(tiny_model, adapter)
+    before = {name: tensor.clone() for name, tensor in model.clip.model.state_dict().items()}
+    run(model, LocalTraining(learning_rate=0.1, batch_size=4, optimizer=Sgd()))
+    after = model.clip.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_one_client_alone_ends_where_a_federation_of_one_does(tiny_model: str) -> None:
+    model = adapt(tiny_model)
+    local = LocalTraining(learning_rate=0.1, batch_size=8, optimizer=Sgd(momentum=0.5), steps=2)
+    parts = federation(model, local)
+    alone = train_alone(parts, start(model).adapter, np.array([4]), advance=lambda done: None)
+    # All six examples make one batch, so the order of examples, which has its own stream, doesn't matter.
+    adapter = start(model).adapter
+    for round in range(1, 4):
+        rng = Rng(99).child(round)
+        for block in parts.blocks(np.array([4]), rng):
+            result = parts.train(block, tree.expand(adapter, 1), round=round, rng=rng, optimizer_state=None)
+            adapter = tree.unstack(result.adapters)[0]
+    assert_states_close(tree.unstack(alone)[0], adapter)
+
+
+def test_flat_stack_shares_memory_with_its_leaves() -> None:
+    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4.0).view(2, 1, 2), "c": torch.tensor([1.0, 2.0])}
+    flat = FlatStack(state, torch.device("cpu"))
+    assert flat.matrix.shape == (2, 6)
+    leaves = flat.leaves(1)
+    flat.matrix.zero_()
+    assert all(tensor.count_nonzero() == 0 and tensor.requires_grad for tensor in leaves.values())
+    assert {name: tuple(tensor.shape) for name, tensor in leaves.items()} == {"a": (1, 3), "b": (1, 1, 2), "c": (1,)}
+    assert state["a"][1, 2] == 5  # the input is left alone
+
+
+def test_divergence_names_round_client_and_learning_rate(tiny_model: str) -> None:
+    local = LocalTraining(learning_rate=1e30, batch_size=4, optimizer=Sgd(), epochs=3)
+    with pytest.raises(
+        Exception, match=r"round 1: client \d diverged .* learning rate 1e\+30; lower local.learning_rate"
+    ):
+        run(adapt(tiny_model), local)
+
+
+def test_cross_entropy_is_what_the_oracle_uses() -> None:
+    assert LocalTraining().objective == CrossEntropy()

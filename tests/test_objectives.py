@@ -1,0 +1,84 @@
+"""Objectives against hand-worked numbers and plain PyTorch; clients and padding never mix in."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flora.federated.objectives import Contrastive, CrossEntropy, MultiPositive, Objective
+
+ALL = [CrossEntropy(), CrossEntropy(label_smoothing=0.1), Contrastive(), MultiPositive()]
+
+
+def inputs(labels: list[list[int]], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random unit image features, class features (4 classes) and the labels."""
+    generator = torch.Generator().manual_seed(seed)
+    num_clients, size = len(labels), len(labels[0])
+    images = F.normalize(torch.randn(num_clients, size, 5, generator=generator), dim=-1)
+    classes = F.normalize(torch.randn(num_clients, 4, 5, generator=generator), dim=-1)
+    return images, classes, torch.tensor(labels)
+
+
+def test_cross_entropy_by_hand() -> None:
+    images = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    classes = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    loss = CrossEntropy().loss(
+        images, classes, torch.tensor([[0, 0]]), torch.ones(1, 2, dtype=torch.bool), torch.tensor(2.0)
+    )
+    # logits (2, 0) and (0, 2), both of class 0: log(1 + e^-2) and log(1 + e^2)
+    assert loss.item() == pytest.approx((math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2))) / 2)
+
+
+def test_contrastive_is_clips_loss_in_which_a_same_class_image_is_a_negative() -> None:
+    images, classes, labels = inputs([[0, 2, 2, 1]])
+    loss = Contrastive().loss(images, classes, labels, torch.ones(1, 4, dtype=torch.bool), torch.tensor(10.0))
+    logits = 10 * images[0] @ classes[0][labels[0]].T
+    target = torch.arange(4)
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(loss[0], expected)
+
+
+def test_multi_positive_shares_the_target_among_the_images_of_a_class() -> None:
+    images, classes, labels = inputs([[0, 2, 2, 1]])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    loss = MultiPositive().loss(images, classes, labels, mask, torch.tensor(10.0))
+    logits = 10 * images[0] @ classes[0][labels[0]].T
+    target = torch.tensor([[1, 0, 0, 0], [0, 0.5, 0.5, 0], [0, 0.5, 0.5, 0], [0, 0, 0, 1.0]])
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(loss[0], expected)
+    distinct = torch.tensor([[3, 2, 0, 1]])
+    both = [
+        objective.loss(images, classes, distinct, mask, torch.tensor(10.0))
+        for objective in (MultiPositive(), Contrastive())
+    ]
+    torch.testing.assert_close(*both)
+
+
+@pytest.mark.parametrize("objective", ALL)
+def test_padding_changes_neither_loss_nor_gradient(objective: Objective) -> None:
+    images, classes, labels = inputs([[0, 1, 1, 3, 2]])
+    images.requires_grad_()
+    short = objective.loss(
+        images[:, :3], classes, labels[:, :3], torch.ones(1, 3, dtype=torch.bool), torch.tensor(20.0)
+    )
+    mask = torch.tensor([[True, True, True, False, False]])
+    padded = objective.loss(images, classes, labels, mask, torch.tensor(20.0))
+    torch.testing.assert_close(padded, short)
+    expected, found = (torch.autograd.grad(loss.sum(), images)[0] for loss in (short, padded))
+    torch.testing.assert_close(found, expected)
+    assert found[:, 3:].abs().max() == 0
+
+
+@pytest.mark.parametrize("objective", ALL)
+def test_clients_do_not_mix(objective: Objective) -> None:
+    images, classes, labels = inputs([[0, 1, 1], [3, 2, 0], [2, 2, 2]])
+    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    together = objective.loss(images, classes, labels, mask, torch.tensor(5.0))
+    for client in range(3):
+        own = slice(client, client + 1)
+        alone = objective.loss(images[own], classes[own], labels[own], mask[own], torch.tensor(5.0))
+        torch.testing.assert_close(together[own], alone)

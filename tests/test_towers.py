@@ -1,0 +1,69 @@
+"""Cutting a tower, trimming prompts and averaging templates change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flora.clip.towers import TextTower, VisionTower
+from tests.conftest import CLASSES, adapt, load_clip, random_pixels, write_model
+
+TEMPLATES = ("a photo of a {}.", "{}", "an astonishingly detailed painting of the {}, by a child.")
+
+
+@pytest.mark.parametrize("cut", range(5))
+@torch.no_grad()
+def test_every_cut_of_both_towers_gives_openclips_features(tiny_model: str, cut: int) -> None:
+    clip, plain = load_clip(tiny_model), load_clip(tiny_model).model
+    vision, text = VisionTower(clip, cut), TextTower(clip, cut)
+    pixels = random_pixels(5)
+    expected = plain.encode_image(pixels)  # type: ignore[operator]
+    torch.testing.assert_close(vision.suffix(vision.stem(pixels)), expected, atol=1e-5, rtol=0)
+    prompts = text.prompts(CLASSES, TEMPLATES[:1])
+    tokens = clip.tokenize([TEMPLATES[0].format(name) for name in CLASSES])
+    expected = plain.encode_text(tokens)  # type: ignore[operator]
+    torch.testing.assert_close(text.suffix(text.stem(prompts), prompts, 1), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_cut"),
+    [
+        ({}, True),
+        ({"pool_type": "eos", "eos_id": 49407}, True),
+        ({"pool_type": "last"}, False),
+        ({"pool_type": "first"}, False),
+        ({"no_causal_mask": True}, False),
+        ({"proj_bias": True}, True),
+        ({"ls_init_value": 0.5}, True),
+    ],
+)
+@pytest.mark.parametrize("custom_text", [False, True])
+@torch.no_grad()
+def test_prompts_are_cut_where_that_is_exact(tmp_path, text, is_cut: bool, custom_text: bool) -> None:  # type: ignore[no-untyped-def]
+    if text.get("no_causal_mask") and not custom_text:
+        pytest.skip("OpenCLIP's class CLIP needs a mask")
+    path = write_model(tmp_path / "model.json", text=text, custom_text=custom_text)
+    clip = load_clip(path)
+    tower = TextTower(clip, 1)
+    prompts = tower.prompts(CLASSES, TEMPLATES)
+    tokens = clip.tokenize([template.format(name) for name in CLASSES for template in TEMPLATES])
+    longest = int(tokens.argmax(dim=-1).max()) + 1
+    assert tower.is_cut_at_end == is_cut
+    assert prompts.tokens.shape == (9, longest if is_cut else 77)
+    expected = clip.model.encode_text(tokens)  # type: ignore[operator]
+    torch.testing.assert_close(tower.suffix(tower.stem(prompts), prompts, 1), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_an_ensemble_is_the_normalised_mean_of_normalised_features(tiny_model: str) -> None:
+    model, plain = adapt(tiny_model, templates=TEMPLATES), load_clip(tiny_model)
+    for index, name in enumerate(CLASSES):
+        tokens = plain.tokenize([template.format(name) for template in TEMPLATES])
+        mean = plain.model.encode_text(tokens, normalize=True).mean(dim=0)  # type: ignore[operator]
+        torch.testing.assert_close(model.class_features(2)[1, index], F.normalize(mean, dim=0), atol=1e-5, rtol=0)
+
+
+def test_logit_scale_is_the_models(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    path = write_model(tmp_path / "model.json", init_logit_scale=2.0, nonscalar_logit_scale=True)
+    assert adapt(path).logit_scale().item() == pytest.approx(7.389056)
