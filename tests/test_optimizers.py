@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -66,4 +67,4 @@ def test_schedules() -> None:
     warm = Cosine(warmup_rounds=2)
     factors = [warm.factor(round, 12) for round in range(1, 13)]
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert all(later < earlier for earlier, later in zip(factors[2:], factors[3:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors))

@@ -65,7 +65,7 @@ def test_a_cohort_is_sorted_distinct_and_seeded(sampler) -> None:  # type: ignor
     sizes = np.arange(1, 11)
     cohorts = [sampler.sample(sizes, Rng(0).child("round", round)) for round in range(50)]
     assert all(len(set(cohort)) == 3 and list(cohort) == sorted(cohort) for cohort in cohorts)
-    assert all(0 <= cohort.min() and cohort.max() < 10 for cohort in cohorts)
+    assert all(cohort.min() >= 0 and cohort.max() < 10 for cohort in cohorts)
     assert len({tuple(cohort) for cohort in cohorts}) > 10
     again = [sampler.sample(sizes, Rng(0).child("round", round)) for round in range(50)]
     assert all(np.array_equal(left, right) for left, right in zip(cohorts, again, strict=True))

@@ -22,7 +22,7 @@ class Digits(Dataset):
 
     templates: ClassVar[tuple[str, ...]] = ("a photo of the digit {}.",)
 
-    test_fraction: float = option("Share of the images held out for testing", 0.2, above=0, below=1)
+    test_fraction: float = option("share of the images held out for testing", 0.2, above=0, below=1)
 
     def load(self, rng: Rng) -> ImageData:
         """Both splits, with each digit in the same proportion."""

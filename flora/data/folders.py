@@ -81,9 +81,9 @@ class ImageFolder(Dataset):
     named after the client: `root/CLIENT/CLASS/.../image` or `root/train/CLIENT/CLASS/.../image`.
     """
 
-    root: str = option("Folder that holds the class folders, or train/ and test/ with class folders in each")
-    test_fraction: float = option("Share of the images to test on, if the data have no split", 0.2, above=0, below=1)
-    groups: str = option("What names the client: nothing, or a level of folders", "none", choices=("none", "folder"))
+    root: str = option("folder that holds the class folders, or train/ and test/ with class folders in each")
+    test_fraction: float = option("share of the images to test on, if the data have no split", 0.2, above=0, below=1)
+    groups: str = option("what names the client: nothing, or a level of folders", "none", choices=("none", "folder"))
 
     def load(self, rng: Rng) -> ImageData:
         """Index the images; their order is that of client, class and path.
@@ -172,8 +172,8 @@ class CsvFile(Dataset):
     """
 
     path: str = option("CSV file with the columns path and label and, if you have them, client and split")
-    root: str = option("Folder that relative paths start from; empty: the CSV file's folder", "")
-    test_fraction: float = option("Share of the images to test on, if there is no column split", 0.2, above=0, below=1)
+    root: str = option("folder that relative paths start from; empty: the CSV file's folder", "")
+    test_fraction: float = option("share of the images to test on, if there is no column split", 0.2, above=0, below=1)
 
     def load(self, rng: Rng) -> ImageData:
         """Index the images, ordered by path whatever the order of the rows; class names are the sorted labels.

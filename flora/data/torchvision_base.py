@@ -46,8 +46,8 @@ class TorchvisionSet(Dataset):
     renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Better names for some of torchvision's; in the others underscores become spaces."""
 
-    root: str = option("Folder that holds the data set's own folder, laid out as torchvision expects", "data")
-    download: bool = option("Fetch the data set into root if it is not there", False)
+    root: str = option("folder that holds the data set's own folder, laid out as torchvision expects", "data")
+    download: bool = option("fetch the data set into root if it is not there", False)
 
     def load(self, rng: Rng) -> ImageData:
         """Index the images without decoding files; nothing is drawn at random.
@@ -121,7 +121,7 @@ class FileSet(TorchvisionSet):
 class UnsplitFileSet(FileSet):
     """A data set of image files without an official split: it is drawn at random, each class in proportion."""
 
-    test_fraction: float = option("Share of the images to test on", 0.2, above=0, below=1)
+    test_fraction: float = option("share of the images to test on", 0.2, above=0, below=1)
 
     def load(self, rng: Rng) -> ImageData:
         """Index the images and draw the split from `rng`. Raises `UserError` as the sets with a split do."""

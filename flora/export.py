@@ -1,0 +1,80 @@
+"""`python -m flora.export RUN FILE`: a run's adapter merged into its backbone, as weights that OpenCLIP loads."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from flora import catalogue  # noqa: F401  (registers the components)
+from flora.config import load_config
+from flora.errors import UserError
+from flora.rng import Rng
+from flora.run_directory import ADAPTER_FORMAT
+from flora.tree import State
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def read_adapter(path: Path) -> State:
+    """The tensors of an `adapter.safetensors`. Raises `UserError` if it is missing, damaged or something else."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("format") != ADAPTER_FORMAT:
+                raise UserError(f"{path}: not an adapter of this program (format {ADAPTER_FORMAT})")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+
+
+def merged_weights(run: Path) -> State:
+    """The state dict of a finished run's backbone with its adapter merged in, fp32 on the CPU.
+
+    Raises `UserError` if the run's files are missing or don't belong together.
+    """
+    config = load_config(run / "config.yaml")
+    adapter = read_adapter(run / "adapter.safetensors")
+    backbone = dataclasses.replace(config.backbone, precision="fp32")
+    # The same stream as in the run, in case that its backbone had random weights.
+    clip = backbone.load(torch.device("cpu"), Rng(config.seed).child("backbone"))
+    state_dict = dict(clip.model.state_dict())
+    attached = config.adapter.attach(clip)
+    expected = {name: tensor.shape for name, tensor in attached.initial_state(Rng(0)).items()}
+    if expected != {name: tensor.shape for name, tensor in adapter.items()}:
+        raise UserError(f"{run / 'adapter.safetensors'}: doesn't fit the adapter that config.yaml describes")
+    return attached.merged_state_dict(state_dict, adapter)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status, 2 for anything that the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m flora.export", description=__doc__)
+    parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/quickstart")
+    parser.add_argument("file", type=Path, help="the .safetensors file to write; it must not exist")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the numbers (default: fp32)")
+    options = parser.parse_args(argv)
+    try:
+        if options.file.suffix != ".safetensors":
+            raise UserError(f"{options.file}: expected a name that ends in .safetensors")
+        weights = {name: tensor.to(DTYPES[options.dtype]) for name, tensor in merged_weights(options.run).items()}
+        with options.file.open("xb") as file:
+            file.write(safetensors.torch.save(weights))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{options.file}: {error.strerror}", file=sys.stderr)
+        return 2
+    print(f"{options.file}: {len(weights)} tensors; load it as backbone.weights or with open_clip's `pretrained=`")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
