@@ -18,6 +18,7 @@ import yaml
 
 from flora.clip.adapters import Adapter, Lora
 from flora.clip.backbone import Backbone
+from flora.clip.towers import SpeedOptions
 from flora.data.datasets import Dataset
 from flora.data.partition import Partitioner
 from flora.data.prompts import PromptOptions
@@ -72,6 +73,7 @@ class ExperimentConfig(Options):
     clients: ClientOptions = option("the virtual clients", ClientOptions())
     local: LocalTraining = option("what a client does in a round", LocalTraining())
     server: ServerOptions = option("what the server does with the updates", ServerOptions())
+    speed: SpeedOptions = option("exact ways to be faster", SpeedOptions())
     evaluation: EvaluationOptions = option("when and how results are measured", EvaluationOptions())
 
     def check(self) -> None:

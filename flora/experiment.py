@@ -75,7 +75,7 @@ def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Calla
     log(f"{clip.architecture.name}: {backbone_parameters:,} frozen parameters on {device}, {config.backbone.precision}")
     adapter = config.adapter.attach(clip)
     templates = config.prompts.templates or config.data.templates
-    model = AdaptedClip(clip, adapter, class_names=class_names, templates=templates)
+    model = AdaptedClip(clip, adapter, class_names=class_names, templates=templates, speed=config.speed)
     if not model.text.is_cut_at_end:
         log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
     train, test, unreadable = _features(config, data, model, progress)
@@ -88,6 +88,12 @@ def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Calla
     clients = [
         hold_out(part, config.clients.holdout_fraction, rng.child("holdout", index)) for index, part in enumerate(parts)
     ]
+    empty = [index for index, client in enumerate(clients) if not len(client.train)]
+    if empty:
+        raise UserError(
+            f"partition: {len(empty)} of {len(clients)} clients would get no training example, the first is client "
+            f"{empty[0]}; set partition.minimum_examples to 1 or lower clients.number"
+        )
     log(f"{len(labels):,} training and {len(test):,} test images, {len(class_names)} classes, {len(clients)} clients")
     federation = Federation(
         model=model,

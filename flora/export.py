@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,12 +27,13 @@ def read_adapter(path: Path) -> State:
     """The tensors of an `adapter.safetensors`. Raises `UserError` if it is missing, damaged or something else."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("format") != ADAPTER_FORMAT:
+            description = json.loads((file.metadata() or {}).get("flora", "{}"))
+            if not isinstance(description, dict) or description.get("format") != ADAPTER_FORMAT:
                 raise UserError(f"{path}: not an adapter of this program (format {ADAPTER_FORMAT})")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, ValueError) as error:
         raise UserError(f"{path}: damaged: {error}") from None
 
 

@@ -103,13 +103,12 @@ class RunDirectory:
         self._records.append(record)
 
     def write_adapter(self, adapter: StateLike, config: ExperimentConfig) -> None:
-        """Write `adapter.safetensors`, with what the adapter belongs to as its metadata."""
+        """Write `adapter.safetensors`, what it belongs to as JSON in its metadata's `flora`."""
         described = config_to_dict(config)
-        description = {"format": ADAPTER_FORMAT} | {
-            key: json.dumps(described[key]) for key in ("adapter", "backbone", "prompts")
-        }
+        description = {"format": ADAPTER_FORMAT} | {key: described[key] for key in ("adapter", "backbone", "prompts")}
         tensors = {name: tensor.contiguous() for name, tensor in adapter.items()}
-        self._write("adapter.safetensors", safetensors.torch.save(tensors, metadata=description))
+        # One entry only: safetensors writes several in a new order each time.
+        self._write("adapter.safetensors", safetensors.torch.save(tensors, metadata={"flora": json.dumps(description)}))
 
     def write_clients(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """Write `clients.csv`, a row a client; a missing result is an empty cell."""
@@ -161,7 +160,7 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {name: _version(name) for name in packages} | {"torch": str(torch.__version__)},  # with its build
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "num_threads": torch.get_num_threads(),
         "seed": seed,

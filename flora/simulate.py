@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -55,6 +57,7 @@ def simulate(
         if echo is not None:
             echo(line)
 
+    threads = torch.get_num_threads()
     try:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -72,6 +75,8 @@ def simulate(
     except BaseException:
         directory.remove_if_nothing_ran()
         raise
+    finally:
+        torch.set_num_threads(threads)
     for line in report.lines(result.summary, config):
         directory.log(line)
     return result
@@ -202,8 +207,15 @@ def _postfix(record: RoundRecord, records: Sequence[RoundRecord]) -> dict[str, s
     }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m flora.simulate",
         description="Federated adaptation of a frozen CLIP model, simulated in one process.",
         epilog="example: python -m flora.simulate experiments/quickstart.yaml rounds=5 clients.number=20",
@@ -216,10 +228,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 2 for anything the user can mend, 130 for Ctrl-C."""
-    options = _parser().parse_args(argv)
-    paths = [argument for argument in options.arguments if "=" not in argument or Path(argument).is_file()]
-    overrides = [argument for argument in options.arguments if argument not in paths]
     try:
+        options = _parser().parse_args(argv)
+        paths = [argument for argument in options.arguments if "=" not in argument or os.path.isfile(argument)]
+        overrides = [argument for argument in options.arguments if argument not in paths]
         if options.list:
             print(list_components())
             return 0
@@ -230,8 +242,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in paths:
             _main_one(path, overrides, check=options.check)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(" ".join(str(error).splitlines()), file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of `--list | head` has gone
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -247,12 +263,15 @@ def _main_one(path: str, overrides: Sequence[str], *, check: bool) -> None:
             return
         named = any(override.partition("=")[0].strip() == "name" for override in overrides)
         result = simulate(config, numbered=not named, echo=lambda line: tqdm.write(line, file=sys.stderr))
-    except ConfigError:
+    except (ConfigError, BrokenPipeError):
         raise
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.filename or config.output}: {error.strerror or error}") from None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = " ".join(str(error).split()) or "no memory left"
+        raise UserError(f"{path}: out of memory: {reason}; lower clients.per_block or the batch sizes") from None
     print("\n".join(report.lines(result.summary, dataclasses.replace(config, name=result.directory.name))))
     print(f"written to {result.directory}")
 

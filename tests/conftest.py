@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 
@@ -75,6 +77,15 @@ def write_model(
 def load_clip(model: str) -> FrozenClip:
     """A fresh copy of a model with random weights, the same at each call."""
     return Backbone(model=model, weights="random").load(torch.device("cpu"), Rng(0))
+
+
+def load_plain(model: str) -> FrozenClip:
+    """The same weights in a model that OpenCLIP built and nobody touched: what ours is compared with."""
+    clip, config = load_clip(model), json.loads(Path(model).read_text())
+    plain_class = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    plain = plain_class(**config).eval()
+    plain.load_state_dict(clip.model.state_dict())
+    return dataclasses.replace(clip, model=plain)
 
 
 def adapt(

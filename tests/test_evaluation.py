@@ -15,7 +15,7 @@ from flora.data.datasets import ImageFiles, Split
 from flora.errors import UserError
 from flora.federated.evaluation import evaluate
 from flora.federated.features import Features, compute_features
-from tests.conftest import CLASSES, adapt, load_clip, random_adapters, random_pixels
+from tests.conftest import CLASSES, adapt, load_plain, random_adapters, random_pixels
 
 LABELS = torch.arange(20) % len(CLASSES)
 
@@ -30,7 +30,7 @@ def test_evaluation_of_k_adapters_equals_merged_models(
     features = Features(model.vision.stem(pixels), torch.arange(20), LABELS, np.arange(20))
     results = evaluate(model, stack, features, batch_size=batch_size)
     for client, result in enumerate(results):
-        plain = load_clip(tiny_model)
+        plain = load_plain(tiny_model)
         own = {name: tensor[client] for name, tensor in stack.items()}
         plain.model.load_state_dict(model.adapter.merged_state_dict(plain.model.state_dict(), own))
         tokens = plain.tokenize([f"a photo of a {name}." for name in CLASSES])

@@ -20,7 +20,7 @@ from flora.federated.round import Federation, run_round, train_alone
 from flora.federated.sampling import Uniform
 from flora.records import ClientData, ServerState
 from flora.rng import Rng
-from tests.conftest import CLASSES, adapt, load_clip, random_pixels
+from tests.conftest import CLASSES, adapt, load_plain, random_pixels
 
 SIZES = (13, 4, 9, 1, 6)
 PIXELS = random_pixels(sum(SIZES))
@@ -113,7 +113,7 @@ def test_a_round_equals_plain_pytorch_on_a_plain_openclip_model(tiny_model: str,
     parts, state = federation(model, local, per_block=5), start(model)
     ours, _ = run_round(parts, state)
 
-    plain = load_clip(tiny_model)
+    plain = load_plain(tiny_model)
     frozen = {name: tensor.detach() for name, tensor in plain.model.named_parameters()}
     tokens = plain.tokenize(TEXTS)
 
@@ -158,7 +158,7 @@ def test_full_fine_tuning_equals_plain_pytorch(tiny_model: str) -> None:
     local = LocalTraining(learning_rate=1e-3, batch_size=40, optimizer=AdamW(weight_decay=0.1, eps=1e-4), steps=2)
     state = start(model)
     alone = train_alone(federation(model, local), state.adapter, np.array([2]), advance=lambda done: None)
-    plain = load_clip(tiny_model)
+    plain = load_plain(tiny_model)
     for parameter in plain.model.parameters():
         parameter.requires_grad_(True)
     plain.model.train()

@@ -11,14 +11,14 @@ from flora.clip.adapters import TARGETS, Lora
 from flora.clip.lora import Dropout, LowRank
 from flora.registry import OptionError
 from flora.rng import Rng
-from tests.conftest import CLASSES, adapt, load_clip, random_adapters, random_pixels, write_model
+from tests.conftest import CLASSES, adapt, load_plain, random_adapters, random_pixels, write_model
 
 TEMPLATE = "a photo of a {}."
 
 
 def plain_features(model: str, state_dict: dict[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Image and class features by OpenCLIP's own code, on prompts padded to the full context."""
-    clip = load_clip(model)
+    clip = load_plain(model)
     if state_dict is not None:
         clip.model.load_state_dict(state_dict)
     tokens = clip.tokenize([TEMPLATE.format(name) for name in CLASSES])
@@ -56,7 +56,7 @@ def test_adapted_model_equals_plain_openclip_with_merged_weights(model_path: str
     targets = TARGETS if target == "all" else (target,)
     model = adapt(model_path, Lora(towers=("text", "vision"), targets=targets, layers=layers, rank=3))
     stack = random_adapters(model, 1)
-    plain_state = load_clip(model_path).model.state_dict()
+    plain_state = load_plain(model_path).model.state_dict()
     before = {name: tensor.clone() for name, tensor in plain_state.items()}
     merged = model.adapter.merged_state_dict(plain_state, tree.unstack(stack)[0])
     changed = [name for name in merged if not torch.equal(merged[name], before[name])]
@@ -103,7 +103,7 @@ def test_dropout_masks_depend_on_the_client_alone() -> None:
 
 def test_binding_leaves_no_trace(tiny_model: str) -> None:
     model = adapt(tiny_model, Lora(towers=("text", "vision"), targets=TARGETS))
-    names = list(load_clip(tiny_model).model.state_dict())
+    names = list(load_plain(tiny_model).model.state_dict())
     stem = model.vision.stem(random_pixels(2))
     with torch.no_grad():
         before = model.class_features(1), model.image_features(stem, 1)

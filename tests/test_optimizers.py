@@ -67,4 +67,4 @@ def test_schedules() -> None:
     warm = Cosine(warmup_rounds=2)
     factors = [warm.factor(round, 12) for round in range(1, 13)]
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert all(later < earlier for earlier, later in itertools.pairwise(factors))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors[2:]))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from flora.clip.towers import TextTower, VisionTower
-from tests.conftest import CLASSES, adapt, load_clip, random_pixels, write_model
+from tests.conftest import CLASSES, adapt, load_clip, load_plain, random_pixels, write_model
 
 TEMPLATES = ("a photo of a {}.", "{}", "an astonishingly detailed painting of the {}, by a child.")
 
@@ -15,7 +15,7 @@ TEMPLATES = ("a photo of a {}.", "{}", "an astonishingly detailed painting of th
 @pytest.mark.parametrize("cut", range(5))
 @torch.no_grad()
 def test_every_cut_of_both_towers_gives_openclips_features(tiny_model: str, cut: int) -> None:
-    clip, plain = load_clip(tiny_model), load_clip(tiny_model).model
+    clip, plain = load_clip(tiny_model), load_plain(tiny_model).model
     vision, text = VisionTower(clip, cut), TextTower(clip, cut)
     pixels = random_pixels(5)
     expected = plain.encode_image(pixels)  # type: ignore[operator]
@@ -48,16 +48,15 @@ def test_prompts_are_cut_where_that_is_exact(tmp_path, text, is_cut: bool, custo
     tower = TextTower(clip, 1)
     prompts = tower.prompts(CLASSES, TEMPLATES)
     tokens = clip.tokenize([template.format(name) for name in CLASSES for template in TEMPLATES])
-    longest = int(tokens.argmax(dim=-1).max()) + 1
     assert tower.is_cut_at_end == is_cut
-    assert prompts.tokens.shape == (9, longest if is_cut else 77)
-    expected = clip.model.encode_text(tokens)  # type: ignore[operator]
+    assert (prompts.tokens.numel() < 90) == is_cut
+    expected = load_plain(path).model.encode_text(tokens)  # type: ignore[operator]
     torch.testing.assert_close(tower.suffix(tower.stem(prompts), prompts, 1), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_an_ensemble_is_the_normalised_mean_of_normalised_features(tiny_model: str) -> None:
-    model, plain = adapt(tiny_model, templates=TEMPLATES), load_clip(tiny_model)
+    model, plain = adapt(tiny_model, templates=TEMPLATES), load_plain(tiny_model)
     for index, name in enumerate(CLASSES):
         tokens = plain.tokenize([template.format(name) for template in TEMPLATES])
         mean = plain.model.encode_text(tokens, normalize=True).mean(dim=0)  # type: ignore[operator]

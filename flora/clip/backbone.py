@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from flora.clip.lora import LoraAttention
 from flora.errors import UserError
 from flora.registry import Options, option, suggest
 from flora.rng import Rng
@@ -121,11 +123,12 @@ class Backbone(Options):
         config, preprocess = _find_config(self.model)
         architecture = _architecture(self.model, config)
         weights_file, weights_preprocess = self._find_weights(config)
-        model = _build(config, rng)
+        model = _build(self.model, config, rng)
         if weights_file is not None:
             _load_weights(model, weights_file)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        _use_own_attention(getattr(model, "text", model))
         model.eval().to(device)
         settings = {**preprocess, **weights_preprocess, "size": architecture.image_size}
         known = set(PreprocessCfg.__dataclass_fields__)
@@ -205,13 +208,13 @@ def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model config and preprocessing settings that `name` leads to."""
     builtin = ASSETS / f"{name}.json"
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "open_clip_config.json"
         if not path.is_file():
-            raise UserError(f"backbone.model: {name} is a folder without open_clip_config.json")
+            raise UserError(f"backbone.model: {name!r} is a folder without open_clip_config.json")
     if path.suffix == ".json":
         return _read_config(path)
-    if "/" not in name and builtin.is_file():
+    if "/" not in name and os.path.isfile(str(builtin)):
         return _read_config(Path(str(builtin)))
     config = open_clip.get_model_config(name) if ":" not in name else None
     if config is None:
@@ -225,13 +228,17 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"backbone.model: {path}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"backbone.model: {path}: not valid JSON: {error}") from None
     config = content.get("model_cfg", content) if isinstance(content, dict) else {}
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if missing:
         raise UserError(f"backbone.model: {path}: not an OpenCLIP model config: {', '.join(missing)} missing")
-    return config, dict(content.get("preprocess_cfg", {}))
+    preprocess = content.get("preprocess_cfg", {})
+    for key, part in {**config, "preprocess_cfg": preprocess}.items():
+        if key.endswith("_cfg") and not isinstance(part, dict):
+            raise UserError(f"backbone.model: {path}: {key}: expected an object, got {part!r}")
+    return config, preprocess
 
 
 def _architecture(name: str, config: dict[str, Any]) -> Architecture:
@@ -250,6 +257,8 @@ def _architecture(name: str, config: dict[str, Any]) -> Architecture:
         "a Hugging Face tokenizer": bool(text.hf_tokenizer_name) or "siglip" in name.lower(),
         "a class token in the text tower": text.embed_cls,
         "a multimodal decoder (CoCa)": "multimodal_cfg" in config,
+        "tokenizer settings of its own": bool(text.tokenizer_kwargs),
+        "no text projection": text.proj_type == "none" and text.width != config["embed_dim"],
         "custom attention blocks": any(
             tower.block_type == "custom" or any(getattr(tower, key) for key in custom) for tower in (vision, text)
         ),
@@ -257,27 +266,61 @@ def _architecture(name: str, config: dict[str, Any]) -> Architecture:
     for what, found in refused.items():
         if found:
             raise UserError(f"backbone.model: {name} has {what}, which is not supported; {SUPPORTED}")
-    assert isinstance(vision.layers, int)
-    size = vision.image_size
+    _check_sizes(name, config, vision, text)
     return Architecture(
         name=name,
         vision=TowerShape(vision.width, int(vision.width * vision.mlp_ratio), vision.layers),
         text=TowerShape(text.width, int(text.width * text.mlp_ratio), text.layers),
         embed_dim=config["embed_dim"],
-        image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
+        image_size=_pair(vision.image_size),
         context_length=text.context_length,
     )
 
 
-def _build(config: dict[str, Any], rng: Rng) -> nn.Module:
+def _check_sizes(name: str, config: dict[str, Any], vision: Any, text: Any) -> None:
+    """Raise `UserError` where a size is not a number above 0, or sizes don't go together."""
+    sizes = [("embed_dim", config["embed_dim"])]
+    sizes += [(f"vision_cfg.{key}", getattr(vision, key)) for key in ("width", "layers", "head_width")]
+    sizes += [(f"text_cfg.{key}", getattr(text, key)) for key in ("width", "layers", "heads", "context_length")]
+    image, patch = _pair(vision.image_size), _pair(vision.patch_size)
+    sizes += [("vision_cfg.image_size", side) for side in image] + [("vision_cfg.patch_size", side) for side in patch]
+    for key, value in sizes:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"backbone.model: {name}: {key}: expected a whole number above 0, got {value!r}")
+    for key, ratio in (("vision_cfg", vision.mlp_ratio), ("text_cfg", text.mlp_ratio)):
+        if not isinstance(ratio, int | float) or ratio <= 0:
+            raise UserError(f"backbone.model: {name}: {key}.mlp_ratio: expected a number above 0, got {ratio!r}")
+    if len(image) != 2 or len(patch) != 2 or any(small > large for small, large in zip(patch, image, strict=True)):
+        raise UserError(f"backbone.model: {name}: vision_cfg.patch_size: {patch} doesn't fit into image_size, {image}")
+    if not isinstance(text.vocab_size, int) or text.vocab_size < 49408:
+        raise UserError(
+            f"backbone.model: {name}: text_cfg.vocab_size: OpenCLIP's tokenizer needs at least 49408, "
+            f"got {text.vocab_size!r}"
+        )
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value, value)
+
+
+def _build(name: str, config: dict[str, Any], rng: Rng) -> nn.Module:
     """A model with random weights drawn from `rng`; the process-wide generator is left as it was."""
     arguments = dict(config)
     model_class = open_clip.CustomTextCLIP if arguments.pop("custom_text", False) else open_clip.CLIP
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed64() >> 1)
-        model = model_class(**arguments)
+        try:
+            model = model_class(**arguments)
+        except Exception as error:  # torch and open_clip raise types of their own for sizes that don't go together
+            raise UserError(f"backbone.model: {name} can't be built: {_reason(error)}") from None
     assert isinstance(model, nn.Module)
     return model
+
+
+def _use_own_attention(text: Any) -> None:
+    """OpenCLIP's own attention takes no mask for each sequence; ours computes the same from the same weights."""
+    for block in text.transformer.resblocks:
+        block.attn = LoraAttention(block.attn, {})
 
 
 @lru_cache(maxsize=8)
@@ -291,9 +334,15 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     except OSError as error:
         raise UserError(f"backbone.weights: {path}: {error.strerror or error}") from None
     except Exception as error:  # torch, safetensors and open_clip each raise types of their own here
-        reason = " ".join(str(error).split())
-        shown = reason if len(reason) <= 300 else reason[:300] + " ..."
-        raise UserError(f"backbone.weights: {path} doesn't fit the model: {shown}") from None
+        raise UserError(f"backbone.weights: {path} doesn't fit the model: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What a library's error says, on one line."""
+    if isinstance(error, StopIteration):
+        return "it holds no tensors"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return reason if len(reason) <= 300 else reason[:300] + " ..."
 
 
 def _download(model: str, tag: str, config: dict[str, Any]) -> tuple[Path, dict[str, Any]]:

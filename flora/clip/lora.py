@@ -80,15 +80,16 @@ class LoraAttention(nn.Module):
     """A frozen `nn.MultiheadAttention` with low-rank terms on any of q, k, v and out.
 
     It shares the frozen module's parameters under their own names (`in_proj_weight`, `in_proj_bias`, `out_proj.*`),
-    so checkpoints load before and after the replacement. Self-attention, batch first.
+    so checkpoints load before and after the replacement. Self-attention, batch first; the mask may be one for each
+    sequence, `(K * N, 1, L, L)`.
     """
 
-    def __init__(self, attention: nn.MultiheadAttention, low_rank: dict[str, LowRank]) -> None:
+    def __init__(self, attention: nn.MultiheadAttention | LoraAttention, low_rank: dict[str, LowRank]) -> None:
         super().__init__()
-        self.num_heads = attention.num_heads
-        self.in_proj_weight = attention.in_proj_weight
-        self.in_proj_bias = attention.in_proj_bias
-        self.out_proj = attention.out_proj
+        self.num_heads: int = attention.num_heads
+        self.in_proj_weight: Tensor = attention.in_proj_weight
+        self.in_proj_bias: Tensor | None = attention.in_proj_bias
+        self.out_proj: nn.Linear = attention.out_proj
         self.low_rank = nn.ModuleDict(low_rank)
 
     def forward(

@@ -15,21 +15,32 @@ from torch import Tensor, nn
 
 from flora.clip.adapters import AttachedAdapter
 from flora.clip.backbone import FrozenClip
+from flora.clip.packing import one_by_one, pack
+from flora.registry import Options, option
+
+
+@dataclass(frozen=True)
+class SpeedOptions(Options):
+    """Ways to compute the same numbers faster; each can be switched off to measure what it brings."""
+
+    cut_prompts: bool = option("end prompts at their end-of-text token (causal text towers)", True)
+    share_prefixes: bool = option("compute tokens that prompts begin with in common once (needs cut_prompts)", True)
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """The tokenised prompts of all classes, class-major: T templates of class 0, then those of class 1.
 
-    `tokens` is int64 `(C * T, L)`; `ends` `(C * T,)` is the position at which the tower is read.
+    They are laid out in G sequences of M tokens: `tokens` and `positions` are int64 `(G, M)`, `mask` is added to the
+    attention's logits, `(G, 1, M, M)` or `(1, 1, M, M)` or None, and prompt p of the P = C * T is read at slot
+    `ends[p]` of the flattened `(G * M,)`.
     """
 
     tokens: Tensor
+    positions: Tensor
+    mask: Tensor | None
     ends: Tensor
     num_classes: int
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 class VisionTower:
@@ -67,18 +78,42 @@ class TextTower:
 
     def __init__(self, clip: FrozenClip, cut: int) -> None:
         self._clip, self._text, self.cut = clip, clip.text, cut
-        self._num_stages = 2 + len(self._text.transformer.resblocks)
+        self._blocks = self._text.transformer.resblocks
+        self._num_stages = 2 + len(self._blocks)
         # Only a causal tower that is read at the end-of-text token never looks at what stands behind it.
         self.is_cut_at_end = self._text.attn_mask is not None and clip.text_pool in ("argmax", "eos")
 
-    def prompts(self, class_names: Sequence[str], templates: Sequence[str]) -> Prompts:
-        """Tokenise every template for every class, cut behind the last end-of-text token where that is exact."""
-        texts = [template.format(name) for name in class_names for template in templates]
-        tokens = self._clip.tokenize(texts).to(self._clip.device)
+    def prompts(
+        self, class_names: Sequence[str], templates: Sequence[str], speed: SpeedOptions = SpeedOptions()
+    ) -> Prompts:
+        """Tokenise every template for every class; cut and share what `speed` allows and the tower makes exact."""
+        tokens = self._clip.tokenize([template.format(name) for name in class_names for template in templates])
         ends = self._ends(tokens)
-        if self.is_cut_at_end:
-            tokens = tokens[:, : int(ends.max()) + 1]
-        return Prompts(tokens, ends, len(class_names))
+        if not (self.is_cut_at_end and speed.cut_prompts):
+            return self._padded_prompts(tokens, ends, len(class_names))
+        sequences = [row[: end + 1] for row, end in zip(tokens.tolist(), ends.tolist(), strict=True)]
+        width = self._clip.architecture.text.width
+        packing = pack(sequences, width) if speed.share_prefixes else one_by_one(sequences)
+        hidden = torch.from_numpy(~packing.visible).unsqueeze(1)
+        return Prompts(
+            tokens=torch.from_numpy(packing.tokens).to(self._clip.device),
+            positions=torch.from_numpy(packing.positions).to(self._clip.device),
+            mask=torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf).to(self._clip.device),
+            ends=torch.from_numpy(packing.ends).to(self._clip.device),
+            num_classes=len(class_names),
+        )
+
+    def _padded_prompts(self, tokens: Tensor, ends: Tensor, num_classes: int) -> Prompts:
+        """The prompts as OpenCLIP takes them: one by one, at full length, under the tower's own mask."""
+        number, length = tokens.shape
+        mask = self._text.attn_mask
+        return Prompts(
+            tokens=tokens.to(self._clip.device),
+            positions=torch.arange(length, device=self._clip.device).expand(number, length),
+            mask=None if mask is None else mask[:length, :length].unsqueeze(0).unsqueeze(0),
+            ends=(torch.arange(number) * length + ends).to(self._clip.device),
+            num_classes=num_classes,
+        )
 
     def _ends(self, tokens: Tensor) -> Tensor:
         """The position at which each of the prompts `(P, L)` is read, as `open_clip` pools it."""
@@ -87,31 +122,31 @@ class TextTower:
         if self._clip.text_pool == "eos":
             return torch.eq(tokens, self._clip.text_end_token).int().argmax(dim=-1)
         position = 0 if self._clip.text_pool == "first" else tokens.shape[1] - 1
-        return torch.full((len(tokens),), position, device=tokens.device)
+        return torch.full((len(tokens),), position)
 
     @torch.no_grad()
     def stem(self, prompts: Prompts) -> Tensor:
-        """The part that no adapter changes, `(P, ...)`."""
+        """The part that no adapter changes: `(G, M, ...)`, or `(P, embed_dim)` if it is everything."""
         with self._clip.autocast():
-            return self._run(prompts.tokens, prompts.ends, range(self.cut))
+            return self._run(prompts.tokens, prompts, range(self.cut), num_clients=1)
 
     def suffix(self, x: Tensor, prompts: Prompts, num_clients: int) -> Tensor:
-        """The rest: the stem's output, repeated for K clients `(K * P, ...)`, to features `(K * P, embed_dim)`."""
+        """The rest: the stem's output repeated for K clients, client-major, to features `(K * P, embed_dim)`."""
         with self._clip.autocast():
-            return self._run(x, prompts.ends.repeat(num_clients), range(self.cut, self._num_stages))
+            return self._run(x, prompts, range(self.cut, self._num_stages), num_clients=num_clients)
 
-    def _run(self, x: Tensor, ends: Tensor, stages: range) -> Tensor:
-        text, blocks = self._text, self._text.transformer.resblocks
+    def _run(self, x: Tensor, prompts: Prompts, stages: range, *, num_clients: int) -> Tensor:
+        text, mask = self._text, prompts.mask
+        if mask is not None and len(mask) > 1:
+            mask = mask.repeat(num_clients, 1, 1, 1)
         for stage in stages:
             if stage == 0:
-                x = text.token_embedding(x) + text.positional_embedding[: x.shape[1]]
-            elif stage <= len(blocks):
-                length = x.shape[1]
-                mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
-                x = blocks[stage - 1](x, attn_mask=mask)
+                x = text.token_embedding(x) + text.positional_embedding[prompts.positions.repeat(num_clients, 1)]
+            elif stage <= len(self._blocks):
+                x = self._blocks[stage - 1](x, attn_mask=mask)
             else:
-                # Each row is normalised by itself, so reading the row first gives the same numbers.
-                read = x[torch.arange(len(x), device=x.device), ends]
+                # Each row is normalised by itself, so reading the rows first gives the same numbers.
+                read = x.unflatten(0, (num_clients, -1)).flatten(1, 2)[:, prompts.ends].flatten(0, 1)
                 x = _project(text.ln_final(read), text.text_projection)
         return x
 
@@ -126,13 +161,19 @@ class AdaptedClip:
     """A frozen model, an adapter attached to it, and the prompts: all that local training and evaluation call."""
 
     def __init__(
-        self, clip: FrozenClip, adapter: AttachedAdapter, *, class_names: Sequence[str], templates: Sequence[str]
+        self,
+        clip: FrozenClip,
+        adapter: AttachedAdapter,
+        *,
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        speed: SpeedOptions = SpeedOptions(),
     ) -> None:
         self.clip, self.adapter = clip, adapter
         self.device = clip.device
         self.vision = VisionTower(clip, adapter.trained_from["vision"])
         self.text = TextTower(clip, adapter.trained_from["text"])
-        self.prompts = self.text.prompts(class_names, templates)
+        self.prompts = self.text.prompts(class_names, templates, speed)
         self._text_stem = self.text.stem(self.prompts)
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:

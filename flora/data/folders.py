@@ -43,10 +43,15 @@ def image_paths(folder: Path) -> list[Path]:
 
     found = []
     for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(Path(parent, name))]
         paths = (Path(parent, name) for name in files if not name.startswith("."))
         found += [path for path in paths if path.suffix.lower() in SUFFIXES]
     return sorted(found, key=Path.as_posix)
+
+
+def _leads_back(path: Path) -> bool:
+    """Whether this is a link to a folder that it lies in itself: following it would never end."""
+    return path.is_symlink() and path.resolve() in path.parent.resolve().joinpath("-").parents
 
 
 def to_split(examples: Sequence[Example], class_names: Sequence[str]) -> Split:
@@ -90,7 +95,7 @@ class ImageFolder(Dataset):
 
         Raises `UserError` naming the folder that is missing, or the client or the class that has no images.
         """
-        root = Path(self.root).expanduser()
+        root = Path(os.path.expanduser(self.root))
         if not root.is_dir():
             raise UserError(f"data.root: {self.root}: no such folder; expected {self._layout(root)}")
         try:
@@ -205,7 +210,7 @@ class CsvFile(Dataset):
         """The rows that are not blank, as line numbers and stripped cells; the first is the header."""
         lines = []
         try:
-            with Path(self.path).expanduser().open(encoding="utf-8-sig", newline="") as file:
+            with open(os.path.expanduser(self.path), encoding="utf-8-sig", newline="") as file:
                 reader = csv.reader(file, strict=True)
                 try:
                     for row in reader:
@@ -232,7 +237,7 @@ class CsvFile(Dataset):
                 raise self._error(f"{problem}; found {', '.join(header)}", lines[0][0])
         if len(lines) == 1:
             raise self._error("no rows below the header")
-        root = Path(self.root or Path(self.path).parent).expanduser()
+        root = Path(os.path.expanduser(self.root or Path(self.path).parent))
         if not root.is_dir():
             raise UserError(f"data.root: {root}: no such folder; expected the one that paths in {self.path} start from")
         rows: list[_Row] = []

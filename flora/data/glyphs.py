@@ -21,6 +21,7 @@ CHARACTERS = string.digits + string.ascii_uppercase
 # Sides of the undistorted drawing, of the distorted one and of the bitmap whose cells of 4 x 4 become pixels.
 _MASTER, _WARPED, _BITMAP, _CELL = 96, 48, 32, 4
 
+
 @register("glyphs")
 @dataclass(frozen=True)
 class Glyphs(Dataset):

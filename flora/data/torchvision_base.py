@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class TorchvisionSet(Dataset):
 
     def _read_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[Any]:
         """torchvision's data sets for each of the `parts`' arguments, downloaded first if that is asked for."""
-        root = Path(self.root).expanduser()
+        root = Path(os.path.expanduser(self.root))
         expected = ", ".join(str(root / path) for path in self.layout)
         if self.needs_scipy and importlib.util.find_spec("scipy") is None:
             raise UserError(f"data: {self.title} is stored in .mat files: pip install scipy to read them")

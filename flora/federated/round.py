@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from flora import tree
 from flora.clip.towers import AdaptedClip
@@ -74,10 +75,11 @@ class Federation:
             dropout_generators=[rng.child("client", client, "dropout").torch() for client in block.clients],
             optimizer_state=optimizer_state,
         )
-        for client, adapter in zip(block.clients, tree.unstack(result.adapters), strict=True):
-            if not tree.is_finite(adapter):
+        adapters_and_losses = zip(block.clients, tree.unstack(result.adapters), result.losses, strict=True)
+        for client, adapter, loss in adapters_and_losses:
+            if not (tree.is_finite(adapter) and torch.isfinite(loss)):
                 raise UserError(
-                    f"round {round}: client {client} diverged (its adapter is no longer finite) at learning rate "
+                    f"round {round}: client {client} diverged (adapter or loss no longer finite) at learning rate "
                     f"{self.learning_rate(round):g}; lower local.learning_rate or set local.clip_norm"
                 )
         return result

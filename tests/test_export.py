@@ -1,0 +1,70 @@
+"""An exported file is plain OpenCLIP weights that give the run's last accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+
+from flora import export
+from flora.config import parse_config
+from flora.rng import Rng
+from flora.simulate import simulate
+from tests.conftest import Patterns, load_plain
+
+
+@pytest.mark.parametrize("adapter", [{"name": "lora", "towers": ["text", "vision"]}, {"name": "full"}])
+def test_plain_openclip_reaches_the_runs_accuracy(
+    raw_config: dict[str, Any], tmp_path: Path, adapter: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = parse_config({**raw_config, "adapter": adapter, "seed": 5})
+    result = simulate(config)
+    assert result.summary.last_accuracy > result.summary.zero_shot_accuracy
+    file = tmp_path / "merged.safetensors"
+    assert export.main([str(result.directory), str(file)]) == 0
+    assert "load it as backbone.weights" in capsys.readouterr().out
+    plain = load_plain(config.backbone.model)
+    open_clip.load_checkpoint(plain.model, str(file))
+    data = Patterns().load(Rng(5).child("data"))
+    pixels = torch.stack([plain.preprocess(data.test.open(index)) for index in range(len(data.test))])
+    tokens = plain.tokenize([f"a photo of a {name}." for name in data.class_names])
+    with torch.no_grad():
+        images, texts, _ = plain.model(pixels, tokens)
+    predicted = (images @ texts.T).argmax(dim=1).numpy()
+    assert np.mean(predicted == data.test.labels) == pytest.approx(result.summary.last_accuracy)
+
+
+def test_half_precision_and_what_is_refused(
+    raw_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(simulate(parse_config({**raw_config, "rounds": 1})).directory)
+    file = tmp_path / "merged.safetensors"
+    assert export.main([run, str(file), "--dtype", "fp16"]) == 0
+    assert {tensor.dtype for tensor in safetensors.torch.load_file(file).values()} == {torch.float16}
+    capsys.readouterr()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.yaml").write_text(Path(run, "config.yaml").read_text())
+    safetensors.torch.save_file({"a": torch.zeros(1)}, foreign / "adapter.safetensors")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text(Path(run, "config.yaml").read_text().replace("rank: 2", "rank: 3"))
+    (other / "adapter.safetensors").write_bytes(Path(run, "adapter.safetensors").read_bytes())
+    for arguments, message in [
+        ((run, str(file)), "merged.safetensors: File exists"),
+        ((run, str(tmp_path / "merged.pt")), "expected a name that ends in .safetensors"),
+        ((str(tmp_path), str(tmp_path / "b.safetensors")), "config.yaml: No such file"),
+        ((str(foreign), str(tmp_path / "b.safetensors")), "not an adapter of this program"),
+        ((str(other), str(tmp_path / "b.safetensors")), "doesn't fit the adapter that config.yaml describes"),
+    ]:
+        assert export.main(arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+    assert not (tmp_path / "b.safetensors").exists()

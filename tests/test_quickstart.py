@@ -1,0 +1,83 @@
+"""The shipped experiments, and the README's examples, for real."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flora.config import load_config
+from flora.rng import Rng
+from flora.simulate import main, simulate
+from tests.conftest import SHARED
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_quickstart_gains_more_than_twenty_points_and_beats_clients_alone(tmp_path: Path) -> None:
+    config = load_config(ROOT / "experiments/quickstart.yaml", [f"output={tmp_path}"])
+    summary = simulate(config).summary
+    assert summary.last_accuracy > summary.zero_shot_accuracy + 0.2
+    assert summary.alone_accuracy_best is not None
+    assert summary.last_accuracy > summary.alone_accuracy_best + 0.1
+    assert summary.uplink_bytes_per_client_round < 30_000
+
+
+def test_the_backbone_run_learns_from_generated_characters(tmp_path: Path) -> None:
+    """Two short rounds of the run that made the quickstart's backbone: far above chance, which is 1 in 36."""
+    overrides = ["data.num_train=2560", "data.num_test=360", "rounds=2", "local.epochs=2", f"output={tmp_path}"]
+    summary = simulate(load_config(ROOT / "experiments/quickstart_backbone.yaml", overrides)).summary
+    assert summary.zero_shot_accuracy < 0.06
+    assert summary.last_accuracy > 0.08
+    assert summary.trainable_parameters == summary.backbone_parameters
+
+
+@pytest.mark.parametrize("name", ["eurosat", "fashion_mnist", "caltech101"])
+def test_experiments_on_real_images_start(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (SHARED / "data").is_dir() or not (SHARED / "weights").is_dir():
+        pytest.skip("needs ../shared/data and ../shared/weights")
+    monkeypatch.chdir(ROOT)
+    config = load_config(f"experiments/{name}.yaml", [f"output={tmp_path}"])
+    data = config.data.load(Rng(0))
+    assert len(data.train) > 5000
+    parts = config.partition.split(data.train.labels, config.clients.number, Rng(0))
+    assert sum(map(len, parts)) == len(data.train)
+
+
+def readme_block(language: str, marker: str) -> str:
+    """The README's code block in `language` that contains `marker`."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return next(block for block in blocks if marker in block)
+
+
+def test_the_readmes_strategy_in_one_file(tmp_path: Path, tiny_model: str) -> None:
+    script = tmp_path / "my_strategy.py"
+    script.write_text(readme_block("python", "class Median"))
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        f"output: {tmp_path}/runs\nrounds: 1\nbackbone: {{model: {tiny_model}, weights: random}}\n"
+        "data: digits\npartition: iid\nlocal: {steps: 1}\n"
+    )
+    command = [sys.executable, str(script), str(config), "server.strategy=median"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "in 1 round; 10 clients, iid" in done.stdout
+
+
+def test_the_readmes_use_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = readme_block("python", "simulate(config)").replace('"rounds=5"', f'"rounds=1", "output={tmp_path}"')
+    assert str(tmp_path) in code
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
+
+
+def test_every_yaml_block_of_the_readme_is_a_valid_config(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block)
+        assert main(["--check", str(path)]) == 0
