@@ -24,6 +24,7 @@ from flora.data.partition import Partitioner
 from flora.data.prompts import PromptOptions
 from flora.errors import UserError
 from flora.federated.aggregation import FedAvg, Strategy
+from flora.federated.cache import CacheOptions
 from flora.federated.evaluation import EvaluationOptions
 from flora.federated.local import LocalTraining
 from flora.federated.sampling import Sampler, Uniform
@@ -73,6 +74,7 @@ class ExperimentConfig(Options):
     clients: ClientOptions = option("the virtual clients", ClientOptions())
     local: LocalTraining = option("what a client does in a round", LocalTraining())
     server: ServerOptions = option("what the server does with the updates", ServerOptions())
+    cache: CacheOptions = option("where image features are kept between runs", CacheOptions())
     speed: SpeedOptions = option("exact ways to be faster", SpeedOptions())
     evaluation: EvaluationOptions = option("when and how results are measured", EvaluationOptions())
 

@@ -13,18 +13,14 @@ from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.backbone import parameter_count
 from flora.clip.towers import AdaptedClip
 from flora.config import ExperimentConfig
-from flora.data.datasets import ImageData, Split
 from flora.errors import UserError
-from flora.federated.features import Features, compute_features
+from flora.federated.features import Features, Progress, load_features
 from flora.federated.memory import choose_clients_per_block
 from flora.federated.round import Federation
 from flora.records import ClientData, ServerState
 from flora.registry import OptionError
 from flora.rng import Rng
 from flora.tree import State
-
-Progress = Callable[[str, int], Callable[[int], object]]
-"""`progress(title, total)` starts a bar and returns the function that advances it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +74,16 @@ def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Calla
     model = AdaptedClip(clip, adapter, class_names=class_names, templates=templates, speed=config.speed)
     if not model.text.is_cut_at_end:
         log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
-    train, test, unreadable = _features(config, data, model, progress)
+    (train, test), unreadable = load_features(
+        [data.train, data.test],
+        model,
+        cache=config.cache,
+        skip_unreadable=config.data.unreadable == "skip",
+        progress=progress,
+        log=log,
+    )
+    clients_per_block = _clients_per_block(config, model)
+    model.release_stems()
     for line in unreadable:
         log(f"left out: {line}")
     labels = train.labels.numpy()
@@ -103,7 +108,7 @@ def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Calla
         sampler=config.clients.cohort,
         strategy=config.server.strategy,
         num_rounds=config.rounds,
-        clients_per_block=_clients_per_block(config, model),
+        clients_per_block=clients_per_block,
         rng=rng.child("federation"),
     )
     return Experiment(
@@ -138,26 +143,6 @@ def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:
         count = min(max(round(len(examples) * fraction), 1), len(examples) - 1)
     order = rng.numpy().permutation(examples)
     return ClientData(train=np.sort(order[count:]), held_out=np.sort(order[:count]))
-
-
-def _features(
-    config: ExperimentConfig, data: ImageData, model: AdaptedClip, progress: Progress
-) -> tuple[Features, Features, list[str]]:
-    """Stem outputs of both splits, and a line for each image that was skipped."""
-    advance = progress("images", len(data.train) + len(data.test))
-
-    def compute(split: Split) -> tuple[Features, list[str]]:
-        return compute_features(
-            split,
-            preprocess=model.clip.preprocess,
-            stem=model.vision.stem,
-            device=model.device,
-            skip_unreadable=config.data.unreadable == "skip",
-            advance=advance,
-        )
-
-    (train, train_problems), (test, test_problems) = compute(data.train), compute(data.test)
-    return train, test, train_problems + test_problems
 
 
 def _check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:

@@ -53,7 +53,7 @@ def names(folder: Path) -> list[str]:
 
 def log_lines(error: str) -> list[str]:
     """The lines on standard error that are only the log's."""
-    known = ("frozen parameters on", "training and", "left out: ", "clients trained alone")
+    known = ("frozen parameters on", "training and", "left out: ", "clients trained alone", "image features: ")
     return [line for line in error.splitlines() if any(words in line for words in known)]
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 from flora.clip.adapters import TARGETS, Lora
 from flora.data.datasets import ImageFiles, Split
 from flora.errors import UserError
+from flora.federated.cache import CacheOptions
 from flora.federated.evaluation import evaluate
-from flora.federated.features import Features, compute_features
+from flora.federated.features import Features, load_features
 from tests.conftest import CLASSES, adapt, load_plain, random_adapters, random_pixels
 
 LABELS = torch.arange(20) % len(CLASSES)
@@ -57,22 +58,25 @@ def split(tmp_path: Path) -> Split:
     return Split(ImageFiles(paths), np.arange(6), np.array([0, 1, 0, 1, 2, 1]))
 
 
-def compute(split: Split, model, *, skip: bool, batch_size: int = 2, seen: list[int] | None = None):  # type: ignore[no-untyped-def]
-    return compute_features(
-        split,
-        preprocess=model.clip.preprocess,
-        stem=model.vision.stem,
-        device=model.device,
+def compute(split: Split, model, *, skip: bool, seen: list[int] | None = None):  # type: ignore[no-untyped-def]
+    (features,), problems = load_features(
+        [split],
+        model,
+        cache=CacheOptions(folder=None),
         skip_unreadable=skip,
-        advance=(seen if seen is not None else []).append,
-        batch_size=batch_size,
+        progress=lambda title, total: (seen if seen is not None else []).append,
+        log=lambda line: None,
     )
+    return features, problems
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
-def test_unreadable_images_are_named_and_left_out(tiny_model: str, split: Split, batch_size: int) -> None:
+def test_unreadable_images_are_named_and_left_out(
+    tiny_model: str, split: Split, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flora.federated.features.STEM_BATCH_SIZE", batch_size)
     model, seen = adapt(tiny_model), []  # type: ignore[var-annotated]
-    features, problems = compute(split, model, skip=True, batch_size=batch_size, seen=seen)
+    features, problems = compute(split, model, skip=True, seen=seen)
     assert sum(seen) == 6
     assert features.positions.tolist() == [0, 1, 2, 5]
     assert features.labels.tolist() == [0, 1, 0, 1]
@@ -90,5 +94,5 @@ def test_an_unreadable_image_is_fatal_by_default(tiny_model: str, split: Split) 
 
 
 def test_no_readable_image_at_all(tiny_model: str, split: Split) -> None:
-    with pytest.raises(UserError, match="none of the 2 images can be read"):
+    with pytest.raises(UserError, match="none of the 2 images of a split can be read"):
         compute(split.subset(np.array([3, 4])), adapt(tiny_model), skip=True)

@@ -27,11 +27,11 @@ def test_quickstart_gains_more_than_twenty_points_and_beats_clients_alone(tmp_pa
 
 
 def test_the_backbone_run_learns_from_generated_characters(tmp_path: Path) -> None:
-    """Two short rounds of the run that made the quickstart's backbone: far above chance, which is 1 in 36."""
-    overrides = ["data.num_train=2560", "data.num_test=360", "rounds=2", "local.epochs=2", f"output={tmp_path}"]
-    summary = simulate(load_config(ROOT / "experiments/quickstart_backbone.yaml", overrides)).summary
-    assert summary.zero_shot_accuracy < 0.06
-    assert summary.last_accuracy > 0.08
+    """A small version of the run that made the quickstart's backbone: three characters, from random weights."""
+    overrides = ["data.characters=0XK", "data.num_train=1200", "data.num_test=300", "rounds=4", "local.batch_size=32"]
+    config = load_config(ROOT / "experiments/quickstart_backbone.yaml", [*overrides, f"output={tmp_path}"])
+    summary = simulate(config).summary
+    assert summary.last_accuracy > 0.7
     assert summary.trainable_parameters == summary.backbone_parameters
 
 
@@ -76,7 +76,7 @@ def test_the_readmes_use_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_every_yaml_block_of_the_readme_is_a_valid_config(tmp_path: Path) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 2
+    assert blocks
     for number, block in enumerate(blocks):
         path = tmp_path / f"{number}.yaml"
         path.write_text(block)

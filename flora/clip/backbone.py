@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -62,6 +62,7 @@ class FrozenClip:
     model: nn.Module
     architecture: Architecture
     preprocess: Callable[[Image.Image], Tensor]
+    preprocess_settings: dict[str, Any]
     tokenize: Callable[[Sequence[str]], Tensor]
     device: torch.device
     precision: str
@@ -130,16 +131,16 @@ class Backbone(Options):
             parameter.requires_grad_(False)
         _use_own_attention(getattr(model, "text", model))
         model.eval().to(device)
-        settings = {**preprocess, **weights_preprocess, "size": architecture.image_size}
+        given = {**preprocess, **weights_preprocess, "size": architecture.image_size}
         known = set(PreprocessCfg.__dataclass_fields__)
-        transform = image_transform_v2(
-            PreprocessCfg(**{key: value for key, value in settings.items() if key in known}), is_train=False
-        )
+        settings = PreprocessCfg(**{key: value for key, value in given.items() if key in known})
+        transform = image_transform_v2(settings, is_train=False)
         tokenizer = _tokenizer(architecture.context_length)
         return FrozenClip(
             model=model,
             architecture=architecture,
             preprocess=lambda image: transform(to_rgb(image)),
+            preprocess_settings=asdict(settings),
             tokenize=lambda texts: tokenizer(list(texts)),
             device=device,
             precision=self.precision,

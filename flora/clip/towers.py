@@ -6,11 +6,16 @@ gradients; what they give is all that training and evaluation ever see.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import PIL
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from flora.clip.adapters import AttachedAdapter
@@ -49,6 +54,7 @@ class VisionTower:
     def __init__(self, clip: FrozenClip, cut: int) -> None:
         self._clip, self._visual, self.cut = clip, clip.visual, cut
         self._num_stages = 2 + len(self._visual.transformer.resblocks)
+        self.num_tokens = int(self._visual.positional_embedding.shape[0])
 
     @torch.no_grad()
     def stem(self, pixels: Tensor) -> Tensor:
@@ -60,6 +66,40 @@ class VisionTower:
         """The rest, from the stem's output to the features."""
         with self._clip.autocast():
             return self._run(x, range(self.cut, self._num_stages))
+
+    def stem_key(self) -> dict[str, Any]:
+        """Everything but the images that the stem's output depends on, as JSON types."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._visual.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return {
+            "weights": digest.hexdigest(),
+            "cut": self.cut,
+            "preprocess": json.loads(json.dumps(self._clip.preprocess_settings)),
+            "precision": self._clip.precision,
+            "device": self._clip.device.type,
+            "versions": {module.__name__: str(module.__version__) for module in (torch, torchvision, PIL)},
+        }
+
+    def stem_shape(self) -> tuple[torch.Size, torch.dtype]:
+        """Shape and type of the stem's output for one image."""
+        output = self.stem(torch.zeros(1, 3, *self._clip.architecture.image_size, device=self._clip.device))
+        return output.shape[1:], output.dtype
+
+    def activation_bytes(self) -> int:
+        """About what one image takes in a block that runs without gradients."""
+        return 8 * self.num_tokens * self._clip.architecture.vision.mlp_width
+
+    def release_stem(self) -> None:
+        """Take the stem's weights out of memory, once nothing will run through it any more."""
+        visual, blocks = self._visual, self._visual.transformer.resblocks
+        if self.cut > 0:
+            visual.conv1 = visual.class_embedding = visual.positional_embedding = None
+        for block in range(min(self.cut - 1, len(blocks))):
+            blocks[block] = nn.Identity()
+        if self.cut == self._num_stages:
+            visual.proj = None
 
     def _run(self, x: Tensor, stages: range) -> Tensor:
         blocks = self._visual.transformer.resblocks
@@ -135,6 +175,13 @@ class TextTower:
         with self._clip.autocast():
             return self._run(x, prompts, range(self.cut, self._num_stages), num_clients=num_clients)
 
+    def release_stem(self) -> None:
+        """Take the stem's weights out of memory, once nothing will run through it any more."""
+        if self.cut > 0:
+            self._text.token_embedding = self._text.positional_embedding = None
+        for block in range(min(self.cut - 1, len(self._blocks))):
+            self._blocks[block] = nn.Identity()
+
     def _run(self, x: Tensor, prompts: Prompts, stages: range, *, num_clients: int) -> Tensor:
         text, mask = self._text, prompts.mask
         if mask is not None and len(mask) > 1:
@@ -188,6 +235,11 @@ class AdaptedClip:
         features = F.normalize(self.text.suffix(repeated, self.prompts, num_clients).float(), dim=-1)
         ensembles = features.unflatten(0, (num_clients, self.prompts.num_classes, -1))
         return F.normalize(ensembles.mean(dim=2), dim=-1)
+
+    def release_stems(self) -> None:
+        """Take what is frozen in front of the adapters out of memory; from now on only features go in."""
+        self.vision.release_stem()
+        self.text.release_stem()
 
     def logit_scale(self) -> Tensor:
         """The factor of the cosine similarities, a scalar."""

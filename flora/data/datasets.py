@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ class ImageSource(Protocol):
     def open(self, index: int) -> Image.Image:
         """Decode image `index`, in whatever mode and size it has. Raises OSError if it can't be read."""
 
+    def fingerprint(self, indices: np.ndarray) -> str:
+        """A digest that changes when one of these images does, found without decoding them."""
+
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -49,6 +53,18 @@ class ImageFiles:
         except Exception as error:  # Pillow's decoders raise ValueError, SyntaxError and more on a damaged file.
             raise OSError(f"cannot decode image file: {error}") from error
 
+    def fingerprint(self, indices: np.ndarray) -> str:
+        """Of the files' paths, sizes and times of change. A file that is missing has neither of the last two."""
+        digest = hashlib.sha256()
+        for index in indices:
+            path = self.paths[index]
+            try:
+                status = path.stat()
+                digest.update(repr((str(path.resolve()), status.st_size, status.st_mtime_ns)).encode())
+            except OSError:
+                digest.update(repr(str(path)).encode())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True, eq=False)
 class ImageArrays:
@@ -65,6 +81,11 @@ class ImageArrays:
 
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])
+
+    def fingerprint(self, indices: np.ndarray) -> str:
+        """Of the pixels themselves."""
+        chosen = self.pixels[indices]
+        return hashlib.sha256(repr((chosen.shape, str(chosen.dtype))).encode() + chosen.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,9 @@
-"""The frozen stem's output for every image, computed once."""
+"""The frozen stem's output for every image, computed once: what training and evaluation read in place of images."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,11 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flora.data.datasets import Split
+from flora.clip.towers import AdaptedClip
+from flora.data.datasets import ImageSource, Split
 from flora.errors import UserError
+from flora.federated.cache import CacheOptions, Entry, FeatureCache
+from flora.federated.memory import available_memory_bytes
 
 # What Pillow raises for a file that it can't decode, or that would be absurdly large once decoded.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# Images through the stem at once; fewer where their activations would take more than this.
+STEM_BATCH_SIZE, STEM_BATCH_BYTES = 256, 2**28
+
+Progress = Callable[[str, int], Callable[[int], object]]
+"""`progress(title, total)` starts a bar and returns the function that advances it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +44,8 @@ class Features:
 
     def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Stem outputs and labels of the examples at `indices`, on `device`."""
-        return self.stem[self.rows[indices]].to(device), self.labels[indices].to(device)
+        rows = self.rows[indices].to(self.stem.device)
+        return self.stem[rows].to(device), self.labels[indices].to(device)
 
     def subset(self, indices: np.ndarray) -> Features:
         """The examples at `indices`, in that order; the stem outputs are shared."""
@@ -44,63 +53,100 @@ class Features:
         return Features(self.stem, self.rows[chosen], self.labels[chosen], self.positions[indices])
 
 
-def compute_features(
-    split: Split,
+def load_features(
+    splits: Sequence[Split],
+    model: AdaptedClip,
     *,
-    preprocess: Callable[[Image.Image], Tensor],
-    stem: Callable[[Tensor], Tensor],
-    device: torch.device,
+    cache: CacheOptions,
     skip_unreadable: bool,
-    advance: Callable[[int], object],
-    batch_size: int = 256,
-) -> tuple[Features, list[str]]:
-    """Run every image of a split through `preprocess` and `stem`; images are decoded in parallel.
+    progress: Progress,
+    log: Callable[[str], object],
+) -> tuple[list[Features], list[str]]:
+    """Features of each split, from the cache where it has them, and a line for each image that can't be read.
 
-    Returns the features of all examples that could be read, and a line for each that could not.
-    Raises `UserError` for the first of those unless `skip_unreadable`. `advance` is told how many images are done.
+    Splits that share a source share its features, so another split of the same images finds them in the cache.
+    Raises `UserError` for the first unreadable image unless `skip_unreadable`, if a split has no readable image, or if
+    the features fit neither into memory nor into the cache.
     """
-    output: Tensor | None = None
-    readable: list[int] = []
+    by_source = {id(split.source): split.source for split in splits}
+    entries: dict[int, tuple[Entry, np.ndarray]] = {}
     problems: list[str] = []
-    for indices, pixels, failed in _decoded_batches(split, preprocess, batch_size):
-        if failed and not skip_unreadable:
-            raise UserError(f"{failed[0]}; set data.unreadable=skip to leave such images out")
-        problems += failed
-        if indices:
-            batch = stem(torch.stack(pixels).to(device)).cpu()
-            if output is None:
-                output = torch.empty((len(split), *batch.shape[1:]), dtype=batch.dtype)
-            output[len(readable) : len(readable) + len(indices)] = batch
-            readable += indices
-        advance(len(indices) + len(failed))
-    if output is None:
-        raise UserError(
-            f"data: none of the {len(split)} images can be read; the first: {(problems or ['no images'])[0]}"
-        )
-    kept = np.asarray(readable, dtype=np.int64)
-    labels = torch.from_numpy(split.labels[kept])
-    return Features(output[: len(kept)], torch.arange(len(kept)), labels, kept), problems
+    for key, source in by_source.items():
+        used = np.unique(np.concatenate([split.positions for split in splits if split.source is source]))
+        entry = _entry(source, used, model, cache=cache, progress=progress, log=log)
+        if entry.problems and not skip_unreadable:
+            raise UserError(f"{entry.problems[0]}; set data.unreadable=skip to leave such images out")
+        problems += entry.problems
+        rows = np.full(len(source), -1, dtype=np.int64)
+        rows[used[entry.readable]] = np.arange(len(entry.readable))
+        entries[key] = entry, rows
+    return [_of_split(split, *entries[id(split.source)], problems) for split in splits], problems
+
+
+def _of_split(split: Split, entry: Entry, rows: np.ndarray, problems: Sequence[str]) -> Features:
+    own = rows[split.positions]
+    kept = np.flatnonzero(own >= 0)
+    if not len(kept):
+        first = problems[0] if problems else "there are none"
+        raise UserError(f"data: none of the {len(split)} images of a split can be read; the first: {first}")
+    return Features(entry.stem, torch.from_numpy(own[kept]), torch.from_numpy(split.labels[kept]), kept)
+
+
+def _entry(
+    source: ImageSource,
+    used: np.ndarray,
+    model: AdaptedClip,
+    *,
+    cache: CacheOptions,
+    progress: Progress,
+    log: Callable[[str], object],
+) -> Entry:
+    """The stem's outputs for the images `used` of a source: found, or computed and kept."""
+    store = FeatureCache(cache, log)
+    key = {**model.vision.stem_key(), "images": source.fingerprint(used), "num_images": len(used)}
+    shape, dtype = model.vision.stem_shape()
+    num_bytes = len(used) * int(np.prod(shape)) * dtype.itemsize
+    budget = cache.memory_bytes or available_memory_bytes(torch.device("cpu")) // 2
+    found = store.read(key, in_memory=num_bytes <= budget)
+    if found is not None:
+        log(f"image features: {len(found.readable):,} read from the cache ({_size(num_bytes)})")
+        return found
+    place = "in memory" if num_bytes <= budget else "memory-mapped on disk"
+    log(f"image features: {len(used):,} of shape {tuple(shape)}, {_size(num_bytes)} {place}, to be computed once")
+    with store.create(key, (len(used), *shape), dtype, in_memory=num_bytes <= budget) as writer:
+        advance = progress("images", len(used))
+        for indices, pixels, failed in _decoded_batches(source, used, model):
+            if indices:
+                writer.append(indices, model.vision.stem(torch.stack(pixels).to(model.device)).cpu())
+            writer.problems += failed
+            advance(len(indices) + len(failed))
+        return writer.finish()
 
 
 def _decoded_batches(
-    split: Split, preprocess: Callable[[Image.Image], Tensor], batch_size: int
+    source: ImageSource, used: np.ndarray, model: AdaptedClip
 ) -> Iterator[tuple[list[int], list[Tensor], list[str]]]:
-    """Batches of (indices, pixels, what could not be read), one decoded ahead of the one being used."""
+    """Batches of (places in `used`, pixels, what could not be read), one decoded ahead of the one being used."""
 
-    def decode(index: int) -> Tensor | str:
+    def decode(place: int) -> Tensor | str:
+        index = int(used[place])
         try:
-            return preprocess(split.open(index))
+            return model.clip.preprocess(source.open(index))
         except UNREADABLE as error:
-            return f"{split.name(index)}: can't be read as an image: {' '.join(str(error).split())}"
+            return " ".join(f"{source.name(index)}: can't be read as an image: {error}".split())
 
-    starts = range(0, len(split), batch_size)
-    batches = [range(start, min(start + batch_size, len(split))) for start in starts]
+    size = max(1, min(STEM_BATCH_SIZE, STEM_BATCH_BYTES // model.vision.activation_bytes()))
+    batches = [range(start, min(start + size, len(used))) for start in range(0, len(used), size)]
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
-        ahead = [pool.submit(decode, index) for index in batches[0]] if batches else []
+        ahead = [pool.submit(decode, place) for place in batches[0]] if batches else []
         for number, batch in enumerate(batches):
             current = [future.result() for future in ahead]
             following = batches[number + 1] if number + 1 < len(batches) else range(0)
-            ahead = [pool.submit(decode, index) for index in following]
-            decoded = [(index, item) for index, item in zip(batch, current, strict=True) if isinstance(item, Tensor)]
+            ahead = [pool.submit(decode, place) for place in following]
+            decoded = [(place, item) for place, item in zip(batch, current, strict=True) if isinstance(item, Tensor)]
             failed = [item for item in current if isinstance(item, str)]
-            yield [index for index, _ in decoded], [pixels for _, pixels in decoded], failed
+            yield [place for place, _ in decoded], [pixels for _, pixels in decoded], failed
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"

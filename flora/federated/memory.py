@@ -27,8 +27,7 @@ def _trained_token_widths(model: AdaptedClip, batch_size: int) -> int:
     """The sum over trained blocks of tokens times width, for one client's step."""
     architecture = model.clip.architecture
     prompts = model.prompts.tokens
-    num_patches = model.clip.visual.positional_embedding.shape[0]
-    tokens = {"text": prompts.shape[0] * prompts.shape[1], "vision": batch_size * num_patches}
+    tokens = {"text": prompts.shape[0] * prompts.shape[1], "vision": batch_size * model.vision.num_tokens}
     total = 0
     for tower, first_stage in model.adapter.trained_from.items():
         shape = architecture.tower(tower)

@@ -1,0 +1,199 @@
+"""Cached features are the computed ones, bit for bit; anything damaged or foreign is computed again."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flora.clip.adapters import Lora
+from flora.config import parse_config
+from flora.data.datasets import ImageArrays, Split
+from flora.errors import UserError
+from flora.federated import cache as cache_module
+from flora.federated.cache import CacheOptions
+from flora.federated.features import Features, load_features
+from flora.simulate import simulate
+from tests.conftest import adapt
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (23, 18, 18, 3), dtype=np.uint8)
+
+
+def splits(pixels: np.ndarray = PIXELS, seed: int = 0) -> list[Split]:
+    """Two splits of one source, drawn at random."""
+    order = np.random.default_rng(seed).permutation(len(pixels))
+    source = ImageArrays(pixels, "noise")
+    return [Split(source, part, np.zeros(len(part), dtype=np.int64)) for part in (order[:15], order[15:])]
+
+
+def load(model: Any, options: CacheOptions, parts: list[Split] | None = None) -> tuple[list[Features], list[str]]:
+    """The features, and what was logged."""
+    lines: list[str] = []
+    features, _ = load_features(
+        parts or splits(),
+        model,
+        cache=options,
+        skip_unreadable=False,
+        progress=lambda title, total: lambda done: None,
+        log=lines.append,
+    )
+    return features, lines
+
+
+def numbers(features: list[Features]) -> list[torch.Tensor]:
+    return [each.take(torch.arange(len(each)), torch.device("cpu"))[0] for each in features]
+
+
+def assert_equal(left: list[Features], right: list[Features]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(numbers(left), numbers(right), strict=True))
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted((folder / "features").iterdir())
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 1], ids=["in memory", "memory-mapped"])
+@pytest.mark.parametrize("towers", [("text",), ("vision",)], ids="-".join)
+def test_a_second_run_reads_what_the_first_computed(tiny_model, tmp_path, towers, memory_bytes) -> None:  # type: ignore[no-untyped-def]
+    options = CacheOptions(folder=str(tmp_path), memory_bytes=memory_bytes)
+    lora = Lora(towers=towers, layers=(-1,))
+    plain, _ = load(adapt(tiny_model, lora), CacheOptions(folder=None))
+    first, said = load(adapt(tiny_model, lora), options)
+    assert "to be computed once" in said[0]
+    assert ("memory-mapped on disk" in said[0]) == (memory_bytes == 1)
+    second, said = load(adapt(tiny_model, lora), options)
+    assert said == [said[0]]
+    assert "23 read from the cache" in said[0]
+    assert_equal(plain, first)
+    assert_equal(plain, second)
+    assert len(entries(tmp_path)) == 1
+    # Another split of the same images needs nothing new.
+    other, said = load(adapt(tiny_model, lora), options, splits(seed=1))
+    assert "read from the cache" in said[0]
+    assert not torch.equal(numbers(other)[0], numbers(first)[0])
+
+
+def test_the_key_holds_what_the_numbers_depend_on(tiny_model: str, tmp_path: Path) -> None:
+    options = CacheOptions(folder=str(tmp_path))
+    load(adapt(tiny_model), options)
+    changed = PIXELS.copy()
+    changed[3, 0, 0, 0] ^= 1
+    model = adapt(tiny_model)
+    with torch.no_grad():
+        model.clip.visual.conv1.weight[0, 0, 0, 0] += 1
+    for number, (other, parts) in enumerate(
+        [
+            (adapt(tiny_model), splits(changed)),
+            (adapt(tiny_model, Lora(towers=("vision",))), splits()),
+            (model, splits()),
+        ]
+    ):
+        _, said = load(other, options, parts)
+        assert "to be computed once" in said[0]
+        assert len(entries(tmp_path)) == number + 2
+
+
+def truncate(entry: Path) -> None:
+    os.truncate(entry / "stem.bin", 100)
+
+
+def flip(entry: Path) -> None:
+    content = bytearray((entry / "stem.bin").read_bytes())
+    content[17] ^= 4
+    (entry / "stem.bin").write_bytes(content)
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    def change(entry: Path) -> None:
+        description = json.loads((entry / "entry.json").read_text())
+        (entry / "entry.json").write_text(json.dumps({**description, **changes}))
+
+    return change
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "a bit flipped": flip,
+    "numbers missing": lambda entry: (entry / "stem.bin").unlink(),
+    "description missing": lambda entry: (entry / "entry.json").unlink(),
+    "description cut": lambda entry: os.truncate(entry / "entry.json", 60),
+    "description is a list": lambda entry: (entry / "entry.json").write_text("[]"),
+    "foreign": edit(key={"weights": "other"}),
+    "another format": edit(format="flora-features-0"),
+    "another shape": edit(shape=[23, 8]),
+    "an unknown type": edit(dtype="float7"),
+    "a type that is none": edit(dtype="nn"),
+    "too few rows": edit(readable=[0, 1]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_entry_is_computed_again(tiny_model: str, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    options = CacheOptions(folder=str(tmp_path))
+    first, _ = load(adapt(tiny_model), options)
+    damage(entries(tmp_path)[0])
+    again, said = load(adapt(tiny_model), options)
+    assert "damaged" in said[0]
+    assert "to be computed once" in said[1]
+    assert_equal(first, again)
+    assert "read from the cache" in load(adapt(tiny_model), options)[1][0]
+
+
+def test_without_room_the_features_stay_in_memory_or_the_run_ends(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_module.os, "posix_fallocate", full)
+    features, said = load(adapt(tiny_model), CacheOptions(folder=str(tmp_path)))
+    assert "not used: No space left on device" in said[1]
+    assert len(features) == 2
+    with pytest.raises(UserError, match=r"cache.folder: .* don't fit into memory, and not here: No space left"):
+        load(adapt(tiny_model), CacheOptions(folder=str(tmp_path), memory_bytes=1))
+    assert entries(tmp_path) == []
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert "not used" in load(adapt(tiny_model), CacheOptions(folder=str(blocked)))[1][1]
+
+
+def test_an_interrupted_fill_leaves_nothing(tiny_model: str, tmp_path: Path) -> None:
+    model = adapt(tiny_model)
+
+    class Broken(ImageArrays):
+        def open(self, index: int):  # type: ignore[no-untyped-def]
+            raise KeyboardInterrupt
+
+    parts = [Split(Broken(PIXELS, "noise"), np.arange(5), np.zeros(5, dtype=np.int64))]
+    with pytest.raises(KeyboardInterrupt):
+        load(model, CacheOptions(folder=str(tmp_path)), parts)
+    assert entries(tmp_path) == []
+
+
+def test_a_run_with_cached_features_is_the_same_run(raw_config: dict[str, Any], home: Path) -> None:
+    results = [simulate(parse_config({**raw_config, "name": name})) for name in ("first", "second")]
+    assert "read from the cache" in (results[1].directory / "log.txt").read_text()
+    assert (home / ".cache/flora/features").is_dir()
+    for name in results[0].adapter:
+        assert torch.equal(results[0].adapter[name], results[1].adapter[name])
+
+
+@pytest.mark.parametrize("towers", [("text",), ("vision",), ("text", "vision")], ids="-".join)
+def test_the_frozen_stems_leave_memory(tiny_model: str, towers: tuple[str, ...]) -> None:
+    model = adapt(tiny_model, Lora(towers=towers, layers=(-1,)))
+    features, _ = load(model, CacheOptions(folder=None))
+    stem = numbers(features)[0]
+    with torch.no_grad():
+        before = model.image_features(stem, 1), model.class_features(2)
+        size = sum(parameter.numel() for parameter in model.clip.model.parameters())
+        model.release_stems()
+        assert sum(parameter.numel() for parameter in model.clip.model.parameters()) < size / 10
+        assert torch.equal(model.image_features(stem, 1), before[0])
+        assert torch.equal(model.class_features(2), before[1])
