@@ -1,0 +1,198 @@
+"""`python -m flora.benchmark`: what a local step costs, from full fine-tuning to ours, as ratios within one run.
+
+Weights and images are random, because cost is what is measured. Each variant runs in a process of its own, the
+variants take turns, and the median of the repeats is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flora.benchmark_variants import VARIANTS, Setting, Step, unavoidable_flops
+from flora.errors import UserError
+from flora.federated.memory import peak_memory_bytes
+from flora.report import size
+
+WARMUP_SECONDS, MIN_STEPS = 1.0, 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one process measured. Seconds are per step and client; bytes of memory are above the imports'."""
+
+    variant: str
+    step_seconds: float
+    evaluation_seconds: float
+    peak_bytes: int
+    device_bytes: int
+    sent_bytes: int
+    flops_per_second: float | None
+    matmul_flops_per_second: float | None
+
+
+def measure(variant: str, setting: Setting, seconds: float) -> Result:
+    """Build a variant, warm it up, and time its steps for about `seconds`."""
+    before = resident_bytes()
+    step = VARIANTS[variant].build(setting)
+    times: list[float] = []
+    _timed(step.run, setting.device)
+    started = time.perf_counter()
+    while len(times) < MIN_STEPS or time.perf_counter() - started < seconds:
+        times.append(_timed(step.run, setting.device))
+        if len(times) >= 1 and time.perf_counter() - started > 20 * seconds:
+            break
+    peak = resident_peak_bytes() - before
+    step_seconds = statistics.median(times) / step.num_clients
+    evaluation = min(_timed(step.evaluate, setting.device) for _ in range(2))
+    flops = unavoidable_flops(setting, step)
+    return Result(
+        variant=variant,
+        step_seconds=step_seconds,
+        evaluation_seconds=evaluation,
+        peak_bytes=peak,
+        device_bytes=peak_memory_bytes(setting.torch_device) if setting.torch_device.type == "cuda" else 0,
+        sent_bytes=step.sent_bytes,
+        flops_per_second=None if flops is None else flops / step_seconds,
+        matmul_flops_per_second=None if flops is None else matmul_rate(setting, step),
+    )
+
+
+def matmul_rate(setting: Setting, step: Step) -> float:
+    """Floating-point operations a second in the largest product of the text tower, at the step's own size."""
+    width = step.width
+    left = torch.randn(step.num_tokens, width, device=setting.torch_device)
+    right = torch.randn(width, 4 * width, device=setting.torch_device)
+    seconds = min(_timed(lambda: torch.mm(left, right), setting.device) for _ in range(20))
+    return 2 * left.shape[0] * width * 4 * width / seconds
+
+
+def _timed(function: Callable[[], Any], device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def resident_bytes() -> int:
+    """The process's resident set now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def resident_peak_bytes() -> int:
+    """The process's largest resident set so far."""
+    return peak_memory_bytes(torch.device("cpu"))
+
+
+def run_variants(setting: Setting, variants: Sequence[str], *, repeats: int, seconds: float) -> dict[str, list[Result]]:
+    """Measure each variant `repeats` times in fresh processes, in turns."""
+    results: dict[str, list[Result]] = {variant: [] for variant in variants}
+    for repeat in range(repeats):
+        for variant in variants:
+            print(f"\r{repeat + 1}/{repeats} {variant:<40}", end="", file=sys.stderr, flush=True)
+            order = json.dumps({"setting": asdict(setting), "variant": variant, "seconds": seconds})
+            command = [sys.executable, "-m", "flora.benchmark", "--worker", order]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise UserError(f"{variant}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+            results[variant].append(Result(**json.loads(done.stdout.splitlines()[-1])))
+    print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    return results
+
+
+def table(results: dict[str, list[Result]]) -> list[str]:
+    """The results as Markdown: medians, spread, and ratios to the three loops that others write."""
+    references = [name for name in ("full", "naive", "by hand") if name in results]
+    median = {name: statistics.median(each.step_seconds for each in rows) for name, rows in results.items()}
+    head = ["variant", "ms per step and client", "spread", *(f"x {name}" for name in references)]
+    head += ["evaluation, ms", "peak memory", "sent"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, rows in results.items():
+        steps = [each.step_seconds for each in rows]
+        cells = [
+            VARIANTS[name].title,
+            f"{1000 * median[name]:.1f}",
+            f"{1000 * min(steps):.1f} to {1000 * max(steps):.1f}",
+        ]
+        cells += [f"{median[reference] / median[name]:.1f}" for reference in references]
+        cells += [f"{1000 * statistics.median(each.evaluation_seconds for each in rows):.0f}"]
+        cells += [
+            size(statistics.median(each.device_bytes or each.peak_bytes for each in rows)),
+            size(rows[0].sent_bytes),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    last = list(results.values())[-1]
+    if last[0].flops_per_second is not None:
+        fractions = [(each.flops_per_second or 0) / (each.matmul_flops_per_second or 1) for each in last]
+        rate = statistics.median(each.matmul_flops_per_second or 0 for each in last)
+        lines += ["", f"matrix products here: {rate / 1e9:.0f} GFLOP/s; the last row's trained path reaches "]
+        lines[-1] += f"{statistics.median(fractions):.0%} of that with the operations that it can't avoid"
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m flora.benchmark", description=__doc__)
+    parser.add_argument("--model", default="ViT-B-16", help="OpenCLIP name or JSON config (default: %(default)s)")
+    parser.add_argument("--classes", type=int, default=10, help="number of classes, 1 to 100 (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="images in a step (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=32, help="clients in a block (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--tower", choices=("text", "vision"), default="text", help="the adapted one (default: text)")
+    parser.add_argument("--layers", type=int, default=0, help="adapt the last N blocks only (default: all)")
+    parser.add_argument("--targets", default="q,v", help="adapted matrices (default: %(default)s)")
+    parser.add_argument("--objective", choices=("cross_entropy", "contrastive"), default="cross_entropy")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each variant (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of steps in each process (default: %(default)s)")
+    parser.add_argument("--variants", help=f"comma-separated, of: {', '.join(VARIANTS)} (default: all)")
+    parser.add_argument("--json", type=Path, help="write every measurement to this file, too")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = _parser().parse_args(argv)
+    if options.worker:
+        order = json.loads(options.worker)
+        result = measure(order["variant"], Setting(**order["setting"]), order["seconds"])
+        print(json.dumps(asdict(result)))
+        return 0
+    names = list(VARIANTS) if options.variants is None else options.variants.split(",")
+    try:
+        unknown = [name for name in names if name not in VARIANTS]
+        if unknown:
+            raise UserError(f"--variants: {unknown[0]!r} is not one of {', '.join(VARIANTS)}")
+        setting = Setting(
+            model=options.model, num_classes=options.classes, batch_size=options.batch, num_clients=options.clients,
+            rank=options.rank, tower=options.tower, num_layers=options.layers, targets=options.targets,
+            objective=options.objective, device=options.device,
+        )  # fmt: skip
+        results = run_variants(setting, names, repeats=options.repeats, seconds=options.seconds)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    lines = table(results)
+    print("\n".join(lines))
+    if options.json is not None:
+        measured = {name: [asdict(each) for each in rows] for name, rows in results.items()}
+        options.json.write_text(json.dumps({"setting": asdict(setting), "results": measured}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
