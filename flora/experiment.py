@@ -14,7 +14,7 @@ from flora.clip.backbone import parameter_count
 from flora.clip.towers import AdaptedClip
 from flora.config import ExperimentConfig
 from flora.errors import UserError
-from flora.federated.features import Features, Progress, load_features
+from flora.federated.features import Features, Progress, load_features, move_if_they_fit
 from flora.federated.memory import choose_clients_per_block
 from flora.federated.round import Federation
 from flora.records import ClientData, ServerState
@@ -31,6 +31,7 @@ class Experiment:
     federation: Federation
     test: Features
     held_out: Features
+    held_out_sizes: np.ndarray
     class_names: tuple[str, ...]
     initial_adapter: State
     backbone_parameters: int
@@ -82,12 +83,14 @@ def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Calla
         progress=progress,
         log=log,
     )
-    clients_per_block = _clients_per_block(config, model)
-    model.release_stems()
-    for line in unreadable:
-        log(f"left out: {line}")
     labels = train.labels.numpy()
-    _check_classes(labels, test.labels.numpy(), class_names)
+    clients_per_block = _clients_per_block(config, model)
+    log(f"clients in one step: up to {clients_per_block}")
+    model.release_stems()
+    train, test = move_if_they_fit([train, test], device)
+    if unreadable:
+        log(f"left out: {len(unreadable):,} of {len(data.train) + len(data.test):,} images can't be read")
+    _check_classes(labels, test.labels.cpu().numpy(), class_names)
     groups = None if data.train.groups is None else data.train.groups[train.positions]
     parts = config.partition.split(labels, config.clients.number, rng.child("partition"), groups=groups)
     clients = [
@@ -116,6 +119,7 @@ def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Calla
         federation=federation,
         test=test,
         held_out=train.subset(np.concatenate([client.held_out for client in clients])),
+        held_out_sizes=np.array([len(client.held_out) for client in clients]),
         class_names=class_names,
         initial_adapter=adapter.initial_state(rng.child("adapter")),
         backbone_parameters=backbone_parameters,

@@ -110,3 +110,4 @@ class Summary:
     peak_memory_bytes: int
     trainable_parameters: int
     backbone_parameters: int
+    num_unreadable: int

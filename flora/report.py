@@ -70,7 +70,7 @@ def final_line(summary: Summary, config: ExperimentConfig) -> str:
     clients = f"{summary.num_clients} client{'s' if summary.num_clients != 1 else ''}, {describe(config.partition)}"
     rounds = f"{summary.rounds} round{'s' if summary.rounds != 1 else ''}"
     line = f"zero-shot {before} -> {after} in {rounds}; {clients}"
-    if summary.num_clients > 1:
+    if summary.num_clients > 1 and summary.rounds:
         line += f"; {size(summary.uplink_bytes_per_client_round)} up per client and round; no image left a client"
     return line
 

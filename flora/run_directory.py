@@ -70,12 +70,12 @@ class RunDirectory:
         self._append("log.txt", f"{stamp} {' '.join(line.splitlines())}")
 
     def write_start(
-        self, config: ExperimentConfig, *, device: torch.device, clients: Sequence[ClientData], labels: np.ndarray,
-        class_names: Sequence[str],
+        self, config: ExperimentConfig, *, device: torch.device, clients_per_block: int, clients: Sequence[ClientData],
+        labels: np.ndarray, class_names: Sequence[str],
     ) -> None:  # fmt: skip
         """Write `config.yaml`, `environment.json` and `partition.json`."""
         self._write("config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True))
-        self._write_json("environment.json", environment(device, config.seed))
+        self._write_json("environment.json", environment(device, config.seed, clients_per_block))
         rows = []
         for index, client in enumerate(clients):
             counts = np.bincount(labels[client.train], minlength=len(class_names))
@@ -154,7 +154,7 @@ def _encode(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def environment(device: torch.device, seed: int) -> dict[str, Any]:
+def environment(device: torch.device, seed: int, clients_per_block: int) -> dict[str, Any]:
     """What a run depends on besides its configuration: versions, device, threads, seed, git revision."""
     packages = ("flora-clip", "torch", "torchvision", "open_clip_torch", "numpy")
     return {
@@ -163,6 +163,7 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
         "packages": {name: _version(name) for name in packages} | {"torch": str(torch.__version__)},  # with its build
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "num_threads": torch.get_num_threads(),
+        "clients_per_block": clients_per_block,
         "seed": seed,
         "git_revision": _git_revision(),
         "command": sys.argv,

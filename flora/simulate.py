@@ -29,6 +29,9 @@ from flora.records import Evaluation, RoundRecord, ServerState, Summary
 from flora.run_directory import RunDirectory
 from flora.tree import State
 
+# Unreadable images that are named on the terminal; log.txt names all.
+MAX_SHOWN = 10
+
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
@@ -64,11 +67,14 @@ def simulate(
         started = time.perf_counter()
         experiment = build_experiment(config, progress=_progress, log=log)
         federation = experiment.federation
+        for number, line in enumerate(experiment.unreadable):
+            (log if number < MAX_SHOWN else directory.log)(f"left out: {line}")
         directory.write_start(
             config,
             device=federation.model.device,
+            clients_per_block=federation.clients_per_block,
             clients=federation.clients,
-            labels=federation.features.labels.numpy(),
+            labels=federation.features.labels.cpu().numpy(),
             class_names=experiment.class_names,
         )
         result = _run(experiment, directory, started)
@@ -109,6 +115,7 @@ def _run(experiment: Experiment, directory: RunDirectory, started: float) -> Run
         peak_memory_bytes=peak_memory_bytes(experiment.federation.model.device),
         trainable_parameters=tree.count(state.adapter),
         backbone_parameters=experiment.backbone_parameters,
+        num_unreadable=len(experiment.unreadable),
     )
     directory.write_summary(summary)
     return RunResult(summary, tuple(records), state.adapter, directory.path)
@@ -126,12 +133,14 @@ def _measure(
         stack = tree.expand(state.adapter, 1)
         model, size = experiment.federation.model, config.batch_size
         evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
-        if len(experiment.held_out):
+        every = config.clients_every or experiment.config.rounds
+        last = state.round == experiment.config.rounds
+        if len(experiment.held_out) and (last or (state.round and state.round % every == 0)):
             own = evaluate(model, stack, experiment.held_out, batch_size=size)[0]
-            clients = client_accuracies(own, experiment.federation.clients)
+            clients = client_accuracies(own, experiment.held_out_sizes)
     tenths = None if clients is None else deciles(clients)
     seconds = time.perf_counter() - started
-    labels = experiment.test.labels.numpy()
+    labels = experiment.test.labels.cpu().numpy()
     return RoundRecord(
         round=state.round,
         accuracy=evaluation.accuracy if evaluation else None,

@@ -165,10 +165,32 @@ def test_sizes_that_make_no_model(tmp_path: Path, variant: dict[str, Any], messa
 
 
 @pytest.mark.parametrize(
+    ("variant", "what"),
+    [
+        ({"text": {"pool_type": "none"}}, "text pooling 'none'"),
+        ({"vision": {"pool_type": "none"}}, "vision pooling 'none'"),
+        ({"text": {"pool_type": "eos"}}, "end-of-text token 2"),
+    ],
+    ids=str,
+)
+def test_pooling_that_would_read_the_wrong_place_is_refused(tmp_path: Path, variant: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=f"has {what}, which is not supported"):
+        Backbone(model=write_model(tmp_path / "m.json", **variant), weights="random").architecture()
+
+
+def test_weights_of_another_image_size_are_not_stretched(tmp_path: Path) -> None:
+    small, large = write_model(tmp_path / "s.json"), write_model(tmp_path / "l.json", vision={"image_size": 32})
+    file = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(load_clip(small).model.state_dict(), file)
+    message = r"doesn't fit the model: visual.positional_embedding is \[5, 32\], the model's \[17, 32\]"
+    with pytest.raises(UserError, match=message):
+        Backbone(model=large, weights=str(file)).load(torch.device("cpu"), Rng(0))
+
+
+@pytest.mark.parametrize(
     ("variant", "reason"),
     [
         ({"text": {"heads": 3}}, "embed_dim must be divisible by num_heads"),
-        ({"text": {"pool_type": "foo"}}, "AssertionError"),
         ({"foo": 1}, "unexpected keyword argument 'foo'"),
     ],
     ids=str,

@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import adapt, write_model
+from PIL import Image
 
 from flora.clip.adapters import Lora
 from flora.config import parse_config
-from flora.data.datasets import ImageArrays, Split
+from flora.data.datasets import ImageArrays, ImageFiles, Split
 from flora.errors import UserError
 from flora.federated import cache as cache_module
 from flora.federated.cache import CacheOptions
 from flora.federated.features import Features, load_features
 from flora.simulate import simulate
-from tests.conftest import adapt
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (23, 18, 18, 3), dtype=np.uint8)
 
@@ -197,3 +198,38 @@ def test_the_frozen_stems_leave_memory(tiny_model: str, towers: tuple[str, ...])
         assert sum(parameter.numel() for parameter in model.clip.model.parameters()) < size / 10
         assert torch.equal(model.image_features(stem, 1), before[0])
         assert torch.equal(model.class_features(2), before[1])
+
+
+def test_the_key_holds_the_architecture(tmp_path: Path) -> None:
+    """The same weights in another architecture: quick_gelu and the number of heads leave no trace in the weights."""
+    keys = []
+    variants = [{}, {"quick_gelu": True}, {"vision": {"head_width": 8}}, {"vision": {"pool_type": "avg"}}]
+    for number, changes in enumerate(variants):
+        path = write_model(tmp_path / f"{number}.json", **changes)  # type: ignore[arg-type]
+        keys.append(json.dumps(adapt(path).vision.stem_key(), sort_keys=True))
+    assert len(set(keys)) == 4
+
+
+def test_a_changed_file_of_the_same_size_and_time_is_noticed(tiny_model: str, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{index}.bmp" for index in range(3)]
+    for index, path in enumerate(paths):
+        Image.fromarray(PIXELS[index]).save(path)
+    parts = [Split(ImageFiles(paths), np.arange(3), np.zeros(3, dtype=np.int64))]
+    options = CacheOptions(folder=str(tmp_path / "cache"))
+    load(adapt(tiny_model), options, parts)
+    times = paths[1].stat()
+    Image.fromarray(PIXELS[9]).save(paths[1])
+    os.utime(paths[1], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "to be computed once" in load(adapt(tiny_model), options, parts)[1][0]
+
+
+def test_features_with_an_unreadable_image_are_not_kept(tiny_model: str, tmp_path: Path) -> None:
+    path = tmp_path / "0.png"
+    path.write_text("not yet")
+    other = tmp_path / "1.png"
+    Image.fromarray(PIXELS[0]).save(other)
+    parts = [Split(ImageFiles([path, other]), np.arange(2), np.zeros(2, dtype=np.int64))]
+    options = {"cache": CacheOptions(folder=str(tmp_path / "cache")), "skip_unreadable": True}
+    quiet = {"progress": lambda title, total: lambda done: None, "log": lambda line: None}
+    assert len(load_features(parts, adapt(tiny_model), **options, **quiet)[0][0]) == 1  # type: ignore[arg-type]
+    assert entries(tmp_path / "cache") == []

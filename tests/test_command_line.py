@@ -53,7 +53,14 @@ def names(folder: Path) -> list[str]:
 
 def log_lines(error: str) -> list[str]:
     """The lines on standard error that are only the log's."""
-    known = ("frozen parameters on", "training and", "left out: ", "clients trained alone", "image features: ")
+    known = (
+        "frozen parameters on",
+        "training and",
+        "left out: ",
+        "clients trained alone",
+        "image features: ",
+        "clients in one step",
+    )
     return [line for line in error.splitlines() if any(words in line for words in known)]
 
 
@@ -374,13 +381,16 @@ def test_an_image_that_cannot_be_read_is_skipped_on_request(
     data = f"data={{name: image_folder, root: {image_folder}, unreadable: skip}}"
     assert main([config_file, data, "partition=iid", "clients.number=2"]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "left out: " in line]
-    assert len(lines) == 1
-    assert lines[0].startswith(f"left out: {image_folder / 'cat' / '6.png'}: can't be read as an image: ")
-    assert lines[0] in (runs / "mine" / "log.txt").read_text()
+    assert len(lines) == 2
+    assert lines[0].endswith(" images can't be read")
+    assert lines[0].startswith("left out: 1 of ")
+    assert lines[1].startswith(f"left out: {image_folder / 'cat' / '6.png'}: can't be read as an image: ")
+    assert lines[1] in (runs / "mine" / "log.txt").read_text()
     partition = json.loads((runs / "mine" / "partition.json").read_text())
     summary = json.loads((runs / "mine" / "summary.json").read_text())
     assert partition["class_names"] == ["cat", "dog {x}"]
     assert summary["num_clients"] == 2
+    assert summary["num_unreadable"] == 1
 
 
 def test_a_class_without_a_readable_image(config_file: str, refused: Callable[..., str], image_folder: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CLASSES, adapt, load_plain, random_adapters, random_pixels
 from PIL import Image
 
 from flora.clip.adapters import TARGETS, Lora
@@ -16,7 +17,6 @@ from flora.errors import UserError
 from flora.federated.cache import CacheOptions
 from flora.federated.evaluation import evaluate
 from flora.federated.features import Features, load_features
-from tests.conftest import CLASSES, adapt, load_plain, random_adapters, random_pixels
 
 LABELS = torch.arange(20) % len(CLASSES)
 

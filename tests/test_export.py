@@ -10,12 +10,12 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
+from conftest import Patterns, load_plain
 
 from flora import export
 from flora.config import parse_config
 from flora.rng import Rng
 from flora.simulate import simulate
-from tests.conftest import Patterns, load_plain
 
 
 @pytest.mark.parametrize("adapter", [{"name": "lora", "towers": ["text", "vision"]}, {"name": "full"}])

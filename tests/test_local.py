@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CLASSES, adapt, load_plain, random_pixels
 
 from flora import tree
 from flora.clip.adapters import TARGETS, FullFineTuning, Lora
@@ -20,7 +21,6 @@ from flora.federated.round import Federation, run_round, train_alone
 from flora.federated.sampling import Uniform
 from flora.records import ClientData, ServerState
 from flora.rng import Rng
-from tests.conftest import CLASSES, adapt, load_plain, random_pixels
 
 SIZES = (13, 4, 9, 1, 6)
 PIXELS = random_pixels(sum(SIZES))
@@ -77,6 +77,9 @@ LOCALS = {
     ),
     "adam, steps, contrastive": LocalTraining(
         batch_size=4, steps=3, optimizer=Adam(eps=1e-4, weight_decay=0.1), objective=Contrastive()
+    ),
+    "sgd, kept though there is nothing to keep": LocalTraining(
+        batch_size=5, optimizer=Sgd(), optimizer_state="kept", learning_rate=0.1
     ),
     "multi-positive": LocalTraining(batch_size=5, learning_rate=0.1, optimizer=Sgd(), objective=MultiPositive()),
 }
@@ -197,7 +200,7 @@ def test_one_client_alone_ends_where_a_federation_of_one_does(tiny_model: str) -
     for round in range(1, 4):
         rng = Rng(99).child(round)
         for block in parts.blocks(np.array([4]), rng):
-            result = parts.train(block, tree.expand(adapter, 1), round=round, rng=rng, optimizer_state=None)
+            result = parts.train(block, tree.expand(adapter, 1), round=round, rng=rng, kept={})
             adapter = tree.unstack(result.adapters)[0]
     assert_states_close(tree.unstack(alone)[0], adapter)
 

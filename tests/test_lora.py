@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import CLASSES, adapt, load_plain, random_adapters, random_pixels, write_model
 from torch import nn
 
 from flora import tree
@@ -11,7 +12,6 @@ from flora.clip.adapters import TARGETS, Lora
 from flora.clip.lora import Dropout, LowRank
 from flora.registry import OptionError
 from flora.rng import Rng
-from tests.conftest import CLASSES, adapt, load_plain, random_adapters, random_pixels, write_model
 
 TEMPLATE = "a photo of a {}."
 

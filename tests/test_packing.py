@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import CLASSES, load_clip, load_plain
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flora.clip.lora import LoraAttention
 from flora.clip.packing import Packing, one_by_one, pack
 from flora.clip.towers import SpeedOptions, TextTower
-from tests.conftest import CLASSES, load_clip, load_plain
 
 sequences_strategy = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=9), min_size=1, max_size=30)
 

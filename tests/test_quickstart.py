@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import SHARED
 
 from flora.config import load_config
 from flora.rng import Rng
 from flora.simulate import main, simulate
-from tests.conftest import SHARED
 
 ROOT = Path(__file__).parents[1]
 

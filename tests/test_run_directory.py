@@ -282,7 +282,9 @@ def test_file_names_that_are_no_text(tmp_path: Path) -> None:
     clients = [ClientData(np.array([0]), np.array([], dtype=np.int64))]
     config = parse_config({"data": "patterns", "partition": "iid"})
     device = torch.device("cpu")
-    directory.write_start(config, device=device, clients=clients, labels=np.array([0]), class_names=[name])
+    directory.write_start(
+        config, device=device, clients_per_block=1, clients=clients, labels=np.array([0]), class_names=[name]
+    )
     assert json.loads((directory.path / "partition.json").read_text())["class_names"] == [name]
     assert len((directory.path / "log.txt").read_text().splitlines()) == 1
 
@@ -296,7 +298,9 @@ def write_everything(directory: RunDirectory, name: str) -> None:
     clients = [ClientData(np.array([0]), np.array([], dtype=np.int64))]
     if name in ("config.yaml", "environment.json", "partition.json"):
         labels = np.array([0])
-        directory.write_start(config, device=torch.device("cpu"), clients=clients, labels=labels, class_names=["a"])
+        directory.write_start(
+            config, device=torch.device("cpu"), clients_per_block=1, clients=clients, labels=labels, class_names=["a"]
+        )
     elif name == "rounds.jsonl":
         directory.append_round(RECORD)
     elif name == "clients.csv":

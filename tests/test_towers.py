@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CLASSES, adapt, load_clip, load_plain, random_pixels, write_model
 
+from flora.clip.adapters import Lora
 from flora.clip.towers import TextTower, VisionTower
-from tests.conftest import CLASSES, adapt, load_clip, load_plain, random_pixels, write_model
+from flora.errors import UserError
 
 TEMPLATES = ("a photo of a {}.", "{}", "an astonishingly detailed painting of the {}, by a child.")
 
@@ -66,3 +68,14 @@ def test_an_ensemble_is_the_normalised_mean_of_normalised_features(tiny_model: s
 def test_logit_scale_is_the_models(tmp_path) -> None:  # type: ignore[no-untyped-def]
     path = write_model(tmp_path / "model.json", init_logit_scale=2.0, nonscalar_logit_scale=True)
     assert adapt(path).logit_scale().item() == pytest.approx(7.389056)
+
+
+def test_classes_that_no_prompt_tells_apart_are_refused(tiny_model: str) -> None:
+    with pytest.raises(UserError, match="classes 'One' and 'one' have the same prompts"):
+        adapt(tiny_model, class_names=("One", "two", "one"))
+
+
+def test_prompts_share_nothing_where_there_is_dropout(tiny_model: str) -> None:
+    model = adapt(tiny_model, Lora(dropout=0.1))
+    assert len(model.prompts.tokens) == len(CLASSES)
+    assert len(adapt(tiny_model).prompts.tokens) == 1

@@ -32,6 +32,7 @@ class AttachedAdapter(ABC):
 
     trained_from: dict[str, int]
     max_clients_per_block: int | None = None
+    has_dropout = False
 
     @abstractmethod
     def initial_state(self, rng: Rng) -> State:
@@ -128,6 +129,7 @@ class AttachedLora(AttachedAdapter):
 
     def __init__(self, options: Lora, clip: FrozenClip) -> None:
         self.options = options
+        self.has_dropout = options.dropout > 0
         self.layers: dict[str, LowRank] = {}
         self.trained_from = {}
         self._prefix = {"text": clip.text_prefix + "transformer", "vision": "visual.transformer"}
@@ -210,7 +212,10 @@ def _place(target: str, layer: LowRank) -> tuple[str, slice]:
 @register("full")
 @dataclass(frozen=True)
 class FullFineTuning(Adapter):
-    """Every weight of the model is trained and travels: the baseline that the paper compares with (FedFFT)."""
+    """Every weight is trained and travels: the baseline that the paper compares with (FedFFT).
+
+    Weight decay, if there is any, applies to all of them, norms and `logit_scale` included.
+    """
 
     def check_fits(self, architecture: Architecture) -> None:
         """It fits every model."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import safetensors
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
@@ -24,6 +25,7 @@ from flora.registry import Options, option, suggest
 from flora.rng import Rng
 
 ASSETS = resources.files("flora") / "assets"
+END_OF_TEXT = 49407  # in OpenCLIP's own tokenizer
 SUPPORTED = "supported are OpenCLIP's own ViT with its own text transformer (classes CLIP and CustomTextCLIP)"
 
 
@@ -63,6 +65,7 @@ class FrozenClip:
     architecture: Architecture
     preprocess: Callable[[Image.Image], Tensor]
     preprocess_settings: dict[str, Any]
+    config: dict[str, Any]
     tokenize: Callable[[Sequence[str]], Tensor]
     device: torch.device
     precision: str
@@ -141,6 +144,7 @@ class Backbone(Options):
             architecture=architecture,
             preprocess=lambda image: transform(to_rgb(image)),
             preprocess_settings=asdict(settings),
+            config={**config, "open_clip": open_clip.__version__},
             tokenize=lambda texts: tokenizer(list(texts)),
             device=device,
             precision=self.precision,
@@ -259,6 +263,9 @@ def _architecture(name: str, config: dict[str, Any]) -> Architecture:
         "a class token in the text tower": text.embed_cls,
         "a multimodal decoder (CoCa)": "multimodal_cfg" in config,
         "tokenizer settings of its own": bool(text.tokenizer_kwargs),
+        f"vision pooling {vision.pool_type!r}": vision.pool_type not in ("tok", "avg"),
+        f"text pooling {text.pool_type!r}": text.pool_type not in ("argmax", "eos", "first", "last"),
+        f"end-of-text token {text.eos_id}": text.pool_type == "eos" and text.eos_id != END_OF_TEXT,
         "no text projection": text.proj_type == "none" and text.width != config["embed_dim"],
         "custom attention blocks": any(
             tower.block_type == "custom" or any(getattr(tower, key) for key in custom) for tower in (vision, text)
@@ -308,12 +315,14 @@ def _build(name: str, config: dict[str, Any], rng: Rng) -> nn.Module:
     """A model with random weights drawn from `rng`; the process-wide generator is left as it was."""
     arguments = dict(config)
     model_class = open_clip.CustomTextCLIP if arguments.pop("custom_text", False) else open_clip.CLIP
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.seed64() >> 1)
-        try:
-            model = model_class(**arguments)
-        except Exception as error:  # torch and open_clip raise types of their own for sizes that don't go together
-            raise UserError(f"backbone.model: {name} can't be built: {_reason(error)}") from None
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(rng.seed64() >> 1)
+    try:
+        model = model_class(**arguments)
+    except Exception as error:  # torch and open_clip raise types of their own for sizes that don't go together
+        raise UserError(f"backbone.model: {name} can't be built: {_reason(error)}") from None
+    finally:
+        torch.default_generator.set_state(before)
     assert isinstance(model, nn.Module)
     return model
 
@@ -330,7 +339,15 @@ def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
+    own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                # OpenCLIP would stretch these to another image size or context length without a word.
+                for name in [name for name in file.keys() if name.endswith("positional_embedding")]:  # noqa: SIM118
+                    shape = list(file.get_slice(name).get_shape())
+                    if shape != own.get(name, shape):
+                        raise ValueError(f"{name} is {shape}, the model's {own[name]}")
         open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
     except OSError as error:
         raise UserError(f"backbone.weights: {path}: {error.strerror or error}") from None

@@ -15,6 +15,8 @@ import numpy as np
 
 # Group sizes that are tried: small ones repeat shared prefixes, large ones make attention costly.
 GROUP_LIMITS = (24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256)
+# Past this many sequences a group is always full, and one limit is as good as another.
+MANY_SEQUENCES, MANY_LIMIT = 2000, 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,8 @@ class Packing:
 
 def pack(sequences: Sequence[Sequence[int]], width: int) -> Packing:
     """Lay the sequences out with the group size that costs least in a tower of `width`."""
-    layouts = [_group(sequences, limit) for limit in GROUP_LIMITS]
+    limits = GROUP_LIMITS if len(sequences) < MANY_SEQUENCES else (MANY_LIMIT,)
+    layouts = [_group(sequences, limit) for limit in limits]
     return _lay_out(min(layouts, key=lambda groups: _cost(groups, width)), len(sequences))
 
 

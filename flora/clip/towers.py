@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from flora.clip.adapters import AttachedAdapter
 from flora.clip.backbone import FrozenClip
 from flora.clip.packing import one_by_one, pack
+from flora.errors import UserError
 from flora.registry import Options, option
 
 
@@ -29,7 +30,11 @@ class SpeedOptions(Options):
     """Ways to compute the same numbers faster; each can be switched off to measure what it brings."""
 
     cut_prompts: bool = option("end prompts at their end-of-text token (causal text towers)", True)
-    share_prefixes: bool = option("compute tokens that prompts begin with in common once (needs cut_prompts)", True)
+    share_prefixes: bool = option(
+        "compute tokens that prompts begin with in common once (needs cut_prompts; off where adapters have dropout, "
+        "because each prompt has masks of its own)",
+        True,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +80,7 @@ class VisionTower:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return {
             "weights": digest.hexdigest(),
+            "model": json.loads(json.dumps(self._clip.config)),
             "cut": self.cut,
             "preprocess": json.loads(json.dumps(self._clip.preprocess_settings)),
             "precision": self._clip.precision,
@@ -116,8 +122,8 @@ class VisionTower:
 class TextTower:
     """Prompts to stem output to text features `(P, embed_dim)`, not normalised."""
 
-    def __init__(self, clip: FrozenClip, cut: int) -> None:
-        self._clip, self._text, self.cut = clip, clip.text, cut
+    def __init__(self, clip: FrozenClip, cut: int, *, has_dropout: bool = False) -> None:
+        self._clip, self._text, self.cut, self.has_dropout = clip, clip.text, cut, has_dropout
         self._blocks = self._text.transformer.resblocks
         self._num_stages = 2 + len(self._blocks)
         # Only a causal tower that is read at the end-of-text token never looks at what stands behind it.
@@ -128,12 +134,14 @@ class TextTower:
     ) -> Prompts:
         """Tokenise every template for every class; cut and share what `speed` allows and the tower makes exact."""
         tokens = self._clip.tokenize([template.format(name) for name in class_names for template in templates])
+        _check_distinct(tokens, class_names)
         ends = self._ends(tokens)
         if not (self.is_cut_at_end and speed.cut_prompts):
             return self._padded_prompts(tokens, ends, len(class_names))
         sequences = [row[: end + 1] for row, end in zip(tokens.tolist(), ends.tolist(), strict=True)]
         width = self._clip.architecture.text.width
-        packing = pack(sequences, width) if speed.share_prefixes else one_by_one(sequences)
+        share = speed.share_prefixes and not self.has_dropout
+        packing = pack(sequences, width) if share else one_by_one(sequences)
         hidden = torch.from_numpy(~packing.visible).unsqueeze(1)
         return Prompts(
             tokens=torch.from_numpy(packing.tokens).to(self._clip.device),
@@ -198,6 +206,16 @@ class TextTower:
         return x
 
 
+def _check_distinct(tokens: Tensor, class_names: Sequence[str]) -> None:
+    """Raise `UserError` if two classes have the same prompts: nothing could tell them apart."""
+    seen: dict[tuple[int, ...], str] = {}
+    for name, rows in zip(class_names, tokens.unflatten(0, (len(class_names), -1)).flatten(1).tolist(), strict=True):
+        other = seen.setdefault(tuple(rows), name)
+        if other is not name:
+            reason = "case and what lies beyond the context length don't count"
+            raise UserError(f"prompts: classes {other!r} and {name!r} have the same prompts ({reason})")
+
+
 def _project(x: Tensor, projection: Tensor | nn.Linear | None) -> Tensor:
     if projection is None:
         return x
@@ -219,7 +237,7 @@ class AdaptedClip:
         self.clip, self.adapter = clip, adapter
         self.device = clip.device
         self.vision = VisionTower(clip, adapter.trained_from["vision"])
-        self.text = TextTower(clip, adapter.trained_from["text"])
+        self.text = TextTower(clip, adapter.trained_from["text"], has_dropout=adapter.has_dropout)
         self.prompts = self.text.prompts(class_names, templates, speed)
         self._text_stem = self.text.stem(self.prompts)
 

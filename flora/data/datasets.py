@@ -60,7 +60,9 @@ class ImageFiles:
             path = self.paths[index]
             try:
                 status = path.stat()
-                digest.update(repr((str(path.resolve()), status.st_size, status.st_mtime_ns)).encode())
+                # The time of change of the inode can't be set by copying tools.
+                times = (status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+                digest.update(repr((str(path.resolve()), status.st_size, times)).encode())
             except OSError:
                 digest.update(repr(str(path)).encode())
         return digest.hexdigest()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flora.errors import UserError
-from flora.registry import Options, option
+from flora.registry import OptionError, Options, option
 
 FORMAT = "flora-features-1"
 ABANDONED_SECONDS = 24 * 3600
@@ -37,6 +37,10 @@ class CacheOptions(Options):
     memory_bytes: int | None = option(
         "features larger than this stay on disk, memory-mapped; none: half of the free memory", None, at_least=1
     )
+
+    def check(self) -> None:
+        if self.folder is not None and not self.folder.strip():
+            raise OptionError("folder", "expected a folder, or none for no cache")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +67,10 @@ class Writer:
         self.readable += images
 
     def finish(self) -> Entry:
-        """The entry, kept in the cache if there is one."""
+        """The entry, kept in the cache unless an image could not be read: that may be mended by the next run."""
         readable = np.asarray(self.readable, dtype=np.int64)
-        return self.commit(Entry(self.stem[: len(readable)], readable, self.problems))
+        entry = Entry(self.stem[: len(readable)], readable, self.problems)
+        return entry if self.problems else self.commit(entry)
 
 
 class FeatureCache:
@@ -134,7 +139,8 @@ class FeatureCache:
         try:
             with (part / "stem.bin").open("wb") as file:
                 # Now rather than when the mapped file is written to, where a full disk would end the process.
-                os.posix_fallocate(file.fileno(), 0, max(1, int(np.prod(shape)) * dtype.itemsize))
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, max(1, int(np.prod(shape)) * dtype.itemsize))
         except OSError:
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -143,7 +149,7 @@ class FeatureCache:
     def _commit(self, part: Path, key: dict[str, Any], entry: Entry, *, in_memory: bool) -> Entry:
         """Move a finished entry to its place in one step."""
         if in_memory:
-            (part / "stem.bin").write_bytes(_bytes(entry.stem))
+            entry.stem.flatten().view(torch.uint8).numpy().tofile(part / "stem.bin")
         else:
             os.truncate(part / "stem.bin", entry.stem.numel() * entry.stem.dtype.itemsize)
         description = {
@@ -199,10 +205,6 @@ def _map(path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, create: bool
     if size == 0:
         return torch.empty(shape, dtype=dtype)
     return torch.from_file(str(path), shared=create, size=size, dtype=dtype).view(shape)
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _sha256(path: Path) -> str:

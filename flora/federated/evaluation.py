@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from flora.clip.towers import AdaptedClip
 from flora.federated.features import Features
-from flora.records import ClientData, Evaluation
+from flora.records import Evaluation
 from flora.registry import Options, option
 from flora.tree import StateLike
 
@@ -21,6 +21,11 @@ class EvaluationOptions(Options):
     """When and how results are measured."""
 
     every: int = option("rounds between two evaluations; the last round is always evaluated", 1, at_least=1)
+    clients_every: int | None = option(
+        "rounds between two evaluations on all clients' held-out examples; none: only after the last round",
+        None,
+        at_least=1,
+    )
     batch_size: int = option("images through the trained part of a tower at once", 512, at_least=1)
     num_alone: int = option("clients that are also trained alone, for comparison (spread over the ids)", 0, at_least=0)
 
@@ -37,7 +42,8 @@ def evaluate(model: AdaptedClip, adapters: StateLike, features: Features, *, bat
     with model.adapter.bind(stack):
         classes = model.class_features(num_adapters).transpose(1, 2)
         for start in range(0, len(features), batch_size):
-            chunk = torch.arange(start, min(start + batch_size, len(features)))
+            stop = min(start + batch_size, len(features))
+            chunk = torch.arange(start, stop, device=features.device)
             stem, labels = features.take(chunk, model.device)
             repeated = stem.unsqueeze(0).expand(num_adapters, *stem.shape).flatten(0, 1)
             logits = model.logit_scale() * torch.bmm(model.image_features(repeated, num_adapters), classes)
@@ -58,12 +64,11 @@ def class_accuracy(evaluation: Evaluation, labels: np.ndarray, class_names: Sequ
     }
 
 
-def client_accuracies(evaluation: Evaluation, clients: Sequence[ClientData]) -> np.ndarray:
+def client_accuracies(evaluation: Evaluation, sizes: np.ndarray) -> np.ndarray:
     """Accuracy on each client's held-out part, `(num_clients,)`; NaN for a client without one.
 
-    `evaluation` covers the clients' held-out examples one after the other.
+    `sizes` `(num_clients,)` are the parts' numbers of examples; `evaluation` covers them one after the other.
     """
-    sizes = np.array([len(client.held_out) for client in clients])
     ends = np.cumsum(sizes)
     running = np.concatenate([[0], np.cumsum(evaluation.correct)])
     right = running[ends] - running[ends - sizes]

@@ -42,15 +42,31 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the features are, and where indices into them have to be."""
+        return self.stem.device
+
     def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Stem outputs and labels of the examples at `indices`, on `device`."""
-        rows = self.rows[indices].to(self.stem.device)
-        return self.stem[rows].to(device), self.labels[indices].to(device)
+        return self.stem[self.rows[indices]].to(device), self.labels[indices].to(device)
 
     def subset(self, indices: np.ndarray) -> Features:
         """The examples at `indices`, in that order; the stem outputs are shared."""
-        chosen = torch.from_numpy(indices)
+        chosen = torch.from_numpy(indices).to(self.device)
         return Features(self.stem, self.rows[chosen], self.labels[chosen], self.positions[indices])
+
+
+def move_if_they_fit(features: Sequence[Features], device: torch.device) -> list[Features]:
+    """The features on `device` if they fit into half of its free memory, else where they are."""
+    stems = {id(each.stem): each.stem for each in features}
+    if device.type == "cpu" or sum(stem.nbytes for stem in stems.values()) > available_memory_bytes(device) // 2:
+        return list(features)
+    moved = {key: stem.to(device) for key, stem in stems.items()}
+    return [
+        Features(moved[id(each.stem)], each.rows.to(device), each.labels.to(device), each.positions)
+        for each in features
+    ]
 
 
 def load_features(
@@ -73,9 +89,7 @@ def load_features(
     problems: list[str] = []
     for key, source in by_source.items():
         used = np.unique(np.concatenate([split.positions for split in splits if split.source is source]))
-        entry = _entry(source, used, model, cache=cache, progress=progress, log=log)
-        if entry.problems and not skip_unreadable:
-            raise UserError(f"{entry.problems[0]}; set data.unreadable=skip to leave such images out")
+        entry = _entry(source, used, model, cache=cache, skip_unreadable=skip_unreadable, progress=progress, log=log)
         problems += entry.problems
         rows = np.full(len(source), -1, dtype=np.int64)
         rows[used[entry.readable]] = np.arange(len(entry.readable))
@@ -98,15 +112,18 @@ def _entry(
     model: AdaptedClip,
     *,
     cache: CacheOptions,
+    skip_unreadable: bool,
     progress: Progress,
     log: Callable[[str], object],
 ) -> Entry:
     """The stem's outputs for the images `used` of a source: found, or computed and kept."""
-    store = FeatureCache(cache, log)
     key = {**model.vision.stem_key(), "images": source.fingerprint(used), "num_images": len(used)}
     shape, dtype = model.vision.stem_shape()
     num_bytes = len(used) * int(np.prod(shape)) * dtype.itemsize
     budget = cache.memory_bytes or available_memory_bytes(torch.device("cpu")) // 2
+    if model.vision.cut == 0 and num_bytes <= budget:
+        cache = CacheOptions(folder=None)  # without a stem there is nothing but the images themselves to keep
+    store = FeatureCache(cache, log)
     found = store.read(key, in_memory=num_bytes <= budget)
     if found is not None:
         log(f"image features: {len(found.readable):,} read from the cache ({_size(num_bytes)})")
@@ -118,6 +135,8 @@ def _entry(
         for indices, pixels, failed in _decoded_batches(source, used, model):
             if indices:
                 writer.append(indices, model.vision.stem(torch.stack(pixels).to(model.device)).cpu())
+            if failed and not skip_unreadable:
+                raise UserError(f"{failed[0]}; set data.unreadable=skip to leave such images out")
             writer.problems += failed
             advance(len(indices) + len(failed))
         return writer.finish()

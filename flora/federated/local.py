@@ -66,11 +66,16 @@ class FlatStack:
 
 @dataclass(frozen=True, eq=False)
 class BlockResult:
-    """What K clients end with: adapters and optimiser state `(K, ...)`, and the mean loss over steps `(K,)`."""
+    """What K clients end with.
+
+    `adapters` are `(K, ...)`, `losses` the means over steps `(K,)`, `finite` `(K,)` whether adapter and loss still are;
+    `optimizer_states` has K state dicts where they are kept, else K empty ones.
+    """
 
     adapters: State
-    optimizer_state: State
     losses: Tensor
+    finite: Tensor
+    optimizer_states: list[State]
 
 
 def train_block(
@@ -82,18 +87,20 @@ def train_block(
     local: LocalTraining,
     learning_rate: float,
     dropout_generators: Sequence[torch.Generator],
-    optimizer_state: StateLike | None = None,
+    optimizer_states: Sequence[StateLike | None] = (),
 ) -> BlockResult:
     """Train K clients from `adapters` `(K, ...)`; the order of clients is the block's.
 
     A step minimises the sum over clients of each one's mean loss over its real examples, so no client's gradient
     depends on another. Clients that have taken all their steps are no longer touched. Results are on the CPU.
+    `optimizer_states`, one a client, are what they kept; None is a fresh start.
     """
     flat = FlatStack(adapters, model.device)
     state = local.optimizer.init(flat.matrix)
-    if optimizer_state is not None:
-        state = {name: tensor.to(model.device, copy=True) for name, tensor in optimizer_state.items()}
-    indices = block.indices
+    for row, kept in enumerate(optimizer_states):
+        for name, tensor in (kept or {}).items():
+            state[name][row] = tensor.to(model.device)
+    indices = block.indices.to(features.device)
     mask = block.example_mask.to(model.device)
     totals = torch.zeros(len(block.clients), device=model.device)
     for num_active, steps in block.segments():
@@ -115,10 +122,16 @@ def train_block(
                 with torch.no_grad():
                     local.optimizer.step(flat.matrix[:num_active], gradients, active_state, learning_rate)
                 totals[:num_active] += losses.detach()
+    keep = local.optimizer_state == "kept"
     return BlockResult(
         adapters={name: tensor.cpu() for name, tensor in flat.state().items()},
-        optimizer_state={name: tensor.cpu() for name, tensor in state.items()},
         losses=totals.cpu() / torch.tensor(block.num_steps),
+        finite=(torch.isfinite(flat.matrix).all(dim=1) & torch.isfinite(totals)).cpu(),
+        # Copies, so that no client keeps its whole block in memory.
+        optimizer_states=[
+            {name: tensor[row].cpu().clone() for name, tensor in state.items()} if keep else {}
+            for row in range(len(block.clients))
+        ],
     )
 
 

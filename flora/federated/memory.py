@@ -19,8 +19,9 @@ ACTIVATIONS_PER_TOKEN = 20
 def choose_clients_per_block(model: AdaptedClip, *, batch_size: int) -> int:
     """How many clients may share a step: their activations fit into a quarter of the memory that is free."""
     per_client = 4 * ACTIVATIONS_PER_TOKEN * max(1, _trained_token_widths(model, batch_size))
-    fits = available_memory_bytes(model.device) // 4 // per_client
-    return int(min(max(fits, 1), MAX_CLIENTS_PER_BLOCK))
+    fits = min(max(available_memory_bytes(model.device) // 4 // per_client, 1), MAX_CLIENTS_PER_BLOCK)
+    # A power of two, so that a little more or less free memory seldom changes the sums' last bits.
+    return 2 ** (int(fits).bit_length() - 1)
 
 
 def _trained_token_widths(model: AdaptedClip, batch_size: int) -> int:
@@ -41,9 +42,22 @@ def available_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 4 * 2**30
+    return max(min(free, _container_bytes()), 0)
+
+
+def _container_bytes() -> int:
+    """What a container's limit (cgroup v2) leaves; a very large number without one."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        reclaimable = int(statistics["inactive_file"])  # cached files, which the kernel gives up when asked
+        return 2**62 if limit == "max" else int(limit) - int(used) + reclaimable
+    except (OSError, ValueError, KeyError):
+        return 2**62
 
 
 def peak_memory_bytes(device: torch.device) -> int:

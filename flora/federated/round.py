@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from flora import tree
 from flora.clip.towers import AdaptedClip
@@ -62,9 +61,12 @@ class Federation:
         )
 
     def train(
-        self, block: ClientBlock, adapters: StateLike, *, round: int, rng: Rng, optimizer_state: StateLike | None
+        self, block: ClientBlock, adapters: StateLike, *, round: int, rng: Rng, kept: dict[int, State]
     ) -> BlockResult:
-        """Train one block from `adapters` `(K, ...)`. Raises `UserError` if a client's adapter is no longer finite."""
+        """Train one block from `adapters` `(K, ...)`; `kept`, the optimiser states by client, is read and renewed.
+
+        Raises `UserError` if a client's adapter or loss is no longer finite.
+        """
         result = train_block(
             self.model,
             block,
@@ -73,15 +75,15 @@ class Federation:
             local=self.local,
             learning_rate=self.learning_rate(round),
             dropout_generators=[rng.child("client", client, "dropout").torch() for client in block.clients],
-            optimizer_state=optimizer_state,
+            optimizer_states=[kept.get(client) for client in block.clients],
         )
-        adapters_and_losses = zip(block.clients, tree.unstack(result.adapters), result.losses, strict=True)
-        for client, adapter, loss in adapters_and_losses:
-            if not (tree.is_finite(adapter) and torch.isfinite(loss)):
+        for client, finite in zip(block.clients, result.finite.tolist(), strict=True):
+            if not finite:
                 raise UserError(
                     f"round {round}: client {client} diverged (adapter or loss no longer finite) at learning rate "
                     f"{self.learning_rate(round):g}; lower local.learning_rate or set local.clip_norm"
                 )
+        kept.update((client, own) for client, own in zip(block.clients, result.optimizer_states, strict=True) if own)
         return result
 
 
@@ -108,12 +110,9 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     updates: list[ClientUpdate] = []
     kept = dict(state.clients)
     for block in federation.blocks(cohort, rng):
-        memory = _recall(federation, block, kept)
         broadcast = tree.expand(state.adapter, len(block.clients))
-        result = federation.train(block, broadcast, round=round, rng=rng, optimizer_state=memory)
+        result = federation.train(block, broadcast, round=round, rng=rng, kept=kept)
         updates += _updates(federation, block, result, state.adapter)
-        if federation.local.optimizer_state == "kept":
-            kept.update(_remember(block, result))
     # In the order of ids, so that sums don't depend on how the cohort was cut into blocks.
     updates.sort(key=lambda update: update.client)
     delta = federation.strategy.combine(updates)
@@ -145,23 +144,6 @@ def _updates(federation: Federation, block: ClientBlock, result: BlockResult, ad
     ]
 
 
-def _remember(block: ClientBlock, result: BlockResult) -> dict[int, State]:
-    """Each client's optimiser state by itself; copies, so that no client keeps its whole block in memory."""
-    states = tree.unstack(result.optimizer_state)
-    return {
-        client: {name: tensor.clone() for name, tensor in own.items()}
-        for client, own in zip(block.clients, states, strict=True)
-    }
-
-
-def _recall(federation: Federation, block: ClientBlock, kept: dict[int, State]) -> State | None:
-    """The block's optimiser state as its clients left it; fresh rows for those that take part for the first time."""
-    if not any(client in kept for client in block.clients):
-        return None
-    example = next(kept[client] for client in block.clients if client in kept)
-    return tree.stack([kept.get(client) or tree.zeros_like(example) for client in block.clients])
-
-
 def train_alone(
     federation: Federation, adapter: State, clients: np.ndarray, *, advance: Callable[[int], object]
 ) -> State:
@@ -176,10 +158,7 @@ def train_alone(
         rng = federation.rng.child("alone", round)
         for block in federation.blocks(clients, rng):
             stack = tree.stack([alone[client] for client in block.clients])
-            memory = _recall(federation, block, kept)
-            result = federation.train(block, stack, round=round, rng=rng, optimizer_state=memory)
+            result = federation.train(block, stack, round=round, rng=rng, kept=kept)
             alone.update(zip(block.clients, tree.unstack(result.adapters), strict=True))
-            if federation.local.optimizer_state == "kept":
-                kept.update(_remember(block, result))
         advance(1)
     return tree.stack([alone[client] for client in clients.tolist()])
