@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONFIG = $(if $(wildcard $(EXPERIMENT)),$(EXPERIMENT),experiments/$(EXPERIMENT).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install experiment check list test lint types format clean
+.PHONY: help install experiment check list benchmark test lint types format clean
 
 help: ## show this help
 	@echo "usage: make TARGET [EXPERIMENT=name] [ARGS=\"key=value ...\"]"
@@ -36,6 +36,9 @@ check: $(VENV)/.installed ## validate every experiment without running one
 
 list: $(VENV)/.installed ## print every component with its options
 	@$(BIN)/python -m flora.simulate --list
+
+benchmark: $(VENV)/.installed ## time a local step against full fine-tuning, naive LoRA and a loop by hand
+	$(BIN)/python -m flora.benchmark $(ARGS)
 
 test: $(VENV)/.installed-dev ## run the test suite
 	$(BIN)/python -m pytest $(ARGS)
