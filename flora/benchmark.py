@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from flora.benchmark_experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND, measure_experiment
 from flora.benchmark_variants import VARIANTS, Setting, Step, unavoidable_flops
 from flora.errors import UserError
 from flora.federated.memory import peak_memory_bytes
@@ -101,17 +103,33 @@ def resident_peak_bytes() -> int:
 def run_variants(setting: Setting, variants: Sequence[str], *, repeats: int, seconds: float) -> dict[str, list[Result]]:
     """Measure each variant `repeats` times in fresh processes, in turns."""
     results: dict[str, list[Result]] = {variant: [] for variant in variants}
-    for repeat in range(repeats):
-        for variant in variants:
-            print(f"\r{repeat + 1}/{repeats} {variant:<40}", end="", file=sys.stderr, flush=True)
-            order = json.dumps({"setting": asdict(setting), "variant": variant, "seconds": seconds})
-            command = [sys.executable, "-m", "flora.benchmark", "--worker", order]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise UserError(f"{variant}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
-            results[variant].append(Result(**json.loads(done.stdout.splitlines()[-1])))
-    print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    for variant in tqdm(list(variants) * repeats, desc="processes", disable=None):
+        order = {"setting": asdict(setting), "variant": variant, "seconds": seconds, "whole": False}
+        results[variant].append(Result(**_in_fresh_process(order)))
     return results
+
+
+def compare_experiments(setting: Setting, *, repeats: int) -> str:
+    """A line: the median times of a whole experiment, naive and ours, each in fresh processes that take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in EXPERIMENTS}
+    for name in tqdm(list(EXPERIMENTS) * repeats, desc="processes", disable=None):
+        order = {"setting": asdict(setting), "variant": name, "seconds": 0, "whole": True}
+        seconds[name].append(_in_fresh_process(order)["seconds"])
+    naive, ours = (statistics.median(seconds[name]) for name in ("naive", "ours"))
+    steps = setting.num_clients * STEPS_PER_ROUND * NUM_ROUNDS
+    return (
+        f"{steps} client steps of {setting.batch_size} images in {NUM_ROUNDS} rounds, with features and evaluation: "
+        f"naive {naive:.1f} s, ours {ours:.1f} s, {naive / ours:.1f} x faster"
+    )
+
+
+def _in_fresh_process(order: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "flora.benchmark", "--worker", json.dumps(order)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"{order['variant']}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def table(results: dict[str, list[Result]]) -> list[str]:
@@ -160,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=3.0, help="of steps in each process (default: %(default)s)")
     parser.add_argument("--variants", help=f"comma-separated, of: {', '.join(VARIANTS)} (default: all)")
     parser.add_argument("--json", type=Path, help="write every measurement to this file, too")
+    parser.add_argument("--whole", action="store_true", help="time a whole small experiment instead")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 
@@ -169,8 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if options.worker:
         order = json.loads(options.worker)
-        result = measure(order["variant"], Setting(**order["setting"]), order["seconds"])
-        print(json.dumps(asdict(result)))
+        setting = Setting(**order["setting"])
+        if order["whole"]:
+            print(json.dumps({"seconds": measure_experiment(order["variant"], setting)}))
+        else:
+            print(json.dumps(asdict(measure(order["variant"], setting, order["seconds"]))))
         return 0
     names = list(VARIANTS) if options.variants is None else options.variants.split(",")
     try:
@@ -182,6 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank=options.rank, tower=options.tower, num_layers=options.layers, targets=options.targets,
             objective=options.objective, device=options.device,
         )  # fmt: skip
+        if options.whole:
+            print(compare_experiments(setting, repeats=options.repeats))
+            return 0
         results = run_variants(setting, names, repeats=options.repeats, seconds=options.seconds)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -125,7 +125,7 @@ def full_fine_tuning(setting: Setting) -> Step:
         batch = slice(0, setting.batch_size)
         texts = tokens if setting.objective == "cross_entropy" else tokens[labels[batch]]
         images, features, scale = clip.model(pixels[batch], texts)
-        loss = _plain_loss(scale * images @ features.T, labels[batch], setting)
+        loss = plain_loss(scale * images @ features.T, labels[batch], setting)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -139,7 +139,7 @@ def naive_lora(setting: Setting) -> Step:
     pixels, labels = setting.images(clip)
     tokens = clip.tokenize([TEMPLATE.format(name) for name in setting.class_names]).to(setting.device)
     attached = setting.lora().attach(clip)
-    adapter = {name: tensor.to(setting.device).requires_grad_() for name, tensor in _one(attached, 1).items()}
+    adapter = {name: tensor.to(setting.device).requires_grad_() for name, tensor in fresh_adapter(attached, 1).items()}
     optimizer = torch.optim.AdamW(adapter.values(), lr=LEARNING_RATE)
 
     def run() -> None:
@@ -147,12 +147,12 @@ def naive_lora(setting: Setting) -> Step:
         texts = tokens if setting.objective == "cross_entropy" else tokens[labels[batch]]
         with attached.bind(adapter):
             images, features, scale = clip.model(pixels[batch], texts)
-            loss = _plain_loss(scale * images @ features.T, labels[batch], setting)
+            loss = plain_loss(scale * images @ features.T, labels[batch], setting)
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
 
-    return Step(run, _plain_evaluation(clip, pixels, tokens), 1, payload_bytes(_one(attached, None)))
+    return Step(run, _plain_evaluation(clip, pixels, tokens), 1, payload_bytes(fresh_adapter(attached, None)))
 
 
 def by_hand(setting: Setting) -> Step:
@@ -163,7 +163,7 @@ def by_hand(setting: Setting) -> Step:
     ends = tokens.argmax(dim=-1)
     tokens = tokens[:, : int(ends.max()) + 1]
     attached = setting.lora().attach(clip)
-    adapter = {name: tensor.to(setting.device).requires_grad_() for name, tensor in _one(attached, 1).items()}
+    adapter = {name: tensor.to(setting.device).requires_grad_() for name, tensor in fresh_adapter(attached, 1).items()}
     optimizer = torch.optim.AdamW(adapter.values(), lr=LEARNING_RATE)
     text, visual, start = clip.text, clip.visual, attached.trained_from["vision"] - 1
     with torch.no_grad():
@@ -196,7 +196,7 @@ def by_hand(setting: Setting) -> Step:
             features = texts if setting.objective == "cross_entropy" else texts[labels[batch]]
             logits = clip.model.logit_scale.exp() * encode_image(cached[batch]) @ features.T  # type: ignore[operator]
             optimizer.zero_grad()
-            _plain_loss(logits, labels[batch], setting).backward()
+            plain_loss(logits, labels[batch], setting).backward()
         optimizer.step()
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ def by_hand(setting: Setting) -> Step:
         with attached.bind(adapter):
             return (encode_image(cached[:NUM_EVALUATED]) @ encode_text().T).argmax(dim=-1)
 
-    return Step(run, evaluation, 1, payload_bytes(_one(attached, None)))
+    return Step(run, evaluation, 1, payload_bytes(fresh_adapter(attached, None)))
 
 
 def ours(speed: SpeedOptions, *, many_clients: bool) -> Callable[[Setting], Step]:
@@ -227,7 +227,7 @@ def ours(speed: SpeedOptions, *, many_clients: bool) -> Callable[[Setting], Step
             range(number), examples, Rng(0), batch_size=setting.batch_size, width=setting.batch_size, epochs=1, steps=1,
             clients_per_block=number,
         )  # fmt: skip
-        adapters = _one(attached, number)
+        adapters = fresh_adapter(attached, number)
         generators = [Rng(0).child(client).torch() for client in range(number)]
 
         def run() -> None:
@@ -238,9 +238,9 @@ def ours(speed: SpeedOptions, *, many_clients: bool) -> Callable[[Setting], Step
 
         return Step(
             run,
-            lambda: evaluate(model, _one(attached, 1), features, batch_size=NUM_EVALUATED),
+            lambda: evaluate(model, fresh_adapter(attached, 1), features, batch_size=NUM_EVALUATED),
             number,
-            payload_bytes(_one(attached, None)),
+            payload_bytes(fresh_adapter(attached, None)),
             num_tokens=number * model.prompts.tokens.numel(),
             width=clip.architecture.text.width,
         )
@@ -252,22 +252,23 @@ def unavoidable_flops(setting: Setting, step: Step) -> float | None:
     """Floating-point operations of one client's step that text-tower LoRA on all blocks can't avoid, or None.
 
     Every packed token goes through 12 width^2 multiplications and additions a block, forward, and as many backward to
-    reach the adapters below; only the first block needs no gradient of its input. Weights get no gradient.
+    reach the adapters below, except that the first block's q, k and v (3 width^2) need no gradient of their input.
+    Weights get no gradient. Attention, norms, activations and the adapters themselves are not counted.
     """
     if not step.num_tokens or setting.tower != "text" or setting.num_layers:
         return None
     num_layers = Backbone(model=setting.model, weights="random").architecture().text.num_layers
     per_block = 2 * 12 * step.width**2 * step.num_tokens / step.num_clients
-    return per_block * (2 * num_layers)
+    return per_block * (2 * num_layers - 3 / 12)
 
 
-def _one(attached: object, number: int | None) -> tree.State:
+def fresh_adapter(attached: object, number: int | None) -> tree.State:
     """A fresh adapter: for K clients, or (None) without a client axis."""
     state: tree.State = attached.initial_state(Rng(0))  # type: ignore[attr-defined]
     return state if number is None else {name: tensor.clone() for name, tensor in tree.expand(state, number).items()}
 
 
-def _plain_loss(logits: Tensor, labels: Tensor, setting: Setting) -> Tensor:
+def plain_loss(logits: Tensor, labels: Tensor, setting: Setting) -> Tensor:
     if setting.objective == "cross_entropy":
         return F.cross_entropy(logits, labels)
     target = torch.arange(len(logits), device=logits.device)

@@ -38,7 +38,7 @@ def test_every_variant_takes_steps_and_evaluates(tiny_model: str, tower: str, ob
 def test_the_rivals_learn_the_same_adapter(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Naive LoRA and the loop by hand move an adapter to the same place: they differ in cost alone."""
     seen: dict[str, list[torch.Tensor]] = {}
-    make = benchmark_variants._one
+    make = benchmark_variants.fresh_adapter
 
     def remember(attached: object, number: int | None) -> dict[str, torch.Tensor]:
         state = make(attached, number)
@@ -46,7 +46,7 @@ def test_the_rivals_learn_the_same_adapter(tiny_model: str, monkeypatch: pytest.
             seen.setdefault(current, list(state.values()))
         return state
 
-    monkeypatch.setattr(benchmark_variants, "_one", remember)
+    monkeypatch.setattr(benchmark_variants, "fresh_adapter", remember)
     for current in ("naive", "by hand"):
         step = VARIANTS[current].build(setting(tiny_model))
         for _ in range(3):
@@ -59,8 +59,10 @@ def test_the_rivals_learn_the_same_adapter(tiny_model: str, monkeypatch: pytest.
 def test_unavoidable_operations_by_hand(tiny_model: str) -> None:
     step = VARIANTS["ours"].build(setting(tiny_model))
     tokens = step.num_tokens / 3
-    # Two blocks, forward and backward, 12 width^2 multiplications and as many additions for each token.
-    assert benchmark_variants.unavoidable_flops(setting(tiny_model), step) == 2 * 2 * 2 * 12 * 32**2 * tokens
+    # Two blocks, forward and backward, 12 width^2 multiplications and as many additions for each token; no gradient for
+    # the input of the first q, k and v.
+    expected = 2 * (4 * 12 - 3) * 32**2 * tokens
+    assert benchmark_variants.unavoidable_flops(setting(tiny_model), step) == expected
     assert benchmark_variants.unavoidable_flops(setting(tiny_model, tower="vision"), step) is None
 
 
@@ -75,6 +77,12 @@ def test_the_table_and_the_json(tiny_model: str, tmp_path: Path, capsys: pytest.
     assert "GFLOP/s" in lines[-1]
     content = json.loads((tmp_path / "b.json").read_text())
     assert content["results"]["ours"][0]["step_seconds"] > 0
+
+
+def test_the_whole_experiment_from_the_command_line(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--whole", "--model", tiny_model, "--clients", "2", "--batch", "3", "--repeats", "1"]
+    assert benchmark.main(arguments) == 0
+    assert "x faster" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
