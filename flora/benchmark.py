@@ -26,7 +26,8 @@ from flora.errors import UserError
 from flora.federated.memory import peak_memory_bytes
 from flora.report import size
 
-WARMUP_SECONDS, MIN_STEPS = 1.0, 3
+# A step that is slow is timed fewer than MIN_STEPS times, once PATIENCE times the asked seconds are over.
+MIN_STEPS, PATIENCE = 3, 20
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ def measure(variant: str, setting: Setting, seconds: float) -> Result:
     times: list[float] = []
     _timed(step.run, setting.device)
     started = time.perf_counter()
-    while len(times) < MIN_STEPS or time.perf_counter() - started < seconds:
+    elapsed = 0.0
+    while elapsed < seconds or (len(times) < MIN_STEPS and elapsed < PATIENCE * seconds):
         times.append(_timed(step.run, setting.device))
-        if len(times) >= 1 and time.perf_counter() - started > 20 * seconds:
-            break
+        elapsed = time.perf_counter() - started
     peak = resident_peak_bytes() - before
     step_seconds = statistics.median(times) / step.num_clients
     evaluation = min(_timed(step.evaluate, setting.device) for _ in range(2))
