@@ -76,12 +76,12 @@ class TorchvisionSet(Dataset):
         """torchvision's data sets for each of the `parts`' arguments, downloaded first if that is asked for."""
         root = Path(os.path.expanduser(self.root))
         expected = ", ".join(str(root / path) for path in self.layout)
-        if self.needs_scipy and importlib.util.find_spec("scipy") is None:
-            raise UserError(f"data: {self.title} is stored in .mat files: pip install scipy to read them")
         there = self._is_there(root)
         if not there and (self.by_hand or not self.download):
             mend = self.by_hand or "set data.download=true to fetch it (or the right root)"
             raise UserError(f"data.root: {self.root}: {self.title} is not there; expected {expected}; {mend}")
+        if self.needs_scipy and importlib.util.find_spec("scipy") is None:
+            raise UserError(f"data: {self.title} is stored in .mat files: pip install scipy to read them")
         fetch = {"download": True} if self.download and not self.by_hand else {}
         try:
             return [self.reader(str(root), **arguments, **fetch) for arguments in parts]
