@@ -14,9 +14,11 @@ from PIL import Image
 from flora.clip.adapters import TARGETS, Lora
 from flora.data.datasets import ImageFiles, Split
 from flora.errors import UserError
+from flora.federated import memory
 from flora.federated.cache import CacheOptions
 from flora.federated.evaluation import evaluate
 from flora.federated.features import Features, load_features
+from flora.federated.memory import choose_clients_per_block
 
 LABELS = torch.arange(20) % len(CLASSES)
 
@@ -96,3 +98,15 @@ def test_an_unreadable_image_is_fatal_by_default(tiny_model: str, split: Split) 
 def test_no_readable_image_at_all(tiny_model: str, split: Split) -> None:
     with pytest.raises(UserError, match="none of the 2 images of a split can be read"):
         compute(split.subset(np.array([3, 4])), adapt(tiny_model), skip=True)
+
+
+def test_clients_per_block_follow_the_size_of_a_step_and_the_memory(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, vision = adapt(tiny_model), adapt(tiny_model, Lora(towers=("vision",)))
+    assert choose_clients_per_block(text, batch_size=8) == 32
+    assert choose_clients_per_block(vision, batch_size=1000) == 4  # 1000 images of 5 tokens of width 32
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda device: 4 * 4 * 20 * 2 * 1000 * 5 * 32 * 3)
+    assert choose_clients_per_block(vision, batch_size=1000) == 2  # three would fit
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda device: 0)
+    assert choose_clients_per_block(text, batch_size=8) == 1
