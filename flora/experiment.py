@@ -92,16 +92,7 @@ def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Calla
         log(f"left out: {len(unreadable):,} of {len(data.train) + len(data.test):,} images can't be read")
     _check_classes(labels, test.labels.cpu().numpy(), class_names)
     groups = None if data.train.groups is None else data.train.groups[train.positions]
-    parts = config.partition.split(labels, config.clients.number, rng.child("partition"), groups=groups)
-    clients = [
-        hold_out(part, config.clients.holdout_fraction, rng.child("holdout", index)) for index, part in enumerate(parts)
-    ]
-    empty = [index for index, client in enumerate(clients) if not len(client.train)]
-    if empty:
-        raise UserError(
-            f"partition: {len(empty)} of {len(clients)} clients would get no training example, the first is client "
-            f"{empty[0]}; set partition.minimum_examples to 1 or lower clients.number"
-        )
+    clients = _deal_out(config, labels, groups, rng)
     log(f"{len(labels):,} training and {len(test):,} test images, {len(class_names)} classes, {len(clients)} clients")
     federation = Federation(
         model=model,
@@ -147,6 +138,20 @@ def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:
         count = min(max(round(len(examples) * fraction), 1), len(examples) - 1)
     order = rng.numpy().permutation(examples)
     return ClientData(train=np.sort(order[count:]), held_out=np.sort(order[:count]))
+
+
+def _deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | None, rng: Rng) -> list[ClientData]:
+    """Each client's share of the training examples. Raises `UserError` if one would have nothing to train on."""
+    parts = config.partition.split(labels, config.clients.number, rng.child("partition"), groups=groups)
+    fraction = config.clients.holdout_fraction
+    clients = [hold_out(part, fraction, rng.child("holdout", index)) for index, part in enumerate(parts)]
+    empty = [index for index, client in enumerate(clients) if not len(client.train)]
+    if empty:
+        raise UserError(
+            f"partition: {len(empty)} of {len(clients)} clients would get no training example, the first is client "
+            f"{empty[0]}; set partition.minimum_examples to 1 or lower clients.number"
+        )
+    return clients
 
 
 def _check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:

@@ -165,6 +165,11 @@ def test_without_room_the_features_stay_in_memory_or_the_run_ends(
     assert "not used" in load(adapt(tiny_model), CacheOptions(folder=str(blocked)))[1][1]
 
 
+def test_features_that_fit_nowhere_are_an_error(tiny_model: str) -> None:
+    with pytest.raises(UserError, match=r"cache.folder: features of \(23, 16\) are larger than cache.memory_bytes"):
+        load(adapt(tiny_model), CacheOptions(folder=None, memory_bytes=1))
+
+
 def test_an_interrupted_fill_leaves_nothing(tiny_model: str, tmp_path: Path) -> None:
     model = adapt(tiny_model)
 

@@ -29,7 +29,9 @@ from flora.registry import Options, option
 class SpeedOptions(Options):
     """Ways to compute the same numbers faster; each can be switched off to measure what it brings."""
 
-    cut_prompts: bool = option("end prompts at their end-of-text token (causal text towers)", True)
+    cut_prompts: bool = option(
+        "end prompts at their end-of-text token (causal text towers; with dropout the masks are drawn anew)", True
+    )
     share_prefixes: bool = option(
         "compute tokens that prompts begin with in common once (needs cut_prompts; off where adapters have dropout, "
         "because each prompt has masks of its own)",

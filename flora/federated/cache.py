@@ -102,6 +102,11 @@ class FeatureCache:
 
         Raises `UserError` if the entry has to be on disk and can't.
         """
+        if self._folder is None and not in_memory:
+            raise UserError(
+                f"cache.folder: features of {tuple(shape)} are larger than cache.memory_bytes (or half of the free "
+                "memory) and have to be on disk; expected a folder, or a larger cache.memory_bytes"
+            )
         part = None
         try:
             part = self._start(shape, dtype)
