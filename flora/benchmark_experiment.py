@@ -14,7 +14,7 @@ from flora.clip.backbone import FrozenClip
 from flora.clip.towers import AdaptedClip
 from flora.federated.aggregation import FedAvg
 from flora.federated.evaluation import evaluate
-from flora.federated.features import Features
+from flora.federated.features import StoredFeatures
 from flora.federated.local import LocalTraining
 from flora.federated.round import Federation, run_round
 from flora.federated.sampling import Uniform
@@ -64,7 +64,7 @@ def our_experiment(setting: Setting) -> Callable[[], None]:
     def run() -> None:
         stem = torch.cat([model.vision.stem(part) for part in pixels.split(16)])
         rows = torch.arange(len(labels), device=setting.torch_device)
-        features = Features(stem, rows, labels, np.arange(len(labels)))
+        features = StoredFeatures(stem, rows, labels, np.arange(len(labels)))
         federation = Federation(
             model=model,
             features=features,

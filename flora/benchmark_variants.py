@@ -18,7 +18,7 @@ from flora.data.batching import client_blocks
 from flora.errors import UserError
 from flora.federated.communication import payload_bytes
 from flora.federated.evaluation import evaluate
-from flora.federated.features import Features
+from flora.federated.features import StoredFeatures
 from flora.federated.local import LocalTraining, train_block
 from flora.federated.objectives import Contrastive, CrossEntropy, Objective
 from flora.rng import Rng
@@ -219,7 +219,7 @@ def ours(speed: SpeedOptions, *, many_clients: bool) -> Callable[[Setting], Step
         del pixels
         model.release_stems()
         indices = torch.arange(NUM_IMAGES, device=setting.torch_device)
-        features = Features(stem, indices, labels, np.arange(NUM_IMAGES))
+        features = StoredFeatures(stem, indices, labels, np.arange(NUM_IMAGES))
         number = setting.num_clients if many_clients else 1
         local = LocalTraining(learning_rate=LEARNING_RATE, batch_size=setting.batch_size, objective=setting.loss())
         examples = [np.arange(NUM_IMAGES)] * number
@@ -228,12 +228,12 @@ def ours(speed: SpeedOptions, *, many_clients: bool) -> Callable[[Setting], Step
             clients_per_block=number,
         )  # fmt: skip
         adapters = fresh_adapter(attached, number)
-        generators = [Rng(0).child(client).torch() for client in range(number)]
+        rngs = [Rng(0).child(client) for client in range(number)]
 
         def run() -> None:
             train_block(
                 model, block, adapters=adapters, features=features, local=local, learning_rate=LEARNING_RATE,
-                dropout_generators=generators,
+                rngs=rngs,
             )  # fmt: skip
 
         return Step(

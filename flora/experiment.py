@@ -13,8 +13,16 @@ from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.backbone import parameter_count
 from flora.clip.towers import AdaptedClip
 from flora.config import ExperimentConfig
+from flora.data.datasets import ImageData
 from flora.errors import UserError
-from flora.federated.features import Features, Progress, load_features, move_if_they_fit
+from flora.federated.features import (
+    Features,
+    Progress,
+    StoredFeatures,
+    live_features,
+    load_features,
+    move_if_they_fit,
+)
 from flora.federated.memory import choose_clients_per_block
 from flora.federated.round import Federation
 from flora.records import ClientData, ServerState
@@ -49,6 +57,11 @@ def check_experiment(config: ExperimentConfig) -> None:
         config.adapter.check_fits(architecture)
     with _below("clients.cohort"):
         config.clients.cohort.cohort_size(config.clients.number)
+    if config.cache.enabled and config.local.augmentation.changes_images:
+        raise OptionError(
+            "cache.enabled",
+            "expected false or null where local.augmentation changes images: their features can't be kept",
+        )
     if config.evaluation.num_alone > config.clients.number:
         raise OptionError(
             "evaluation.num_alone",
@@ -75,18 +88,12 @@ def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Calla
     model = AdaptedClip(clip, adapter, class_names=class_names, templates=templates, speed=config.speed)
     if not model.text.is_cut_at_end:
         log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
-    (train, test), unreadable = load_features(
-        [data.train, data.test],
-        model,
-        cache=config.cache,
-        skip_unreadable=config.data.unreadable == "skip",
-        progress=progress,
-        log=log,
-    )
+    (train, test), unreadable = _features(config, data, model, progress=progress, log=log)
     labels = train.labels.numpy()
     clients_per_block = _clients_per_block(config, model)
     log(f"clients in one step: up to {clients_per_block}")
-    model.release_stems()
+    if all(isinstance(each, StoredFeatures) for each in (train, test)):
+        model.release_stems()
     train, test = move_if_they_fit([train, test], device)
     if unreadable:
         log(f"left out: {len(unreadable):,} of {len(data.train) + len(data.test):,} images can't be read")
@@ -116,6 +123,45 @@ def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Calla
         backbone_parameters=backbone_parameters,
         unreadable=tuple(unreadable),
     )
+
+
+def _features(
+    config: ExperimentConfig,
+    data: ImageData,
+    model: AdaptedClip,
+    *,
+    progress: Progress,
+    log: Callable[[str], object],
+) -> tuple[tuple[Features, Features], list[str]]:
+    """The features of both splits, and a line for each image that can't be read.
+
+    They are computed once, apart from those of images that are augmented: the training split's.
+    """
+    augmentation, skip = config.local.augmentation, config.data.unreadable == "skip"
+    splits = {"training": data.train, "test": data.test}
+    is_live = dict.fromkeys(splits, config.cache.enabled is False)
+    is_live["training"] |= augmentation.changes_images
+    features: dict[str, Features] = {}
+    problems: list[str] = []
+    for name in (name for name in splits if is_live[name]):
+        log(f"features of the {name} images: computed at each use")
+        features[name], found = live_features(
+            splits[name], model, augmentation, skip_unreadable=skip, progress=progress
+        )
+        problems += found
+    stored = [name for name in splits if not is_live[name]]
+    if stored:
+        loaded, found = load_features(
+            [splits[name] for name in stored],
+            model,
+            cache=config.cache,
+            skip_unreadable=skip,
+            progress=progress,
+            log=log,
+        )
+        features.update(zip(stored, loaded, strict=True))
+        problems += found
+    return (features["training"], features["test"]), problems
 
 
 def choose_device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ import torch
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.adapters import Adapter, Lora
 from flora.clip.backbone import Backbone, FrozenClip
-from flora.clip.towers import AdaptedClip
+from flora.clip.towers import AdaptedClip, SpeedOptions
 from flora.data.datasets import Dataset, ImageArrays, ImageData, Split
 from flora.registry import option, register
 from flora.rng import Rng
@@ -31,6 +31,7 @@ TINY = {
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
+ALL_ON = SpeedOptions()
 CLASSES = ("cat", "fire truck", "a rather long name for a tree frog")
 
 
@@ -82,9 +83,9 @@ def write_model(
     return str(path)
 
 
-def load_clip(model: str) -> FrozenClip:
+def load_clip(model: str, device: str = "cpu") -> FrozenClip:
     """A fresh copy of a model with random weights, the same at each call."""
-    return Backbone(model=model, weights="random").load(torch.device("cpu"), Rng(0))
+    return Backbone(model=model, weights="random").load(torch.device(device), Rng(0))
 
 
 def load_plain(model: str) -> FrozenClip:
@@ -102,10 +103,13 @@ def adapt(
     *,
     class_names: tuple[str, ...] = CLASSES,
     templates: tuple[str, ...] = ("a photo of a {}.",),
+    speed: SpeedOptions = ALL_ON,
+    device: str = "cpu",
 ) -> AdaptedClip:
     """A fresh tiny model with an adapter attached."""
-    clip = load_clip(model)
-    return AdaptedClip(clip, (adapter or Lora()).attach(clip), class_names=class_names, templates=templates)
+    clip = load_clip(model, device)
+    attached = (adapter or Lora()).attach(clip)
+    return AdaptedClip(clip, attached, class_names=class_names, templates=templates, speed=speed)
 
 
 def random_adapters(

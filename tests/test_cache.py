@@ -49,7 +49,7 @@ def load(model: Any, options: CacheOptions, parts: list[Split] | None = None) ->
 
 
 def numbers(features: list[Features]) -> list[torch.Tensor]:
-    return [each.take(torch.arange(len(each)), torch.device("cpu"))[0] for each in features]
+    return [each.take(torch.arange(len(each)), torch.device("cpu")) for each in features]
 
 
 def assert_equal(left: list[Features], right: list[Features]) -> None:

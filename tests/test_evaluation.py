@@ -17,7 +17,7 @@ from flora.errors import UserError
 from flora.federated import memory
 from flora.federated.cache import CacheOptions
 from flora.federated.evaluation import evaluate
-from flora.federated.features import Features, load_features
+from flora.federated.features import StoredFeatures, load_features
 from flora.federated.memory import choose_clients_per_block
 
 LABELS = torch.arange(20) % len(CLASSES)
@@ -30,7 +30,7 @@ def test_evaluation_of_k_adapters_equals_merged_models(
 ) -> None:
     model, pixels = adapt(tiny_model, Lora(towers=towers, targets=TARGETS)), random_pixels(20)
     stack = random_adapters(model, 2)
-    features = Features(model.vision.stem(pixels), torch.arange(20), LABELS, np.arange(20))
+    features = StoredFeatures(model.vision.stem(pixels), torch.arange(20), LABELS, np.arange(20))
     results = evaluate(model, stack, features, batch_size=batch_size)
     for client, result in enumerate(results):
         plain = load_plain(tiny_model)
@@ -83,8 +83,7 @@ def test_unreadable_images_are_named_and_left_out(
     assert features.positions.tolist() == [0, 1, 2, 5]
     assert features.labels.tolist() == [0, 1, 0, 1]
     assert [Path(problem.split(": ")[0]).name for problem in problems] == ["3.png", "4.png"]
-    stem, labels = features.take(torch.tensor([3, 0]), torch.device("cpu"))
-    assert labels.tolist() == [1, 0]
+    stem = features.take(torch.tensor([3, 0]), torch.device("cpu"))
     for row, index in zip(stem, (5, 0), strict=True):
         expected = model.clip.model.encode_image(model.clip.preprocess(split.open(index)).unsqueeze(0))  # type: ignore[operator]
         torch.testing.assert_close(row, expected[0], atol=1e-5, rtol=0)

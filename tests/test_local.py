@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,12 @@ from conftest import CLASSES, adapt, load_plain, random_pixels
 
 from flora import tree
 from flora.clip.adapters import TARGETS, FullFineTuning, Lora
-from flora.clip.towers import AdaptedClip
+from flora.clip.towers import AdaptedClip, SpeedOptions
 from flora.data.batching import client_batches
 from flora.federated.aggregation import FedAvg
-from flora.federated.features import Features
-from flora.federated.local import FlatStack, LocalTraining
+from flora.federated.features import StoredFeatures
+from flora.federated.gradients import FlatStack
+from flora.federated.local import LocalTraining
 from flora.federated.objectives import Contrastive, CrossEntropy, MultiPositive
 from flora.federated.optimizers import Adam, AdamW, Cosine, Sgd
 from flora.federated.round import Federation, run_round, train_alone
@@ -37,7 +40,7 @@ def federation(
     count = len(LABELS)
     return Federation(
         model=model,
-        features=Features(model.vision.stem(PIXELS), torch.arange(count), LABELS, np.arange(count)),
+        features=StoredFeatures(model.vision.stem(PIXELS), torch.arange(count), LABELS, np.arange(count)),
         clients=[ClientData(np.arange(end - size, end), none) for size, end in zip(SIZES, ends, strict=True)],
         local=local,
         sampler=Uniform(number=cohort),
@@ -97,6 +100,32 @@ def test_the_number_of_clients_per_block_changes_nothing(tiny_model, towers, loc
     assert alone.clients.keys() == together.clients.keys()
     for client in alone.clients:
         assert_states_close(dict(alone.clients[client]), dict(together.clients[client]))
+
+
+ANIMALS = tuple(
+    f"{size} {animal}" for size in ("small", "rather large") for animal in ("cat", "dog", "tree frog", "ox")
+)
+ALL_OFF = SpeedOptions(cut_prompts=False, share_prefixes=False, trim_last_block=False, batch_classes=False)
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy(), Contrastive(), MultiPositive()])
+@pytest.mark.parametrize("towers", [("text",), ("vision",), ("text", "vision")], ids="-".join)
+@pytest.mark.parametrize("switch", ["all on", *(field.name for field in dataclasses.fields(SpeedOptions))])
+def test_every_cut_gives_the_same_adapter(tiny_model, switch, towers, objective) -> None:  # type: ignore[no-untyped-def]
+    local = LocalTraining(batch_size=5, learning_rate=0.1, optimizer=Sgd(), objective=objective)
+    results = []
+    for speed in (ALL_OFF, SpeedOptions() if switch == "all on" else SpeedOptions(**{switch: False})):
+        model = adapt(
+            tiny_model,
+            Lora(towers=towers, targets=TARGETS),
+            class_names=ANIMALS,
+            templates=("a photo of a {}.", "{}"),
+            speed=speed,
+        )
+        results.append(run(model, local, per_block=3).adapter)
+    moved = max((results[0][name] - tensor).abs().max().item() for name, tensor in start(model).adapter.items())
+    assert moved > 1e-3
+    assert_states_close(*results)
 
 
 def test_the_same_seed_twice_is_the_same_bit_for_bit(tiny_model: str) -> None:
@@ -209,7 +238,7 @@ def test_flat_stack_shares_memory_with_its_leaves() -> None:
     state = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4.0).view(2, 1, 2), "c": torch.tensor([1.0, 2.0])}
     flat = FlatStack(state, torch.device("cpu"))
     assert flat.matrix.shape == (2, 6)
-    leaves = flat.leaves(1)
+    leaves = flat.leaves(flat.matrix[:1])
     flat.matrix.zero_()
     assert all(tensor.count_nonzero() == 0 and tensor.requires_grad for tensor in leaves.values())
     assert {name: tuple(tensor.shape) for name, tensor in leaves.items()} == {"a": (1, 3), "b": (1, 1, 2), "c": (1,)}

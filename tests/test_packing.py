@@ -53,10 +53,9 @@ def test_all_layouts_give_the_same_features(tiny_model: str, number: int) -> Non
     templates = ("a photo of a {}.", "{}", "a drawing of the {} by a child.")
     expected = None
     for speed in (SpeedOptions(cut_prompts=False), SpeedOptions(share_prefixes=False), SpeedOptions()):
-        tower = TextTower(load_clip(tiny_model), 1)
-        prompts = tower.prompts(names, templates, speed)
-        stem = tower.stem(prompts)
-        features = tower.suffix(stem.repeat(2, 1, 1), prompts, 2)
+        tower = TextTower(load_clip(tiny_model), 1, speed)
+        prompts = tower.prompts(names, templates)
+        features = tower.suffix(tower.stem(prompts), prompts.for_clients(2))
         expected = features if expected is None else expected
         torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
     packed, padded = prompts.tokens.numel(), number * 3 * 77

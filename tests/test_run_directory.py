@@ -47,6 +47,8 @@ RECORD = RoundRecord(
     peak_memory_bytes=1,
 )
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @pytest.fixture(scope="module")
 def run(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
@@ -100,7 +102,7 @@ def test_the_environment(run: RunResult) -> None:
     assert {"torch", "open_clip_torch", "numpy"} <= environment["packages"].keys()
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["seed"] == 0
-    assert environment["device"].startswith("cpu")
+    assert environment["device"].startswith(DEVICE)
 
 
 def test_the_partition_adds_up(run: RunResult) -> None:
@@ -213,7 +215,7 @@ def test_the_summary(run: RunResult) -> None:
 def test_the_log(run: RunResult) -> None:
     lines = (run.directory / "log.txt").read_text().splitlines()
     assert all(len(line.split(" ", 1)[0]) == len("2024-01-01T00:00:00Z") for line in lines)
-    assert any("frozen parameters on cpu" in line for line in lines)
+    assert any(f"frozen parameters on {DEVICE}" in line for line in lines)
     assert "in 3 rounds; 6 clients, dirichlet (concentration 0.3)" in lines[-1]
 
 

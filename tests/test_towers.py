@@ -25,7 +25,7 @@ def test_every_cut_of_both_towers_gives_openclips_features(tiny_model: str, cut:
     prompts = text.prompts(CLASSES, TEMPLATES[:1])
     tokens = clip.tokenize([TEMPLATES[0].format(name) for name in CLASSES])
     expected = plain.encode_text(tokens)  # type: ignore[operator]
-    torch.testing.assert_close(text.suffix(text.stem(prompts), prompts, 1), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(text.suffix(text.stem(prompts), prompts.layout), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,9 @@ def test_prompts_are_cut_where_that_is_exact(tmp_path, text, is_cut: bool, custo
     prompts = tower.prompts(CLASSES, TEMPLATES)
     tokens = clip.tokenize([template.format(name) for name in CLASSES for template in TEMPLATES])
     assert tower.is_cut_at_end == is_cut
-    assert (prompts.tokens.numel() < 90) == is_cut
+    assert (prompts.tokens.numel() < 100) == is_cut
     expected = load_plain(path).model.encode_text(tokens)  # type: ignore[operator]
-    torch.testing.assert_close(tower.suffix(tower.stem(prompts), prompts, 1), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tower.suffix(tower.stem(prompts), prompts.layout), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

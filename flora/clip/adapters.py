@@ -28,11 +28,13 @@ class AttachedAdapter(ABC):
 
     `trained_from` says for each tower which of its stages is the first that the adapter changes: stage 0 is the
     embedding, stage 1 + i block i, stage 1 + num_layers the head, and 2 + num_layers means that it changes none.
+    `is_large` says that it is about as large as the model.
     """
 
     trained_from: dict[str, int]
     max_clients_per_block: int | None = None
     has_dropout = False
+    is_large = False
 
     @abstractmethod
     def initial_state(self, rng: Rng) -> State:
@@ -228,6 +230,7 @@ class AttachedFull(AttachedAdapter):
     """A state dict of the whole model, `(K, ...)` with K = 1, that stands in for the frozen weights while bound."""
 
     max_clients_per_block = 1
+    is_large = True
 
     def __init__(self, clip: FrozenClip) -> None:
         self.trained_from = dict.fromkeys(TOWERS, 0)

@@ -80,8 +80,8 @@ class LoraAttention(nn.Module):
     """A frozen `nn.MultiheadAttention` with low-rank terms on any of q, k, v and out.
 
     It shares the frozen module's parameters under their own names (`in_proj_weight`, `in_proj_bias`, `out_proj.*`),
-    so checkpoints load before and after the replacement. Self-attention, batch first; the mask may be one for each
-    sequence, `(K * N, 1, L, L)`.
+    so checkpoints load before and after the replacement. Self-attention, batch first, of all tokens or of some of them;
+    the mask may be one for each sequence, `(K * N, 1, R, L)`.
     """
 
     def __init__(self, attention: nn.MultiheadAttention | LoraAttention, low_rank: dict[str, LowRank]) -> None:
@@ -95,13 +95,22 @@ class LoraAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Self-attention over `query` `(K * N, L, D)`; key and value are the same tensor. Returns it and None."""
-        projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        heads = [
-            self._add(target, query, part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for target, part in zip("qkv", projected, strict=True)
-        ]
-        q, k, v = heads
+        """Attention of `query` `(K * N, R, D)` to `key` `(K * N, L, D)`, with which `value` is the same tensor.
+
+        Returns `(K * N, R, D)` and None.
+        """
+        if query is key:
+            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            width = query.shape[-1]
+            bias = self.in_proj_bias
+            biases = (None, None) if bias is None else (bias[:width], bias[width:])
+            keys_and_values = F.linear(key, self.in_proj_weight[width:], biases[1])
+            projected = (F.linear(query, self.in_proj_weight[:width], biases[0]), *keys_and_values.chunk(2, dim=-1))
+        q, k, v = (
+            self._add(target, x, part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for target, x, part in zip("qkv", (query, key, value), projected, strict=True)
+        )
         mask = None if attn_mask is None else attn_mask.to(q.dtype)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         return self._add("out", mixed, F.linear(mixed, self.out_proj.weight, self.out_proj.bias)), None

@@ -8,15 +8,19 @@ The numbers are those of the prompts one by one.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-# Group sizes that are tried: small ones repeat shared prefixes, large ones make attention costly.
-GROUP_LIMITS = (24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256)
-# Past this many sequences a group is always full, and one limit is as good as another.
-MANY_SEQUENCES, MANY_LIMIT = 2000, 128
+# Group sizes that are aimed at: small ones repeat shared prefixes, large ones make attention costly.
+GROUP_SIZES = (32, 48, 64, 96, 128, 192, 256)
+# Past this many sequences the last group's empty slots no longer matter, and one size is as good as another.
+MANY_SEQUENCES, MANY_LIMIT = 1000, 64
+# Attention's multiplications take about this many times as long as those of the large matrix products (measured on
+# two CPU cores at width 512).
+ATTENTION_COST = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,20 +28,23 @@ class Packing:
     """P sequences in G groups of M slots.
 
     `tokens` and `positions` are int64 `(G, M)`; `visible` `(G, M, M)` is True where a slot (row) sees another (column);
-    `ends` `(P,)` is the slot in the flattened `(G * M,)` that holds the last token of each sequence. Unused slots see
-    themselves.
+    `parents` `(G, M)` is the slot of the token before, in the flattened `(G * M,)`, or -1; `ends` `(P,)` is the slot in
+    the same order that holds the last token of each sequence. Unused slots see themselves.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
     visible: np.ndarray
+    parents: np.ndarray
     ends: np.ndarray
 
 
 def pack(sequences: Sequence[Sequence[int]], width: int) -> Packing:
     """Lay the sequences out with the group size that costs least in a tower of `width`."""
-    limits = GROUP_LIMITS if len(sequences) < MANY_SEQUENCES else (MANY_LIMIT,)
-    layouts = [_group(sequences, limit) for limit in limits]
+    if len(sequences) >= MANY_SEQUENCES:
+        return _lay_out(_group(sequences, MANY_LIMIT), len(sequences))
+    num_nodes = len(_group(sequences, sum(map(len, sequences)))[0])
+    layouts = [_even_groups(sequences, number) for number in {1, *(-(-num_nodes // size) for size in GROUP_SIZES)}]
     return _lay_out(min(layouts, key=lambda groups: _cost(groups, width)), len(sequences))
 
 
@@ -93,10 +100,17 @@ def _group(sequences: Sequence[Sequence[int]], limit: int) -> list[_Tree]:
     return groups
 
 
+def _even_groups(sequences: Sequence[Sequence[int]], number: int) -> list[_Tree]:
+    """At most `number` groups, with the lowest limit that allows it: every group has as many slots as the largest."""
+    limits = range(1, sum(map(len, sequences)) + 1)
+    first = bisect_left(limits, True, key=lambda limit: len(_group(sequences, limit)) <= number)
+    return _group(sequences, limits[first])
+
+
 def _cost(groups: Sequence[_Tree], width: int) -> float:
     """Multiplications of a block up to a factor: 12 width^2 a slot in matrices, 2 width a pair of slots."""
     size = max(map(len, groups))
-    return len(groups) * size * (12 * width + 2 * size)
+    return len(groups) * size * (12 * width + 2 * ATTENTION_COST * size)
 
 
 def _lay_out(groups: Sequence[_Tree], num_sequences: int) -> Packing:
@@ -104,6 +118,7 @@ def _lay_out(groups: Sequence[_Tree], num_sequences: int) -> Packing:
     tokens = np.zeros((len(groups), size), dtype=np.int64)
     positions = np.zeros_like(tokens)
     visible = np.tile(np.eye(size, dtype=bool), (len(groups), 1, 1))
+    parents = np.full_like(tokens, -1)
     ends = np.empty(num_sequences, dtype=np.int64)
     for number, tree in enumerate(groups):
         tokens[number, : len(tree)] = tree.tokens
@@ -111,6 +126,7 @@ def _lay_out(groups: Sequence[_Tree], num_sequences: int) -> Packing:
             if parent >= 0:
                 positions[number, node] = positions[number, parent] + 1
                 visible[number, node] |= visible[number, parent]
+                parents[number, node] = number * size + parent
         for index, node in tree.ends.items():
             ends[index] = number * size + node
-    return Packing(tokens, positions, visible, ends)
+    return Packing(tokens, positions, visible, parents, ends)

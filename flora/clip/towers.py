@@ -20,9 +20,13 @@ from torch import Tensor, nn
 
 from flora.clip.adapters import AttachedAdapter
 from flora.clip.backbone import FrozenClip
+from flora.clip.layout import Layout, Prompts
 from flora.clip.packing import one_by_one, pack
 from flora.errors import UserError
 from flora.registry import Options, option
+
+# Text tokens through the stem at once: at width 768 an MLP's inner layer then takes 200 MB.
+STEM_TOKENS = 2**14
 
 
 @dataclass(frozen=True)
@@ -37,29 +41,25 @@ class SpeedOptions(Options):
         "because each prompt has masks of its own)",
         True,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Prompts:
-    """The tokenised prompts of all classes, class-major: T templates of class 0, then those of class 1.
-
-    They are laid out in G sequences of M tokens: `tokens` and `positions` are int64 `(G, M)`, `mask` is added to the
-    attention's logits, `(G, 1, M, M)` or `(1, 1, M, M)` or None, and prompt p of the P = C * T is read at slot
-    `ends[p]` of the flattened `(G * M,)`.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    mask: Tensor | None
-    ends: Tensor
-    num_classes: int
+    trim_last_block: bool = option(
+        "a tower's last block computes only the tokens that are read (with dropout the masks are drawn anew)", True
+    )
+    batch_classes: bool = option(
+        "objectives that look at a batch alone encode the prompts of its classes alone (off where adapters have "
+        "dropout)",
+        True,
+    )
+    cuda_graphs: bool = option(
+        "on CUDA, record a local step once and replay it (off where adapters have dropout)", True
+    )
 
 
 class VisionTower:
     """Pixels `(N, 3, H, W)` to stem output to image features `(N, embed_dim)`, not normalised."""
 
-    def __init__(self, clip: FrozenClip, cut: int) -> None:
+    def __init__(self, clip: FrozenClip, cut: int, speed: SpeedOptions = SpeedOptions()) -> None:
         self._clip, self._visual, self.cut = clip, clip.visual, cut
+        self._reads_one = speed.trim_last_block and clip.visual.pool_type == "tok"
         self._num_stages = 2 + len(self._visual.transformer.resblocks)
         self.num_tokens = int(self._visual.positional_embedding.shape[0])
 
@@ -84,6 +84,7 @@ class VisionTower:
             "weights": digest.hexdigest(),
             "model": json.loads(json.dumps(self._clip.config)),
             "cut": self.cut,
+            "trim_last_block": self._reads_one,
             "preprocess": json.loads(json.dumps(self._clip.preprocess_settings)),
             "precision": self._clip.precision,
             "device": self._clip.device.type,
@@ -114,6 +115,8 @@ class VisionTower:
         for stage in stages:
             if stage == 0:
                 x = self._visual._embeds(x)
+            elif stage == len(blocks) and self._reads_one:
+                x = _block_at(blocks[stage - 1], x, torch.zeros(len(x), 1, dtype=torch.int64, device=x.device), None)
             elif stage <= len(blocks):
                 x = blocks[stage - 1](x)
             else:
@@ -122,34 +125,36 @@ class VisionTower:
 
 
 class TextTower:
-    """Prompts to stem output to text features `(P, embed_dim)`, not normalised."""
+    """Prompts to stem output to text features `(K * P, embed_dim)`, not normalised."""
 
-    def __init__(self, clip: FrozenClip, cut: int, *, has_dropout: bool = False) -> None:
-        self._clip, self._text, self.cut, self.has_dropout = clip, clip.text, cut, has_dropout
+    def __init__(
+        self, clip: FrozenClip, cut: int, speed: SpeedOptions = SpeedOptions(), *, has_dropout: bool = False
+    ) -> None:
+        self._clip, self._text, self.cut = clip, clip.text, cut
+        self._speed, self._has_dropout = speed, has_dropout
         self._blocks = self._text.transformer.resblocks
         self._num_stages = 2 + len(self._blocks)
+        self.is_frozen = cut == self._num_stages
+        self.trains_blocks = cut <= len(self._blocks)
         # Only a causal tower that is read at the end-of-text token never looks at what stands behind it.
         self.is_cut_at_end = self._text.attn_mask is not None and clip.text_pool in ("argmax", "eos")
 
-    def prompts(
-        self, class_names: Sequence[str], templates: Sequence[str], speed: SpeedOptions = SpeedOptions()
-    ) -> Prompts:
+    def prompts(self, class_names: Sequence[str], templates: Sequence[str]) -> Prompts:
         """Tokenise every template for every class; cut and share what `speed` allows and the tower makes exact."""
         tokens = self._clip.tokenize([template.format(name) for name in class_names for template in templates])
         _check_distinct(tokens, class_names)
         ends = self._ends(tokens)
-        if not (self.is_cut_at_end and speed.cut_prompts):
+        if not (self.is_cut_at_end and self._speed.cut_prompts):
             return self._padded_prompts(tokens, ends, len(class_names))
         sequences = [row[: end + 1] for row, end in zip(tokens.tolist(), ends.tolist(), strict=True)]
-        width = self._clip.architecture.text.width
-        share = speed.share_prefixes and not self.has_dropout
-        packing = pack(sequences, width) if share else one_by_one(sequences)
-        hidden = torch.from_numpy(~packing.visible).unsqueeze(1)
+        share = self._speed.share_prefixes and not self._has_dropout
+        packing = pack(sequences, self._clip.architecture.text.width) if share else one_by_one(sequences)
         return Prompts(
-            tokens=torch.from_numpy(packing.tokens).to(self._clip.device),
-            positions=torch.from_numpy(packing.positions).to(self._clip.device),
-            mask=torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf).to(self._clip.device),
-            ends=torch.from_numpy(packing.ends).to(self._clip.device),
+            tokens=torch.from_numpy(packing.tokens),
+            positions=torch.from_numpy(packing.positions),
+            hidden=torch.from_numpy(~packing.visible),
+            ends=torch.from_numpy(packing.ends),
+            parents=torch.from_numpy(packing.parents).flatten() if share else None,
             num_classes=len(class_names),
         )
 
@@ -158,10 +163,11 @@ class TextTower:
         number, length = tokens.shape
         mask = self._text.attn_mask
         return Prompts(
-            tokens=tokens.to(self._clip.device),
-            positions=torch.arange(length, device=self._clip.device).expand(number, length),
-            mask=None if mask is None else mask[:length, :length].unsqueeze(0).unsqueeze(0),
-            ends=(torch.arange(number) * length + ends).to(self._clip.device),
+            tokens=tokens,
+            positions=torch.arange(length).expand(number, length),
+            hidden=None if mask is None else mask[:length, :length].isneginf().cpu().unsqueeze(0),
+            ends=torch.arange(number) * length + ends,
+            parents=None,
             num_classes=num_classes,
         )
 
@@ -176,14 +182,26 @@ class TextTower:
 
     @torch.no_grad()
     def stem(self, prompts: Prompts) -> Tensor:
-        """The part that no adapter changes: `(G, M, ...)`, or `(P, embed_dim)` if it is everything."""
+        """The part that no adapter changes, for all prompts: `(G, M, ...)`, `(G, R, width)` if only the head is behind
+        it, or `(P, embed_dim)` if it is everything."""
+        layout, tokens = prompts.layout.to(self._clip.device), prompts.tokens.to(self._clip.device)
+        size = max(1, STEM_TOKENS // tokens.shape[1])
+        stages = range(min(self.cut, self._num_stages - 1))
         with self._clip.autocast():
-            return self._run(prompts.tokens, prompts, range(self.cut), num_clients=1)
+            parts = [
+                self._run(tokens[start : start + size], layout.sequences(start, start + size), stages)
+                for start in range(0, len(tokens), size)
+            ]
+            return self._run(torch.cat(parts), layout, range(len(stages), self.cut))
 
-    def suffix(self, x: Tensor, prompts: Prompts, num_clients: int) -> Tensor:
-        """The rest: the stem's output repeated for K clients, client-major, to features `(K * P, embed_dim)`."""
+    def suffix(self, stem: Tensor, layout: Layout) -> Tensor:
+        """The rest, from the stem's output to the features of the layout's K clients, `(K * P, embed_dim)`."""
+        if self.trains_blocks and layout.slots is not None:
+            stem = stem.flatten(0, 1)[layout.slots]
+        elif layout.num_clients > 1:  # what is left takes the rows that are read
+            stem = stem.repeat(layout.num_clients, *(1,) * (stem.dim() - 1))
         with self._clip.autocast():
-            return self._run(x, prompts, range(self.cut, self._num_stages), num_clients=num_clients)
+            return self._run(stem, layout, range(self.cut, self._num_stages))
 
     def release_stem(self) -> None:
         """Take the stem's weights out of memory, once nothing will run through it any more."""
@@ -192,20 +210,37 @@ class TextTower:
         for block in range(min(self.cut - 1, len(self._blocks))):
             self._blocks[block] = nn.Identity()
 
-    def _run(self, x: Tensor, prompts: Prompts, stages: range, *, num_clients: int) -> Tensor:
-        text, mask = self._text, prompts.mask
-        if mask is not None and len(mask) > 1:
-            mask = mask.repeat(num_clients, 1, 1, 1)
+    def _run(self, x: Tensor, layout: Layout, stages: range) -> Tensor:
+        text, mask = self._text, layout.mask
         for stage in stages:
             if stage == 0:
-                x = text.token_embedding(x) + text.positional_embedding[prompts.positions.repeat(num_clients, 1)]
-            elif stage <= len(self._blocks):
+                x = text.token_embedding(x) + text.positional_embedding[layout.positions]
+            elif stage < len(self._blocks):
                 x = self._blocks[stage - 1](x, attn_mask=mask)
+            elif stage == len(self._blocks):
+                if self._speed.trim_last_block:
+                    x = _block_at(self._blocks[stage - 1], x, layout.reads, mask)
+                else:
+                    x = _at(self._blocks[stage - 1](x, attn_mask=mask), layout.reads)
             else:
-                # Each row is normalised by itself, so reading the rows first gives the same numbers.
-                read = x.unflatten(0, (num_clients, -1)).flatten(1, 2)[:, prompts.ends].flatten(0, 1)
-                x = _project(text.ln_final(read), text.text_projection)
+                x = _project(text.ln_final(x.flatten(0, 1)[layout.ends]), text.text_projection)
         return x
+
+
+def _at(x: Tensor, reads: Tensor) -> Tensor:
+    """The slots `reads` `(N, R)` of `x` `(N, M, d)`: `(N, R, d)`."""
+    return x.gather(1, reads.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _block_at(block: Any, x: Tensor, reads: Tensor, mask: Tensor | None) -> Tensor:
+    """`block(x)` at the slots `reads` alone: only keys and values are computed for the others."""
+    if mask is not None:
+        mask = mask.expand(len(x), -1, -1, -1)
+        mask = mask.gather(2, reads[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
+    normed = block.ln_1(x)
+    attended = block.attn(_at(normed, reads), normed, normed, need_weights=False, attn_mask=mask)[0]
+    x = _at(x, reads) + block.ls_1(attended)
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def _check_distinct(tokens: Tensor, class_names: Sequence[str]) -> None:
@@ -236,25 +271,53 @@ class AdaptedClip:
         templates: Sequence[str],
         speed: SpeedOptions = SpeedOptions(),
     ) -> None:
-        self.clip, self.adapter = clip, adapter
+        self.clip, self.adapter, self.speed = clip, adapter, speed
         self.device = clip.device
-        self.vision = VisionTower(clip, adapter.trained_from["vision"])
-        self.text = TextTower(clip, adapter.trained_from["text"], has_dropout=adapter.has_dropout)
-        self.prompts = self.text.prompts(class_names, templates, speed)
+        self.vision = VisionTower(clip, adapter.trained_from["vision"], speed)
+        self.text = TextTower(clip, adapter.trained_from["text"], speed, has_dropout=adapter.has_dropout)
+        self.prompts = self.text.prompts(class_names, templates)
         self._text_stem = self.text.stem(self.prompts)
+        self._selects = speed.batch_classes and not adapter.has_dropout and self.text.trains_blocks
+        self._layout = self.prompts.for_clients(1).to(self.device)
+        self._frozen_features = self._encode_classes(self._layout) if self.text.is_frozen else None
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
         """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major."""
         features = self.vision.suffix(stem).float()
         return F.normalize(features, dim=-1).unflatten(0, (num_clients, -1))
 
-    def class_features(self, num_clients: int) -> Tensor:
-        """Unit text features of the classes, `(K, C, embed_dim)`; an ensemble's mean is normalised once more."""
-        stem = self._text_stem
-        repeated = stem.unsqueeze(0).expand(num_clients, *stem.shape).flatten(0, 1)
-        features = F.normalize(self.text.suffix(repeated, self.prompts, num_clients).float(), dim=-1)
-        ensembles = features.unflatten(0, (num_clients, self.prompts.num_classes, -1))
+    def class_features(self, num_clients: int, classes: Tensor | None = None) -> Tensor:
+        """Unit text features, `(K, C, embed_dim)`: of all classes, or of each client's own `classes` `(K, C)`.
+
+        An ensemble's mean is normalised once more.
+        """
+        if self._frozen_features is not None:
+            return self._frozen_features.expand(num_clients, -1, -1)
+        if classes is not None:
+            return self._encode_classes(self.prompts.of_classes(classes).to(self.device))
+        if num_clients > self._layout.num_clients:
+            self._layout = self.prompts.for_clients(num_clients).to(self.device)
+        return self._encode_classes(self._layout.first(num_clients))
+
+    def _encode_classes(self, layout: Layout) -> Tensor:
+        features = F.normalize(self.text.suffix(self._text_stem, layout).float(), dim=-1)
+        num_templates = len(self.prompts.ends) // self.prompts.num_classes
+        ensembles = features.unflatten(0, (layout.num_clients, -1, num_templates))
         return F.normalize(ensembles.mean(dim=2), dim=-1)
+
+    def select_classes(self, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What to encode if only the classes among `labels` `(K, B)` (on the CPU) matter.
+
+        Returns the classes `(K, C)`, rows with fewer filled up with one of their own, and the labels `(K, B)` as places
+        among them; None if it is to be all classes, because that costs no more or is wanted.
+        """
+        present = torch.zeros(len(labels), self.prompts.num_classes, dtype=torch.bool).scatter_(1, labels, True)
+        most = int(present.sum(dim=1).max())
+        if not self._selects or most == self.prompts.num_classes:
+            return None
+        classes = (~present).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+        classes = torch.where(present.gather(1, classes), classes, classes[:, :1])
+        return classes, (present.cumsum(dim=1) - 1).gather(1, labels)
 
     def release_stems(self) -> None:
         """Take what is frozen in front of the adapters out of memory; from now on only features go in."""

@@ -33,6 +33,9 @@ ABANDONED_SECONDS = 24 * 3600
 class CacheOptions(Options):
     """Where image features are kept, so that the next run of the same images and backbone starts at once."""
 
+    enabled: bool | None = option(
+        "whether each image's features are computed once; none: wherever images are not augmented", None
+    )
     folder: str | None = option("folder for features; none: they are computed anew in each run", "~/.cache/flora")
     memory_bytes: int | None = option(
         "features larger than this stay on disk, memory-mapped; none: half of the free memory", None, at_least=1

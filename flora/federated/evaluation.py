@@ -43,11 +43,10 @@ def evaluate(model: AdaptedClip, adapters: StateLike, features: Features, *, bat
         classes = model.class_features(num_adapters).transpose(1, 2)
         for start in range(0, len(features), batch_size):
             stop = min(start + batch_size, len(features))
-            chunk = torch.arange(start, stop, device=features.device)
-            stem, labels = features.take(chunk, model.device)
+            stem = features.take(torch.arange(start, stop, device=features.device), model.device)
             repeated = stem.unsqueeze(0).expand(num_adapters, *stem.shape).flatten(0, 1)
             logits = model.logit_scale() * torch.bmm(model.image_features(repeated, num_adapters), classes)
-            targets = labels.unsqueeze(0).expand(num_adapters, -1)
+            targets = features.labels[start:stop].to(model.device).unsqueeze(0).expand(num_adapters, -1)
             correct.append(logits.argmax(dim=-1) == targets)
             losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
     all_correct = torch.cat(correct, dim=1).cpu().numpy()

@@ -1,22 +1,26 @@
-"""The frozen stem's output for every image, computed once: what training and evaluation read in place of images."""
+"""The frozen stem's output for every image: what training and evaluation read in place of images."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from flora.clip.backbone import to_rgb
 from flora.clip.towers import AdaptedClip
+from flora.data.augmentation import Augmentation
 from flora.data.datasets import ImageSource, Split
 from flora.errors import UserError
 from flora.federated.cache import CacheOptions, Entry, FeatureCache
 from flora.federated.memory import available_memory_bytes
+from flora.rng import Rng
 
 # What Pillow raises for a file that it can't decode, or that would be absurdly large once decoded.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -27,15 +31,12 @@ Progress = Callable[[str, int], Callable[[int], object]]
 """`progress(title, total)` starts a bar and returns the function that advances it."""
 
 
-@dataclass(frozen=True, eq=False)
-class Features:
-    """Stem outputs and labels of a split's readable examples.
+class Features(ABC):
+    """Stem outputs and labels of a split's readable examples, whether they were computed before or are computed now.
 
-    Example i of the N has row `rows[i]` of `stem`, label `labels[i]`, and is example `positions[i]` of the split.
+    Example i of the N has label `labels[i]` (on the CPU) and is example `positions[i]` of the split.
     """
 
-    stem: Tensor
-    rows: Tensor
     labels: Tensor
     positions: np.ndarray
 
@@ -43,30 +44,135 @@ class Features:
         return len(self.labels)
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
-        """Where the features are, and where indices into them have to be."""
+        """Where indices have to be."""
+
+    @abstractmethod
+    def take(self, indices: Tensor, device: torch.device, rngs: Iterable[Rng] | None = None) -> Tensor:
+        """Stem outputs `(n, ...)` of the examples at `indices` `(n,)`, on `device`.
+
+        `rngs`, one a client and step, say that this is for training: where images are augmented, that is drawn from
+        them, and `indices` are client-major.
+        """
+
+    @abstractmethod
+    def subset(self, indices: np.ndarray) -> Features:
+        """The examples at `indices`, in that order; what is large is shared."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFeatures(Features):
+    """Features that were computed before: example i has row `rows[i]` of `stem`."""
+
+    stem: Tensor
+    rows: Tensor
+    labels: Tensor
+    positions: np.ndarray
+
+    @property
+    def device(self) -> torch.device:
         return self.stem.device
 
-    def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Stem outputs and labels of the examples at `indices`, on `device`."""
-        return self.stem[self.rows[indices]].to(device), self.labels[indices].to(device)
+    def take(self, indices: Tensor, device: torch.device, rngs: Iterable[Rng] | None = None) -> Tensor:
+        return self.stem[self.rows[indices]].to(device)
 
-    def subset(self, indices: np.ndarray) -> Features:
-        """The examples at `indices`, in that order; the stem outputs are shared."""
-        chosen = torch.from_numpy(indices).to(self.device)
-        return Features(self.stem, self.rows[chosen], self.labels[chosen], self.positions[indices])
+    def subset(self, indices: np.ndarray) -> StoredFeatures:
+        chosen = torch.from_numpy(indices)
+        return StoredFeatures(
+            self.stem, self.rows[chosen.to(self.device)], self.labels[chosen], self.positions[indices]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LiveFeatures(Features):
+    """Features that are computed whenever they are asked for: of images that are augmented, or for comparison."""
+
+    split: Split
+    model: AdaptedClip
+    augmentation: Augmentation
+    labels: Tensor
+    positions: np.ndarray
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def take(self, indices: Tensor, device: torch.device, rngs: Iterable[Rng] | None = None) -> Tensor:
+        """Raises `UserError` naming an image that can't be read any more."""
+        places = self.positions[indices.numpy()]
+        streams: list[Rng | None] = [None] * len(places)
+        if rngs is not None:
+            clients = list(rngs)
+            streams = [rng.child("image", number) for rng in clients for number in range(len(places) // len(clients))]
+
+        def pixels(place: int, stream: Rng | None) -> Tensor:
+            try:
+                image = self.split.open(place)
+            except UNREADABLE as error:
+                raise UserError(_unreadable(self.split.name(place), error)) from None
+            if stream is not None:
+                image = self.augmentation.apply(to_rgb(image), self.model.clip.architecture.image_size, stream)
+            return self.model.clip.preprocess(image)
+
+        size, stems = _stem_batch_size(self.model), []
+        with _pool() as pool:
+            for start in range(0, len(places), size):
+                part = slice(start, start + size)
+                decoded = list(pool.map(pixels, places[part].tolist(), streams[part]))
+                stems.append(self.model.vision.stem(torch.stack(decoded).to(self.model.device)))
+        return torch.cat(stems).to(device)
+
+    def subset(self, indices: np.ndarray) -> LiveFeatures:
+        return replace(self, labels=self.labels[torch.from_numpy(indices)], positions=self.positions[indices])
 
 
 def move_if_they_fit(features: Sequence[Features], device: torch.device) -> list[Features]:
-    """The features on `device` if they fit into half of its free memory, else where they are."""
-    stems = {id(each.stem): each.stem for each in features}
+    """Stored features on `device` if they fit into half of its free memory, else where they are."""
+    stems = {id(each.stem): each.stem for each in features if isinstance(each, StoredFeatures)}
     if device.type == "cpu" or sum(stem.nbytes for stem in stems.values()) > available_memory_bytes(device) // 2:
         return list(features)
     moved = {key: stem.to(device) for key, stem in stems.items()}
     return [
-        Features(moved[id(each.stem)], each.rows.to(device), each.labels.to(device), each.positions)
+        replace(each, stem=moved[id(each.stem)], rows=each.rows.to(device))
+        if isinstance(each, StoredFeatures)
+        else each
         for each in features
     ]
+
+
+def live_features(
+    split: Split,
+    model: AdaptedClip,
+    augmentation: Augmentation,
+    *,
+    skip_unreadable: bool,
+    progress: Progress,
+) -> tuple[LiveFeatures, list[str]]:
+    """Features of a split that are computed at each use, and a line for each image that can't be read.
+
+    With `skip_unreadable` every image is decoded once, to find those. Raises `UserError` if none can be read.
+    """
+    kept, problems = np.arange(len(split)), []
+    if skip_unreadable:
+        advance = progress("checking images", len(split))
+
+        def check(place: int) -> str | None:
+            try:
+                split.open(place)
+            except UNREADABLE as error:
+                return _unreadable(split.name(place), error)
+            return None
+
+        with _pool() as pool:
+            found = []
+            for line in pool.map(check, range(len(split))):
+                found.append(line)
+                advance(1)
+        problems = [line for line in found if line is not None]
+        kept = np.flatnonzero([line is None for line in found])
+        _check_some_are_left(len(kept), len(split), problems)
+    return LiveFeatures(split, model, augmentation, torch.from_numpy(split.labels[kept]), kept), problems
 
 
 def load_features(
@@ -77,7 +183,7 @@ def load_features(
     skip_unreadable: bool,
     progress: Progress,
     log: Callable[[str], object],
-) -> tuple[list[Features], list[str]]:
+) -> tuple[list[StoredFeatures], list[str]]:
     """Features of each split, from the cache where it has them, and a line for each image that can't be read.
 
     Splits that share a source share its features, so another split of the same images finds them in the cache.
@@ -97,13 +203,17 @@ def load_features(
     return [_of_split(split, *entries[id(split.source)], problems) for split in splits], problems
 
 
-def _of_split(split: Split, entry: Entry, rows: np.ndarray, problems: Sequence[str]) -> Features:
+def _of_split(split: Split, entry: Entry, rows: np.ndarray, problems: Sequence[str]) -> StoredFeatures:
     own = rows[split.positions]
     kept = np.flatnonzero(own >= 0)
-    if not len(kept):
+    _check_some_are_left(len(kept), len(split), problems)
+    return StoredFeatures(entry.stem, torch.from_numpy(own[kept]), torch.from_numpy(split.labels[kept]), kept)
+
+
+def _check_some_are_left(num_kept: int, num_images: int, problems: Sequence[str]) -> None:
+    if not num_kept:
         first = problems[0] if problems else "there are none"
-        raise UserError(f"data: none of the {len(split)} images of a split can be read; the first: {first}")
-    return Features(entry.stem, torch.from_numpy(own[kept]), torch.from_numpy(split.labels[kept]), kept)
+        raise UserError(f"data: none of the {num_images} images of a split can be read; the first: {first}")
 
 
 def _entry(
@@ -152,11 +262,11 @@ def _decoded_batches(
         try:
             return model.clip.preprocess(source.open(index))
         except UNREADABLE as error:
-            return " ".join(f"{source.name(index)}: can't be read as an image: {error}".split())
+            return _unreadable(source.name(index), error)
 
-    size = max(1, min(STEM_BATCH_SIZE, STEM_BATCH_BYTES // model.vision.activation_bytes()))
+    size = _stem_batch_size(model)
     batches = [range(start, min(start + size, len(used))) for start in range(0, len(used), size)]
-    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
+    with _pool() as pool:
         ahead = [pool.submit(decode, place) for place in batches[0]] if batches else []
         for number, batch in enumerate(batches):
             current = [future.result() for future in ahead]
@@ -165,6 +275,19 @@ def _decoded_batches(
             decoded = [(place, item) for place, item in zip(batch, current, strict=True) if isinstance(item, Tensor)]
             failed = [item for item in current if isinstance(item, str)]
             yield [place for place, _ in decoded], [pixels for _, pixels in decoded], failed
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16))
+
+
+def _stem_batch_size(model: AdaptedClip) -> int:
+    """How many images go through the stem at once."""
+    return max(1, min(STEM_BATCH_SIZE, STEM_BATCH_BYTES // model.vision.activation_bytes()))
+
+
+def _unreadable(name: str, error: BaseException) -> str:
+    return " ".join(f"{name}: can't be read as an image: {error}".split())
 
 
 def _size(num_bytes: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,9 @@ from flora.registry import Component, option, register
 
 @dataclass(frozen=True)
 class Objective(Component):
-    """What a local step minimises."""
+    """What a local step minimises. `in_batch` says that no class matters but those of the batch."""
+
+    in_batch: ClassVar[bool] = False
 
     @abstractmethod
     def loss(
@@ -70,6 +73,8 @@ def _in_batch_log_probabilities(
 class Contrastive(Objective):
     """CLIP's symmetric loss over the batch, as in FLoRA's code: another image of the same class is a negative."""
 
+    in_batch: ClassVar[bool] = True
+
     def loss(
         self, image_features: Tensor, class_features: Tensor, labels: Tensor, example_mask: Tensor, logit_scale: Tensor
     ) -> Tensor:
@@ -82,6 +87,8 @@ class Contrastive(Objective):
 @dataclass(frozen=True)
 class MultiPositive(Objective):
     """The symmetric loss over the batch with all pairs of one class as positives (UniCL, arXiv:2204.03610)."""
+
+    in_batch: ClassVar[bool] = True
 
     def loss(
         self, image_features: Tensor, class_features: Tensor, labels: Tensor, example_mask: Tensor, logit_scale: Tensor

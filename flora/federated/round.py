@@ -74,7 +74,7 @@ class Federation:
             features=self.features,
             local=self.local,
             learning_rate=self.learning_rate(round),
-            dropout_generators=[rng.child("client", client, "dropout").torch() for client in block.clients],
+            rngs=[rng.child("client", client) for client in block.clients],
             optimizer_states=[kept.get(client) for client in block.clients],
         )
         for client, finite in zip(block.clients, result.finite.tolist(), strict=True):

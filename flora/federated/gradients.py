@@ -1,0 +1,155 @@
+"""The losses and gradients of one local step of K clients; on CUDA as a graph that is recorded once and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from flora.clip.towers import AdaptedClip
+from flora.federated.objectives import Objective
+from flora.tree import State, StateLike
+
+# Steps of one shape that run as they are before one is recorded: a recording costs about as much as ten of them.
+STEPS_BEFORE_RECORDING = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What K clients see in one step, on the device.
+
+    `stem` `(K * B, ...)` are stem outputs, client-major; `labels` and `example_mask` are `(K, B)`. With `classes`
+    `(K, C)`, on the CPU, only those are encoded, and labels are places among them.
+    """
+
+    stem: Tensor
+    labels: Tensor
+    example_mask: Tensor
+    classes: Tensor | None = None
+
+
+class FlatStack:
+    """K adapters as one matrix `(K, P)`, so that an optimiser's step is a few operations however many layers there are.
+
+    The matrix is a copy; `state` and `leaves` are views into it, or into another of its kind.
+    """
+
+    def __init__(self, stack: StateLike, device: torch.device) -> None:
+        self._shapes = {name: tensor.shape[1:] for name, tensor in stack.items()}
+        size = len(next(iter(stack.values())))
+        # Where all clients start from one adapter, as `tree.expand` gives it, that is copied to the device once.
+        is_one = all(tensor.stride(0) == 0 for tensor in stack.values())
+        rows = [tensor[:1] if is_one else tensor for tensor in stack.values()]
+        matrix = torch.cat([tensor.reshape(len(tensor), -1) for tensor in rows], dim=1).to(device)
+        self.matrix = matrix.expand(size, -1).clone() if is_one else matrix
+
+    def state(self, matrix: Tensor) -> State:
+        """The rows of a matrix `(K, P)` as a state dict of tensors `(K, ...)`."""
+        parts = matrix.split([shape.numel() for shape in self._shapes.values()], dim=1)
+        return {
+            name: part.unflatten(1, shape) if shape else part.squeeze(1)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
+
+    def leaves(self, matrix: Tensor) -> State:
+        """The same, each a leaf of the autograd graph that shares the matrix's memory."""
+        return {name: tensor.detach().requires_grad_() for name, tensor in self.state(matrix).items()}
+
+
+Compute = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
+"""From parameters `(K, P)` and a batch to losses `(K,)` and gradients `(K, P)`."""
+
+
+def gradient_function(
+    model: AdaptedClip, objective: Objective, flat: FlatStack, dropout: Sequence[torch.Generator] | None
+) -> Compute:
+    """What computes each client's loss, and its gradient with respect to all of its parameters."""
+
+    known: dict[tuple[int, int], State] = {}  # they share the parameters' memory, so a block's are made once
+
+    def compute(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        number = len(parameters)
+        place = parameters.data_ptr(), number
+        leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
+        with model.adapter.bind(leaves, None if dropout is None else dropout[:number]):
+            losses = objective.loss(
+                model.image_features(batch.stem, number),
+                model.class_features(number, batch.classes),
+                batch.labels,
+                batch.example_mask,
+                model.logit_scale(),
+            )
+        return losses.detach(), _rows(losses, leaves)
+
+    can_record = model.device.type == "cuda" and model.speed.cuda_graphs and dropout is None
+    return _Recorder.of(model).wrap(compute, objective) if can_record and not model.adapter.is_large else compute
+
+
+def _rows(losses: Tensor, leaves: StateLike) -> Tensor:
+    """The gradient of the summed losses with respect to all leaves, `(K, P)`; zero for those that the loss ignores."""
+    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
+
+
+@dataclass(eq=False)
+class _Recording:
+    """A recorded step: what it reads, what it writes, and how to run it."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, Tensor]
+
+    def replay(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+@dataclass(eq=False)
+class _Recorder:
+    """The recorded steps of one model, by shape. What can't be recorded runs as it is."""
+
+    recordings: dict[object, _Recording] = field(default_factory=dict)
+    counts: dict[object, int] = field(default_factory=dict)
+    pool: object = None
+    works: bool = True
+
+    @staticmethod
+    def of(model: AdaptedClip) -> _Recorder:
+        return _RECORDERS.setdefault(model, _Recorder())
+
+    def wrap(self, compute: Compute, objective: Objective) -> Compute:
+        def recorded(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+            if batch.classes is not None or not self.works:
+                return compute(parameters, batch)
+            inputs = (parameters, batch.stem, batch.labels, batch.example_mask)
+            key = (objective, *((each.shape, each.dtype) for each in inputs))
+            if key in self.recordings:
+                return self.recordings[key].replay(inputs)
+            self.counts[key] = self.counts.get(key, 0) + 1
+            if self.counts[key] > STEPS_BEFORE_RECORDING:
+                self._record(key, compute, inputs)
+            return compute(parameters, batch)
+
+        return recorded
+
+    def _record(self, key: object, compute: Compute, inputs: Sequence[Tensor]) -> None:
+        own = tuple(each.clone() for each in inputs)
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):  # type: ignore[arg-type]
+                outputs = compute(own[0], Batch(*own[1:]))
+        except RuntimeError:  # an operation that can't be recorded, or no memory for it
+            self.works = False
+            self.recordings.clear()
+            torch.cuda.synchronize()
+            return
+        self.recordings[key] = _Recording(graph, own, outputs)
+
+
+_RECORDERS: WeakKeyDictionary[AdaptedClip, _Recorder] = WeakKeyDictionary()

@@ -1,0 +1,85 @@
+"""A step's gradients are those of the loss; on CUDA a recorded step gives what the step itself gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import adapt, random_adapters, random_pixels
+
+from flora.clip.adapters import TARGETS, FullFineTuning, Lora
+from flora.clip.towers import AdaptedClip, SpeedOptions
+from flora.federated import gradients
+from flora.federated.gradients import Batch, FlatStack, gradient_function
+from flora.federated.objectives import CrossEntropy
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+def batch_of(model: AdaptedClip, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (2, 4), generator=generator).to(model.device)
+    stem = model.vision.stem(random_pixels(8, seed).to(model.device))
+    return Batch(stem, labels, torch.ones_like(labels, dtype=torch.bool))
+
+
+def test_gradients_are_finite_differences(tiny_model: str) -> None:
+    model = adapt(tiny_model, Lora(towers=("text", "vision"), targets=TARGETS))
+    model.clip.model.double()
+    model = AdaptedClip(model.clip, model.adapter, class_names=("cat", "dog", "ox"), templates=("a {}",))
+    flat = FlatStack({name: each.double() for name, each in random_adapters(model, 2).items()}, model.device)
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch(
+        model.vision.stem(random_pixels(8).double()),
+        torch.tensor([[0, 1, 2, 0], [1, 1, 2, 2]]),
+        torch.ones(2, 4, dtype=torch.bool),
+    )
+    compute = gradient_function(model, CrossEntropy(), flat, None)
+    _, found = compute(flat.matrix, batch)
+    direction = torch.randn(flat.matrix.shape, generator=generator, dtype=torch.float64)
+    direction /= direction.norm(dim=1, keepdim=True)
+    step = 1e-2  # features are fp32
+    ahead, _ = compute(flat.matrix + step * direction, batch)
+    behind, _ = compute(flat.matrix - step * direction, batch)
+    expected = (ahead - behind) / (2 * step)
+    torch.testing.assert_close((found * direction).sum(dim=1), expected, rtol=0.01, atol=1e-2, check_dtype=False)
+
+
+@needs_cuda
+@pytest.mark.parametrize("adapter", [Lora(), Lora(towers=("text", "vision"), targets=TARGETS)])
+def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora) -> None:
+    model = adapt(tiny_model, adapter, device="cuda")
+    plain = adapt(tiny_model, adapter, device="cuda", speed=SpeedOptions(cuda_graphs=False))
+    flat = FlatStack(random_adapters(model, 2), model.device)
+    for seed in range(gradients.STEPS_BEFORE_RECORDING + 4):
+        batch = batch_of(model, seed)
+        expected = gradient_function(plain, CrossEntropy(), flat, None)(flat.matrix, batch)
+        for new_block in (False, True):  # a later block finds what was recorded
+            stack = FlatStack(random_adapters(model, 2), model.device) if new_block else flat
+            stack.matrix.copy_(flat.matrix)
+            found = gradient_function(model, CrossEntropy(), stack, None)(stack.matrix, batch)
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        flat.matrix.add_(0.01)
+    recorder = gradients._Recorder.of(model)
+    assert len(recorder.recordings) == 1
+    assert recorder.works
+    assert not gradients._Recorder.of(plain).recordings
+
+
+@needs_cuda
+def test_what_cannot_be_recorded_runs_as_it_is(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    model = adapt(tiny_model, device="cuda")
+    flat = FlatStack(random_adapters(model, 2), model.device)
+    compute = gradient_function(model, CrossEntropy(), flat, None)
+    results = [compute(flat.matrix, batch_of(model, 0))[0] for _ in range(gradients.STEPS_BEFORE_RECORDING + 3)]
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert not gradients._Recorder.of(model).works
+
+
+def test_large_adapters_and_dropout_are_not_recorded(tiny_model: str) -> None:
+    assert FullFineTuning().attach(adapt(tiny_model).clip).is_large
+    assert not Lora().attach(adapt(tiny_model).clip).is_large
