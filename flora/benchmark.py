@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,25 @@ import torch
 from tqdm import tqdm
 
 from flora.benchmark_experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND, measure_experiment
-from flora.benchmark_variants import VARIANTS, Setting, Step, unavoidable_flops
+from flora.benchmark_variants import ROUND_STEPS, VARIANTS, Setting
+from flora.clip.backbone import Backbone
 from flora.errors import UserError
+from flora.federated.gradients import STEPS_BEFORE_RECORDING
 from flora.federated.memory import peak_memory_bytes
 from flora.report import size
-
-# A step that is slow is timed fewer than MIN_STEPS times, once PATIENCE times the asked seconds are over.
-MIN_STEPS, PATIENCE = 3, 20
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one process measured. Seconds are per step and client; bytes of memory are above the imports'."""
+    """What one process measured. Bytes of memory are above the imports'.
+
+    `step_seconds` are per local step and client: a client-round of `ROUND_STEPS` steps, from the server's adapter to
+    the client's, over their number.
+    """
 
     variant: str
     step_seconds: float
+    round_seconds: float
     evaluation_seconds: float
     peak_bytes: int
     device_bytes: int
@@ -45,39 +50,49 @@ class Result:
 
 
 def measure(variant: str, setting: Setting, seconds: float) -> Result:
-    """Build a variant, warm it up, and time its steps for about `seconds`."""
+    """Build a variant, warm it up, and time client-rounds for about `seconds`, at least one."""
     before = resident_bytes()
     step = VARIANTS[variant].build(setting)
     times: list[float] = []
-    _timed(step.run, setting.device)
+    for warm_up in (1, 1) if setting.torch_device.type == "cpu" else (1, STEPS_BEFORE_RECORDING + 1):
+        if _timed(partial(step.run, warm_up), setting.device) > seconds:
+            break
     started = time.perf_counter()
-    elapsed = 0.0
-    while elapsed < seconds or (len(times) < MIN_STEPS and elapsed < PATIENCE * seconds):
-        times.append(_timed(step.run, setting.device))
-        elapsed = time.perf_counter() - started
+    while not times or time.perf_counter() - started < seconds:
+        times.append(_timed(partial(step.run, ROUND_STEPS), setting.device))
     peak = resident_peak_bytes() - before
-    step_seconds = statistics.median(times) / step.num_clients
+    device_peak = peak_memory_bytes(setting.torch_device) if setting.torch_device.type == "cuda" else 0
+    round_seconds = statistics.median(times) / step.num_clients
+    step_seconds = round_seconds / ROUND_STEPS
     evaluation = min(_timed(step.evaluate, setting.device) for _ in range(2))
-    flops = unavoidable_flops(setting, step)
     return Result(
         variant=variant,
         step_seconds=step_seconds,
+        round_seconds=round_seconds,
         evaluation_seconds=evaluation,
         peak_bytes=peak,
-        device_bytes=peak_memory_bytes(setting.torch_device) if setting.torch_device.type == "cuda" else 0,
+        device_bytes=device_peak,
         sent_bytes=step.sent_bytes,
-        flops_per_second=None if flops is None else flops / step_seconds,
-        matmul_flops_per_second=None if flops is None else matmul_rate(setting, step),
+        flops_per_second=None if step.flops is None else step.flops / step_seconds,
+        matmul_flops_per_second=None if step.flops is None else matmul_rate(setting),
     )
 
 
-def matmul_rate(setting: Setting, step: Step) -> float:
-    """Floating-point operations a second in the largest product of the text tower, at the step's own size."""
-    width = step.width
-    left = torch.randn(step.num_tokens, width, device=setting.torch_device)
-    right = torch.randn(width, 4 * width, device=setting.torch_device)
-    seconds = min(_timed(lambda: torch.mm(left, right), setting.device) for _ in range(20))
-    return 2 * left.shape[0] * width * 4 * width / seconds
+def matmul_rate(setting: Setting) -> float:
+    """Floating-point operations a second in the largest product of the text tower, on a thousand tokens and more.
+
+    The best of two sizes: that of a CPU's caches, and one that fills a GPU.
+    """
+    shape = Backbone(model=setting.model, weights="random").architecture().text
+    rates = []
+    for num_tokens in (1024, 8192):
+        left = torch.randn(num_tokens, shape.width, device=setting.torch_device)
+        right = torch.randn(shape.width, shape.mlp_width, device=setting.torch_device)
+        product = partial(torch.mm, left, right)
+        _timed(product, setting.device)
+        times = [_timed(product, setting.device) for _ in range(20)]
+        rates.append(2 * num_tokens * shape.width * shape.mlp_width / statistics.median(times))
+    return max(rates)
 
 
 def _timed(function: Callable[[], Any], device: str) -> float:
@@ -138,7 +153,7 @@ def table(results: dict[str, list[Result]]) -> list[str]:
     references = [name for name in ("full", "naive", "by hand") if name in results]
     median = {name: statistics.median(each.step_seconds for each in rows) for name, rows in results.items()}
     head = ["variant", "ms per step and client", "spread", *(f"x {name}" for name in references)]
-    head += ["evaluation, ms", "peak memory", "sent"]
+    head += [f"client-round of {ROUND_STEPS} steps, s", "evaluation, ms", "peak memory", "sent"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, rows in results.items():
         steps = [each.step_seconds for each in rows]
@@ -148,6 +163,7 @@ def table(results: dict[str, list[Result]]) -> list[str]:
             f"{1000 * min(steps):.1f} to {1000 * max(steps):.1f}",
         ]
         cells += [f"{median[reference] / median[name]:.1f}" for reference in references]
+        cells += [f"{statistics.median(each.round_seconds for each in rows):.3g}"]
         cells += [f"{1000 * statistics.median(each.evaluation_seconds for each in rows):.0f}"]
         cells += [
             size(statistics.median(each.device_bytes or each.peak_bytes for each in rows)),
@@ -176,7 +192,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--objective", choices=("cross_entropy", "contrastive"), default="cross_entropy")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each variant (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of steps in each process (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="of client-rounds in each process (default: %(default)s)"
+    )
     parser.add_argument("--variants", help=f"comma-separated, of: {', '.join(VARIANTS)} (default: all)")
     parser.add_argument("--json", type=Path, help="write every measurement to this file, too")
     parser.add_argument("--whole", action="store_true", help="time a whole small experiment instead")
@@ -195,11 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(json.dumps(asdict(measure(order["variant"], setting, order["seconds"]))))
         return 0
-    names = list(VARIANTS) if options.variants is None else options.variants.split(",")
     try:
-        unknown = [name for name in names if name not in VARIANTS]
-        if unknown:
-            raise UserError(f"--variants: {unknown[0]!r} is not one of {', '.join(VARIANTS)}")
         setting = Setting(
             model=options.model, num_classes=options.classes, batch_size=options.batch, num_clients=options.clients,
             rank=options.rank, tower=options.tower, num_layers=options.layers, targets=options.targets,
@@ -208,6 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.whole:
             print(compare_experiments(setting, repeats=options.repeats))
             return 0
+        possible = [name for name, variant in VARIANTS.items() if variant.applies(setting)]
+        names = possible if options.variants is None else options.variants.split(",")
+        unknown = [name for name in names if name not in possible]
+        if unknown:
+            raise UserError(f"--variants: {unknown[0]!r} is not one of {', '.join(possible)}")
         results = run_variants(setting, names, repeats=options.repeats, seconds=options.seconds)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -62,9 +62,9 @@ def our_experiment(setting: Setting) -> Callable[[], None]:
     model = AdaptedClip(clip, attached, class_names=setting.class_names, templates=(TEMPLATE,))
 
     def run() -> None:
-        stem = torch.cat([model.vision.stem(part) for part in pixels.split(16)])
+        stem = torch.cat([model.vision.stem(part) for part in pixels.split(8)])
         rows = torch.arange(len(labels), device=setting.torch_device)
-        features = StoredFeatures(stem, rows, labels, np.arange(len(labels)))
+        features = StoredFeatures(stem, rows, labels.cpu(), np.arange(len(labels)))
         federation = Federation(
             model=model,
             features=features,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from flora.data.batching import client_blocks
 from flora.errors import UserError
 from flora.federated.communication import payload_bytes
 from flora.federated.evaluation import evaluate
-from flora.federated.features import StoredFeatures
+from flora.federated.features import Features, StoredFeatures
 from flora.federated.local import LocalTraining, train_block
 from flora.federated.objectives import Contrastive, CrossEntropy, Objective
 from flora.rng import Rng
+from flora.tree import State
 
 # The classes of CIFAR-10 and CIFAR-100.
 # fmt: off
@@ -44,6 +45,8 @@ CIFAR100 = (
 TEMPLATE = "a photo of a {}."
 LEARNING_RATE = 1e-4
 NUM_IMAGES, NUM_EVALUATED = 64, 64
+# Local steps of a client-round.
+ROUND_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -95,22 +98,46 @@ class Setting:
 
 @dataclass(frozen=True)
 class Step:
-    """A variant that is ready to run: `run` takes one step of `num_clients` clients, `evaluate` one evaluation."""
+    """A variant that is ready to run.
 
-    run: Callable[[], object]
+    `run(n)` takes n local steps of each of `num_clients` clients, from a fresh adapter and optimiser; `evaluate` is one
+    evaluation.
+    """
+
+    run: Callable[[int], object]
     evaluate: Callable[[], object]
     num_clients: int
     sent_bytes: int
-    num_tokens: int = 0
-    width: int = 0
+    flops: float | None = None
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table."""
+    """A row of the table, in the settings in which it differs from the row above."""
 
     title: str
     build: Callable[[Setting], Step]
+    applies: Callable[[Setting], bool] = lambda setting: True
+
+
+@dataclass(frozen=True, eq=False)
+class PixelFeatures(Features):
+    """Features of preprocessed images that are computed at each use."""
+
+    pixels: Tensor
+    labels: Tensor
+    positions: np.ndarray
+    model: AdaptedClip
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixels.device
+
+    def take(self, indices: Tensor, device: torch.device, rngs: Iterable[Rng] | None = None) -> Tensor:
+        return self.model.vision.stem(self.pixels[indices])
+
+    def subset(self, indices: np.ndarray) -> PixelFeatures:
+        raise NotImplementedError
 
 
 def full_fine_tuning(setting: Setting) -> Step:
@@ -119,16 +146,17 @@ def full_fine_tuning(setting: Setting) -> Step:
     pixels, labels = setting.images(clip)
     tokens = clip.tokenize([TEMPLATE.format(name) for name in setting.class_names]).to(setting.device)
     parameters = [parameter.requires_grad_() for parameter in clip.model.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
 
-    def run() -> None:
-        batch = slice(0, setting.batch_size)
-        texts = tokens if setting.objective == "cross_entropy" else tokens[labels[batch]]
-        images, features, scale = clip.model(pixels[batch], texts)
-        loss = plain_loss(scale * images @ features.T, labels[batch], setting)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def run(num_steps: int) -> None:
+        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+        for _ in range(num_steps):
+            batch = slice(0, setting.batch_size)
+            texts = tokens if setting.objective == "cross_entropy" else tokens[labels[batch]]
+            images, features, scale = clip.model(pixels[batch], texts)
+            loss = plain_loss(scale * images @ features.T, labels[batch], setting)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
     return Step(run, _plain_evaluation(clip, pixels, tokens), 1, payload_bytes(dict(clip.model.named_parameters())))
 
@@ -139,18 +167,20 @@ def naive_lora(setting: Setting) -> Step:
     pixels, labels = setting.images(clip)
     tokens = clip.tokenize([TEMPLATE.format(name) for name in setting.class_names]).to(setting.device)
     attached = setting.lora().attach(clip)
-    adapter = {name: tensor.to(setting.device).requires_grad_() for name, tensor in fresh_adapter(attached, 1).items()}
-    optimizer = torch.optim.AdamW(adapter.values(), lr=LEARNING_RATE)
 
-    def run() -> None:
-        batch = slice(0, setting.batch_size)
-        texts = tokens if setting.objective == "cross_entropy" else tokens[labels[batch]]
-        with attached.bind(adapter):
-            images, features, scale = clip.model(pixels[batch], texts)
-            loss = plain_loss(scale * images @ features.T, labels[batch], setting)
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
+    def run(num_steps: int) -> State:
+        adapter = trainable_adapter(attached, setting)
+        optimizer = torch.optim.AdamW(adapter.values(), lr=LEARNING_RATE)
+        for _ in range(num_steps):
+            batch = slice(0, setting.batch_size)
+            texts = tokens if setting.objective == "cross_entropy" else tokens[labels[batch]]
+            with attached.bind(adapter):
+                images, features, scale = clip.model(pixels[batch], texts)
+                loss = plain_loss(scale * images @ features.T, labels[batch], setting)
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+        return adapter
 
     return Step(run, _plain_evaluation(clip, pixels, tokens), 1, payload_bytes(fresh_adapter(attached, None)))
 
@@ -163,8 +193,6 @@ def by_hand(setting: Setting) -> Step:
     ends = tokens.argmax(dim=-1)
     tokens = tokens[:, : int(ends.max()) + 1]
     attached = setting.lora().attach(clip)
-    adapter = {name: tensor.to(setting.device).requires_grad_() for name, tensor in fresh_adapter(attached, 1).items()}
-    optimizer = torch.optim.AdamW(adapter.values(), lr=LEARNING_RATE)
     text, visual, start = clip.text, clip.visual, attached.trained_from["vision"] - 1
     with torch.no_grad():
         cached = visual._embeds(pixels) if setting.tower == "vision" else clip.model.encode_image(pixels)  # type: ignore[operator]
@@ -189,25 +217,30 @@ def by_hand(setting: Setting) -> Step:
     with torch.no_grad():
         frozen_texts = encode_text()
 
-    def run() -> None:
-        batch = slice(0, setting.batch_size)
-        with attached.bind(adapter):
-            texts = encode_text() if setting.tower == "text" else frozen_texts
-            features = texts if setting.objective == "cross_entropy" else texts[labels[batch]]
-            logits = clip.model.logit_scale.exp() * encode_image(cached[batch]) @ features.T  # type: ignore[operator]
-            optimizer.zero_grad()
-            plain_loss(logits, labels[batch], setting).backward()
-        optimizer.step()
+    def run(num_steps: int) -> State:
+        adapter = trainable_adapter(attached, setting)
+        optimizer = torch.optim.AdamW(adapter.values(), lr=LEARNING_RATE)
+        for _ in range(num_steps):
+            batch = slice(0, setting.batch_size)
+            with attached.bind(adapter):
+                texts = encode_text() if setting.tower == "text" else frozen_texts
+                features = texts if setting.objective == "cross_entropy" else texts[labels[batch]]
+                scale = clip.model.logit_scale.exp()  # type: ignore[operator]
+                logits = scale * encode_image(cached[batch]) @ features.T
+                optimizer.zero_grad()
+                plain_loss(logits, labels[batch], setting).backward()
+            optimizer.step()
+        return adapter
 
     @torch.no_grad()
     def evaluation() -> Tensor:
-        with attached.bind(adapter):
+        with attached.bind(trainable_adapter(attached, setting)):
             return (encode_image(cached[:NUM_EVALUATED]) @ encode_text().T).argmax(dim=-1)
 
     return Step(run, evaluation, 1, payload_bytes(fresh_adapter(attached, None)))
 
 
-def ours(speed: SpeedOptions, *, many_clients: bool) -> Callable[[Setting], Step]:
+def ours(speed: SpeedOptions, *, stores: bool = True, many_clients: bool = False) -> Callable[[Setting], Step]:
     """The simulator's own training path."""
 
     def build(setting: Setting) -> Step:
@@ -215,57 +248,67 @@ def ours(speed: SpeedOptions, *, many_clients: bool) -> Callable[[Setting], Step
         pixels, labels = setting.images(clip)
         attached = setting.lora().attach(clip)
         model = AdaptedClip(clip, attached, class_names=setting.class_names, templates=(TEMPLATE,), speed=speed)
-        stem = torch.cat([model.vision.stem(part) for part in pixels.split(16)])
+        places, features = np.arange(NUM_IMAGES), None
+        if stores:
+            stem = torch.cat([model.vision.stem(part) for part in pixels.split(8)])
+            model.release_stems()
+            rows = torch.arange(NUM_IMAGES, device=setting.torch_device)
+            features = StoredFeatures(stem, rows, labels.cpu(), places)
+        chosen: Features = features or PixelFeatures(pixels, labels.cpu(), places, model)
         del pixels
-        model.release_stems()
-        indices = torch.arange(NUM_IMAGES, device=setting.torch_device)
-        features = StoredFeatures(stem, indices, labels, np.arange(NUM_IMAGES))
         number = setting.num_clients if many_clients else 1
         local = LocalTraining(learning_rate=LEARNING_RATE, batch_size=setting.batch_size, objective=setting.loss())
-        examples = [np.arange(NUM_IMAGES)] * number
-        (block,) = client_blocks(
-            range(number), examples, Rng(0), batch_size=setting.batch_size, width=setting.batch_size, epochs=1, steps=1,
-            clients_per_block=number,
-        )  # fmt: skip
-        adapters = fresh_adapter(attached, number)
+        adapters = tree.expand(fresh_adapter(attached, None), number)
         rngs = [Rng(0).child(client) for client in range(number)]
 
-        def run() -> None:
-            train_block(
-                model, block, adapters=adapters, features=features, local=local, learning_rate=LEARNING_RATE,
-                rngs=rngs,
+        def run(num_steps: int) -> None:
+            (block,) = client_blocks(
+                range(number), [places] * number, Rng(0), batch_size=setting.batch_size, width=setting.batch_size,
+                epochs=1, steps=num_steps, clients_per_block=number,
             )  # fmt: skip
+            train_block(
+                model, block, adapters=adapters, features=chosen, local=local, learning_rate=LEARNING_RATE, rngs=rngs
+            )
 
         return Step(
             run,
-            lambda: evaluate(model, fresh_adapter(attached, 1), features, batch_size=NUM_EVALUATED),
+            lambda: evaluate(model, fresh_adapter(attached, 1), chosen, batch_size=NUM_EVALUATED),
             number,
             payload_bytes(fresh_adapter(attached, None)),
-            num_tokens=number * model.prompts.tokens.numel(),
-            width=clip.architecture.text.width,
+            unavoidable_flops(setting, clip),
         )
 
     return build
 
 
-def unavoidable_flops(setting: Setting, step: Step) -> float | None:
+def unavoidable_flops(setting: Setting, clip: FrozenClip) -> float | None:
     """Floating-point operations of one client's step that text-tower LoRA on all blocks can't avoid, or None.
 
-    Every packed token goes through 12 width^2 multiplications and additions a block, forward, and as many backward to
-    reach the adapters below, except that the first block's q, k and v (3 width^2) need no gradient of their input.
-    Weights get no gradient. Attention, norms, activations and the adapters themselves are not counted.
+    Each distinct beginning of a prompt is one token; it goes through 12 width^2 multiplications and additions a block,
+    forward, and as many backward to reach the adapters below. In the first block q, k and v (3 width^2) need no
+    gradient of their input; in the last, tokens that are not read need keys and values (2 width^2) alone. Weights get
+    no gradient. Attention, norms, activations and the adapters themselves are not counted.
     """
-    if not step.num_tokens or setting.tower != "text" or setting.num_layers:
+    if setting.tower != "text" or setting.num_layers or setting.objective != "cross_entropy":
         return None
-    num_layers = Backbone(model=setting.model, weights="random").architecture().text.num_layers
-    per_block = 2 * 12 * step.width**2 * step.num_tokens / step.num_clients
-    return per_block * (2 * num_layers - 3 / 12)
+    tokens = clip.tokenize([TEMPLATE.format(name) for name in setting.class_names])
+    ends = tokens.argmax(dim=-1).tolist()
+    rows = zip(tokens.tolist(), ends, strict=True)
+    num_tokens = len({tuple(row[: place + 1]) for row, end in rows for place in range(end + 1)})
+    shape = clip.architecture.text
+    forward = 12 * num_tokens * (shape.num_layers - 1) + 2 * num_tokens + 10 * len(ends)
+    return 2 * shape.width**2 * float(2 * forward - 3 * num_tokens)
 
 
-def fresh_adapter(attached: object, number: int | None) -> tree.State:
+def fresh_adapter(attached: object, number: int | None) -> State:
     """A fresh adapter: for K clients, or (None) without a client axis."""
-    state: tree.State = attached.initial_state(Rng(0))  # type: ignore[attr-defined]
+    state: State = attached.initial_state(Rng(0))  # type: ignore[attr-defined]
     return state if number is None else {name: tensor.clone() for name, tensor in tree.expand(state, number).items()}
+
+
+def trainable_adapter(attached: object, setting: Setting) -> State:
+    """A fresh adapter of one client, on the device, with gradients."""
+    return {name: tensor.to(setting.device).requires_grad_() for name, tensor in fresh_adapter(attached, 1).items()}
 
 
 def plain_loss(logits: Tensor, labels: Tensor, setting: Setting) -> Tensor:
@@ -284,12 +327,27 @@ def _plain_evaluation(clip: FrozenClip, pixels: Tensor, tokens: Tensor) -> Calla
     return evaluation
 
 
+OFF = SpeedOptions(
+    cut_prompts=False, share_prefixes=False, trim_last_block=False, batch_classes=False, cuda_graphs=False
+)
+CUT = replace(OFF, cut_prompts=True)
+SHARED = replace(CUT, share_prefixes=True)
+TRIMMED = replace(SHARED, trim_last_block=True)
+SELECTED = replace(TRIMMED, batch_classes=True)
 VARIANTS = {
     "full": Variant("full fine-tuning", full_fine_tuning),
     "naive": Variant("LoRA as everybody writes it", naive_lora),
     "by hand": Variant("the strongest loop by hand", by_hand),
-    "padded": Variant("ours: features once, prompts padded", ours(SpeedOptions(cut_prompts=False), many_clients=False)),
-    "cut": Variant("+ prompts cut at their end", ours(SpeedOptions(share_prefixes=False), many_clients=False)),
-    "shared": Variant("+ prefixes shared", ours(SpeedOptions(), many_clients=False)),
-    "ours": Variant("+ many clients in a step", ours(SpeedOptions(), many_clients=True)),
+    "live": Variant("ours, nothing switched on", ours(OFF, stores=False)),
+    "stored": Variant("+ image features once", ours(OFF)),
+    "cut": Variant("+ prompts cut at their end", ours(CUT)),
+    "shared": Variant("+ prefixes shared", ours(SHARED)),
+    "trimmed": Variant("+ last block only where it is read", ours(TRIMMED)),
+    "selected": Variant(
+        "+ the batch's classes alone", ours(SELECTED), lambda setting: setting.objective == "contrastive"
+    ),
+    "ours": Variant("+ many clients in a step", ours(SELECTED, many_clients=True)),
+    "recorded": Variant(
+        "+ CUDA graphs", ours(SpeedOptions(), many_clients=True), lambda setting: setting.torch_device.type == "cuda"
+    ),
 }

@@ -18,7 +18,7 @@ from flora.federated import memory
 from flora.federated.cache import CacheOptions
 from flora.federated.evaluation import evaluate
 from flora.federated.features import StoredFeatures, load_features
-from flora.federated.memory import choose_clients_per_block
+from flora.federated.memory import choose_clients_per_block, clients_at_once
 
 LABELS = torch.arange(20) % len(CLASSES)
 
@@ -103,9 +103,16 @@ def test_clients_per_block_follow_the_size_of_a_step_and_the_memory(
     tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, vision = adapt(tiny_model), adapt(tiny_model, Lora(towers=("vision",)))
-    assert choose_clients_per_block(text, batch_size=8) == 32
-    assert choose_clients_per_block(vision, batch_size=1000) == 4  # 1000 images of 5 tokens of width 32
-    monkeypatch.setattr(memory, "available_memory_bytes", lambda device: 4 * 4 * 20 * 2 * 1000 * 5 * 32 * 3)
+    images = 1000 * 5 * 32  # a thousand images of 5 tokens of width 32: the residual stream of a client's step
+    monkeypatch.setattr(memory, "MAX_STREAM_ON_CPU", 7 * images + 1)
+    assert clients_at_once(vision, batch_size=1000) == 7
+    assert clients_at_once(vision, batch_size=8000) == 1
+    assert clients_at_once(text, batch_size=8000) > 32
+    assert choose_clients_per_block(vision, batch_size=1000) == 32
+    # Two blocks of 20 numbers a token and channel, four bytes each, in a quarter of the memory.
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda device: 4 * 4 * 20 * 2 * images * 3)
     assert choose_clients_per_block(vision, batch_size=1000) == 2  # three would fit
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda device: 4 * 4 * 20 * 2 * images * 7)
+    assert choose_clients_per_block(vision, batch_size=1000) == 32  # no more than seven go through the model at once
     monkeypatch.setattr(memory, "available_memory_bytes", lambda device: 0)
     assert choose_clients_per_block(text, batch_size=8) == 1

@@ -15,10 +15,14 @@ from flora.federated.objectives import CrossEntropy
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
-def batch_of(model: AdaptedClip, seed: int) -> Batch:
+def random_adapters_on(model: AdaptedClip, number: int) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(model.device) for name, tensor in random_adapters(model, number).items()}
+
+
+def batch_of(model: AdaptedClip, seed: int, *, num_clients: int = 2) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (2, 4), generator=generator).to(model.device)
-    stem = model.vision.stem(random_pixels(8, seed).to(model.device))
+    labels = torch.randint(3, (num_clients, 4), generator=generator).to(model.device)
+    stem = model.vision.stem(random_pixels(4 * num_clients, seed).to(model.device))
     return Batch(stem, labels, torch.ones_like(labels, dtype=torch.bool))
 
 
@@ -33,7 +37,7 @@ def test_gradients_are_finite_differences(tiny_model: str) -> None:
         torch.tensor([[0, 1, 2, 0], [1, 1, 2, 2]]),
         torch.ones(2, 4, dtype=torch.bool),
     )
-    compute = gradient_function(model, CrossEntropy(), flat, None)
+    compute = gradient_function(model, CrossEntropy(), flat, None, batch_size=4)
     _, found = compute(flat.matrix, batch)
     direction = torch.randn(flat.matrix.shape, generator=generator, dtype=torch.float64)
     direction /= direction.norm(dim=1, keepdim=True)
@@ -44,6 +48,28 @@ def test_gradients_are_finite_differences(tiny_model: str) -> None:
     torch.testing.assert_close((found * direction).sum(dim=1), expected, rtol=0.01, atol=1e-2, check_dtype=False)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_clients_go_through_the_model_in_parts(
+    tiny_model: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapt(tiny_model, Lora(towers=("text", "vision"), dropout=dropout))
+    flat, batch = FlatStack(random_adapters(model, 5), model.device), batch_of(model, 0, num_clients=5)
+    sizes: list[int] = []
+    encode = model.class_features
+    monkeypatch.setattr(
+        model, "class_features", lambda number, classes: (sizes.append(number), encode(number, classes))[1]
+    )
+    results = []
+    for at_once in (5, 2, 1):
+        monkeypatch.setattr(gradients, "clients_at_once", lambda model, batch_size, at_once=at_once: at_once)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(5)] if dropout else None
+        results.append(gradient_function(model, CrossEntropy(), flat, generators, batch_size=4)(flat.matrix, batch))
+    assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1]
+    for losses, rows in results[1:]:
+        torch.testing.assert_close(losses, results[0][0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(rows, results[0][1], atol=1e-4, rtol=1e-4)
+
+
 @needs_cuda
 @pytest.mark.parametrize("adapter", [Lora(), Lora(towers=("text", "vision"), targets=TARGETS)])
 def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora) -> None:
@@ -52,14 +78,16 @@ def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora) -> None:
     flat = FlatStack(random_adapters(model, 2), model.device)
     for seed in range(gradients.STEPS_BEFORE_RECORDING + 4):
         batch = batch_of(model, seed)
-        expected = gradient_function(plain, CrossEntropy(), flat, None)(flat.matrix, batch)
+        expected = gradient_function(plain, CrossEntropy(), flat, None, batch_size=4)(flat.matrix, batch)
         for new_block in (False, True):  # a later block finds what was recorded
             stack = FlatStack(random_adapters(model, 2), model.device) if new_block else flat
             stack.matrix.copy_(flat.matrix)
-            found = gradient_function(model, CrossEntropy(), stack, None)(stack.matrix, batch)
+            found = gradient_function(model, CrossEntropy(), stack, None, batch_size=4)(stack.matrix, batch)
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
         flat.matrix.add_(0.01)
+        with model.adapter.bind(random_adapters_on(model, 3 + seed)), torch.no_grad():
+            model.class_features(3 + seed)  # what a recorded step points into stays where it is
     recorder = gradients._Recorder.of(model)
     assert len(recorder.recordings) == 1
     assert recorder.works
@@ -74,7 +102,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(tiny_model: str, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "graph", fail)
     model = adapt(tiny_model, device="cuda")
     flat = FlatStack(random_adapters(model, 2), model.device)
-    compute = gradient_function(model, CrossEntropy(), flat, None)
+    compute = gradient_function(model, CrossEntropy(), flat, None, batch_size=4)
     results = [compute(flat.matrix, batch_of(model, 0))[0] for _ in range(gradients.STEPS_BEFORE_RECORDING + 3)]
     assert all(torch.equal(result, results[0]) for result in results)
     assert not gradients._Recorder.of(model).works

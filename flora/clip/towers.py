@@ -278,8 +278,9 @@ class AdaptedClip:
         self.prompts = self.text.prompts(class_names, templates)
         self._text_stem = self.text.stem(self.prompts)
         self._selects = speed.batch_classes and not adapter.has_dropout and self.text.trains_blocks
-        self._layout = self.prompts.for_clients(1).to(self.device)
-        self._frozen_features = self._encode_classes(self._layout) if self.text.is_frozen else None
+        # For all classes, each for more clients than the one before. None is dropped: recorded steps point into them.
+        self._layouts = [self.prompts.for_clients(1).to(self.device)]
+        self._frozen_features = self._encode_classes(self._layouts[0]) if self.text.is_frozen else None
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
         """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major."""
@@ -295,9 +296,9 @@ class AdaptedClip:
             return self._frozen_features.expand(num_clients, -1, -1)
         if classes is not None:
             return self._encode_classes(self.prompts.of_classes(classes).to(self.device))
-        if num_clients > self._layout.num_clients:
-            self._layout = self.prompts.for_clients(num_clients).to(self.device)
-        return self._encode_classes(self._layout.first(num_clients))
+        if num_clients > self._layouts[-1].num_clients:
+            self._layouts.append(self.prompts.for_clients(num_clients).to(self.device))
+        return self._encode_classes(self._layouts[-1].first(num_clients))
 
     def _encode_classes(self, layout: Layout) -> Tensor:
         features = F.normalize(self.text.suffix(self._text_stem, layout).float(), dim=-1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flora.clip.towers import AdaptedClip
+from flora.federated.memory import clients_at_once
 from flora.federated.objectives import Objective
 from flora.tree import State, StateLike
 
@@ -29,6 +30,16 @@ class Batch:
     labels: Tensor
     example_mask: Tensor
     classes: Tensor | None = None
+
+    def of_clients(self, start: int, stop: int) -> Batch:
+        """What the clients from `start` to `stop` see."""
+        rows = len(self.stem) // len(self.labels)
+        return Batch(
+            self.stem[start * rows : stop * rows],
+            self.labels[start:stop],
+            self.example_mask[start:stop],
+            None if self.classes is None else self.classes[start:stop],
+        )
 
 
 class FlatStack:
@@ -64,17 +75,26 @@ Compute = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
 
 
 def gradient_function(
-    model: AdaptedClip, objective: Objective, flat: FlatStack, dropout: Sequence[torch.Generator] | None
+    model: AdaptedClip,
+    objective: Objective,
+    flat: FlatStack,
+    dropout: Sequence[torch.Generator] | None,
+    *,
+    batch_size: int,
 ) -> Compute:
-    """What computes each client's loss, and its gradient with respect to all of its parameters."""
+    """What computes each client's loss, and its gradient with respect to all of its parameters.
 
+    Clients don't depend on each other, so as many go through the model at once as is fastest.
+    """
+
+    at_once = clients_at_once(model, batch_size=batch_size)
     known: dict[tuple[int, int], State] = {}  # they share the parameters' memory, so a block's are made once
 
-    def compute(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def compute(parameters: Tensor, batch: Batch, first: int = 0) -> tuple[Tensor, Tensor]:
         number = len(parameters)
         place = parameters.data_ptr(), number
         leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
-        with model.adapter.bind(leaves, None if dropout is None else dropout[:number]):
+        with model.adapter.bind(leaves, None if dropout is None else dropout[first : first + number]):
             losses = objective.loss(
                 model.image_features(batch.stem, number),
                 model.class_features(number, batch.classes),
@@ -84,8 +104,21 @@ def gradient_function(
             )
         return losses.detach(), _rows(losses, leaves)
 
-    can_record = model.device.type == "cuda" and model.speed.cuda_graphs and dropout is None
-    return _Recorder.of(model).wrap(compute, objective) if can_record and not model.adapter.is_large else compute
+    def compute_in_parts(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        number = len(parameters)
+        if number <= at_once:
+            return compute(parameters, batch)
+        parts = [
+            compute(parameters[start : start + at_once], batch.of_clients(start, start + at_once), start)
+            for start in range(0, number, at_once)
+        ]
+        losses, gradients = zip(*parts, strict=True)
+        return torch.cat(losses), torch.cat(gradients)
+
+    can_record = model.device.type == "cuda" and dropout is None and not model.adapter.is_large
+    if can_record and model.speed.cuda_graphs:
+        return _Recorder.of(model).wrap(compute_in_parts, objective)
+    return compute_in_parts
 
 
 def _rows(losses: Tensor, leaves: StateLike) -> Tensor:

@@ -82,7 +82,7 @@ def train_block(
         for name, tensor in (kept or {}).items():
             state[name][row] = tensor.to(model.device)
     dropout = [rng.child("dropout").torch() for rng in rngs] if model.adapter.has_dropout else None
-    gradients_of = gradient_function(model, local.objective, flat, dropout)
+    gradients_of = gradient_function(model, local.objective, flat, dropout, batch_size=block.indices.shape[2])
     batches = _Batches(model, block, features, in_batch=local.objective.in_batch, rngs=rngs)
     totals = torch.zeros(len(block.clients), device=model.device)
     for num_active, steps in block.segments():

@@ -11,26 +11,30 @@ import torch
 from flora.clip.towers import AdaptedClip
 
 MAX_CLIENTS_PER_BLOCK = 32
-# Tokens times width of a step's residual stream beyond which a CPU got slower a client, not faster (ViT-B/16, 100
-# classes, two cores: 467 ms a client with 3 clients, 510 ms with 8, 715 ms with 32).
-MAX_STREAM_ON_CPU = 2**20
+# Tokens times width of a step's residual stream beyond which a CPU gets slower a client, not faster, because what one
+# operation writes is no longer in the caches when the next one reads it (ViT-B/16, 100 classes, two cores: 470 ms a
+# client with one at once, 375 ms with 6, 490 ms with 12).
+MAX_STREAM_ON_CPU = 1_000_000
 # An estimate of the numbers that autograd keeps for each token of a block, in units of the width: the residual
 # stream, two norms, q, k, v, the attention's output, and the MLP's inner layer, four widths before and after GELU.
 ACTIVATIONS_PER_TOKEN = 20
 
 
 def choose_clients_per_block(model: AdaptedClip, *, batch_size: int) -> int:
-    """How many clients may share a step: their activations fit into a quarter of the memory that is free.
-
-    On a CPU fewer, where a step would be so large that it gets slower.
-    """
-    streams = _trained_streams(model, batch_size)
-    per_client = 4 * ACTIVATIONS_PER_TOKEN * max(1, sum(streams))
-    fits = min(max(available_memory_bytes(model.device) // 4 // per_client, 1), MAX_CLIENTS_PER_BLOCK)
-    if model.device.type == "cpu":
-        fits = min(fits, max(MAX_STREAM_ON_CPU // max(streams, default=1), 1))
+    """How many clients may share a step: their activations fit into a quarter of the memory that is free."""
+    per_client = 4 * ACTIVATIONS_PER_TOKEN * max(1, sum(_trained_streams(model, batch_size)))
+    fits = available_memory_bytes(model.device) // 4 // per_client
+    if fits >= clients_at_once(model, batch_size=batch_size):
+        fits = MAX_CLIENTS_PER_BLOCK
     # A power of two, so that a little more or less free memory seldom changes the sums' last bits.
-    return 2 ** (int(fits).bit_length() - 1)
+    return 2 ** (int(min(max(fits, 1), MAX_CLIENTS_PER_BLOCK)).bit_length() - 1)
+
+
+def clients_at_once(model: AdaptedClip, *, batch_size: int) -> int:
+    """How many clients of a step go through the model together: on a CPU as many as its caches are good for."""
+    if model.device.type != "cpu":
+        return 2**30
+    return max(MAX_STREAM_ON_CPU // max(_trained_streams(model, batch_size), default=1), 1)
 
 
 def _trained_streams(model: AdaptedClip, batch_size: int) -> list[int]:
