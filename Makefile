@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONFIG = $(if $(wildcard $(EXPERIMENT)),$(EXPERIMENT),experiments/$(EXPERIMENT).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install experiment check list benchmark test lint types format clean
+.PHONY: help install experiment check list benchmark test stress lint types format clean
 
 help: ## show this help
 	@echo "usage: make TARGET [EXPERIMENT=name] [ARGS=\"key=value ...\"]"
@@ -42,6 +42,9 @@ benchmark: $(VENV)/.installed ## time a local step against full fine-tuning, nai
 
 test: $(VENV)/.installed-dev ## run the test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+stress: $(VENV)/.installed-dev ## run the long tests: killed at every moment, hundreds of rounds, odd settings
+	$(BIN)/python -m pytest -m stress --timeout 1800 $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from flora.benchmark_experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND, measure_experiment
+from flora.benchmark_profile import profile_round
 from flora.benchmark_variants import ROUND_STEPS, VARIANTS, Setting
 from flora.clip.backbone import Backbone
 from flora.errors import UserError
@@ -198,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", help=f"comma-separated, of: {', '.join(VARIANTS)} (default: all)")
     parser.add_argument("--json", type=Path, help="write every measurement to this file, too")
     parser.add_argument("--whole", action="store_true", help="time a whole small experiment instead")
+    parser.add_argument("--profile", metavar="CONFIG", help="show where the time of a round of an experiment goes")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 
@@ -219,6 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank=options.rank, tower=options.tower, num_layers=options.layers, targets=options.targets,
             objective=options.objective, device=options.device,
         )  # fmt: skip
+        if options.profile:
+            print("\n".join(profile_round(options.profile, [])))
+            return 0
         if options.whole:
             print(compare_experiments(setting, repeats=options.repeats))
             return 0

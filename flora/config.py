@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from flora.checkpoints import CheckpointOptions
 from flora.clip.adapters import Adapter, Lora
 from flora.clip.backbone import Backbone
 from flora.clip.towers import SpeedOptions
@@ -28,6 +29,7 @@ from flora.federated.cache import CacheOptions
 from flora.federated.evaluation import EvaluationOptions
 from flora.federated.local import LocalTraining
 from flora.federated.sampling import Sampler, Uniform
+from flora.federated.screening import Screening
 from flora.registry import Component, OptionError, Options, components, name_of, option, suggest
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -54,6 +56,7 @@ class ServerOptions(Options):
     """What the server does with the updates."""
 
     strategy: Strategy = option("how updates become the next adapter", FedAvg())
+    screening: Screening = option("what becomes of updates that must not be averaged", Screening())
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class ExperimentConfig(Options):
     cache: CacheOptions = option("where image features are kept between runs", CacheOptions())
     speed: SpeedOptions = option("exact ways to be faster", SpeedOptions())
     evaluation: EvaluationOptions = option("when and how results are measured", EvaluationOptions())
+    checkpoints: CheckpointOptions = option("when the server's state is saved", CheckpointOptions())
 
     def check(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
@@ -107,9 +111,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
 
     Raises `ConfigError` naming the file (or the command line) and the key.
     """
-    raw = _read_yaml(Path(path))
+    raw = read_yaml(Path(path))
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     if raw.get("name") in (None, ""):
         raw["name"] = Path(path).stem
     try:
@@ -153,7 +157,8 @@ def _yaml_reason(error: Exception) -> str:
     return " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, unchecked. Raises `ConfigError` if it can't be read or is no mapping."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
@@ -173,7 +178,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one dotted key of `raw` as `key=value` says. Raises `ConfigError` if that is not possible."""
     key, separator, text = override.partition("=")
     key = key.strip()
     if not separator or not key or "" in key.split("."):

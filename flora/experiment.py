@@ -25,6 +25,7 @@ from flora.federated.features import (
 )
 from flora.federated.memory import choose_clients_per_block
 from flora.federated.round import Federation
+from flora.hooks import Hooks
 from flora.records import ClientData, ServerState
 from flora.registry import OptionError
 from flora.rng import Rng
@@ -69,10 +70,18 @@ def check_experiment(config: ExperimentConfig) -> None:
         )
 
 
-def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Callable[[str], object]) -> Experiment:
+def build_experiment(
+    config: ExperimentConfig,
+    *,
+    progress: Progress,
+    log: Callable[[str], object],
+    hooks: Hooks | None = None,
+    clients_per_block: int | None = None,
+) -> Experiment:
     """Load the model and the data, run the frozen stems over all images, deal the examples out.
 
-    Raises `UserError` naming the setting or the file. `log` is given what a user should know of it.
+    `clients_per_block` is used where the configuration leaves the choice open. `log` is given what a user should know.
+    Raises `UserError` naming the setting or the file.
     """
     check_experiment(config)
     rng = Rng(config.seed)
@@ -90,7 +99,10 @@ def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Calla
         log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
     (train, test), unreadable = _features(config, data, model, progress=progress, log=log)
     labels = train.labels.numpy()
-    clients_per_block = _clients_per_block(config, model)
+    limit, asked = adapter.max_clients_per_block, config.clients.per_block
+    if limit is not None and asked is not None and asked > limit:
+        raise OptionError("clients.per_block", f"expected at most {limit} with this adapter, got {asked}")
+    clients_per_block = asked or clients_per_block or _clients_per_block(config, model)
     log(f"clients in one step: up to {clients_per_block}")
     if all(isinstance(each, StoredFeatures) for each in (train, test)):
         model.release_stems()
@@ -99,7 +111,7 @@ def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Calla
         log(f"left out: {len(unreadable):,} of {len(data.train) + len(data.test):,} images can't be read")
     _check_classes(labels, test.labels.cpu().numpy(), class_names)
     groups = None if data.train.groups is None else data.train.groups[train.positions]
-    clients = _deal_out(config, labels, groups, rng)
+    clients = deal_out(config, labels, groups, rng)
     log(f"{len(labels):,} training and {len(test):,} test images, {len(class_names)} classes, {len(clients)} clients")
     federation = Federation(
         model=model,
@@ -111,6 +123,9 @@ def build_experiment(config: ExperimentConfig, *, progress: Progress, log: Calla
         num_rounds=config.rounds,
         clients_per_block=clients_per_block,
         rng=rng.child("federation"),
+        screening=config.server.screening,
+        hooks=hooks or Hooks(),
+        log=log,
     )
     return Experiment(
         config=config,
@@ -186,7 +201,7 @@ def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:
     return ClientData(train=np.sort(order[count:]), held_out=np.sort(order[:count]))
 
 
-def _deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | None, rng: Rng) -> list[ClientData]:
+def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | None, rng: Rng) -> list[ClientData]:
     """Each client's share of the training examples. Raises `UserError` if one would have nothing to train on."""
     parts = config.partition.split(labels, config.clients.number, rng.child("partition"), groups=groups)
     fraction = config.clients.holdout_fraction
@@ -209,12 +224,8 @@ def _check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[st
 
 
 def _clients_per_block(config: ExperimentConfig, model: AdaptedClip) -> int:
-    limit = model.adapter.max_clients_per_block
-    asked = config.clients.per_block
-    if limit is not None and asked is not None and asked > limit:
-        raise OptionError("clients.per_block", f"expected at most {limit} with this adapter, got {asked}")
-    chosen = asked or choose_clients_per_block(model, batch_size=config.local.batch_size)
-    return min(chosen, limit or chosen)
+    chosen = choose_clients_per_block(model, batch_size=config.local.batch_size)
+    return min(chosen, model.adapter.max_clients_per_block or chosen)
 
 
 @contextmanager

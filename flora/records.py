@@ -34,13 +34,26 @@ class ServerState:
 
 @dataclass(frozen=True, eq=False)
 class ClientUpdate:
-    """What one client sends after local training: `delta` = local - broadcast, without a client axis."""
+    """What one client sends after local training: `delta` = local - broadcast, without a client axis.
+
+    `failed_step` is the first of its steps, counted from 0, at which loss or gradient was not finite.
+    """
 
     client: int
     num_examples: int
     delta: State
     loss: float
     num_steps: int
+    failed_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A client whose update was left out of a round: why, and at which of its steps it failed, if that is known."""
+
+    client: int
+    step: int | None
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +91,7 @@ class RoundRecord:
     learning_rate: float | None = None
     num_steps: int = 0
     num_examples: int = 0
+    rejected_clients: tuple[Rejection, ...] = ()
     class_accuracy: dict[str, float | None] | None = None
     client_accuracy_mean: float | None = None
     client_accuracy_worst_decile: float | None = None
@@ -111,3 +125,4 @@ class Summary:
     trainable_parameters: int
     backbone_parameters: int
     num_unreadable: int
+    num_rejected: int

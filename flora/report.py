@@ -35,6 +35,7 @@ def summarise(records: Sequence[RoundRecord], *, alone: Sequence[float], **measu
         uplink_bytes_per_client_round=uplink / client_rounds if client_rounds else 0.0,
         train_seconds=sum(record.train_seconds for record in records),
         eval_seconds=sum(record.eval_seconds for record in records),
+        num_rejected=sum(len(record.rejected_clients) for record in records),
         **measured,
     )
 
@@ -60,6 +61,8 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
         ("training, evaluation", f"{summary.train_seconds:.1f} s, {summary.eval_seconds:.1f} s"),
         ("whole run", f"{summary.wall_seconds:.1f} s, peak memory {size(summary.peak_memory_bytes)}"),
     ]
+    if summary.num_rejected:
+        rows.insert(-3, ("updates left out", f"{summary.num_rejected}   (rounds.jsonl says why)"))
     width = max(len(title) for title, _ in rows)
     return ["", *(f"  {title:<{width}}  {value}" for title, value in rows), "", final_line(summary, config)]
 

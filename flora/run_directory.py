@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -12,12 +13,12 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import safetensors.torch
@@ -26,21 +27,35 @@ import yaml
 
 from flora.config import ExperimentConfig, config_to_dict
 from flora.errors import UserError
-from flora.records import ClientData, RoundRecord, Summary
+from flora.records import ClientData, Rejection, RoundRecord, Summary
 from flora.tree import StateLike
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 ADAPTER_FORMAT = "flora-adapter-1"
 
 
 class RunDirectory:
-    """One run's folder. Files appear whole or not at all, except `rounds.jsonl` and `log.txt`, which grow by lines."""
+    """One run's folder. Files appear whole or not at all, except `rounds.jsonl` and `log.txt`, which grow by lines.
 
-    def __init__(self, path: Path) -> None:
+    It is locked until it is closed: two processes in one folder would spoil both runs. `before_write` is told of each
+    file before it is touched.
+    """
+
+    def __init__(self, path: Path, before_write: Callable[[Path], object] = lambda path: None) -> None:
         self.path = path
-        self._records: list[RoundRecord] = []
+        self._before_write = before_write
+        self._lock = _lock(path / "lock")
+        self._records_bytes = 0
+        self._records_sha256 = hashlib.sha256()
 
     @classmethod
-    def create(cls, output: str, name: str, *, numbered: bool) -> RunDirectory:
+    def create(
+        cls, output: str, name: str, *, numbered: bool, before_write: Callable[[Path], object] = lambda path: None
+    ) -> RunDirectory:
         """Make a new folder below `output`; an existing run is never touched.
 
         `numbered`: if `name` is taken, use the first free of name-2, name-3, ...; else that is a `UserError`.
@@ -49,7 +64,7 @@ class RunDirectory:
             path = Path(output) / (name if number == 1 else f"{name}-{number}")
             try:
                 path.mkdir(parents=True)
-                return cls(path)
+                return cls(path, before_write)
             except FileExistsError:
                 if not Path(output).is_dir():
                     raise UserError(f"output: {output} is not a folder") from None
@@ -61,21 +76,76 @@ class RunDirectory:
 
     def remove_if_nothing_ran(self) -> None:
         """Take the folder away again if the run failed before its first record."""
-        if not self._records:
+        if not self._records_bytes:
             shutil.rmtree(self.path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let others use the folder."""
+        if self._lock is not None:
+            (self.path / "lock").unlink(missing_ok=True)
+            self._lock.close()
+
+    @property
+    def records_end(self) -> tuple[int, str]:
+        """How many bytes of records there are, and their SHA-256."""
+        return self._records_bytes, self._records_sha256.hexdigest()
+
+    def read_json(self, name: str) -> Any:
+        """The content of one of the run's files; None if it is not there, or not as it was written."""
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def what_differs(self, now: Mapping[str, Any]) -> list[str]:
+        """How the environment that the run began in differs from `now` in what can change the last bits."""
+        before = self.read_json("environment.json")
+        before = before if isinstance(before, dict) else {}
+        keys = [key for key in ("device", "num_threads", "packages") if before.get(key, now[key]) != now[key]]
+        return [f"{key} {before[key]} then, {now[key]} now" for key in keys]
+
+    def has_records(self, num_bytes: int, sha256: str) -> bool:
+        """Whether `rounds.jsonl` begins with the records that had this length and digest."""
+        return hashlib.sha256(self._read_records(num_bytes)).hexdigest() == sha256
+
+    def rewind(self, num_bytes: int) -> list[RoundRecord]:
+        """Take away all records but those in the first `num_bytes` bytes; return these."""
+        content = self._read_records(num_bytes)
+        self._records_bytes, self._records_sha256 = len(content), hashlib.sha256(content)
+        path = self.path / "rounds.jsonl"
+        self._before_write(path)
+        try:
+            with suppress(FileNotFoundError):
+                os.truncate(path, len(content))
+            (self.path / "summary.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+        return [_record(json.loads(line)) for line in content.splitlines()]
+
+    def _read_records(self, num_bytes: int) -> bytes:
+        try:
+            with (self.path / "rounds.jsonl").open("rb") as file:
+                return file.read(num_bytes)
+        except OSError:
+            return b""
 
     def log(self, line: str) -> None:
         """Append a line, with the time, to `log.txt`."""
         stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         self._append("log.txt", f"{stamp} {' '.join(line.splitlines())}")
 
+    def write_config(self, config: ExperimentConfig) -> None:
+        """Write `config.yaml`."""
+        self._write("config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True))
+
     def write_start(
         self, config: ExperimentConfig, *, device: torch.device, clients_per_block: int, clients: Sequence[ClientData],
         labels: np.ndarray, class_names: Sequence[str],
     ) -> None:  # fmt: skip
-        """Write `config.yaml`, `environment.json` and `partition.json`."""
-        self._write("config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True))
-        self._write_json("environment.json", environment(device, config.seed, clients_per_block))
+        """Write `environment.json` and `partition.json`.
+
+        Raises `UserError` if there is another partition already: then the data are not those that the run began with.
+        """
         rows = []
         for index, client in enumerate(clients):
             counts = np.bincount(labels[client.train], minlength=len(class_names))
@@ -88,7 +158,14 @@ class RunDirectory:
                     "class_counts": present,
                 }
             )
-        self._write_json("partition.json", {"class_names": list(class_names), "clients": rows}, indent=None)
+        partition = {"class_names": list(class_names), "clients": rows}
+        path = self.path / "partition.json"
+        before = self.read_json(path.name)
+        if before is not None and before != json.loads(_encode(_json(partition, None))):
+            raise UserError(f"{path}: the data are not those that this run began with; if they are, remove this file")
+        if self.read_json("environment.json") is None:
+            self._write_json("environment.json", environment(device, config.seed, clients_per_block))
+        self._write_json("partition.json", partition, indent=None)
 
     def append_round(self, record: RoundRecord) -> None:
         """Append one object to `rounds.jsonl`. Raises `UserError` if a result is not finite."""
@@ -99,8 +176,10 @@ class RunDirectory:
                 f"round {record.round}: {' and '.join(broken)} not finite: the model's outputs are out of range; "
                 "look at backbone.weights, adapter.alpha and local.learning_rate"
             )
-        self._append("rounds.jsonl", json.dumps(fields, allow_nan=False))
-        self._records.append(record)
+        line = json.dumps(fields, allow_nan=False)
+        self._append("rounds.jsonl", line, durable=True)
+        self._records_bytes += len(_encode(line + "\n"))
+        self._records_sha256.update(_encode(line + "\n"))
 
     def write_adapter(self, adapter: StateLike, config: ExperimentConfig) -> None:
         """Write `adapter.safetensors`, what it belongs to as JSON in its metadata's `flora`."""
@@ -123,12 +202,13 @@ class RunDirectory:
         self._write_json("summary.json", dataclasses.asdict(summary))
 
     def _write_json(self, name: str, content: Any, indent: int | None = 2) -> None:
-        self._write(name, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+        self._write(name, _json(content, indent))
 
     def _write(self, name: str, content: str | bytes) -> None:
         """Write a file under another name first, so that under its own it is never half-written."""
         part = self.path / f"{name}.part"
         try:
+            self._before_write(self.path / name)
             part.write_bytes(_encode(content) if isinstance(content, str) else content)
             os.replace(part, self.path / name)
         except OSError as error:
@@ -136,17 +216,55 @@ class RunDirectory:
                 part.unlink(missing_ok=True)
             raise UserError(f"{self.path / name}: can't be written: {error.strerror or error}") from None
 
-    def _append(self, name: str, line: str) -> None:
+    def _append(self, name: str, line: str, *, durable: bool = False) -> None:
         """Add a line to a file; a line that doesn't fit on the disk is taken back."""
         path = self.path / name
         size = path.stat().st_size if path.exists() else 0
         try:
+            self._before_write(path)
             with path.open("ab") as file:
                 file.write(_encode(line + "\n"))
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             with suppress(OSError):
                 os.truncate(path, size)
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def _record(fields: dict[str, Any]) -> RoundRecord:
+    """A record from its line."""
+    rejected = tuple(Rejection(**each) for each in fields.pop("rejected_clients"))
+    return RoundRecord(**fields, rejected_clients=rejected)
+
+
+def _lock(path: Path) -> IO[bytes] | None:
+    """The open lock file of a run; the system lets go of it when the process ends, however it ends.
+
+    Raises `UserError` if another process has it. None where the system has no such locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        file = path.open("a+b")
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        other = file.read(20).decode(errors="replace").strip()
+        file.close()
+        raise UserError(f"{path.parent}: in use by another process ({other}); wait for it, or stop it") from None
+    file.truncate(0)
+    file.write(b"%d\n" % os.getpid())
+    file.flush()
+    return file
+
+
+def _json(content: Any, indent: int | None) -> str:
+    return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _encode(text: str) -> bytes:

@@ -1,10 +1,11 @@
-"""The command line: `python -m flora.simulate CONFIG [key=value ...]`; from Python: `simulate(config)`."""
+"""The command line: `python -m flora.simulate CONFIG [key=value ...]`; from Python: `simulate` and `resume`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,19 +19,26 @@ import torch
 from tqdm import tqdm
 
 from flora import report, tree
-from flora.config import ConfigError, ExperimentConfig, load_config
+from flora.checkpoints import Checkpoint, CheckpointFolder
+from flora.config import ConfigError, ExperimentConfig, config_to_dict, load_config
 from flora.errors import UserError
 from flora.experiment import Experiment, build_experiment, check_experiment
 from flora.federated.evaluation import class_accuracy, client_accuracies, deciles, evaluate
 from flora.federated.memory import peak_memory_bytes
 from flora.federated.round import RoundResult, run_round, train_alone
+from flora.federated.screening import divergence
+from flora.hooks import Hooks
+from flora.interrupts import Interrupted, Interrupts
 from flora.listing import list_components
 from flora.records import Evaluation, RoundRecord, ServerState, Summary
-from flora.run_directory import RunDirectory
+from flora.resume import Start, find_start, finished_rounds, recorded_clients_per_block, resumed_config
+from flora.run_directory import RunDirectory, environment
 from flora.tree import State
 
 # Unreadable images that are named on the terminal; log.txt names all.
 MAX_SHOWN = 10
+# Rounds in a row without one usable update after which a run is given up.
+MAX_LOST_ROUNDS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +52,11 @@ class RunResult:
 
 
 def simulate(
-    config: ExperimentConfig, *, numbered: bool = False, echo: Callable[[str], object] | None = None
+    config: ExperimentConfig,
+    *,
+    numbered: bool = False,
+    echo: Callable[[str], object] | None = None,
+    hooks: Hooks | None = None,
 ) -> RunResult:
     """Run an experiment into a new run directory.
 
@@ -53,7 +65,59 @@ def simulate(
     in which not even round 0 was recorded is taken away again.
     """
     check_experiment(config)
-    directory = RunDirectory.create(config.output, config.name, numbered=numbered)
+    hooks = hooks or Hooks()
+    directory = RunDirectory.create(config.output, config.name, numbered=numbered, before_write=hooks.before_write)
+    try:
+        directory.write_config(config)
+        return _run_in(directory, config, hooks, echo, lambda experiment, log: Start(experiment.initial_state()))
+    except BaseException:
+        directory.remove_if_nothing_ran()
+        raise
+    finally:
+        directory.close()
+
+
+def resume(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    echo: Callable[[str], object] | None = None,
+    hooks: Hooks | None = None,
+) -> RunResult:
+    """Go on with the run in `path` from its newest good checkpoint, as if it had never stopped.
+
+    On the machine and device class that it began on, what comes out is the same, bit for bit. Raises `UserError` if the
+    run is finished, in use, or was begun with other settings or data.
+    """
+    config = resumed_config(Path(path), overrides)
+    check_experiment(config)
+    hooks = hooks or Hooks()
+    directory = RunDirectory(Path(path), hooks.before_write)
+    try:
+        finished = finished_rounds(directory)
+        if finished is not None and finished >= config.rounds:
+            raise UserError(f"{path}: this run is finished, after {finished} rounds; for more of them: rounds=NUMBER")
+        directory.write_config(config)
+        checkpoints = CheckpointFolder(directory.path / "checkpoints", hooks.before_write)
+
+        def start(experiment: Experiment, log: Callable[[str], object]) -> Start:
+            for line in directory.what_differs(environment(experiment.federation.model.device, config.seed, 0)):
+                log(f"warning: this run began elsewhere: {line}; the last bits may differ")
+            return find_start(directory, checkpoints, experiment.initial_state(), log)
+
+        return _run_in(directory, config, hooks, echo, start)
+    finally:
+        directory.close()
+
+
+def _run_in(
+    directory: RunDirectory,
+    config: ExperimentConfig,
+    hooks: Hooks,
+    echo: Callable[[str], object] | None,
+    find: Callable[[Experiment, Callable[[str], object]], Start],
+) -> RunResult:
+    """Build the experiment and run it in `directory` from the start that `find` comes to."""
 
     def log(line: str) -> None:
         directory.log(line)
@@ -65,7 +129,8 @@ def simulate(
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         started = time.perf_counter()
-        experiment = build_experiment(config, progress=_progress, log=log)
+        per_block = recorded_clients_per_block(directory)
+        experiment = build_experiment(config, progress=_progress, log=log, hooks=hooks, clients_per_block=per_block)
         federation = experiment.federation
         for number, line in enumerate(experiment.unreadable):
             (log if number < MAX_SHOWN else directory.log)(f"left out: {line}")
@@ -74,13 +139,10 @@ def simulate(
             device=federation.model.device,
             clients_per_block=federation.clients_per_block,
             clients=federation.clients,
-            labels=federation.features.labels.cpu().numpy(),
+            labels=federation.features.labels.numpy(),
             class_names=experiment.class_names,
         )
-        result = _run(experiment, directory, started)
-    except BaseException:
-        directory.remove_if_nothing_ran()
-        raise
+        result = _run(experiment, directory, find(experiment, log), started)
     finally:
         torch.set_num_threads(threads)
     for line in report.lines(result.summary, config):
@@ -88,37 +150,90 @@ def simulate(
     return result
 
 
-def _run(experiment: Experiment, directory: RunDirectory, started: float) -> RunResult:
-    config = experiment.config
-    state = experiment.initial_state()
-    records = [_measure(experiment, state, None)[0]]
-    directory.append_round(records[0])
-    clients = np.full(len(experiment.federation.clients), np.nan)
-    with _bar("rounds", config.rounds, "round") as bar:
-        for _ in range(config.rounds):
-            state, result = run_round(experiment.federation, state)
-            record, measured = _measure(experiment, state, result)
-            clients = clients if measured is None else measured
+def _run(experiment: Experiment, directory: RunDirectory, start: Start, started: float) -> RunResult:
+    config, federation = experiment.config, experiment.federation
+    saver = _Saver(config, directory, federation.hooks, start, started)
+    state = recorded = start.state
+    records = list(start.records)
+    clients: np.ndarray | None = None
+    try:
+        if not records:
+            record, clients = _measure(experiment, state, None)
             records.append(record)
             directory.append_round(record)
-            bar.update()
-            bar.set_postfix(_postfix(record, records))
-    alone = _measure_alone(experiment, log=directory.log)
+        with _bar("rounds", config.rounds, "round", initial=state.round) as bar:
+            while state.round < config.rounds:
+                state, result = run_round(federation, state)
+                record, clients = _measure(experiment, state, result)
+                records.append(record)
+                directory.append_round(record)
+                recorded = state
+                saver.after_round(state)
+                _stop_if_diverged(records)
+                bar.update()
+                bar.set_postfix(_postfix(record, records))
+        alone = _measure_alone(experiment, log=directory.log)
+    except BaseException:
+        # Whatever it is that ends the run, nothing of what it has done is lost, if it can still be written.
+        with suppress(UserError):
+            saver.save(recorded)
+            if recorded.round:
+                federation.log(f"to go on: python -m flora.simulate --resume {shlex.quote(str(directory.path))}")
+        raise
+    if clients is None:  # the run was stopped behind its last round
+        clients = _measure_clients(experiment, state)
     directory.write_clients(_client_columns(experiment, clients, alone))
     directory.write_adapter(state.adapter, config)
     summary = report.summarise(
         records,
         name=directory.path.name,
-        num_clients=len(experiment.federation.clients),
+        num_clients=len(federation.clients),
         alone=list(alone.values()),
-        wall_seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(experiment.federation.model.device),
+        wall_seconds=time.perf_counter() + saver.wall_offset,
+        peak_memory_bytes=peak_memory_bytes(federation.model.device),
         trainable_parameters=tree.count(state.adapter),
         backbone_parameters=experiment.backbone_parameters,
         num_unreadable=len(experiment.unreadable),
     )
     directory.write_summary(summary)
     return RunResult(summary, tuple(records), state.adapter, directory.path)
+
+
+class _Saver:
+    """Saves checkpoints when they are due. `wall_offset` added to the clock is how long the run has taken."""
+
+    def __init__(
+        self, config: ExperimentConfig, directory: RunDirectory, hooks: Hooks, start: Start, started: float
+    ) -> None:
+        self._options, self._config, self._directory = config.checkpoints, config_to_dict(config), directory
+        self._folder = CheckpointFolder(directory.path / "checkpoints", hooks.before_write)
+        self._saved = start.state.round
+        self.wall_offset = start.wall_seconds - started
+
+    def after_round(self, state: ServerState) -> None:
+        """Save a checkpoint if one is due."""
+        every, last = self._options.every, self._config["rounds"]
+        if state.round == last or (every is not None and state.round % every == 0):
+            self.save(state)
+
+    def save(self, state: ServerState) -> None:
+        """Save a checkpoint, unless that round's was the last one to be saved or gone on from."""
+        if state.round == self._saved:
+            return
+        num_bytes, sha256 = self._directory.records_end
+        wall_seconds = time.perf_counter() + self.wall_offset
+        checkpoint = Checkpoint(state, self._config, num_bytes, sha256, wall_seconds)
+        self._folder.save(checkpoint, keep=self._options.keep)
+        self._saved = state.round
+
+
+def _stop_if_diverged(records: Sequence[RoundRecord]) -> None:
+    """Raise `UserError` if not one update was fit to be averaged in each of the last rounds."""
+    last = records[-MAX_LOST_ROUNDS:]
+    if len(last) == MAX_LOST_ROUNDS and all(
+        record.num_clients and len(record.rejected_clients) == record.num_clients for record in last
+    ):
+        raise divergence(last[0].round, last[0].rejected_clients[0], last[0].learning_rate or 0.0)
 
 
 def _measure(
@@ -135,9 +250,8 @@ def _measure(
         evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
         every = config.clients_every or experiment.config.rounds
         last = state.round == experiment.config.rounds
-        if len(experiment.held_out) and (last or (state.round and state.round % every == 0)):
-            own = evaluate(model, stack, experiment.held_out, batch_size=size)[0]
-            clients = client_accuracies(own, experiment.held_out_sizes)
+        if last or (state.round and state.round % every == 0):
+            clients = _measure_clients(experiment, state)
     tenths = None if clients is None else deciles(clients)
     seconds = time.perf_counter() - started
     labels = experiment.test.labels.cpu().numpy()
@@ -155,11 +269,21 @@ def _measure(
         learning_rate=result.learning_rate if result else None,
         num_steps=result.num_steps if result else 0,
         num_examples=result.num_examples if result else 0,
+        rejected_clients=result.rejections if result else (),
         class_accuracy=class_accuracy(evaluation, labels, experiment.class_names) if evaluation else None,
         client_accuracy_mean=tenths[0] if tenths else None,
         client_accuracy_worst_decile=tenths[1] if tenths else None,
         client_accuracy_best_decile=tenths[2] if tenths else None,
     ), clients
+
+
+def _measure_clients(experiment: Experiment, state: ServerState) -> np.ndarray:
+    """Accuracy on each client's held-out examples, `(num_clients,)`; NaN where it has none."""
+    if not len(experiment.held_out):
+        return np.full(len(experiment.federation.clients), np.nan)
+    model, size = experiment.federation.model, experiment.config.evaluation.batch_size
+    own = evaluate(model, tree.expand(state.adapter, 1), experiment.held_out, batch_size=size)[0]
+    return client_accuracies(own, experiment.held_out_sizes)
 
 
 def _measure_alone(experiment: Experiment, log: Callable[[str], object]) -> dict[int, float]:
@@ -191,9 +315,9 @@ def _client_columns(experiment: Experiment, accuracies: np.ndarray, alone: dict[
     }
 
 
-def _bar(title: str, total: int, unit: str) -> Any:
+def _bar(title: str, total: int, unit: str, initial: int = 0) -> Any:
     """A progress bar on standard error; silent where that is not a terminal."""
-    return tqdm(total=total, desc=title, unit=unit, disable=None, dynamic_ncols=True)
+    return tqdm(total=total, initial=initial, desc=title, unit=unit, disable=None, dynamic_ncols=True)
 
 
 def _progress(title: str, total: int) -> Callable[[int], object]:
@@ -230,13 +354,19 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python -m flora.simulate experiments/quickstart.yaml rounds=5 clients.number=20",
     )
     parser.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file, then overrides")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run whose directory is given in place of CONFIG"
+    )
     parser.add_argument("--check", action="store_true", help="only validate one or more files; nothing is loaded")
     parser.add_argument("--list", action="store_true", help="print every component with its options")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 2 for anything the user can mend, 130 for Ctrl-C."""
+    """Run the command line; return the exit status.
+
+    0, 2 for anything the user can mend, 130 for Ctrl-C, 143 for SIGTERM.
+    """
     try:
         options = _parser().parse_args(argv)
         paths = [argument for argument in options.arguments if "=" not in argument or os.path.isfile(argument)]
@@ -249,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"expected {'a config file' if not paths else 'one config file'}, got {len(paths)}; see --help"
             )
         for path in paths:
-            _main_one(path, overrides, check=options.check)
+            _main_one(path, overrides, check=options.check, resuming=options.resume)
     except UserError as error:
         print(" ".join(str(error).splitlines()), file=sys.stderr)
         return 2
@@ -260,18 +390,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Interrupted as interrupted:
+        print(f"stopped by {interrupted}", file=sys.stderr)
+        return interrupted.exit_status
     return 0
 
 
-def _main_one(path: str, overrides: Sequence[str], *, check: bool) -> None:
-    config = load_config(path, overrides)
+def _main_one(path: str, overrides: Sequence[str], *, check: bool, resuming: bool) -> None:
+    config = resumed_config(Path(path), overrides) if resuming else load_config(path, overrides)
     try:
         if check:
             check_experiment(config)
             print(f"{path}: ok")
             return
-        named = any(override.partition("=")[0].strip() == "name" for override in overrides)
-        result = simulate(config, numbered=not named, echo=lambda line: tqdm.write(line, file=sys.stderr))
+        with Interrupts() as interrupts:
+            hooks = Hooks(before_block=lambda round, clients: interrupts.check())
+            if resuming:
+                result = resume(path, overrides, echo=_say, hooks=hooks)
+            else:
+                named = any(override.partition("=")[0].strip() == "name" for override in overrides)
+                result = simulate(config, numbered=not named, echo=_say, hooks=hooks)
     except (ConfigError, BrokenPipeError):
         raise
     except UserError as error:
@@ -283,6 +421,10 @@ def _main_one(path: str, overrides: Sequence[str], *, check: bool) -> None:
         raise UserError(f"{path}: out of memory: {reason}; lower clients.per_block or the batch sizes") from None
     print("\n".join(report.lines(result.summary, dataclasses.replace(config, name=result.directory.name))))
     print(f"written to {result.directory}")
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -143,3 +143,29 @@ def raw_config(tiny_model: str, tmp_path: Path) -> dict[str, Any]:
         "clients": {"number": 4},
         "local": {"learning_rate": 0.01, "batch_size": 8},
     }
+
+
+# What differs between two runs that are the same: time, memory, and what contains or is a digest of it.
+VOLATILE = {"train_seconds", "eval_seconds", "wall_seconds", "peak_memory_bytes", "records_bytes", "records_sha256"}
+
+
+def comparable(directory: Path) -> dict[str, Any]:
+    """All that a run left behind and promises to be the same when it runs again, by file."""
+    files: dict[str, Any] = {}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if path.is_dir() or name in ("log.txt", "environment.json"):
+            continue
+        if path.name == "rounds.jsonl":
+            files[name] = [_steady(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.name == "manifest.json":
+            files[name] = _steady(json.loads(path.read_text())["manifest"])
+        elif path.name == "summary.json":
+            files[name] = _steady(json.loads(path.read_text()))
+        else:
+            files[name] = path.read_bytes()
+    return files
+
+
+def _steady(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in VOLATILE}

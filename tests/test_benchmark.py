@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,12 +80,29 @@ def test_the_whole_experiment_from_the_command_line(tiny_model: str, capsys: pyt
     assert "x faster" in capsys.readouterr().out
 
 
+def test_where_a_rounds_time_goes(
+    raw_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(raw_config))
+    assert benchmark.main(["--profile", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shares = [float(share) for share in re.findall(r"([0-9.]+)%", lines[0])]
+    assert sum(shares) == pytest.approx(100, abs=0.11)
+    assert all(0 < share < 100 for share in shares)
+    listed = [float(line.split("%")[0]) for line in lines[1:]]
+    assert listed == sorted(listed, reverse=True)
+    assert sum(listed) <= shares[1] + 0.1
+    assert any("federated/local.py: train_block" in line for line in lines[1:])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--variants", "recorded"], "--variants: 'recorded' is not one of full, naive"),
         (["--variants", "fastest"], "--variants: 'fastest' is not one of full, naive"),
         (["--classes", "101"], "--classes: expected 1 to 100, got 101"),
+        (["--profile", "nothing.yaml"], "nothing.yaml: No such file or directory"),
         (["--model", "RN50", "--repeats", "1", "--variants", "ours"], "ours: "),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from flora.data.partition import Dirichlet, Iid
 from flora.federated.optimizers import AdamW, Cosine, Sgd
 from flora.federated.sampling import BySize
 from flora.registry import OptionError
+from flora.simulate import main
 
 MINIMAL = {"data": "patterns", "partition": "iid"}
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
@@ -317,8 +320,37 @@ _VALUES = st.recursive(
 )
 
 
+_RAW = st.dictionaries(_KEYS, _VALUES, max_size=5)
+
+
+@pytest.mark.parametrize("number", [40, pytest.param(500, marks=pytest.mark.stress)])
+def test_check_ends_well_or_in_one_line(number: int, tiny_model: str, tmp_path: Path) -> None:
+    """The command line on generated files: status 0 and "ok", or status 2 and one line; never a traceback."""
+    path, statuses = tmp_path / "config.yaml", set()
+    base = MINIMAL | {"backbone": {"model": tiny_model, "weights": "random"}}
+
+    @settings(max_examples=number, deadline=None)
+    @given(raw=_RAW, is_complete=st.booleans())
+    def check(raw: dict[str, Any], is_complete: bool) -> None:
+        content = base | raw if is_complete else raw
+        path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+        output, error = io.StringIO(), io.StringIO()
+        with redirect_stdout(output), redirect_stderr(error):
+            status = main(["--check", str(path)])
+        statuses.add(status)
+        if status == 0:
+            assert output.getvalue() == f"{path}: ok\n"
+        else:
+            assert status == 2
+            assert error.getvalue().startswith(f"{path}: ")
+            assert len(error.getvalue().splitlines()) == 1
+
+    check()
+    assert statuses == {0, 2}
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.dictionaries(_KEYS, _VALUES, max_size=5))
+@given(_RAW)
 def test_nothing_but_an_option_error_comes_out(raw: dict[str, Any]) -> None:
     for candidate in (raw, MINIMAL | raw):
         try:

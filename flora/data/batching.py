@@ -35,6 +35,16 @@ class ClientBlock:
                 yield num_active, range(start, stop)
                 start = stop
 
+    def part(self, start: int, stop: int) -> ClientBlock:
+        """The clients from `start` to `stop` as a block of their own."""
+        longest = self.num_steps[start]
+        return ClientBlock(
+            clients=self.clients[start:stop],
+            num_steps=self.num_steps[start:stop],
+            indices=self.indices[:longest, start:stop],
+            example_mask=self.example_mask[:longest, start:stop],
+        )
+
 
 def count_steps(num_examples: int, *, batch_size: int, epochs: int, steps: int | None) -> int:
     """How many steps a client of `num_examples` takes: `steps` if given, else whole epochs, the last batch short."""

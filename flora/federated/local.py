@@ -48,13 +48,14 @@ class LocalTraining(Options):
 class BlockResult:
     """What K clients end with.
 
-    `adapters` are `(K, ...)`, `losses` the means over steps `(K,)`, `finite` `(K,)` whether adapter and loss still are;
-    `optimizer_states` has K state dicts where they are kept, else K empty ones.
+    `adapters` are `(K, ...)`, `losses` the means over steps `(K,)`; `failed_steps` `(K,)` are the first steps at which
+    loss or gradient were not finite, -1 where they always were; `optimizer_states` has K state dicts where they are
+    kept, else K empty ones.
     """
 
     adapters: State
     losses: Tensor
-    finite: Tensor
+    failed_steps: Tensor
     optimizer_states: list[State]
 
 
@@ -85,11 +86,15 @@ def train_block(
     gradients_of = gradient_function(model, local.objective, flat, dropout, batch_size=block.indices.shape[2])
     batches = _Batches(model, block, features, in_batch=local.objective.in_batch, rngs=rngs)
     totals = torch.zeros(len(block.clients), device=model.device)
+    failed = torch.full((len(block.clients),), -1, device=model.device)
     for num_active, steps in block.segments():
         parameters = flat.matrix[:num_active]
         active_state = {name: tensor[:num_active] for name, tensor in state.items()}
         for step in steps:
             losses, gradients = gradients_of(parameters, batches.of_step(step, num_active))
+            # A sum is not finite if one of its terms isn't: one pass over the gradients, and no wait for the device.
+            broke = ~torch.isfinite(losses + gradients.sum(dim=1)) & (failed[:num_active] < 0)
+            failed[:num_active].masked_fill_(broke, step)
             if local.clip_norm is not None:
                 gradients = clip_rows(gradients, local.clip_norm)
             local.optimizer.step(parameters, gradients, active_state, learning_rate)
@@ -98,7 +103,7 @@ def train_block(
     return BlockResult(
         adapters=flat.state(flat.matrix.cpu()),
         losses=totals.cpu() / torch.tensor(block.num_steps),
-        finite=(torch.isfinite(flat.matrix).all(dim=1) & torch.isfinite(totals)).cpu(),
+        failed_steps=failed.cpu(),
         # Copies, so that no client keeps its whole block in memory.
         optimizer_states=[
             {name: tensor[row].cpu().clone() for name, tensor in state.items()} if keep else {}

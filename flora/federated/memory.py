@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -22,12 +23,16 @@ ACTIVATIONS_PER_TOKEN = 20
 
 def choose_clients_per_block(model: AdaptedClip, *, batch_size: int) -> int:
     """How many clients may share a step: their activations fit into a quarter of the memory that is free."""
-    per_client = 4 * ACTIVATIONS_PER_TOKEN * max(1, sum(_trained_streams(model, batch_size)))
-    fits = available_memory_bytes(model.device) // 4 // per_client
+    fits = available_memory_bytes(model.device) // 4 // client_bytes(model, batch_size=batch_size)
     if fits >= clients_at_once(model, batch_size=batch_size):
         fits = MAX_CLIENTS_PER_BLOCK
     # A power of two, so that a little more or less free memory seldom changes the sums' last bits.
     return 2 ** (int(min(max(fits, 1), MAX_CLIENTS_PER_BLOCK)).bit_length() - 1)
+
+
+def client_bytes(model: AdaptedClip, *, batch_size: int) -> int:
+    """About what one client's step keeps until its gradient is computed."""
+    return 4 * ACTIVATIONS_PER_TOKEN * max(1, sum(_trained_streams(model, batch_size)))
 
 
 def clients_at_once(model: AdaptedClip, *, batch_size: int) -> int:
@@ -72,6 +77,20 @@ def _container_bytes() -> int:
         return 2**62 if limit == "max" else int(limit) - int(used) + reclaimable
     except (OSError, ValueError, KeyError):
         return 2**62
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the device or of the machine."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Give back what a step that failed has left behind."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

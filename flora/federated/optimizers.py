@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -100,8 +101,9 @@ class AdamW(Adam):
 
 @dataclass(frozen=True)
 class Schedule(Component):
-    """The learning rate over rounds."""
+    """The learning rate over rounds. `needs_num_rounds` says that it depends on how many there will be."""
 
+    needs_num_rounds: ClassVar[bool] = False
     warmup_rounds: int = option("rounds over which the rate rises linearly to its full value", 0, at_least=0)
 
     @abstractmethod
@@ -130,6 +132,7 @@ class Constant(Schedule):
 class Cosine(Schedule):
     """Half a cosine from the full rate down (arXiv:1608.03983, without restarts)."""
 
+    needs_num_rounds: ClassVar[bool] = True
     final_fraction: float = option("share of the rate that it ends near", 0.0, at_least=0, at_most=1)
 
     def after_warmup(self, progress: float) -> float:

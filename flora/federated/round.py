@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,15 +16,21 @@ from flora.federated.aggregation import Strategy
 from flora.federated.communication import payload_bytes
 from flora.federated.features import Features
 from flora.federated.local import BlockResult, LocalTraining, train_block
+from flora.federated.memory import available_memory_bytes, client_bytes, is_out_of_memory, release_cached_memory
 from flora.federated.sampling import Sampler
-from flora.records import ClientData, ClientUpdate, ServerState
+from flora.federated.screening import Screening, divergence, screen
+from flora.hooks import Hooks
+from flora.records import ClientData, ClientUpdate, Rejection, ServerState
 from flora.rng import Rng
 from flora.tree import State, StateLike
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Federation:
-    """All that rounds need: the model, the clients with their data, and what is done with them."""
+    """All that rounds need: the model, the clients with their data, and what is done with them.
+
+    Nothing of it changes but `clients_per_block`, which is lowered when a block doesn't fit into memory.
+    """
 
     model: AdaptedClip
     features: Features
@@ -35,10 +41,13 @@ class Federation:
     num_rounds: int
     clients_per_block: int
     rng: Rng
+    screening: Screening = field(default_factory=Screening)
+    hooks: Hooks = field(default_factory=Hooks)
+    log: Callable[[str], object] = lambda line: None
     sizes: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", np.array([len(client.train) for client in self.clients]))
+        self.sizes = np.array([len(client.train) for client in self.clients])
 
     def learning_rate(self, round: int) -> float:
         """The learning rate of a round, counted from 1."""
@@ -61,30 +70,58 @@ class Federation:
         )
 
     def train(
-        self, block: ClientBlock, adapters: StateLike, *, round: int, rng: Rng, kept: dict[int, State]
-    ) -> BlockResult:
-        """Train one block from `adapters` `(K, ...)`; `kept`, the optimiser states by client, is read and renewed.
+        self, cohort: np.ndarray, adapters: Mapping[int, StateLike], kept: Mapping[int, State], *, round: int, rng: Rng
+    ) -> Iterator[tuple[ClientBlock, BlockResult]]:
+        """Train the cohort block by block, each client from its own of `adapters`.
 
-        Raises `UserError` if a client's adapter or loss is no longer finite.
+        `kept` are optimiser states by client. A block that doesn't fit into memory is cut in two, and so are those
+        after it. Raises `UserError` if one client alone doesn't fit.
         """
-        result = train_block(
-            self.model,
-            block,
-            adapters=adapters,
-            features=self.features,
-            local=self.local,
-            learning_rate=self.learning_rate(round),
-            rngs=[rng.child("client", client) for client in block.clients],
-            optimizer_states=[kept.get(client) for client in block.clients],
-        )
-        for client, finite in zip(block.clients, result.finite.tolist(), strict=True):
-            if not finite:
-                raise UserError(
-                    f"round {round}: client {client} diverged (adapter or loss no longer finite) at learning rate "
-                    f"{self.learning_rate(round):g}; lower local.learning_rate or set local.clip_norm"
+        waiting = self.blocks(cohort, rng)
+        while waiting:
+            block = waiting.pop(0)
+            try:
+                self.hooks.before_block(round, block.clients)
+                result = train_block(
+                    self.model,
+                    block,
+                    adapters=_stacked([adapters[client] for client in block.clients]),
+                    features=self.features,
+                    local=self.local,
+                    learning_rate=self.learning_rate(round),
+                    rngs=[rng.child("client", client) for client in block.clients],
+                    optimizer_states=[kept.get(client) for client in block.clients],
                 )
-        kept.update((client, own) for client, own in zip(block.clients, result.optimizer_states, strict=True) if own)
-        return result
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                result = None
+            if result is None:  # outside of the handler, which keeps the failed step's tensors alive
+                waiting[:0] = self._smaller(block)
+                continue
+            yield block, result
+
+    def _smaller(self, block: ClientBlock) -> list[ClientBlock]:
+        """The two halves of a block that did not fit; from now on blocks are no larger than those."""
+        release_cached_memory(self.model.device)
+        number = len(block.clients)
+        if number == 1:
+            need = client_bytes(self.model, batch_size=self.local.batch_size)
+            free = available_memory_bytes(self.model.device)
+            raise UserError(
+                f"out of memory with one client in a step, which needs about {need / 1e9:.1f} GB where "
+                f"{free / 1e9:.1f} GB are free; lower local.batch_size or the number of prompts"
+            )
+        self.clients_per_block = min(self.clients_per_block, -(-number // 2))
+        self.log(f"out of memory: from now on {self.clients_per_block} clients in one step, with the same results")
+        return [block.part(0, self.clients_per_block), block.part(self.clients_per_block, number)]
+
+
+def _stacked(adapters: Sequence[StateLike]) -> StateLike:
+    """The adapters `(K, ...)`, without a copy where all clients start from one."""
+    if all(adapter is adapters[0] for adapter in adapters):
+        return tree.expand(adapters[0], len(adapters))
+    return tree.stack(adapters)
 
 
 @dataclass(frozen=True)
@@ -94,53 +131,71 @@ class RoundResult:
     num_clients: int
     num_steps: int
     num_examples: int
-    train_loss: float
+    train_loss: float | None
     learning_rate: float
     uplink_bytes: int
     downlink_bytes: int
     train_seconds: float
+    rejections: tuple[Rejection, ...]
 
 
 def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, RoundResult]:
-    """The round after `state`. Nothing but `state` and the federation's seed decides what comes out."""
+    """The round after `state`. Nothing but `state` and the federation's seed decides what comes out.
+
+    Updates that are not fit to be averaged are left out; without any, adapter and strategy stay as they are. Raises
+    `UserError` for the first of them where `screening` says so.
+    """
     started = time.perf_counter()
     round = state.round + 1
     rng = federation.rng.child("round", round)
     cohort = federation.sampler.sample(federation.sizes, rng.child("cohort"))
     updates: list[ClientUpdate] = []
     kept = dict(state.clients)
-    for block in federation.blocks(cohort, rng):
-        broadcast = tree.expand(state.adapter, len(block.clients))
-        result = federation.train(block, broadcast, round=round, rng=rng, kept=kept)
+    broadcast = dict.fromkeys(cohort.tolist(), state.adapter)
+    for block, result in federation.train(cohort, broadcast, state.clients, round=round, rng=rng):
         updates += _updates(federation, block, result, state.adapter)
+        kept.update((client, own) for client, own in zip(block.clients, result.optimizer_states, strict=True) if own)
     # In the order of ids, so that sums don't depend on how the cohort was cut into blocks.
-    updates.sort(key=lambda update: update.client)
-    delta = federation.strategy.combine(updates)
-    adapter, strategy = federation.strategy.step(state.adapter, delta, state.strategy)
-    weights = np.array([update.num_examples for update in updates])
-    losses = np.array([update.loss for update in updates])
+    updates = [federation.hooks.update(round, update) for update in sorted(updates, key=lambda update: update.client)]
+    accepted, rejections = screen(updates, state.adapter, federation.screening)
+    learning_rate = federation.learning_rate(round)
+    if rejections and federation.screening.policy == "abort":
+        raise divergence(round, rejections[0], learning_rate)
+    for rejection in rejections:
+        federation.log(f"round {round}: client {rejection.client} is left out: {rejection.reason}")
+        kept.pop(rejection.client, None)
+        if rejection.client in state.clients:
+            kept[rejection.client] = state.clients[rejection.client]
+    adapter, strategy = state.adapter, state.strategy
+    if accepted:
+        adapter, strategy = federation.strategy.step(adapter, federation.strategy.combine(accepted), strategy)
+    weights = np.array([update.num_examples for update in accepted])
+    losses = np.array([update.loss for update in accepted])
     return ServerState(round, adapter, strategy, kept), RoundResult(
         num_clients=len(updates),
         num_steps=sum(update.num_steps for update in updates),
-        num_examples=int(weights.sum()),
-        train_loss=float((losses * weights).sum() / weights.sum()),
-        learning_rate=federation.learning_rate(round),
+        num_examples=sum(update.num_examples for update in updates),
+        train_loss=float((losses * weights).sum() / weights.sum()) if accepted else None,
+        learning_rate=learning_rate,
         uplink_bytes=sum(payload_bytes(update.delta) for update in updates),
         downlink_bytes=len(updates) * payload_bytes(state.adapter),
         train_seconds=time.perf_counter() - started,
+        rejections=tuple(rejections),
     )
 
 
 def _updates(federation: Federation, block: ClientBlock, result: BlockResult, adapter: State) -> list[ClientUpdate]:
+    trained = tree.unstack(result.adapters)
     return [
         ClientUpdate(
             client=client,
             num_examples=int(federation.sizes[client]),
-            delta=tree.subtract(trained, adapter),
+            delta=tree.subtract(trained[place], adapter),
             loss=float(result.losses[place]),
             num_steps=block.num_steps[place],
+            failed_step=int(result.failed_steps[place]) if result.failed_steps[place] >= 0 else None,
         )
-        for place, (client, trained) in enumerate(zip(block.clients, tree.unstack(result.adapters), strict=True))
+        for place, client in enumerate(block.clients)
     ]
 
 
@@ -149,16 +204,18 @@ def train_alone(
 ) -> State:
     """What each of `clients` reaches without the others: as many rounds from `adapter`, on its own data only.
 
-    Returns their adapters `(len(clients), ...)`, in the order of `clients`. Nothing is averaged. `advance` is told
-    of each round done.
+    Returns their adapters `(len(clients), ...)`, in the order of `clients`. Nothing is averaged. A client whose round
+    ends in numbers that are not finite stays where it was before. `advance` is told of each round done.
     """
     alone: dict[int, State] = dict.fromkeys(clients.tolist(), adapter)
     kept: dict[int, State] = {}
     for round in range(1, federation.num_rounds + 1):
         rng = federation.rng.child("alone", round)
-        for block in federation.blocks(clients, rng):
-            stack = tree.stack([alone[client] for client in block.clients])
-            result = federation.train(block, stack, round=round, rng=rng, kept=kept)
-            alone.update(zip(block.clients, tree.unstack(result.adapters), strict=True))
+        for block, result in federation.train(clients, alone, kept, round=round, rng=rng):
+            for place, (client, own) in enumerate(zip(block.clients, tree.unstack(result.adapters), strict=True)):
+                if result.failed_steps[place] < 0 and tree.is_finite(own):
+                    alone[client] = own
+                    if result.optimizer_states[place]:
+                        kept[client] = result.optimizer_states[place]
         advance(1)
     return tree.stack([alone[client] for client in clients.tolist()])

@@ -1,0 +1,221 @@
+"""Checkpoints of the server's state: whole or not there at all, verified before they are believed.
+
+`checkpoints/round-0007/` holds three safetensors files and `manifest.json` with the SHA-256 of each, of the records up
+to that round, and of itself. It is written under another name, flushed to the disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from flora.errors import UserError
+from flora.records import ServerState
+from flora.registry import Options, option
+from flora.tree import State, StateLike
+
+FORMAT = "flora-checkpoint-1"
+PARTS = ("adapter", "strategy", "clients")
+
+
+@dataclass(frozen=True)
+class CheckpointOptions(Options):
+    """When the server's state is saved, so that a run can go on where it stopped."""
+
+    every: int | None = option(
+        "rounds between two checkpoints; there is always one of the last round, or where a run is stopped or fails",
+        1,
+        at_least=1,
+    )
+    keep: int = option("how many checkpoints stay on the disk", 2, at_least=1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds besides the state.
+
+    `config` is the resolved configuration; the records of all rounds up to this one are the first `records_bytes` bytes
+    of `rounds.jsonl`, with digest `records_sha256`; `wall_seconds` is how long the run has taken so far.
+    """
+
+    state: ServerState
+    config: Mapping[str, Any]
+    records_bytes: int
+    records_sha256: str
+    wall_seconds: float
+
+
+class CheckpointFolder:
+    """The checkpoints of one run. `before_write` is told of each file before it is touched."""
+
+    def __init__(self, path: Path, before_write: Callable[[Path], object] = lambda path: None) -> None:
+        self.path = path
+        self._before_write = before_write
+
+    def rounds(self) -> list[int]:
+        """The rounds of which there is a checkpoint, whatever its condition, the newest first."""
+        found = [re.fullmatch(r"round-([0-9]{4,9})", path.name) for path in self.path.glob("round-*")]
+        return sorted({int(match[1]) for match in found if match}, reverse=True)
+
+    def save(self, checkpoint: Checkpoint, *, keep: int) -> None:
+        """Write a checkpoint, then take away all but the newest `keep`.
+
+        Raises `UserError` if it can't be written; what was there before then still is.
+        """
+        path = self._folder(checkpoint.state.round)
+        part = path.with_name(f"part-{path.name}")
+        try:
+            self._write(part, checkpoint)
+            if path.exists():
+                self._remove(path)
+            self._before_write(path)
+            part.rename(path)
+            _flush(self.path)
+            for old in self.rounds()[keep:]:
+                self._remove(self._folder(old))
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+
+    def load(self, round: int, *, like: ServerState) -> Checkpoint:
+        """Read and verify the checkpoint of `round`; `like` has the shapes to expect.
+
+        Raises `UserError` that says what is wrong with it.
+        """
+        path = self._folder(round)
+        manifest = self.manifest(round)
+        parts: dict[str, State] = {}
+        for name in PARTS:
+            file = path / f"{name}.safetensors"
+            try:
+                content = file.read_bytes()
+            except OSError as error:
+                raise UserError(f"{file}: {error.strerror or error}") from None
+            if hashlib.sha256(content).hexdigest() != manifest["sha256"].get(name):
+                raise UserError(f"{file}: its contents are not those that were written (SHA-256)")
+            parts[name] = safetensors.torch.load(content)
+        for name, expected in (("adapter", like.adapter), ("strategy", like.strategy)):
+            wrong = _difference(parts[name], expected)
+            if wrong:
+                raise UserError(f"{path / name}.safetensors: {wrong}")
+            # Safetensors orders names in its own way; what is flattened in the order of names must find its places.
+            parts[name] = {key: parts[name][key] for key in expected}
+        return Checkpoint(
+            state=ServerState(round, parts["adapter"], parts["strategy"], _by_client(parts["clients"])),
+            config=manifest["config"],
+            records_bytes=manifest["records_bytes"],
+            records_sha256=manifest["records_sha256"],
+            wall_seconds=manifest["wall_seconds"],
+        )
+
+    def manifest(self, round: int) -> dict[str, Any]:
+        """The manifest of a checkpoint. Raises `UserError` if it is not as it was written."""
+        file = self._folder(round) / "manifest.json"
+        try:
+            outer = json.loads(file.read_text(encoding="utf-8"))
+            manifest: dict[str, Any] = outer["manifest"]
+            sha256 = outer["sha256"]
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror or error}") from None
+        except (ValueError, RecursionError, KeyError, TypeError):
+            raise UserError(f"{file}: not a checkpoint's manifest") from None
+        if _digest(manifest) != sha256 or manifest.get("format") != FORMAT:
+            raise UserError(f"{file}: its contents are not those that were written (SHA-256)")
+        if manifest["round"] != round:
+            raise UserError(f"{file}: it belongs to round {manifest['round']}")
+        return manifest
+
+    def _folder(self, round: int) -> Path:
+        return self.path / f"round-{round:04d}"
+
+    def _write(self, part: Path, checkpoint: Checkpoint) -> None:
+        self.path.mkdir(exist_ok=True)
+        self._before_write(part)
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed here
+        part.mkdir()
+        state, digests = checkpoint.state, {}
+        for name, tensors in (
+            ("adapter", state.adapter),
+            ("strategy", state.strategy),
+            ("clients", _flat(state.clients)),
+        ):
+            content = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
+            digests[name] = hashlib.sha256(content).hexdigest()
+            self._write_file(part / f"{name}.safetensors", content)
+        manifest = {
+            "format": FORMAT,
+            "round": state.round,
+            "config": checkpoint.config,
+            "sha256": digests,
+            "records_bytes": checkpoint.records_bytes,
+            "records_sha256": checkpoint.records_sha256,
+            "wall_seconds": checkpoint.wall_seconds,
+        }
+        outer = {"sha256": _digest(manifest), "manifest": manifest}
+        self._write_file(part / "manifest.json", (json.dumps(outer, indent=2) + "\n").encode())
+        _flush(part)
+
+    def _write_file(self, path: Path, content: bytes) -> None:
+        self._before_write(path)
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _remove(self, path: Path) -> None:
+        """Take a checkpoint away so that at no moment a part of it looks like a whole one."""
+        self._before_write(path)
+        rubbish = path.with_name(f"part-{path.name}-old")
+        shutil.rmtree(rubbish, ignore_errors=True)
+        path.rename(rubbish)
+        shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def _flat(clients: Mapping[int, StateLike]) -> State:
+    """The clients' states as one state dict, `17.mean` being client 17's `mean`."""
+    return {f"{client}.{name}": tensor for client, own in clients.items() for name, tensor in own.items()}
+
+
+def _by_client(flat: StateLike) -> dict[int, State]:
+    """The inverse of `_flat`."""
+    clients: dict[int, State] = {}
+    for key, tensor in flat.items():
+        client, _, name = key.partition(".")
+        clients.setdefault(int(client), {})[name] = tensor
+    return clients
+
+
+def _difference(found: StateLike, expected: StateLike) -> str | None:
+    """The first thing in which names, shapes or types differ; None if nothing does."""
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} does not belong here"
+        ours, theirs = found[name], expected[name]
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            return f"{name} is {tuple(ours.shape)} {ours.dtype}, expected {tuple(theirs.shape)} {theirs.dtype}"
+    return None
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

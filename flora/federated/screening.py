@@ -1,0 +1,93 @@
+"""Updates that must not reach the average: not finite, of wrong shapes, or far larger than the cohort's others."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flora.errors import UserError
+from flora.records import ClientUpdate, Rejection
+from flora.registry import Options, option
+from flora.tree import StateLike
+
+
+@dataclass(frozen=True)
+class Screening(Options):
+    """What becomes of a client's update that is not finite, of wrong shapes, or out of bounds."""
+
+    policy: str = option(
+        "skip: the round goes on without it; abort: the run ends with an error; clip: one that is too large is scaled "
+        "down to the bound, any other is skipped",
+        "skip",
+        choices=("skip", "abort", "clip"),
+    )
+    max_norm_ratio: float | None = option(
+        "largest norm of an update, as a multiple of the median of the cohort's finite ones; none: no bound",
+        None,
+        at_least=1,
+    )
+
+
+def screen(
+    updates: Sequence[ClientUpdate], adapter: StateLike, options: Screening
+) -> tuple[list[ClientUpdate], list[Rejection]]:
+    """The updates that may be averaged, in their order, and what was found wrong with the others.
+
+    With `clip`, one that is too large is among the first, scaled down, and nothing is said of it. The bound needs at
+    least three finite updates: of two nobody knows which is the odd one.
+    """
+    accepted, rejections, norms = [], [], []
+    for update in updates:
+        reason = _fault(update, adapter)
+        if reason is None:
+            accepted.append(update)
+            norms.append(_norm(update.delta))
+        else:
+            rejections.append(Rejection(update.client, update.failed_step, reason))
+    if options.max_norm_ratio is None or len(accepted) < 3:
+        return accepted, rejections
+    median = float(torch.tensor(norms, dtype=torch.float64).quantile(0.5))
+    bound, kept = options.max_norm_ratio * median, []
+    for update, norm in zip(accepted, norms, strict=True):
+        if norm <= bound:
+            kept.append(update)
+        elif options.policy == "clip":
+            kept.append(dataclasses.replace(update, delta=_scaled(update.delta, bound / norm)))
+        else:
+            reason = f"norm {norm:.3g}, the cohort's median is {median:.3g}"
+            rejections.append(Rejection(update.client, None, reason))
+    return kept, sorted(rejections, key=lambda rejection: rejection.client)
+
+
+def divergence(round: int, rejection: Rejection, learning_rate: float) -> UserError:
+    """The error that ends a run because of a client's update."""
+    at = "" if rejection.step is None else f" at step {rejection.step}"
+    return UserError(
+        f"round {round}: client {rejection.client} diverged{at} ({rejection.reason}) at learning rate "
+        f"{learning_rate:g}; lower local.learning_rate or set local.clip_norm"
+    )
+
+
+def _fault(update: ClientUpdate, adapter: StateLike) -> str | None:
+    """What makes an update unusable; None if nothing does."""
+    shapes = {name: tensor.shape for name, tensor in adapter.items()}
+    if {name: tensor.shape for name, tensor in update.delta.items()} != shapes:
+        return "wrong names or shapes"
+    # The norm is a double: it stays finite for all finite numbers of single precision.
+    if update.failed_step is not None or not math.isfinite(update.loss) or not math.isfinite(_norm(update.delta)):
+        return "not finite"
+    return None
+
+
+def _norm(delta: StateLike) -> float:
+    """The Euclidean norm over all tensors."""
+    squares = sum(float(tensor.double().square().sum()) for tensor in delta.values())
+    return math.sqrt(squares) if squares >= 0 else math.nan
+
+
+def _scaled(delta: StateLike, factor: float) -> dict[str, torch.Tensor]:
+    return {name: tensor * factor for name, tensor in delta.items()}

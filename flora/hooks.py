@@ -1,0 +1,22 @@
+"""Places where a program may look into a run, or interfere: for progress displays, logging and fault injection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flora.records import ClientUpdate
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What `simulate` calls on its way. Each may raise, which ends the run as any error at that place would.
+
+    `before_block(round, clients)` comes before a block of clients trains, `update(round, update)` may replace what a
+    client sends, and `before_write(path)` comes before a file of the run directory is written, renamed or taken away.
+    """
+
+    before_block: Callable[[int, tuple[int, ...]], object] = lambda round, clients: None
+    update: Callable[[int, ClientUpdate], ClientUpdate] = lambda round, update: update
+    before_write: Callable[[Path], object] = lambda path: None

@@ -1,0 +1,140 @@
+"""Going on with a run that stopped: which configuration it goes on with, and from which of its checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flora.checkpoints import CheckpointFolder
+from flora.config import ConfigError, ExperimentConfig, apply_override, config_to_dict, parse_config, read_yaml
+from flora.errors import UserError
+from flora.records import RoundRecord, ServerState
+from flora.registry import OptionError
+from flora.run_directory import RunDirectory
+
+# What may be changed without changing what comes out, apart from the last bits of sums.
+CHANGEABLE = ("clients.per_block", "threads", "cache", "checkpoints")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on: the server's state, the records so far, and how long they took."""
+
+    state: ServerState
+    records: tuple[RoundRecord, ...] = ()
+    wall_seconds: float = 0.0
+
+
+def resumed_config(path: Path, overrides: Sequence[str]) -> ExperimentConfig:
+    """The configuration to go on with: the run's own, and what `overrides` change of it.
+
+    Raises `UserError` if there is none, or with the difference if something is changed that decides the results.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such run directory")
+    stored = _stored_config(path)
+    current = _current_config(path, stored)
+    for override in overrides:
+        apply_override(current, override)
+    try:
+        config = parse_config(current)
+        before = parse_config(stored)
+    except OptionError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    _refuse_changes(path, before, config)
+    return config
+
+
+def find_start(
+    directory: RunDirectory,
+    checkpoints: CheckpointFolder,
+    initial: ServerState,
+    log: Callable[[str], object],
+) -> Start:
+    """The newest checkpoint that is whole and whose records are; the beginning if there is none.
+
+    What is wrong with newer ones is logged. Records after it are taken away.
+    """
+    for round in checkpoints.rounds():
+        try:
+            found = checkpoints.load(round, like=initial)
+        except UserError as error:
+            log(f"warning: {error}; trying the checkpoint before it")
+            continue
+        if not directory.has_records(found.records_bytes, found.records_sha256):
+            log(f"warning: {directory.path / 'rounds.jsonl'}: the records up to round {round} are not those written")
+            continue
+        records = directory.rewind(found.records_bytes)
+        log(f"going on after round {round}")
+        return Start(found.state, tuple(records), found.wall_seconds)
+    directory.rewind(0)
+    log("there is no checkpoint to go on from: starting from the beginning")
+    return Start(initial)
+
+
+def finished_rounds(directory: RunDirectory) -> int | None:
+    """How many rounds a finished run has; None if it is not finished."""
+    return _whole_number(directory.read_json("summary.json"), "rounds")
+
+
+def recorded_clients_per_block(directory: RunDirectory) -> int | None:
+    """How many clients shared a step when the run began; None if that is not known."""
+    return _whole_number(directory.read_json("environment.json"), "clients_per_block")
+
+
+def _whole_number(content: Any, key: str) -> int | None:
+    value = content.get(key) if isinstance(content, dict) else None
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _stored_config(path: Path) -> dict[str, Any]:
+    """The configuration that the newest checkpoint was made with; without one, what `config.yaml` says."""
+    checkpoints = CheckpointFolder(path / "checkpoints")
+    for round in checkpoints.rounds():
+        try:
+            stored: dict[str, Any] = checkpoints.manifest(round)["config"]
+            return stored
+        except UserError:
+            continue
+    return read_yaml(path / "config.yaml")
+
+
+def _current_config(path: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.yaml` says now; the checkpoint's configuration where it can't be read."""
+    try:
+        return read_yaml(path / "config.yaml")
+    except ConfigError:
+        return copy.deepcopy(dict(stored))
+
+
+def _refuse_changes(path: Path, before: ExperimentConfig, now: ExperimentConfig) -> None:
+    old, new = _flat(config_to_dict(before)), _flat(config_to_dict(now))
+    changes = [
+        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key != "rounds" and not _is_changeable(key)
+    ]
+    if now.rounds < before.rounds:
+        changes.append(f"rounds: {before.rounds} then, {now.rounds} now; they can only become more")
+    if now.rounds > before.rounds and now.local.schedule.needs_num_rounds:
+        changes.append("rounds: the learning rates of local.schedule depend on their number")
+    if changes:
+        raise UserError(f"{path}: a run goes on as it began; what differs: {'; '.join(changes)}")
+
+
+def _is_changeable(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE)
+
+
+def _flat(nested: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,202 @@
+"""A checkpoint is whole or not there; one that was changed in any way is never believed."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flora.checkpoints import Checkpoint, CheckpointFolder
+from flora.errors import UserError
+from flora.records import RoundRecord, ServerState
+from flora.resume import find_start
+from flora.run_directory import RunDirectory
+
+ROUNDS = (1, 2, 3, 4)
+
+
+def state_of(round: int) -> ServerState:
+    generator = torch.Generator().manual_seed(round)
+    adapter = {"b.lora_A": torch.randn(2, 3, generator=generator), "a": torch.randn((), generator=generator)}
+    strategy = {"momentum": torch.randn(4, generator=generator)}
+    clients = {17: {"mean": torch.randn(5, generator=generator)}, 3: {"mean": torch.zeros(5), "steps": torch.ones(1)}}
+    return ServerState(round, adapter, strategy, clients)
+
+
+def checkpoint_of(round: int, records: tuple[int, str] = (0, "")) -> Checkpoint:
+    return Checkpoint(state_of(round), {"rounds": 9, "local": {"epochs": 2}}, *records, wall_seconds=1.5)
+
+
+def record_of(round: int) -> RoundRecord:
+    return RoundRecord(round, 0.5, 1.0 + round, None, 2, 10, 20, 0.25, 0.125, 1000)
+
+
+def assert_same_state(left: ServerState, right: ServerState) -> None:
+    assert left.round == right.round
+    parts = [(left.adapter, right.adapter), (left.strategy, right.strategy)]
+    assert left.clients.keys() == right.clients.keys()
+    for ours, theirs in parts + [(left.clients[client], right.clients[client]) for client in left.clients]:
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    assert folder.rounds() == []
+    folder.save(checkpoint_of(3, (120, "abc")), keep=2)
+    found = folder.load(3, like=state_of(0))
+    assert_same_state(found.state, state_of(3))
+    assert (found.config, found.records_bytes, found.records_sha256) == (checkpoint_of(3).config, 120, "abc")
+    assert found.wall_seconds == 1.5
+    assert list(found.state.adapter) == list(state_of(0).adapter)  # the order counts where states are flattened
+    assert sorted(path.name for path in (tmp_path / "checkpoints").rglob("*")) == [
+        "adapter.safetensors", "clients.safetensors", "manifest.json", "round-0003", "strategy.safetensors",
+    ]  # fmt: skip
+
+
+def test_only_the_newest_stay_and_a_round_is_replaced(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for round in (1, 2, 3, 12345, 3):
+        folder.save(checkpoint_of(round), keep=2)
+    assert folder.rounds() == [12345, 3]
+    assert {path.name for path in tmp_path.iterdir()} == {"round-0003", "round-12345"}
+
+
+def test_nothing_is_lost_wherever_a_write_fails(tmp_path: Path) -> None:
+    count = 0
+
+    def fail(path: Path) -> None:
+        nonlocal count
+        count -= 1
+        if count == 0:
+            raise OSError(28, "No space left on device")
+
+    folder = CheckpointFolder(tmp_path, fail)
+    folder.save(checkpoint_of(1), keep=1)
+    failures = 0
+    for place in range(1, 20):
+        count = place
+        before = folder.rounds()
+        try:
+            folder.save(checkpoint_of(2), keep=1)
+        except UserError as error:
+            failures += 1
+            assert str(error).endswith("round-0002: can't be written: No space left on device")
+            assert before[-1] in folder.rounds()
+            for round in folder.rounds():
+                assert_same_state(folder.load(round, like=state_of(0)).state, state_of(round))
+    assert failures >= 7  # at the part, four files, the new name, and the old checkpoint
+    assert folder.rounds() == [2]
+
+
+def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(checkpoint_of(5), keep=1)
+    like = state_of(0)
+    for wrong, message in (
+        ({"a": torch.zeros(())}, r"b\.lora_A does not belong here"),
+        ({**like.adapter, "c": torch.zeros(1)}, "c is missing"),
+        ({**like.adapter, "b.lora_A": torch.zeros(3, 3)}, r"b\.lora_A is \(2, 3\) torch\.float32, expected \(3, 3\)"),
+        ({**like.adapter, "a": torch.zeros((), dtype=torch.float64)}, r"a is \(\) torch\.float32, expected \(\) torch"),
+    ):
+        with pytest.raises(UserError, match=rf"round-0005/adapter\.safetensors: {message}"):
+            folder.load(5, like=ServerState(0, wrong, like.strategy))
+    with pytest.raises(UserError, match=r"round-0005/strategy\.safetensors: momentum does not belong here"):
+        folder.load(5, like=ServerState(0, like.adapter, {}))
+    (tmp_path / "round-0005").rename(tmp_path / "round-0006")
+    with pytest.raises(UserError, match=r"round-0006/manifest\.json: it belongs to round 5"):
+        folder.load(6, like=like)
+    with pytest.raises(UserError, match=r"round-0007/manifest\.json: No such file"):
+        folder.load(7, like=like)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with records of rounds 0 to 4 and checkpoints of the last four."""
+    directory = RunDirectory.create(str(tmp_path), "run", numbered=False)
+    folder = CheckpointFolder(directory.path / "checkpoints")
+    directory.append_round(record_of(0))
+    for round in ROUNDS:
+        directory.append_round(record_of(round))
+        folder.save(checkpoint_of(round, directory.records_end), keep=4)
+    directory.close()
+    return directory.path
+
+
+def mutate(run: Path, chance: random.Random) -> str:
+    """Damage one file or two of a run, as a disk, a tool or a person might."""
+    files = [*sorted(path for path in (run / "checkpoints").rglob("*") if path.is_file()), run / "rounds.jsonl"]
+    path = chance.choice(files)
+    content = path.read_bytes()
+    kind = chance.choice(("cut", "flip", "swap", "remove", "empty", "append", "copy", "remove folder", "rename folder"))
+    if kind == "cut":
+        path.write_bytes(content[: chance.randrange(len(content))])
+    elif kind == "flip":
+        place = chance.randrange(len(content))
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1 :])
+    elif kind in ("swap", "copy"):
+        other = chance.choice(files)
+        path.write_bytes(other.read_bytes())
+        if kind == "swap":
+            other.write_bytes(content)
+    elif kind == "remove":
+        path.unlink()
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "append":
+        path.write_bytes(content + chance.randbytes(chance.randrange(1, 100)))
+    else:
+        folder = chance.choice(sorted((run / "checkpoints").iterdir()))
+        if kind == "remove folder":
+            shutil.rmtree(folder)
+        else:
+            target = folder.with_name(f"round-{chance.choice((*ROUNDS, 9)):04d}")
+            if target != folder:
+                shutil.rmtree(target, ignore_errors=True)
+                folder.rename(target)
+    return f"{kind} {path.relative_to(run)}"
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_changed_file_is_noticed_or_harmless(run: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    done = [mutate(run, chance) for _ in range(chance.choice((1, 1, 1, 2, 4)))]
+    directory = RunDirectory(run)
+    lines: list[str] = []
+    start = find_start(directory, CheckpointFolder(run / "checkpoints"), state_of(0), lines.append)
+    assert (start.state.round in ROUNDS) or start.state.round == 0, done
+    assert_same_state(start.state, state_of(start.state.round))
+    expected = [record_of(round) for round in range(start.state.round + 1)] if start.state.round else []
+    assert list(start.records) == expected, done
+    assert len((run / "rounds.jsonl").read_bytes().splitlines() if expected else []) == len(expected)
+    if start.state.round < 4:
+        assert any("warning" in line for line in lines) or any("folder" in each for each in done), (done, lines)
+
+
+def test_nothing_in_a_checkpoint_is_code(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(checkpoint_of(1), keep=1)
+    manifest = tmp_path / "round-0001" / "manifest.json"
+    for content in (
+        "[" * 100_000,
+        "null",
+        "[]",
+        '{"sha256": "x"}',
+        '{"sha256": 1, "manifest": {}}',
+        "\x80",
+        '{"a": NaN}',
+    ):
+        manifest.write_text(content, encoding="latin-1")
+        with pytest.raises(UserError, match=r"round-0001/manifest\.json: "):
+            folder.load(1, like=state_of(0))
+
+
+def test_a_manifest_is_json_that_a_person_can_read(run: Path) -> None:
+    content: Any = json.loads((run / "checkpoints" / "round-0004" / "manifest.json").read_text())
+    assert content["manifest"]["round"] == 4
+    assert content["manifest"]["config"] == {"rounds": 9, "local": {"epochs": 2}}

@@ -1,0 +1,501 @@
+"""A run that stopped, whenever and however, goes on as if nothing had happened: the same bytes come out."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import killable
+import pytest
+import yaml
+from conftest import comparable
+
+from flora.config import parse_config
+from flora.errors import UserError
+from flora.hooks import Hooks
+from flora.records import ClientUpdate
+from flora.run_directory import RunDirectory
+from flora.simulate import main, resume, simulate
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "everything that is remembered": {
+        "adapter": {"name": "lora", "rank": 2, "dropout": 0.1, "towers": ["text", "vision"]},
+        "clients": {"number": 5, "cohort": {"name": "uniform", "number": 3}, "per_block": 2},
+        "local": {"optimizer_state": "kept", "batch_size": 4, "schedule": "cosine", "augmentation": "crop_flip"},
+        "evaluation": {"every": 2, "num_alone": 2},
+    },
+    "a checkpoint every other round": {"checkpoints": {"every": 2, "keep": 1}},
+    "a checkpoint only when it ends": {"checkpoints": {"every": None, "keep": 1}},
+}
+
+
+class Stop(Exception):
+    """What a hook ends a run with."""
+
+
+def stopping(at: int) -> Hooks:
+    """Hooks that end a run before block number `at`, counted from 0."""
+    blocks = 0
+
+    def count(round: int, clients: tuple[int, ...]) -> None:
+        nonlocal blocks
+        blocks += 1
+        if blocks > at:
+            raise Stop
+
+    return Hooks(before_block=count)
+
+
+@pytest.fixture
+def raw(raw_config: dict[str, Any]) -> dict[str, Any]:
+    return {**raw_config, "rounds": 4}
+
+
+def directory_of(raw: dict[str, Any]) -> Path:
+    return Path(raw["output"]) / raw["name"]
+
+
+def uninterrupted(raw: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """What a run leaves behind that nothing happened to."""
+    result = simulate(parse_config({**raw, "output": str(tmp_path / "whole")}))
+    files = comparable(result.directory)
+    return {name: _elsewhere(content, raw) for name, content in files.items()}
+
+
+def _elsewhere(content: Any, raw: dict[str, Any]) -> Any:
+    """The content as it would be in the output folder of `raw`."""
+    if isinstance(content, dict) and "config" in content:
+        return {**content, "config": {**content["config"], "output": raw["output"]}}
+    if isinstance(content, bytes) and b"\noutput: " in content:
+        return yaml.safe_dump(
+            {**yaml.safe_load(content), "output": raw["output"]}, sort_keys=False, allow_unicode=True
+        ).encode()
+    return content
+
+
+def assert_same(directory: Path, expected: dict[str, Any], *, but: tuple[str, ...] = ()) -> None:
+    found = comparable(directory)
+    assert found.keys() == expected.keys()
+    for name, content in found.items():
+        if name not in but:
+            assert content == expected[name], name
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+def test_stopped_at_any_block(raw: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
+    raw.update(changes)
+    expected = uninterrupted(raw, tmp_path)
+    places = range(0, 20, 3) if changes.get("evaluation") else range(5)
+    for place in places:
+        shutil.rmtree(directory_of(raw), ignore_errors=True)
+        try:
+            simulate(parse_config(raw), hooks=stopping(place))
+        except Stop:
+            resume(directory_of(raw))
+        if "checkpoints" in changes:
+            assert {path.name for path in (directory_of(raw) / "checkpoints").iterdir()} == {"round-0004"}
+        assert_same(directory_of(raw), expected)
+
+
+def test_stopped_again_and_again(raw: dict[str, Any], tmp_path: Path) -> None:
+    expected = uninterrupted(raw, tmp_path)
+    with pytest.raises(Stop):
+        simulate(parse_config(raw), hooks=stopping(1))
+    for _ in range(2):
+        with pytest.raises(Stop):
+            resume(directory_of(raw), hooks=stopping(1))
+    resume(directory_of(raw))
+    assert_same(directory_of(raw), expected)
+    log = (directory_of(raw) / "log.txt").read_text()
+    assert [f"going on after round {round}" in log for round in (0, 1, 2, 3, 4)] == [False, True, True, True, False]
+    assert f"to go on: python -m flora.simulate --resume {directory_of(raw)}" in log
+
+
+# Killed
+
+
+def run_until_done(raw: dict[str, Any], kill: Callable[[Any], None], kill_at_write: int | None = None) -> int:
+    """Start the run, let `kill` do what it wants, and start it again until it is finished; how often it was killed."""
+    process = killable.start(raw, directory_of(raw), kill_at_write)
+    kill(process)
+    process.join(60)
+    killed = int(process.exitcode != 0)
+    while process.exitcode != 0:
+        assert process.exitcode == -signal.SIGKILL
+        process = killable.start(raw, directory_of(raw))
+        process.join(60)
+    return killed
+
+
+@pytest.mark.parametrize("number", [4, pytest.param(50, marks=pytest.mark.stress)])
+def test_killed_at_random_moments(raw: dict[str, Any], tmp_path: Path, number: int) -> None:
+    raw.update(CHANGES["everything that is remembered"])
+    expected, chance, killed = uninterrupted(raw, tmp_path), random.Random(number), 0
+    started = time.perf_counter()
+    run_until_done(raw, lambda process: None)
+    seconds = time.perf_counter() - started
+    assert_same(directory_of(raw), expected)
+    for _ in range(number):
+        shutil.rmtree(directory_of(raw))
+        delay = chance.uniform(0, seconds)
+
+        def kill(process: Any, delay: float = delay) -> None:
+            time.sleep(delay)
+            process.kill()
+
+        killed += run_until_done(raw, kill)
+        assert_same(directory_of(raw), expected)
+    assert killed >= number / 2
+
+
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.stress)])
+def test_killed_before_any_write(raw: dict[str, Any], tmp_path: Path, stride: int) -> None:
+    """Also between the files of a checkpoint, and between its last file and its new name."""
+    expected = uninterrupted(raw, tmp_path)
+    run_until_done(raw, lambda process: None)
+    num_writes = int((directory_of(raw).parent / "writes").read_text())
+    assert num_writes > 40
+    for place in range(1, num_writes + 1, stride):
+        shutil.rmtree(directory_of(raw), ignore_errors=True)
+        assert run_until_done(raw, lambda process: None, kill_at_write=place) == 1
+        assert_same(directory_of(raw), expected)
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_a_run_that_then_goes_on(
+    raw: dict[str, Any], tmp_path: Path, number: int, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = uninterrupted({**raw, "rounds": 3}, tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**raw, "rounds": 3}))
+    from flora import simulate as module
+
+    real = module.Hooks
+
+    # The command line's hooks, and a signal that comes during the first block of round 2.
+    def hooks(**given: Any) -> Hooks:
+        def before_block(round: int, clients: tuple[int, ...]) -> None:
+            given["before_block"](round, clients)
+            if round == 2:
+                os.kill(os.getpid(), number)
+
+        return real(**{**given, "before_block": before_block})
+
+    module.Hooks = hooks  # type: ignore[misc,assignment]
+    try:
+        assert main([str(path), "name=test"]) == status
+    finally:
+        module.Hooks = real  # type: ignore[misc]
+    error = capsys.readouterr().err
+    assert "stopping after this block of clients; once more to leave at once" in error
+    assert f"to go on: python -m flora.simulate --resume {directory_of(raw)}" in error
+    assert error.splitlines()[-1] == f"stopped by {signal.Signals(number).name}"
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert main(["--resume", str(directory_of(raw))]) == 0
+    assert_same(directory_of(raw), expected)
+
+
+def test_two_signals_leave_at_once(raw: dict[str, Any], tmp_path: Path) -> None:
+    program = f"""
+import sys, time, os, signal
+sys.path[:0] = {sys.path!r}
+import conftest
+from flora.hooks import Hooks
+from flora.interrupts import Interrupts
+from flora.simulate import simulate
+from flora.config import parse_config
+with Interrupts() as interrupts:
+    def before_block(round, clients):
+        interrupts.check()
+        if round == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+    simulate(parse_config({raw!r}), hooks=Hooks(before_block=before_block))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 143
+    assert "Traceback" not in done.stderr
+    result = resume(directory_of(raw))
+    assert result.summary.rounds == 4
+    assert "going on after round 2" in (directory_of(raw) / "log.txt").read_text()
+
+
+# What is refused, and what is mended
+
+
+def stopped(raw: dict[str, Any], at: int = 2) -> Path:
+    """A run that was stopped before round `at + 1`."""
+    with pytest.raises(Stop):
+        simulate(parse_config(raw), hooks=stopping(at))
+    return directory_of(raw)
+
+
+def test_a_finished_run_says_so(raw: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    directory = simulate(parse_config(raw)).directory
+    before = comparable(directory)
+    assert main(["--resume", str(directory)]) == 2
+    expected = f"{directory}: this run is finished, after 4 rounds; for more of them: rounds=NUMBER"
+    assert expected in capsys.readouterr().err
+    assert comparable(directory) == before
+
+
+def test_more_rounds(raw: dict[str, Any], tmp_path: Path) -> None:
+    directory = simulate(
+        parse_config({**raw, "rounds": 2, "clients": {"number": 4, "holdout_fraction": 0.0}})
+    ).directory
+    raw["clients"] = {"number": 4, "holdout_fraction": 0.0}
+    assert resume(directory, ["rounds=4"]).summary.rounds == 4
+    assert_same(directory, uninterrupted(raw, tmp_path))
+    with pytest.raises(UserError, match="rounds: 4 then, 3 now; they can only become more"):
+        resume(directory, ["rounds=3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("local.learning_rate=0.5", "local.learning_rate: 0.01 then, 0.5 now"),
+        (
+            "partition=iid",
+            "partition.concentration: 0.5 then, None now; partition.minimum_examples: 3 then, None now; ",
+        ),
+        ("seed=3", "seed: 0 then, 3 now"),
+        ("evaluation.num_alone=1", "evaluation.num_alone: 0 then, 1 now"),
+    ],
+)
+def test_other_settings_are_refused_with_the_difference(raw: dict[str, Any], override: str, difference: str) -> None:
+    directory = stopped(raw)
+    with pytest.raises(UserError) as caught:
+        resume(directory, [override])
+    assert str(caught.value).startswith(f"{directory}: a run goes on as it began; what differs: {difference}")
+    config = directory / "config.yaml"
+    key, _, value = override.partition("=")
+    content = yaml.safe_load(config.read_text())
+    *parents, last = key.split(".")
+    inner = content
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = yaml.safe_load(value)
+    config.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="a run goes on as it began; what differs: "):
+        resume(directory)
+
+
+def test_more_rounds_under_a_schedule_that_depends_on_them(raw: dict[str, Any]) -> None:
+    raw["local"]["schedule"] = "cosine"
+    directory = stopped(raw)
+    with pytest.raises(UserError, match=r"rounds: the learning rates of local\.schedule depend on their number"):
+        resume(directory, ["rounds=9"])
+
+
+def test_settings_that_change_no_result(raw: dict[str, Any], tmp_path: Path) -> None:
+    expected = uninterrupted(raw, tmp_path)
+    overrides = ["clients.per_block=4", "threads=1", "cache.folder=null", "checkpoints.keep=1"]
+    directory = stopped(raw)
+    resume(directory, overrides)
+    found = comparable(directory)
+    assert found["rounds.jsonl"] == expected["rounds.jsonl"]
+    assert found["adapter.safetensors"] == expected["adapter.safetensors"]
+    assert "checkpoints/round-0003/manifest.json" not in found
+
+
+def test_mistakes_on_the_command_line(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ([str(tmp_path / "nothing")], "nothing: there is no such run directory"),
+        ([str(tmp_path / "empty")], "empty/config.yaml: No such file or directory"),
+        ([], "expected a config file, got 0"),
+        ([str(stopped(raw)), "local.epoch=3"], "local.epoch"),
+    ):
+        assert main(["--resume", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_newest_checkpoint_is_damaged(raw: dict[str, Any], tmp_path: Path) -> None:
+    expected, directory = uninterrupted(raw, tmp_path), stopped(raw, at=3)
+    file = directory / "checkpoints" / "round-0003" / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    lines: list[str] = []
+    resume(directory, echo=lines.append)
+    assert (
+        f"warning: {file}: its contents are not those that were written (SHA-256); trying the one before"
+        in " ".join(line.replace("the checkpoint before it", "the one before") for line in lines)
+    )
+    assert "going on after round 2" in lines
+    assert_same(directory, expected)
+
+
+def test_nothing_is_left_to_go_on_from(raw: dict[str, Any], tmp_path: Path) -> None:
+    expected, directory = uninterrupted(raw, tmp_path), stopped(raw)
+    for manifest in directory.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("{}")
+    lines: list[str] = []
+    resume(directory, echo=lines.append)
+    assert "there is no checkpoint to go on from: starting from the beginning" in lines
+    assert_same(directory, expected)
+
+
+@pytest.mark.parametrize("content", ["", "not a mapping", "{", "rounds: [", None])
+def test_a_damaged_config_is_taken_from_the_checkpoint(
+    raw: dict[str, Any], tmp_path: Path, content: str | None
+) -> None:
+    expected, directory = uninterrupted(raw, tmp_path), stopped(raw)
+    config = directory / "config.yaml"
+    if content is None:
+        config.unlink()
+    else:
+        config.write_text(content)
+    resume(directory)
+    assert_same(directory, expected)
+
+
+@pytest.mark.parametrize("name", ["environment.json", "partition.json", "log.txt"])
+def test_a_file_that_is_damaged_or_missing(raw: dict[str, Any], tmp_path: Path, name: str) -> None:
+    expected = uninterrupted(raw, tmp_path)
+    for content in (b"{", b"\x00\xff", None):
+        shutil.rmtree(directory_of(raw), ignore_errors=True)
+        directory = stopped(raw)
+        if content is None:
+            (directory / name).unlink()
+        else:
+            (directory / name).write_bytes(content)
+        resume(directory)
+        assert_same(directory, expected)
+
+
+def test_another_machine_is_named(raw: dict[str, Any]) -> None:
+    directory = stopped(raw)
+    environment = json.loads((directory / "environment.json").read_text())
+    there = {**environment, "device": "Abacus", "num_threads": 77}
+    (directory / "environment.json").write_text(json.dumps(there))
+    lines: list[str] = []
+    resume(directory, echo=lines.append)
+    expected = f"warning: this run began elsewhere: device Abacus then, {environment['device']} now; the last bits may"
+    assert any(line.startswith(expected) for line in lines)
+    assert any("num_threads 77 then" in line for line in lines)
+    assert json.loads((directory / "environment.json").read_text()) == there
+
+
+def test_other_data_are_noticed(raw: dict[str, Any]) -> None:
+    directory = stopped(raw)
+    partition = json.loads((directory / "partition.json").read_text())
+    partition["clients"][0]["num_train"] += 1
+    (directory / "partition.json").write_text(json.dumps(partition))
+    with pytest.raises(UserError, match=r"partition\.json: the data are not those that this run began with"):
+        resume(directory)
+
+
+def test_two_processes_in_one_directory(raw: dict[str, Any], tmp_path: Path) -> None:
+    expected, directory = uninterrupted(raw, tmp_path), stopped(raw)
+    program = f"""
+import sys, time
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from flora.run_directory import RunDirectory
+held = RunDirectory(Path({str(directory)!r}))
+print("held", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"in use by another process \({other.pid}\); wait for it, or stop it"):
+            resume(directory)
+        other.kill()
+    assert (directory / "lock").read_text() == f"{other.pid}\n"  # stale: its process is gone
+    resume(directory)
+    assert_same(directory, expected)
+    assert not (directory / "lock").exists()
+
+
+def test_a_disk_that_fills_up_in_round_three(raw: dict[str, Any], tmp_path: Path) -> None:
+    expected = uninterrupted(raw, tmp_path)
+    for code in (28, 5):  # ENOSPC, EIO
+        for name in ("rounds.jsonl", "manifest.json", "clients.safetensors", "round-0003"):
+            shutil.rmtree(directory_of(raw), ignore_errors=True)
+            round_of: dict[str, int] = {"now": 0}
+
+            def note(round: int, update: ClientUpdate, now: dict[str, int] = round_of) -> ClientUpdate:
+                now["now"] = round
+                return update
+
+            def full(path: Path, code: int = code, name: str = name, now: dict[str, int] = round_of) -> None:
+                if now["now"] >= 3 and path.name == name:
+                    raise OSError(code, os.strerror(code))
+
+            with pytest.raises(UserError, match=f"can't be written: {os.strerror(code)}"):
+                simulate(parse_config(raw), hooks=Hooks(before_write=full, update=note))
+            resume(directory_of(raw))
+            assert_same(directory_of(raw), expected)
+
+
+def test_an_image_that_vanishes_in_round_three(raw: dict[str, Any], tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    images = tmp_path / "images"
+    for index in range(24):
+        path = images / f"thing {index % 3}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    raw.update(data={"name": "image_folder", "root": str(images)}, partition="iid", clients={"number": 2})
+    raw["local"]["augmentation"] = "crop_flip"
+    expected = uninterrupted(raw, tmp_path)
+    hidden = tmp_path / "hidden"
+
+    def vanish(round: int, clients: tuple[int, ...]) -> None:
+        if round == 3:
+            images.rename(hidden)
+
+    with pytest.raises(UserError, match=r"\.png: can't be read as an image: .*No such file"):
+        simulate(parse_config(raw), hooks=Hooks(before_block=vanish))
+    with pytest.raises(UserError, match=r"data\.root: .*images"):
+        resume(directory_of(raw))
+    hidden.rename(images)
+    resume(directory_of(raw))
+    assert_same(directory_of(raw), expected)
+
+
+@pytest.mark.stress
+def test_memory_and_files_stay_flat_over_five_hundred_rounds(raw: dict[str, Any]) -> None:
+    measured: dict[int, tuple[int, int]] = {}
+
+    def measure(round: int, clients: tuple[int, ...]) -> None:
+        if round in (100, 500):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            measured[round] = pages, len(os.listdir("/proc/self/fd"))
+
+    raw.update(rounds=500, clients={"number": 6, "cohort": {"name": "uniform", "number": 4}})
+    raw["local"]["optimizer_state"] = "kept"
+    simulate(parse_config(raw), hooks=Hooks(before_block=measure))
+    assert measured[500][0] < 1.02 * measured[100][0]
+    assert measured[500][1] == measured[100][1]
+
+
+def test_a_run_closes_what_it_opens(raw: dict[str, Any]) -> None:
+    simulate(parse_config(raw), numbered=True)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        simulate(parse_config(raw), numbered=True)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_lock_of_a_closed_run_is_gone(tmp_path: Path) -> None:
+    directory = RunDirectory.create(str(tmp_path), "x", numbered=False)
+    assert (tmp_path / "x" / "lock").read_text() == f"{os.getpid()}\n"
+    directory.close()
+    assert not (tmp_path / "x" / "lock").exists()
