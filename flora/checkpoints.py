@@ -117,6 +117,22 @@ class CheckpointFolder:
             wall_seconds=manifest["wall_seconds"],
         )
 
+    def tidy(self, round: int, *, keep: int) -> None:
+        """Take away what a run that goes on after `round` has no use for.
+
+        These are later checkpoints, unfinished ones, and those of `round` and before it but the newest `keep`.
+        """
+        try:
+            for rubbish in self.path.glob("part-*"):
+                shutil.rmtree(rubbish, ignore_errors=True)
+            for other in self.rounds():
+                if other > round:
+                    self._remove(self._folder(other))
+            for old in self.rounds()[keep:]:
+                self._remove(self._folder(old))
+        except OSError as error:
+            raise UserError(f"{self.path}: can't be written: {error.strerror or error}") from None
+
     def manifest(self, round: int) -> dict[str, Any]:
         """The manifest of a checkpoint. Raises `UserError` if it is not as it was written."""
         file = self._folder(round) / "manifest.json"

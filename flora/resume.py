@@ -53,10 +53,13 @@ def find_start(
     checkpoints: CheckpointFolder,
     initial: ServerState,
     log: Callable[[str], object],
+    *,
+    keep: int,
 ) -> Start:
     """The newest checkpoint that is whole and whose records are; the beginning if there is none.
 
-    What is wrong with newer ones is logged. Records after it are taken away.
+    What is wrong with newer ones is logged. They and the records after it are taken away, and so are checkpoints before
+    it but the newest `keep`.
     """
     for round in checkpoints.rounds():
         try:
@@ -68,9 +71,11 @@ def find_start(
             log(f"warning: {directory.path / 'rounds.jsonl'}: the records up to round {round} are not those written")
             continue
         records = directory.rewind(found.records_bytes)
+        checkpoints.tidy(round, keep=keep)
         log(f"going on after round {round}")
         return Start(found.state, tuple(records), found.wall_seconds)
     directory.rewind(0)
+    checkpoints.tidy(0, keep=keep)
     log("there is no checkpoint to go on from: starting from the beginning")
     return Start(initial)
 

@@ -103,7 +103,8 @@ def resume(
         def start(experiment: Experiment, log: Callable[[str], object]) -> Start:
             for line in directory.what_differs(environment(experiment.federation.model.device, config.seed, 0)):
                 log(f"warning: this run began elsewhere: {line}; the last bits may differ")
-            return find_start(directory, checkpoints, experiment.initial_state(), log)
+            keep = config.checkpoints.keep
+            return find_start(directory, checkpoints, experiment.initial_state(), log, keep=keep)
 
         return _run_in(directory, config, hooks, echo, start)
     finally:

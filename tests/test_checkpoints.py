@@ -168,12 +168,15 @@ def test_a_changed_file_is_noticed_or_harmless(run: Path, seed: int) -> None:
     done = [mutate(run, chance) for _ in range(chance.choice((1, 1, 1, 2, 4)))]
     directory = RunDirectory(run)
     lines: list[str] = []
-    start = find_start(directory, CheckpointFolder(run / "checkpoints"), state_of(0), lines.append)
+    start = find_start(directory, CheckpointFolder(run / "checkpoints"), state_of(0), lines.append, keep=3)
     assert (start.state.round in ROUNDS) or start.state.round == 0, done
     assert_same_state(start.state, state_of(start.state.round))
     expected = [record_of(round) for round in range(start.state.round + 1)] if start.state.round else []
     assert list(start.records) == expected, done
     assert len((run / "rounds.jsonl").read_bytes().splitlines() if expected else []) == len(expected)
+    left = CheckpointFolder(run / "checkpoints").rounds()
+    assert len(left) <= 3
+    assert left[:1] == ([start.state.round] if start.state.round else [])  # what is gone on from is never taken away
     if start.state.round < 4:
         assert any("warning" in line for line in lines) or any("folder" in each for each in done), (done, lines)
 

@@ -141,9 +141,11 @@ def run_until_done(raw: dict[str, Any], kill: Callable[[Any], None], kill_at_wri
 def test_killed_at_random_moments(raw: dict[str, Any], tmp_path: Path, number: int) -> None:
     raw.update(CHANGES["everything that is remembered"])
     expected, chance, killed = uninterrupted(raw, tmp_path), random.Random(number), 0
-    started = time.perf_counter()
-    run_until_done(raw, lambda process: None)
-    seconds = time.perf_counter() - started
+    for _ in range(2):  # the first one also starts the server that the others are forked from
+        shutil.rmtree(directory_of(raw), ignore_errors=True)
+        started = time.perf_counter()
+        run_until_done(raw, lambda process: None)
+        seconds = time.perf_counter() - started
     assert_same(directory_of(raw), expected)
     for _ in range(number):
         shutil.rmtree(directory_of(raw))
