@@ -10,7 +10,7 @@ from flora.clip.adapters import TARGETS, FullFineTuning, Lora
 from flora.clip.towers import AdaptedClip, SpeedOptions
 from flora.federated import gradients
 from flora.federated.gradients import Batch, FlatStack, gradient_function
-from flora.federated.objectives import CrossEntropy
+from flora.federated.objectives import Contrastive, CrossEntropy, Objective
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -71,18 +71,19 @@ def test_clients_go_through_the_model_in_parts(
 
 
 @needs_cuda
+@pytest.mark.parametrize("objective", [CrossEntropy(), Contrastive()])
 @pytest.mark.parametrize("adapter", [Lora(), Lora(towers=("text", "vision"), targets=TARGETS)])
-def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora) -> None:
+def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora, objective: Objective) -> None:
     model = adapt(tiny_model, adapter, device="cuda")
     plain = adapt(tiny_model, adapter, device="cuda", speed=SpeedOptions(cuda_graphs=False))
     flat = FlatStack(random_adapters(model, 2), model.device)
     for seed in range(gradients.STEPS_BEFORE_RECORDING + 4):
         batch = batch_of(model, seed)
-        expected = gradient_function(plain, CrossEntropy(), flat, None, batch_size=4)(flat.matrix, batch)
+        expected = gradient_function(plain, objective, flat, None, batch_size=4)(flat.matrix, batch)
         for new_block in (False, True):  # a later block finds what was recorded
             stack = FlatStack(random_adapters(model, 2), model.device) if new_block else flat
             stack.matrix.copy_(flat.matrix)
-            found = gradient_function(model, CrossEntropy(), stack, None, batch_size=4)(stack.matrix, batch)
+            found = gradient_function(model, objective, stack, None, batch_size=4)(stack.matrix, batch)
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
         flat.matrix.add_(0.01)

@@ -31,7 +31,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "everything that is remembered": {
         "adapter": {"name": "lora", "rank": 2, "dropout": 0.1, "towers": ["text", "vision"]},
         "clients": {"number": 5, "cohort": {"name": "uniform", "number": 3}, "per_block": 2},
-        "local": {"optimizer_state": "kept", "batch_size": 4, "schedule": "cosine", "augmentation": "crop_flip"},
+        "local": {
+            "optimizer_state": "kept",
+            "batch_size": 4,
+            "schedule": "cosine",
+            "augmentation": "crop_flip",
+            "objective": "contrastive",
+        },
         "evaluation": {"every": 2, "num_alone": 2},
     },
     "a checkpoint every other round": {"checkpoints": {"every": 2, "keep": 1}},

@@ -59,7 +59,8 @@ def _in_batch_log_probabilities(
 
     Row i of the first is image i, row j of the second the prompt of example j. Padding takes no probability.
     """
-    texts = class_features.gather(1, labels.unsqueeze(-1).expand(-1, -1, class_features.shape[-1]))
+    # By index rather than `gather`, whose gradient adds up in any order on CUDA.
+    texts = class_features[torch.arange(len(labels), device=labels.device).unsqueeze(1), labels]
     logits = logit_scale * torch.bmm(image_features, texts.transpose(1, 2))
     # A finite number: a padded row would otherwise be all -inf, and its gradient NaN.
     lowest = torch.finfo(logits.dtype).min / 2
