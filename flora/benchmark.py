@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             objective=options.objective, device=options.device,
         )  # fmt: skip
         if options.profile:
-            print("\n".join(profile_round(options.profile, [])))
+            print("\n".join(profile_round(options.profile)))
             return 0
         if options.whole:
             print(compare_experiments(setting, repeats=options.repeats))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 
 from flora.errors import UserError
@@ -25,6 +26,16 @@ from flora.tree import State, StateLike
 
 FORMAT = "flora-checkpoint-1"
 PARTS = ("adapter", "strategy", "clients")
+MANIFEST_TYPES: dict[str, Any] = {
+    "format": str,
+    "round": int,
+    "config": dict,
+    "sha256": dict,
+    "records_bytes": int,
+    "records_sha256": str,
+    "wall_seconds": float,
+    "clients_per_block": int,
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,8 @@ class Checkpoint:
     """What a checkpoint holds besides the state.
 
     `config` is the resolved configuration; the records of all rounds up to this one are the first `records_bytes` bytes
-    of `rounds.jsonl`, with digest `records_sha256`; `wall_seconds` is how long the run has taken so far.
+    of `rounds.jsonl`, with digest `records_sha256`; `wall_seconds` is how long the run has taken so far, and
+    `clients_per_block` how many clients shared a step in the end.
     """
 
     state: ServerState
@@ -52,6 +64,11 @@ class Checkpoint:
     records_bytes: int
     records_sha256: str
     wall_seconds: float
+    clients_per_block: int
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not as it was written."""
 
 
 class CheckpointFolder:
@@ -75,7 +92,7 @@ class CheckpointFolder:
         part = path.with_name(f"part-{path.name}")
         try:
             self._write(part, checkpoint)
-            if path.exists():
+            if path.exists():  # a program may save a round twice
                 self._remove(path)
             self._before_write(path)
             part.rename(path)
@@ -86,68 +103,80 @@ class CheckpointFolder:
             shutil.rmtree(part, ignore_errors=True)
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
 
-    def load(self, round: int, *, like: ServerState) -> Checkpoint:
-        """Read and verify the checkpoint of `round`; `like` has the shapes to expect.
+    def load(self, round: int, *, like: ServerState, client_like: StateLike) -> Checkpoint:
+        """Read and verify the checkpoint of `round`.
 
-        Raises `UserError` that says what is wrong with it.
+        `like` has the shapes to expect, `client_like` those of one client's state. Raises `DamagedError` that says what
+        is wrong with it, and `UserError` if it can't be read, or is of another format: then it may well be good.
         """
         path = self._folder(round)
         manifest = self.manifest(round)
         parts: dict[str, State] = {}
         for name in PARTS:
             file = path / f"{name}.safetensors"
-            try:
-                content = file.read_bytes()
-            except OSError as error:
-                raise UserError(f"{file}: {error.strerror or error}") from None
+            content = _read(file)
             if hashlib.sha256(content).hexdigest() != manifest["sha256"].get(name):
-                raise UserError(f"{file}: its contents are not those that were written (SHA-256)")
-            parts[name] = safetensors.torch.load(content)
-        for name, expected in (("adapter", like.adapter), ("strategy", like.strategy)):
-            wrong = _difference(parts[name], expected)
+                raise DamagedError(f"{file}: its contents are not those that were written (SHA-256)")
+            try:
+                parts[name] = safetensors.torch.load(content)
+            except safetensors.SafetensorError as error:
+                raise DamagedError(f"{file}: {error}") from None
+        clients = _by_client(parts["clients"], path / "clients.safetensors")
+        comparisons: list[tuple[str, State, StateLike]] = [
+            ("adapter", parts["adapter"], like.adapter),
+            ("strategy", parts["strategy"], like.strategy),
+            *(("clients", own, client_like) for own in clients.values()),
+        ]
+        for name, found, expected in comparisons:
+            wrong = _difference(found, expected)
             if wrong:
-                raise UserError(f"{path / name}.safetensors: {wrong}")
-            # Safetensors orders names in its own way; what is flattened in the order of names must find its places.
-            parts[name] = {key: parts[name][key] for key in expected}
+                raise DamagedError(f"{path / name}.safetensors: {wrong}")
+        # Safetensors orders names in its own way; what is flattened in the order of names must find its places.
+        adapter = {key: parts["adapter"][key] for key in like.adapter}
+        strategy = {key: parts["strategy"][key] for key in like.strategy}
         return Checkpoint(
-            state=ServerState(round, parts["adapter"], parts["strategy"], _by_client(parts["clients"])),
-            config=manifest["config"],
-            records_bytes=manifest["records_bytes"],
-            records_sha256=manifest["records_sha256"],
-            wall_seconds=manifest["wall_seconds"],
+            state=ServerState(round, adapter, strategy, clients),
+            **{key: manifest[key] for key in MANIFEST_TYPES if key not in ("format", "round", "sha256")},
         )
 
-    def tidy(self, round: int, *, keep: int) -> None:
-        """Take away what a run that goes on after `round` has no use for.
+    def tidy(self, round: int, *, keep: int, set_aside: Path) -> None:
+        """Make room for a run that goes on after `round`: later checkpoints are moved to `set_aside`.
 
-        These are later checkpoints, unfinished ones, and those of `round` and before it but the newest `keep`.
+        Unfinished ones are taken away, and those of `round` and before it but the newest `keep`.
         """
         try:
             for rubbish in self.path.glob("part-*"):
                 shutil.rmtree(rubbish, ignore_errors=True)
             for other in self.rounds():
                 if other > round:
-                    self._remove(self._folder(other))
+                    self._before_write(self._folder(other))
+                    set_aside.mkdir(exist_ok=True)
+                    self._folder(other).rename(set_aside / self._folder(other).name)
             for old in self.rounds()[keep:]:
                 self._remove(self._folder(old))
         except OSError as error:
             raise UserError(f"{self.path}: can't be written: {error.strerror or error}") from None
 
     def manifest(self, round: int) -> dict[str, Any]:
-        """The manifest of a checkpoint. Raises `UserError` if it is not as it was written."""
+        """The manifest of a checkpoint. Raises as `load` does."""
         file = self._folder(round) / "manifest.json"
+        changed = DamagedError(f"{file}: its contents are not those that were written (SHA-256)")
         try:
-            outer = json.loads(file.read_text(encoding="utf-8"))
-            manifest: dict[str, Any] = outer["manifest"]
-            sha256 = outer["sha256"]
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror or error}") from None
+            outer = json.loads(_read(file))
+            manifest, sha256 = outer["manifest"], outer["sha256"]
         except (ValueError, RecursionError, KeyError, TypeError):
-            raise UserError(f"{file}: not a checkpoint's manifest") from None
-        if _digest(manifest) != sha256 or manifest.get("format") != FORMAT:
-            raise UserError(f"{file}: its contents are not those that were written (SHA-256)")
+            raise DamagedError(f"{file}: not a checkpoint's manifest") from None
+        if not isinstance(manifest, dict) or _digest(manifest) != sha256:
+            raise changed
+        if manifest.get("format") != FORMAT:
+            raise UserError(
+                f"{file}: format {manifest.get('format')!r}, which another version of this program has written; "
+                f"this one reads {FORMAT}"
+            )
+        if any(not isinstance(manifest.get(key), kind) for key, kind in MANIFEST_TYPES.items()):
+            raise changed
         if manifest["round"] != round:
-            raise UserError(f"{file}: it belongs to round {manifest['round']}")
+            raise DamagedError(f"{file}: it belongs to round {manifest['round']}")
         return manifest
 
     def _folder(self, round: int) -> Path:
@@ -175,6 +204,7 @@ class CheckpointFolder:
             "records_bytes": checkpoint.records_bytes,
             "records_sha256": checkpoint.records_sha256,
             "wall_seconds": checkpoint.wall_seconds,
+            "clients_per_block": checkpoint.clients_per_block,
         }
         outer = {"sha256": _digest(manifest), "manifest": manifest}
         self._write_file(part / "manifest.json", (json.dumps(outer, indent=2) + "\n").encode())
@@ -201,13 +231,25 @@ def _flat(clients: Mapping[int, StateLike]) -> State:
     return {f"{client}.{name}": tensor for client, own in clients.items() for name, tensor in own.items()}
 
 
-def _by_client(flat: StateLike) -> dict[int, State]:
-    """The inverse of `_flat`."""
+def _by_client(flat: StateLike, file: Path) -> dict[int, State]:
+    """The inverse of `_flat`. Raises `DamagedError` naming the file if a name is none that it makes."""
     clients: dict[int, State] = {}
     for key, tensor in flat.items():
         client, _, name = key.partition(".")
+        if not re.fullmatch("[0-9]{1,12}", client):
+            raise DamagedError(f"{file}: {key!r} names no client")
         clients.setdefault(int(client), {})[name] = tensor
     return clients
+
+
+def _read(file: Path) -> bytes:
+    """The content of a file. Raises `DamagedError` if it is not there, `UserError` if it can't be read."""
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedError(f"{file}: {error.strerror}") from None
+    except OSError as error:
+        raise UserError(f"{file}: can't be read: {error.strerror or error}") from None
 
 
 def _difference(found: StateLike, expected: StateLike) -> str | None:

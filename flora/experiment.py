@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,12 +30,15 @@ from flora.hooks import Hooks
 from flora.records import ClientData, ServerState
 from flora.registry import OptionError
 from flora.rng import Rng
-from flora.tree import State
+from flora.tree import State, state_digest
 
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """Everything a run needs. `held_out` are the clients' held-out examples, one client after the other."""
+    """Everything a run needs. `held_out` are the clients' held-out examples, one client after the other.
+
+    `digests` tell other weights and other data from these, wherever they are.
+    """
 
     config: ExperimentConfig
     federation: Federation
@@ -45,6 +49,7 @@ class Experiment:
     initial_adapter: State
     backbone_parameters: int
     unreadable: tuple[str, ...]
+    digests: dict[str, str]
 
     def initial_state(self) -> ServerState:
         """The server before the first round."""
@@ -91,6 +96,7 @@ def build_experiment(
         class_names = config.prompts.rename(data.class_names)
     clip = config.backbone.load(device, rng.child("backbone"))
     backbone_parameters = parameter_count(clip.model)
+    digests = {"backbone_sha256": state_digest(clip.model.state_dict()), "data_sha256": _data_digest(data)}
     log(f"{clip.architecture.name}: {backbone_parameters:,} frozen parameters on {device}, {config.backbone.precision}")
     adapter = config.adapter.attach(clip)
     templates = config.prompts.templates or config.data.templates
@@ -137,6 +143,7 @@ def build_experiment(
         initial_adapter=adapter.initial_state(rng.child("adapter")),
         backbone_parameters=backbone_parameters,
         unreadable=tuple(unreadable),
+        digests=digests,
     )
 
 
@@ -213,6 +220,16 @@ def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | 
             f"{empty[0]}; set partition.minimum_examples to 1 or lower clients.number"
         )
     return clients
+
+
+def _data_digest(data: ImageData) -> str:
+    parts = [
+        each for split in (data.train, data.test) for each in (split.source.contents(split.positions), split.labels)
+    ]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part.tobytes())
+    return digest.hexdigest()
 
 
 def _check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:

@@ -8,35 +8,60 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora.checkpoints import CheckpointFolder
+from flora.checkpoints import CheckpointFolder, DamagedError
 from flora.config import ConfigError, ExperimentConfig, apply_override, config_to_dict, parse_config, read_yaml
 from flora.errors import UserError
 from flora.records import RoundRecord, ServerState
 from flora.registry import OptionError
-from flora.run_directory import RunDirectory
+from flora.run_directory import RunDirectory, read_json
+from flora.tree import StateLike
 
-# What may be changed without changing what comes out, apart from the last bits of sums.
-CHANGEABLE = ("clients.per_block", "threads", "cache", "checkpoints")
+# What may be changed without changing what comes out, apart from the last bits of sums; where things are, too:
+# `environment.json` holds digests of the weights and the data.
+CHANGEABLE = (
+    "clients.per_block",
+    "threads",
+    "cache",
+    "checkpoints",
+    "evaluation.batch_size",
+    "output",
+    "name",
+    "data.root",
+    "data.path",
+    "data.download",
+    "backbone.model",
+    "backbone.weights",
+)
+# One of these shows that a folder with a config.yaml is a run's.
+TRACES = ("lock", "log.txt", "environment.json", "rounds.jsonl", "checkpoints")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins or goes on: the server's state, the records so far, and how long they took."""
+    """Where a run begins or goes on: the server's state, the records so far, and how long they took.
+
+    `clients_per_block`: how many clients shared a step in the end, if that is known.
+    """
 
     state: ServerState
     records: tuple[RoundRecord, ...] = ()
     wall_seconds: float = 0.0
+    clients_per_block: int | None = None
 
 
-def resumed_config(path: Path, overrides: Sequence[str]) -> ExperimentConfig:
+def resumed_config(
+    path: Path, overrides: Sequence[str], warn: Callable[[str], object] = lambda line: None
+) -> ExperimentConfig:
     """The configuration to go on with: the run's own, and what `overrides` change of it.
 
     Raises `UserError` if there is none, or with the difference if something is changed that decides the results.
     """
     if not path.is_dir():
         raise UserError(f"{path}: there is no such run directory")
+    if not any((path / name).exists() for name in TRACES):
+        raise UserError(f"{path}: not a run directory: it has none of {', '.join(TRACES)}")
     stored = _stored_config(path)
-    current = _current_config(path, stored)
+    current = _current_config(path, stored, warn)
     for override in overrides:
         apply_override(current, override)
     try:
@@ -54,40 +79,46 @@ def find_start(
     initial: ServerState,
     log: Callable[[str], object],
     *,
+    client_like: StateLike,
     keep: int,
 ) -> Start:
     """The newest checkpoint that is whole and whose records are; the beginning if there is none.
 
-    What is wrong with newer ones is logged. They and the records after it are taken away, and so are checkpoints before
-    it but the newest `keep`.
+    What is wrong with newer ones is logged; they are set aside. Records after it are taken away, and so are checkpoints
+    before it but the newest `keep`. Raises `UserError` if a checkpoint can't be read, or if a finished run has none.
     """
+    aside = directory.path / "set-aside"
     for round in checkpoints.rounds():
         try:
-            found = checkpoints.load(round, like=initial)
-        except UserError as error:
+            found = checkpoints.load(round, like=initial, client_like=client_like)
+        except DamagedError as error:
             log(f"warning: {error}; trying the checkpoint before it")
             continue
         if not directory.has_records(found.records_bytes, found.records_sha256):
             log(f"warning: {directory.path / 'rounds.jsonl'}: the records up to round {round} are not those written")
             continue
         records = directory.rewind(found.records_bytes)
-        checkpoints.tidy(round, keep=keep)
+        checkpoints.tidy(round, keep=keep, set_aside=aside)
         log(f"going on after round {round}")
-        return Start(found.state, tuple(records), found.wall_seconds)
-    directory.rewind(0)
-    checkpoints.tidy(0, keep=keep)
+        return Start(found.state, tuple(records), found.wall_seconds, found.clients_per_block)
+    if finished_rounds(directory.path) is not None:
+        raise UserError(
+            f"{directory.path}: this run is finished, and has no good checkpoint that more rounds could follow"
+        )
+    directory.set_records_aside(aside)
+    checkpoints.tidy(0, keep=keep, set_aside=aside)
     log("there is no checkpoint to go on from: starting from the beginning")
     return Start(initial)
 
 
-def finished_rounds(directory: RunDirectory) -> int | None:
-    """How many rounds a finished run has; None if it is not finished."""
-    return _whole_number(directory.read_json("summary.json"), "rounds")
+def finished_rounds(path: Path) -> int | None:
+    """How many rounds the finished run in `path` has; None if it is not finished."""
+    return _whole_number(read_json(path / "summary.json"), "rounds")
 
 
-def recorded_clients_per_block(directory: RunDirectory) -> int | None:
-    """How many clients shared a step when the run began; None if that is not known."""
-    return _whole_number(directory.read_json("environment.json"), "clients_per_block")
+def recorded_clients_per_block(path: Path) -> int | None:
+    """How many clients shared a step when the run in `path` began; None if that is not known."""
+    return _whole_number(read_json(path / "environment.json"), "clients_per_block")
 
 
 def _whole_number(content: Any, key: str) -> int | None:
@@ -102,16 +133,17 @@ def _stored_config(path: Path) -> dict[str, Any]:
         try:
             stored: dict[str, Any] = checkpoints.manifest(round)["config"]
             return stored
-        except UserError:
+        except DamagedError:
             continue
     return read_yaml(path / "config.yaml")
 
 
-def _current_config(path: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
+def _current_config(path: Path, stored: Mapping[str, Any], warn: Callable[[str], object]) -> dict[str, Any]:
     """What `config.yaml` says now; the checkpoint's configuration where it can't be read."""
     try:
         return read_yaml(path / "config.yaml")
-    except ConfigError:
+    except ConfigError as error:
+        warn(f"warning: {error}; going on with the configuration in the checkpoint")
         return copy.deepcopy(dict(stored))
 
 
@@ -125,7 +157,7 @@ def _refuse_changes(path: Path, before: ExperimentConfig, now: ExperimentConfig)
     if now.rounds < before.rounds:
         changes.append(f"rounds: {before.rounds} then, {now.rounds} now; they can only become more")
     if now.rounds > before.rounds and now.local.schedule.needs_num_rounds:
-        changes.append("rounds: the learning rates of local.schedule depend on their number")
+        changes.append("rounds: they can't become more, because the learning rates of local.schedule depend on them")
     if changes:
         raise UserError(f"{path}: a run goes on as it began; what differs: {'; '.join(changes)}")
 

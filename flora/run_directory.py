@@ -90,16 +90,9 @@ class RunDirectory:
         """How many bytes of records there are, and their SHA-256."""
         return self._records_bytes, self._records_sha256.hexdigest()
 
-    def read_json(self, name: str) -> Any:
-        """The content of one of the run's files; None if it is not there, or not as it was written."""
-        try:
-            return json.loads((self.path / name).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return None
-
     def what_differs(self, now: Mapping[str, Any]) -> list[str]:
         """How the environment that the run began in differs from `now` in what can change the last bits."""
-        before = self.read_json("environment.json")
+        before = read_json(self.path / "environment.json")
         before = before if isinstance(before, dict) else {}
         keys = [key for key in ("device", "num_threads", "packages") if before.get(key, now[key]) != now[key]]
         return [f"{key} {before[key]} then, {now[key]} now" for key in keys]
@@ -122,6 +115,19 @@ class RunDirectory:
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
         return [_record(json.loads(line)) for line in content.splitlines()]
 
+    def set_records_aside(self, folder: Path) -> None:
+        """Move the records into `folder`, under a name that is free, and begin anew."""
+        path = self.path / "rounds.jsonl"
+        if path.exists():
+            self._before_write(path)
+            try:
+                folder.mkdir(exist_ok=True)
+                free = (folder / f"rounds-{number}.jsonl" for number in range(1, 10_000))
+                path.rename(next(name for name in free if not name.exists()))
+            except OSError as error:
+                raise UserError(f"{path}: can't be set aside: {error.strerror or error}") from None
+        self.rewind(0)
+
     def _read_records(self, num_bytes: int) -> bytes:
         try:
             with (self.path / "rounds.jsonl").open("rb") as file:
@@ -140,12 +146,18 @@ class RunDirectory:
 
     def write_start(
         self, config: ExperimentConfig, *, device: torch.device, clients_per_block: int, clients: Sequence[ClientData],
-        labels: np.ndarray, class_names: Sequence[str],
+        labels: np.ndarray, class_names: Sequence[str], digests: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """Write `environment.json` and `partition.json`.
+        """Write `environment.json` and `partition.json`; `digests` are those of weights and data, by name.
 
-        Raises `UserError` if there is another partition already: then the data are not those that the run began with.
+        Raises `UserError` if they are there already, and the weights, the data or the partition are others.
         """
+        digests = digests or {}
+        before = read_json(self.path / "environment.json")
+        for name, digest in digests.items():
+            if isinstance(before, dict) and before.get(name, digest) != digest:
+                what = name.removesuffix("_sha256")
+                raise UserError(f"{self.path}: the {what} is not what this run began with (SHA-256)")
         rows = []
         for index, client in enumerate(clients):
             counts = np.bincount(labels[client.train], minlength=len(class_names))
@@ -160,11 +172,11 @@ class RunDirectory:
             )
         partition = {"class_names": list(class_names), "clients": rows}
         path = self.path / "partition.json"
-        before = self.read_json(path.name)
-        if before is not None and before != json.loads(_encode(_json(partition, None))):
+        earlier = read_json(path)
+        if earlier is not None and earlier != json.loads(_encode(_json(partition, None))):
             raise UserError(f"{path}: the data are not those that this run began with; if they are, remove this file")
-        if self.read_json("environment.json") is None:
-            self._write_json("environment.json", environment(device, config.seed, clients_per_block))
+        if not isinstance(before, dict):
+            self._write_json("environment.json", {**environment(device, config.seed, clients_per_block), **digests})
         self._write_json("partition.json", partition, indent=None)
 
     def append_round(self, record: RoundRecord) -> None:
@@ -209,7 +221,10 @@ class RunDirectory:
         part = self.path / f"{name}.part"
         try:
             self._before_write(self.path / name)
-            part.write_bytes(_encode(content) if isinstance(content, str) else content)
+            with part.open("wb") as file:
+                file.write(_encode(content) if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(part, self.path / name)
         except OSError as error:
             with suppress(OSError):
@@ -233,6 +248,14 @@ class RunDirectory:
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
 
 
+def read_json(path: Path) -> Any:
+    """The content of a file; None if it is not there, or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def _record(fields: dict[str, Any]) -> RoundRecord:
     """A record from its line."""
     rejected = tuple(Rejection(**each) for each in fields.pop("rejected_clients"))
@@ -246,17 +269,24 @@ def _lock(path: Path) -> IO[bytes] | None:
     """
     if fcntl is None:
         return None
-    try:
-        file = path.open("a+b")
-    except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        other = file.read(20).decode(errors="replace").strip()
+    while True:
+        try:
+            file = path.open("a+b")
+        except OSError as error:
+            raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            other = file.read(20).decode(errors="replace").strip()
+            file.close()
+            raise UserError(f"{path.parent}: in use by another process ({other}); wait for it, or stop it") from None
+        except OSError:  # a file system without locks
+            return file
+        # Whoever had it may have taken the file away on closing, between our opening and locking it.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
         file.close()
-        raise UserError(f"{path.parent}: in use by another process ({other}); wait for it, or stop it") from None
     file.truncate(0)
     file.write(b"%d\n" % os.getpid())
     file.flush()

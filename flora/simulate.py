@@ -25,8 +25,8 @@ from flora.errors import UserError
 from flora.experiment import Experiment, build_experiment, check_experiment
 from flora.federated.evaluation import class_accuracy, client_accuracies, deciles, evaluate
 from flora.federated.memory import peak_memory_bytes
-from flora.federated.round import RoundResult, run_round, train_alone
-from flora.federated.screening import divergence
+from flora.federated.round import Federation, RoundResult, run_round, train_alone
+from flora.federated.screening import DivergedError, refusal
 from flora.hooks import Hooks
 from flora.interrupts import Interrupted, Interrupts
 from flora.listing import list_components
@@ -89,22 +89,32 @@ def resume(
     On the machine and device class that it began on, what comes out is the same, bit for bit. Raises `UserError` if the
     run is finished, in use, or was begun with other settings or data.
     """
-    config = resumed_config(Path(path), overrides)
+    config = resumed_config(Path(path), overrides, echo or (lambda line: None))
     check_experiment(config)
     hooks = hooks or Hooks()
     directory = RunDirectory(Path(path), hooks.before_write)
     try:
-        finished = finished_rounds(directory)
+        finished = finished_rounds(directory.path)
         if finished is not None and finished >= config.rounds:
             raise UserError(f"{path}: this run is finished, after {finished} rounds; for more of them: rounds=NUMBER")
-        directory.write_config(config)
         checkpoints = CheckpointFolder(directory.path / "checkpoints", hooks.before_write)
 
         def start(experiment: Experiment, log: Callable[[str], object]) -> Start:
             for line in directory.what_differs(environment(experiment.federation.model.device, config.seed, 0)):
                 log(f"warning: this run began elsewhere: {line}; the last bits may differ")
-            keep = config.checkpoints.keep
-            return find_start(directory, checkpoints, experiment.initial_state(), log, keep=keep)
+            initial = experiment.initial_state()
+            found = find_start(
+                directory,
+                checkpoints,
+                initial,
+                log,
+                client_like=experiment.federation.local.client_state(initial.adapter),
+                keep=config.checkpoints.keep,
+            )
+            directory.write_config(config)
+            if config.clients.per_block is None and found.clients_per_block:
+                experiment.federation.clients_per_block = found.clients_per_block
+            return found
 
         return _run_in(directory, config, hooks, echo, start)
     finally:
@@ -121,16 +131,16 @@ def _run_in(
     """Build the experiment and run it in `directory` from the start that `find` comes to."""
 
     def log(line: str) -> None:
-        directory.log(line)
         if echo is not None:
             echo(line)
+        directory.log(line)
 
     threads = torch.get_num_threads()
     try:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         started = time.perf_counter()
-        per_block = recorded_clients_per_block(directory)
+        per_block = recorded_clients_per_block(directory.path)
         experiment = build_experiment(config, progress=_progress, log=log, hooks=hooks, clients_per_block=per_block)
         federation = experiment.federation
         for number, line in enumerate(experiment.unreadable):
@@ -142,6 +152,7 @@ def _run_in(
             clients=federation.clients,
             labels=federation.features.labels.numpy(),
             class_names=experiment.class_names,
+            digests=experiment.digests,
         )
         result = _run(experiment, directory, find(experiment, log), started)
     finally:
@@ -153,11 +164,12 @@ def _run_in(
 
 def _run(experiment: Experiment, directory: RunDirectory, start: Start, started: float) -> RunResult:
     config, federation = experiment.config, experiment.federation
-    saver = _Saver(config, directory, federation.hooks, start, started)
+    saver = _Saver(federation, config, directory, start, started)
     state = recorded = start.state
     records = list(start.records)
     clients: np.ndarray | None = None
     try:
+        _stop_if_diverged(records)
         if not records:
             record, clients = _measure(experiment, state, None)
             records.append(record)
@@ -174,12 +186,13 @@ def _run(experiment: Experiment, directory: RunDirectory, start: Start, started:
                 bar.update()
                 bar.set_postfix(_postfix(record, records))
         alone = _measure_alone(experiment, log=directory.log)
-    except BaseException:
+    except BaseException as error:
         # Whatever it is that ends the run, nothing of what it has done is lost, if it can still be written.
         with suppress(UserError):
             saver.save(recorded)
-            if recorded.round:
-                federation.log(f"to go on: python -m flora.simulate --resume {shlex.quote(str(directory.path))}")
+        if not isinstance(error, DivergedError):
+            with suppress(UserError):
+                federation.log(f"to go on: {_program()} --resume {shlex.quote(str(directory.path))}")
         raise
     if clients is None:  # the run was stopped behind its last round
         clients = _measure_clients(experiment, state)
@@ -187,7 +200,7 @@ def _run(experiment: Experiment, directory: RunDirectory, start: Start, started:
     directory.write_adapter(state.adapter, config)
     summary = report.summarise(
         records,
-        name=directory.path.name,
+        name=directory.path.resolve().name,
         num_clients=len(federation.clients),
         alone=list(alone.values()),
         wall_seconds=time.perf_counter() + saver.wall_offset,
@@ -204,10 +217,11 @@ class _Saver:
     """Saves checkpoints when they are due. `wall_offset` added to the clock is how long the run has taken."""
 
     def __init__(
-        self, config: ExperimentConfig, directory: RunDirectory, hooks: Hooks, start: Start, started: float
+        self, federation: Federation, config: ExperimentConfig, directory: RunDirectory, start: Start, started: float
     ) -> None:
-        self._options, self._config, self._directory = config.checkpoints, config_to_dict(config), directory
-        self._folder = CheckpointFolder(directory.path / "checkpoints", hooks.before_write)
+        self._federation, self._directory = federation, directory
+        self._options, self._config = config.checkpoints, config_to_dict(config)
+        self._folder = CheckpointFolder(directory.path / "checkpoints", federation.hooks.before_write)
         self._saved = start.state.round
         self.wall_offset = start.wall_seconds - started
 
@@ -223,7 +237,9 @@ class _Saver:
             return
         num_bytes, sha256 = self._directory.records_end
         wall_seconds = time.perf_counter() + self.wall_offset
-        checkpoint = Checkpoint(state, self._config, num_bytes, sha256, wall_seconds)
+        checkpoint = Checkpoint(
+            state, self._config, num_bytes, sha256, wall_seconds, self._federation.clients_per_block
+        )
         self._folder.save(checkpoint, keep=self._options.keep)
         self._saved = state.round
 
@@ -234,7 +250,8 @@ def _stop_if_diverged(records: Sequence[RoundRecord]) -> None:
     if len(last) == MAX_LOST_ROUNDS and all(
         record.num_clients and len(record.rejected_clients) == record.num_clients for record in last
     ):
-        raise divergence(last[0].round, last[0].rejected_clients[0], last[0].learning_rate or 0.0)
+        first = refusal(last[0].round, last[0].rejected_clients[0], last[0].learning_rate or 0.0)
+        raise DivergedError(f"{first} (no update could be used in {MAX_LOST_ROUNDS} rounds in a row)")
 
 
 def _measure(
@@ -370,11 +387,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         options = _parser().parse_args(argv)
-        paths = [argument for argument in options.arguments if "=" not in argument or os.path.isfile(argument)]
+        paths = [argument for argument in options.arguments if "=" not in argument or os.path.exists(argument)]
         overrides = [argument for argument in options.arguments if argument not in paths]
         if options.list:
             print(list_components())
             return 0
+        if options.resume and len(paths) != 1:
+            raise UserError(f"expected one run directory, got {len(paths)}; see --help")
         if not paths or (len(paths) > 1 and not options.check):
             raise UserError(
                 f"expected {'a config file' if not paths else 'one config file'}, got {len(paths)}; see --help"
@@ -414,6 +433,8 @@ def _main_one(path: str, overrides: Sequence[str], *, check: bool, resuming: boo
     except (ConfigError, BrokenPipeError):
         raise
     except UserError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.filename or config.output}: {error.strerror or error}") from None
@@ -422,6 +443,14 @@ def _main_one(path: str, overrides: Sequence[str], *, check: bool, resuming: boo
         raise UserError(f"{path}: out of memory: {reason}; lower clients.per_block or the batch sizes") from None
     print("\n".join(report.lines(result.summary, dataclasses.replace(config, name=result.directory.name))))
     print(f"written to {result.directory}")
+
+
+def _program() -> str:
+    """What to type to run this program again: a user's own file that calls `main`, or this module."""
+    own = (
+        sys.argv[0] if sys.argv[0].endswith(".py") and getattr(sys.modules["__main__"], "__spec__", 1) is None else None
+    )
+    return f"{shlex.quote(sys.executable)} {'-m flora.simulate' if own is None else shlex.quote(own)}"
 
 
 def _say(line: str) -> None:

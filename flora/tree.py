@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -11,9 +12,13 @@ State = dict[str, Tensor]
 StateLike = Mapping[str, Tensor]
 
 
-def zeros_like(state: StateLike) -> State:
-    """A state of the same names and shapes, all zero."""
-    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+def state_digest(state: StateLike) -> str:
+    """The SHA-256 of a state's names and numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def add(left: StateLike, right: StateLike, scale: float = 1.0) -> State:

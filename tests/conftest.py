@@ -154,7 +154,7 @@ def comparable(directory: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
-        if path.is_dir() or name in ("log.txt", "environment.json"):
+        if path.is_dir() or name in ("log.txt", "environment.json") or name.startswith("set-aside"):
             continue
         if path.name == "rounds.jsonl":
             files[name] = [_steady(json.loads(line)) for line in path.read_text().splitlines()]

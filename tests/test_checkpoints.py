@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from flora.checkpoints import Checkpoint, CheckpointFolder
+from flora.checkpoints import FORMAT, Checkpoint, CheckpointFolder, DamagedError
 from flora.errors import UserError
 from flora.records import RoundRecord, ServerState
 from flora.resume import find_start
@@ -24,12 +25,17 @@ def state_of(round: int) -> ServerState:
     generator = torch.Generator().manual_seed(round)
     adapter = {"b.lora_A": torch.randn(2, 3, generator=generator), "a": torch.randn((), generator=generator)}
     strategy = {"momentum": torch.randn(4, generator=generator)}
-    clients = {17: {"mean": torch.randn(5, generator=generator)}, 3: {"mean": torch.zeros(5), "steps": torch.ones(1)}}
+    clients = {client: {"mean": torch.randn(5, generator=generator), "steps": torch.ones(1)} for client in (17, 3)}
     return ServerState(round, adapter, strategy, clients)
 
 
+CLIENT = {"mean": torch.zeros(5), "steps": torch.zeros(1)}
+
+
 def checkpoint_of(round: int, records: tuple[int, str] = (0, "")) -> Checkpoint:
-    return Checkpoint(state_of(round), {"rounds": 9, "local": {"epochs": 2}}, *records, wall_seconds=1.5)
+    return Checkpoint(
+        state_of(round), {"rounds": 9, "local": {"epochs": 2}}, *records, wall_seconds=1.5, clients_per_block=4
+    )
 
 
 def record_of(round: int) -> RoundRecord:
@@ -49,7 +55,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     assert folder.rounds() == []
     folder.save(checkpoint_of(3, (120, "abc")), keep=2)
-    found = folder.load(3, like=state_of(0))
+    found = folder.load(3, like=state_of(0), client_like=CLIENT)
     assert_same_state(found.state, state_of(3))
     assert (found.config, found.records_bytes, found.records_sha256) == (checkpoint_of(3).config, 120, "abc")
     assert found.wall_seconds == 1.5
@@ -89,7 +95,7 @@ def test_nothing_is_lost_wherever_a_write_fails(tmp_path: Path) -> None:
             assert str(error).endswith("round-0002: can't be written: No space left on device")
             assert before[-1] in folder.rounds()
             for round in folder.rounds():
-                assert_same_state(folder.load(round, like=state_of(0)).state, state_of(round))
+                assert_same_state(folder.load(round, like=state_of(0), client_like=CLIENT).state, state_of(round))
     assert failures >= 7  # at the part, four files, the new name, and the old checkpoint
     assert folder.rounds() == [2]
 
@@ -105,14 +111,14 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
         ({**like.adapter, "a": torch.zeros((), dtype=torch.float64)}, r"a is \(\) torch\.float32, expected \(\) torch"),
     ):
         with pytest.raises(UserError, match=rf"round-0005/adapter\.safetensors: {message}"):
-            folder.load(5, like=ServerState(0, wrong, like.strategy))
+            folder.load(5, like=ServerState(0, wrong, like.strategy), client_like=CLIENT)
     with pytest.raises(UserError, match=r"round-0005/strategy\.safetensors: momentum does not belong here"):
-        folder.load(5, like=ServerState(0, like.adapter, {}))
+        folder.load(5, like=ServerState(0, like.adapter, {}), client_like=CLIENT)
     (tmp_path / "round-0005").rename(tmp_path / "round-0006")
     with pytest.raises(UserError, match=r"round-0006/manifest\.json: it belongs to round 5"):
-        folder.load(6, like=like)
+        folder.load(6, like=like, client_like=CLIENT)
     with pytest.raises(UserError, match=r"round-0007/manifest\.json: No such file"):
-        folder.load(7, like=like)
+        folder.load(7, like=like, client_like=CLIENT)
 
 
 @pytest.fixture
@@ -168,7 +174,9 @@ def test_a_changed_file_is_noticed_or_harmless(run: Path, seed: int) -> None:
     done = [mutate(run, chance) for _ in range(chance.choice((1, 1, 1, 2, 4)))]
     directory = RunDirectory(run)
     lines: list[str] = []
-    start = find_start(directory, CheckpointFolder(run / "checkpoints"), state_of(0), lines.append, keep=3)
+    start = find_start(
+        directory, CheckpointFolder(run / "checkpoints"), state_of(0), lines.append, client_like=CLIENT, keep=3
+    )
     assert (start.state.round in ROUNDS) or start.state.round == 0, done
     assert_same_state(start.state, state_of(start.state.round))
     expected = [record_of(round) for round in range(start.state.round + 1)] if start.state.round else []
@@ -179,6 +187,64 @@ def test_a_changed_file_is_noticed_or_harmless(run: Path, seed: int) -> None:
     assert left[:1] == ([start.state.round] if start.state.round else [])  # what is gone on from is never taken away
     if start.state.round < 4:
         assert any("warning" in line for line in lines) or any("folder" in each for each in done), (done, lines)
+
+
+def forged() -> list[str]:
+    """Manifests with a digest that fits, and contents that don't."""
+    good: dict[str, Any] = {
+        "format": FORMAT, "round": 1, "config": {}, "sha256": {}, "records_bytes": 0, "records_sha256": "",
+        "wall_seconds": 1.0, "clients_per_block": 1,
+    }  # fmt: skip
+    contents: list[Any] = [[], 3, None, good]
+    contents += [{key: value for key, value in good.items() if key != gone} for gone in good if gone != "format"]
+    contents += [{**good, key: [None]} for key in good if key != "format"]
+    return [
+        json.dumps({"manifest": each, "sha256": hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()})
+        for each in contents
+    ]
+
+
+def test_another_format_is_left_alone(run: Path) -> None:
+    manifest = run / "checkpoints" / "round-0004" / "manifest.json"
+    content = json.loads(manifest.read_text())["manifest"] | {"format": "flora-checkpoint-2"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    manifest.write_text(json.dumps({"manifest": content, "sha256": digest}))
+    directory, folder = RunDirectory(run), CheckpointFolder(run / "checkpoints")
+    with pytest.raises(UserError, match="'flora-checkpoint-2', which another version of this program has written"):
+        find_start(directory, folder, state_of(0), print, client_like=CLIENT, keep=1)
+    assert folder.rounds() == [4, 3, 2, 1]
+
+
+def test_what_cannot_be_read_is_left_alone(run: Path) -> None:
+    file = run / "checkpoints" / "round-0004" / "clients.safetensors"
+    file.unlink()
+    file.mkdir()  # even root can't read a folder as a file
+    directory, folder = RunDirectory(run), CheckpointFolder(run / "checkpoints")
+    with pytest.raises(UserError, match=r"clients\.safetensors: can't be read: Is a directory"):
+        find_start(directory, folder, state_of(0), print, client_like=CLIENT, keep=1)
+    assert folder.rounds() == [4, 3, 2, 1]
+
+
+def test_nothing_is_thrown_away_that_was_not_understood(run: Path) -> None:
+    """Records with other line ends: the checkpoints are good, but not for these records."""
+    records = run / "rounds.jsonl"
+    content = records.read_bytes().replace(b"\n", b"\r\n")
+    records.write_bytes(content)
+    directory, folder = RunDirectory(run), CheckpointFolder(run / "checkpoints")
+    start = find_start(directory, folder, state_of(0), print, client_like=CLIENT, keep=1)
+    assert start.state.round == 0
+    assert (run / "set-aside" / "rounds-1.jsonl").read_bytes() == content
+    aside = CheckpointFolder(run / "set-aside")
+    assert aside.rounds() == [4, 3, 2, 1]
+    assert_same_state(aside.load(4, like=state_of(0), client_like=CLIENT).state, state_of(4))
+
+
+def test_client_states_of_other_names_or_shapes(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(checkpoint_of(1), keep=1)
+    for wrong in ({}, {"mean": torch.zeros(5)}, {**CLIENT, "mean": torch.zeros(6)}):
+        with pytest.raises(DamagedError, match=r"round-0001/clients\.safetensors: "):
+            folder.load(1, like=state_of(0), client_like=wrong)
 
 
 def test_nothing_in_a_checkpoint_is_code(tmp_path: Path) -> None:
@@ -196,7 +262,7 @@ def test_nothing_in_a_checkpoint_is_code(tmp_path: Path) -> None:
     ):
         manifest.write_text(content, encoding="latin-1")
         with pytest.raises(UserError, match=r"round-0001/manifest\.json: "):
-            folder.load(1, like=state_of(0))
+            folder.load(1, like=state_of(0), client_like=CLIENT)
 
 
 def test_a_manifest_is_json_that_a_person_can_read(run: Path) -> None:

@@ -124,7 +124,7 @@ def test_stopped_again_and_again(raw: dict[str, Any], tmp_path: Path) -> None:
     assert_same(directory_of(raw), expected)
     log = (directory_of(raw) / "log.txt").read_text()
     assert [f"going on after round {round}" in log for round in (0, 1, 2, 3, 4)] == [False, True, True, True, False]
-    assert f"to go on: python -m flora.simulate --resume {directory_of(raw)}" in log
+    assert f"to go on: {sys.executable} -m flora.simulate --resume {directory_of(raw)}" in log
 
 
 # Killed
@@ -209,7 +209,7 @@ def test_a_signal_stops_a_run_that_then_goes_on(
         module.Hooks = real  # type: ignore[misc]
     error = capsys.readouterr().err
     assert "stopping after this block of clients; once more to leave at once" in error
-    assert f"to go on: python -m flora.simulate --resume {directory_of(raw)}" in error
+    assert f"to go on: {sys.executable} -m flora.simulate --resume {directory_of(raw)}" in error
     assert error.splitlines()[-1] == f"stopped by {signal.Signals(number).name}"
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     assert main(["--resume", str(directory_of(raw))]) == 0
@@ -305,7 +305,7 @@ def test_other_settings_are_refused_with_the_difference(raw: dict[str, Any], ove
 def test_more_rounds_under_a_schedule_that_depends_on_them(raw: dict[str, Any]) -> None:
     raw["local"]["schedule"] = "cosine"
     directory = stopped(raw)
-    with pytest.raises(UserError, match=r"rounds: the learning rates of local\.schedule depend on their number"):
+    with pytest.raises(UserError, match=r"rounds: they can't become more, because .* local\.schedule"):
         resume(directory, ["rounds=9"])
 
 
@@ -324,8 +324,8 @@ def test_mistakes_on_the_command_line(raw: dict[str, Any], tmp_path: Path, capsy
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         ([str(tmp_path / "nothing")], "nothing: there is no such run directory"),
-        ([str(tmp_path / "empty")], "empty/config.yaml: No such file or directory"),
-        ([], "expected a config file, got 0"),
+        ([str(tmp_path / "empty")], "empty: not a run directory: it has none of lock, log.txt, "),
+        ([], "expected one run directory, got 0"),
         ([str(stopped(raw)), "local.epoch=3"], "local.epoch"),
     ):
         assert main(["--resume", *arguments]) == 2
@@ -366,7 +366,9 @@ def test_a_damaged_config_is_taken_from_the_checkpoint(
         config.unlink()
     else:
         config.write_text(content)
-    resume(directory)
+    lines: list[str] = []
+    resume(directory, echo=lines.append)
+    assert any(line.startswith(f"warning: {config}: ") for line in lines)
     assert_same(directory, expected)
 
 
@@ -395,6 +397,52 @@ def test_another_machine_is_named(raw: dict[str, Any]) -> None:
     assert any(line.startswith(expected) for line in lines)
     assert any("num_threads 77 then" in line for line in lines)
     assert json.loads((directory / "environment.json").read_text()) == there
+
+
+def test_a_run_that_moved_with_its_data(raw: dict[str, Any], tmp_path: Path) -> None:
+    model = tmp_path / "elsewhere.json"
+    shutil.copy(raw["backbone"]["model"], model)
+    expected, directory = uninterrupted(raw, tmp_path), stopped(raw)
+    moved = tmp_path / "a=b, moved"
+    shutil.move(directory, moved)
+    assert main(["--resume", str(moved), f"backbone.model={model}", "evaluation.batch_size=7"]) == 0
+    found = comparable(moved)
+    assert found["adapter.safetensors"] != b""
+    assert [record["train_loss"] for record in found["rounds.jsonl"]] == [
+        record["train_loss"] for record in expected["rounds.jsonl"]
+    ]
+
+
+def test_other_weights_are_noticed(raw: dict[str, Any]) -> None:
+    directory = stopped(raw)
+    environment = json.loads((directory / "environment.json").read_text())
+    for name in ("backbone", "data"):
+        (directory / "environment.json").write_text(json.dumps({**environment, f"{name}_sha256": "other"}))
+        with pytest.raises(UserError, match=rf": the {name} is not what this run began with \(SHA-256\)"):
+            resume(directory)
+    (directory / "environment.json").write_text(json.dumps(environment))
+    assert resume(directory).summary.rounds == 4
+
+
+def test_a_finished_run_without_checkpoints_keeps_its_results(raw: dict[str, Any]) -> None:
+    directory = simulate(parse_config(raw)).directory
+    shutil.rmtree(directory / "checkpoints")
+    before = comparable(directory)
+    with pytest.raises(
+        UserError, match="this run is finished, and has no good checkpoint that more rounds could follow"
+    ):
+        resume(directory, ["rounds=9"])
+    assert comparable(directory) == before
+
+
+def test_a_folder_with_a_config_is_no_run(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    config = tmp_path / "mine" / "config.yaml"
+    config.write_text(f"# my own\n{yaml.safe_dump(raw)}")
+    before = config.read_text()
+    with pytest.raises(UserError, match="mine: not a run directory: it has none of lock, log"):
+        resume(tmp_path / "mine")
+    assert config.read_text() == before
 
 
 def test_other_data_are_noticed(raw: dict[str, Any]) -> None:

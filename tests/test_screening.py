@@ -15,7 +15,8 @@ from flora.config import parse_config
 from flora.errors import UserError
 from flora.federated.screening import Screening, screen
 from flora.hooks import Hooks
-from flora.records import ClientUpdate, Rejection
+from flora.records import ClientUpdate, Rejection, ServerState
+from flora.registry import OptionError
 from flora.simulate import RunResult, resume, simulate
 
 ADAPTER = {"a": torch.zeros(2)}
@@ -36,14 +37,15 @@ GOOD = [update(1, 3.0, 4.0), update(2, 0.0, 5.0), update(3, 6.0, 8.0)]
         (update(0, math.inf, 0.0), "not finite"),
         (update(0, 1.0, 0.0, loss=math.nan), "not finite"),
         (update(0, 1.0, 0.0, failed_step=2), "not finite"),
-        (update(0, 1.0), "wrong names or shapes"),
-        (update(0, 1.0, 2.0, delta={"b": torch.zeros(2)}), "wrong names or shapes"),
-        (update(0, 1.0, 2.0, delta={}), "wrong names or shapes"),
+        (update(0, 1.0), "wrong names, shapes or types"),
+        (update(0, 1.0, 2.0, delta={"b": torch.zeros(2)}), "wrong names, shapes or types"),
+        (update(0, 1.0, 2.0, delta={"a": torch.zeros(2, dtype=torch.int64)}), "wrong names, shapes or types"),
+        (update(0, 1.0, 2.0, delta={}), "wrong names, shapes or types"),
     ],
 )
 @pytest.mark.parametrize("policy", ["skip", "abort", "clip"])
 def test_what_can_never_be_averaged(bad: ClientUpdate, reason: str, policy: str) -> None:
-    accepted, rejections = screen([bad, *GOOD], ADAPTER, Screening(policy=policy))
+    accepted, rejections = screen([bad, *GOOD], ADAPTER, Screening(policy=policy, max_norm_ratio=100))
     assert accepted == GOOD
     assert rejections == [Rejection(0, bad.failed_step, reason)]
 
@@ -59,6 +61,10 @@ def test_the_bound_by_hand() -> None:
     assert accepted[0].delta["a"].tolist() == pytest.approx([15.0, 0.0])
     assert accepted[1:] == GOOD
     assert screen([large, *GOOD], ADAPTER, Screening()) == ([large, *GOOD], [])
+    still = [dataclasses.replace(each, delta={"a": torch.zeros(2)}) for each in GOOD]
+    assert screen([large, *still], ADAPTER, Screening(max_norm_ratio=2)) == ([large, *still], [])  # the median is 0
+    with pytest.raises(OptionError, match="policy clip needs one"):
+        Screening(policy="clip")
     nobody_knows = [large, GOOD[0]]
     assert screen(nobody_knows, ADAPTER, Screening(max_norm_ratio=2)) == (nobody_knows, [])
 
@@ -92,9 +98,10 @@ def test_a_bad_client_is_left_out_and_named(raw_config: dict[str, Any], value: A
     assert line["rejected_clients"][0]["client"] == 2
     assert "round 1: client 2 is left out: " in (result.directory / "log.txt").read_text()
     assert all(torch.isfinite(tensor).all() for tensor in result.adapter.values())
-    with pytest.raises(
-        UserError, match=r"^round 1: client 2 diverged .* at learning rate 0\.01; lower local\.learning_"
-    ):
+    said = (
+        r" diverged .* at learning rate 0\.01; lower local\." if isinstance(value, float) else "'s update can't be used"
+    )
+    with pytest.raises(UserError, match=rf"^round 1: client 2{said}"):
         run(raw_config, replaced(2, value), policy="abort")
 
 
@@ -149,7 +156,9 @@ def test_a_run_that_diverges_ends_and_keeps_what_was_before(raw_config: dict[str
     rounds = [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
     assert [record["round"] for record in rounds] == [0, 1, 2, 3, 4, 5]
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["round-0004", "round-0005"]
-    assert resume(directory).summary.rounds == 9  # without the fault it goes on
+    assert "to go on" not in (directory / "log.txt").read_text()  # it would come to the same
+    with pytest.raises(UserError, match=r"^round 3: client 0 diverged .*no update could be used in 3 rounds in a row"):
+        resume(directory)
 
 
 def test_a_learning_rate_that_is_too_high_names_the_step(raw_config: dict[str, Any]) -> None:
@@ -172,8 +181,9 @@ def test_a_rejected_client_keeps_its_earlier_optimiser_state(raw_config: dict[st
 
     result = simulate(parse_config(raw_config), hooks=Hooks(update=spoil))
     folder = CheckpointFolder(result.directory / "checkpoints")
-    like = type("Like", (), {"adapter": result.adapter, "strategy": {}})()
-    first, second = (folder.load(round, like=like).state.clients for round in (1, 2))
+    like = ServerState(0, result.adapter, {})
+    kept = parse_config(raw_config).local.client_state(result.adapter)
+    first, second = (folder.load(round, like=like, client_like=kept).state.clients for round in (1, 2))
     assert first.keys() == second.keys() == {1, 2, 3}
     assert torch.equal(first[1]["mean"], second[1]["mean"])
     assert not torch.equal(first[2]["mean"], second[2]["mean"])
@@ -199,13 +209,40 @@ def test_a_block_that_does_not_fit_is_halved(raw_config: dict[str, Any], error: 
 
     whole = simulate(parse_config(raw_config), numbered=True)
     halved = simulate(parse_config(raw_config), numbered=True, hooks=Hooks(before_block=full))
-    assert sizes[:4] == [6, 3, 2, 1]
-    assert max(sizes[4:]) == 3  # the second half of the first block; after it no block has more than two
-    assert sizes.count(3) == 2
+    # The halves of the first block are halved, too; in the second round all blocks have two clients.
+    assert sizes == [6, 3, 2, 1, 3, 2, 1, 2, 2, 2]
     for name, tensor in whole.adapter.items():
         torch.testing.assert_close(halved.adapter[name], tensor, atol=1e-5, rtol=0)
-    log = (halved.directory / "log.txt").read_text()
-    assert log.count("out of memory: from now on") == log.count("out of memory: from now on 3") + log.count("on 2") == 3
+    lines = (halved.directory / "log.txt").read_text().splitlines()
+    said = [line.partition(" ")[2] for line in lines if "out of memory" in line]
+    assert said == [
+        f"out of memory: from now on {n} clients in one step, with the same results up to 1e-5" for n in (3, 2)
+    ]
+    # Where it is resumed, blocks are as small from the start: the sums are the same to the last bit.
+    with pytest.raises(Stop):
+        simulate(parse_config(raw_config), numbered=True, hooks=stopping_after(full, 8))
+    directory = halved.directory.with_name("test-3")
+    sizes.clear()
+    again = resume(directory)
+    assert all(torch.equal(again.adapter[name], tensor) for name, tensor in halved.adapter.items())
+
+
+class Stop(Exception):
+    """What a hook ends a run with."""
+
+
+def stopping_after(full: Any, number: int) -> Hooks:
+    """Hooks that run out of memory as `full` does, and end the run at block `number`."""
+    blocks = 0
+
+    def before_block(round: int, clients: tuple[int, ...]) -> None:
+        nonlocal blocks
+        blocks += 1
+        if blocks == number:
+            raise Stop
+        full(round, clients)
+
+    return Hooks(before_block=before_block)
 
 
 def test_one_client_that_does_not_fit_is_an_error_with_an_estimate(raw_config: dict[str, Any]) -> None:

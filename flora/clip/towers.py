@@ -6,7 +6,6 @@ gradients; what they give is all that training and evaluation ever see.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from flora.clip.layout import Layout, Prompts
 from flora.clip.packing import one_by_one, pack
 from flora.errors import UserError
 from flora.registry import Options, option
+from flora.tree import state_digest
 
 # Text tokens through the stem at once: at width 768 an MLP's inner layer then takes 200 MB.
 STEM_TOKENS = 2**14
@@ -76,12 +76,8 @@ class VisionTower:
 
     def stem_key(self) -> dict[str, Any]:
         """Everything but the images that the stem's output depends on, as JSON types."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._visual.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return {
-            "weights": digest.hexdigest(),
+            "weights": state_digest(self._visual.state_dict()),
             "model": json.loads(json.dumps(self._clip.config)),
             "cut": self.cut,
             "trim_last_block": self._reads_one,
@@ -312,9 +308,11 @@ class AdaptedClip:
         Returns the classes `(K, C)`, rows with fewer filled up with one of their own, and the labels `(K, B)` as places
         among them; None if it is to be all classes, because that costs no more or is wanted.
         """
+        if not self._selects:
+            return None
         present = torch.zeros(len(labels), self.prompts.num_classes, dtype=torch.bool).scatter_(1, labels, True)
         most = int(present.sum(dim=1).max())
-        if not self._selects or most == self.prompts.num_classes:
+        if most == self.prompts.num_classes:
             return None
         classes = (~present).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
         classes = torch.where(present.gather(1, classes), classes, classes[:, :1])

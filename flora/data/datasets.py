@@ -30,6 +30,9 @@ class ImageSource(Protocol):
     def fingerprint(self, indices: np.ndarray) -> str:
         """A digest that changes when one of these images does, found without decoding them."""
 
+    def contents(self, indices: np.ndarray) -> str:
+        """A digest that tells other images from these, and is the same wherever they are."""
+
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -67,6 +70,17 @@ class ImageFiles:
                 digest.update(repr(str(path)).encode())
         return digest.hexdigest()
 
+    def contents(self, indices: np.ndarray) -> str:
+        """Of the files' names and sizes."""
+        digest = hashlib.sha256()
+        for index in indices:
+            path = self.paths[index]
+            try:
+                digest.update(repr((path.name, path.stat().st_size)).encode())
+            except OSError:
+                digest.update(repr(path.name).encode())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True, eq=False)
 class ImageArrays:
@@ -85,6 +99,10 @@ class ImageArrays:
         return Image.fromarray(self.pixels[index])
 
     def fingerprint(self, indices: np.ndarray) -> str:
+        """Of the pixels themselves."""
+        return self.contents(indices)
+
+    def contents(self, indices: np.ndarray) -> str:
         """Of the pixels themselves."""
         chosen = self.pixels[indices]
         return hashlib.sha256(repr((chosen.shape, str(chosen.dtype))).encode() + chosen.tobytes()).hexdigest()

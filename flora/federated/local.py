@@ -43,6 +43,13 @@ class LocalTraining(Options):
         if self.steps is not None and self.epochs != 1:
             raise OptionError("steps", "give either `steps` or `epochs`, not both")
 
+    def client_state(self, adapter: StateLike) -> State:
+        """What one client keeps between its rounds when it trains such an adapter: names and shapes."""
+        if self.optimizer_state != "kept":
+            return {}
+        parameters = torch.empty(1, sum(tensor.numel() for tensor in adapter.values()))
+        return {name: tensor[0] for name, tensor in self.optimizer.init(parameters).items()}
+
 
 @dataclass(frozen=True, eq=False)
 class BlockResult:

@@ -18,7 +18,7 @@ from flora.federated.features import Features
 from flora.federated.local import BlockResult, LocalTraining, train_block
 from flora.federated.memory import available_memory_bytes, client_bytes, is_out_of_memory, release_cached_memory
 from flora.federated.sampling import Sampler
-from flora.federated.screening import Screening, divergence, screen
+from flora.federated.screening import Screening, refusal, screen
 from flora.hooks import Hooks
 from flora.records import ClientData, ClientUpdate, Rejection, ServerState
 from flora.rng import Rng
@@ -102,7 +102,7 @@ class Federation:
             yield block, result
 
     def _smaller(self, block: ClientBlock) -> list[ClientBlock]:
-        """The two halves of a block that did not fit; from now on blocks are no larger than those."""
+        """A block that did not fit, in parts; from now on blocks are no larger than half of it."""
         release_cached_memory(self.model.device)
         number = len(block.clients)
         if number == 1:
@@ -112,9 +112,11 @@ class Federation:
                 f"out of memory with one client in a step, which needs about {need / 1e9:.1f} GB where "
                 f"{free / 1e9:.1f} GB are free; lower local.batch_size or the number of prompts"
             )
-        self.clients_per_block = min(self.clients_per_block, -(-number // 2))
-        self.log(f"out of memory: from now on {self.clients_per_block} clients in one step, with the same results")
-        return [block.part(0, self.clients_per_block), block.part(self.clients_per_block, number)]
+        size = min(self.clients_per_block, -(-number // 2))
+        if size < self.clients_per_block:
+            self.clients_per_block = size
+            self.log(f"out of memory: from now on {size} clients in one step, with the same results up to 1e-5")
+        return [block.part(start, min(start + size, number)) for start in range(0, number, size)]
 
 
 def _stacked(adapters: Sequence[StateLike]) -> StateLike:
@@ -160,7 +162,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     accepted, rejections = screen(updates, state.adapter, federation.screening)
     learning_rate = federation.learning_rate(round)
     if rejections and federation.screening.policy == "abort":
-        raise divergence(round, rejections[0], learning_rate)
+        raise refusal(round, rejections[0], learning_rate)
     for rejection in rejections:
         federation.log(f"round {round}: client {rejection.client} is left out: {rejection.reason}")
         kept.pop(rejection.client, None)

@@ -11,8 +11,14 @@ import torch
 
 from flora.errors import UserError
 from flora.records import ClientUpdate, Rejection
-from flora.registry import Options, option
+from flora.registry import OptionError, Options, option
 from flora.tree import StateLike
+
+NOT_FINITE = "not finite"
+
+
+class DivergedError(UserError):
+    """A run that can't go on because of what a client sent; going on would come to the same."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,10 @@ class Screening(Options):
         at_least=1,
     )
 
+    def check(self) -> None:
+        if self.policy == "clip" and self.max_norm_ratio is None:
+            raise OptionError("max_norm_ratio", "policy clip needs one, such as 10")
+
 
 def screen(
     updates: Sequence[ClientUpdate], adapter: StateLike, options: Screening
@@ -38,7 +48,7 @@ def screen(
     """The updates that may be averaged, in their order, and what was found wrong with the others.
 
     With `clip`, one that is too large is among the first, scaled down, and nothing is said of it. The bound needs at
-    least three finite updates: of two nobody knows which is the odd one.
+    least three finite updates, because of two nobody knows which is the odd one, and a median above zero.
     """
     accepted, rejections, norms = [], [], []
     for update in updates:
@@ -51,6 +61,8 @@ def screen(
     if options.max_norm_ratio is None or len(accepted) < 3:
         return accepted, rejections
     median = float(torch.tensor(norms, dtype=torch.float64).quantile(0.5))
+    if median == 0:
+        return accepted, rejections
     bound, kept = options.max_norm_ratio * median, []
     for update, norm in zip(accepted, norms, strict=True):
         if norm <= bound:
@@ -63,10 +75,12 @@ def screen(
     return kept, sorted(rejections, key=lambda rejection: rejection.client)
 
 
-def divergence(round: int, rejection: Rejection, learning_rate: float) -> UserError:
+def refusal(round: int, rejection: Rejection, learning_rate: float) -> DivergedError:
     """The error that ends a run because of a client's update."""
+    if rejection.reason != NOT_FINITE:
+        return DivergedError(f"round {round}: client {rejection.client}'s update can't be used: {rejection.reason}")
     at = "" if rejection.step is None else f" at step {rejection.step}"
-    return UserError(
+    return DivergedError(
         f"round {round}: client {rejection.client} diverged{at} ({rejection.reason}) at learning rate "
         f"{learning_rate:g}; lower local.learning_rate or set local.clip_norm"
     )
@@ -74,12 +88,12 @@ def divergence(round: int, rejection: Rejection, learning_rate: float) -> UserEr
 
 def _fault(update: ClientUpdate, adapter: StateLike) -> str | None:
     """What makes an update unusable; None if nothing does."""
-    shapes = {name: tensor.shape for name, tensor in adapter.items()}
-    if {name: tensor.shape for name, tensor in update.delta.items()} != shapes:
-        return "wrong names or shapes"
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in adapter.items()}
+    if {name: (tensor.shape, tensor.dtype) for name, tensor in update.delta.items()} != expected:
+        return "wrong names, shapes or types"
     # The norm is a double: it stays finite for all finite numbers of single precision.
     if update.failed_step is not None or not math.isfinite(update.loss) or not math.isfinite(_norm(update.delta)):
-        return "not finite"
+        return NOT_FINITE
     return None
 
 
