@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class UserError(Exception):
     """Something that the user can mend: a setting, a file, the machine. The message is one line that names it."""
+
+
+class DivergedError(UserError):
+    """A run whose numbers are out of range; going on would come to the same."""

@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from flora.config import ExperimentConfig, config_to_dict
-from flora.errors import UserError
+from flora.errors import DivergedError, UserError
 from flora.records import ClientData, Rejection, RoundRecord, Summary
 from flora.tree import StateLike
 
@@ -180,11 +180,11 @@ class RunDirectory:
         self._write_json("partition.json", partition, indent=None)
 
     def append_round(self, record: RoundRecord) -> None:
-        """Append one object to `rounds.jsonl`. Raises `UserError` if a result is not finite."""
+        """Append one object to `rounds.jsonl`. Raises `DivergedError` if a result is not finite."""
         fields = dataclasses.asdict(record)
         broken = [name for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value)]
         if broken:
-            raise UserError(
+            raise DivergedError(
                 f"round {record.round}: {' and '.join(broken)} not finite: the model's outputs are out of range; "
                 "look at backbone.weights, adapter.alpha and local.learning_rate"
             )

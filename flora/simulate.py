@@ -21,12 +21,12 @@ from tqdm import tqdm
 from flora import report, tree
 from flora.checkpoints import Checkpoint, CheckpointFolder
 from flora.config import ConfigError, ExperimentConfig, config_to_dict, load_config
-from flora.errors import UserError
+from flora.errors import DivergedError, UserError
 from flora.experiment import Experiment, build_experiment, check_experiment
 from flora.federated.evaluation import class_accuracy, client_accuracies, deciles, evaluate
 from flora.federated.memory import peak_memory_bytes
 from flora.federated.round import Federation, RoundResult, run_round, train_alone
-from flora.federated.screening import DivergedError, refusal
+from flora.federated.screening import refusal
 from flora.hooks import Hooks
 from flora.interrupts import Interrupted, Interrupts
 from flora.listing import list_components
@@ -190,7 +190,7 @@ def _run(experiment: Experiment, directory: RunDirectory, start: Start, started:
         # Whatever it is that ends the run, nothing of what it has done is lost, if it can still be written.
         with suppress(UserError):
             saver.save(recorded)
-        if not isinstance(error, DivergedError):
+        if directory.records_end[0] and not isinstance(error, DivergedError):
             with suppress(UserError):
                 federation.log(f"to go on: {_program()} --resume {shlex.quote(str(directory.path))}")
         raise

@@ -9,16 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from flora.errors import UserError
+from flora.errors import DivergedError
 from flora.records import ClientUpdate, Rejection
 from flora.registry import OptionError, Options, option
 from flora.tree import StateLike
 
 NOT_FINITE = "not finite"
-
-
-class DivergedError(UserError):
-    """A run that can't go on because of what a client sent; going on would come to the same."""
 
 
 @dataclass(frozen=True)
