@@ -99,7 +99,7 @@ def build_experiment(
     digests = {"backbone_sha256": state_digest(clip.model.state_dict()), "data_sha256": _data_digest(data)}
     log(f"{clip.architecture.name}: {backbone_parameters:,} frozen parameters on {device}, {config.backbone.precision}")
     adapter = config.adapter.attach(clip)
-    templates = config.prompts.templates or config.data.templates
+    templates = config.adapter.templates(config.prompts.templates or config.data.templates)
     model = AdaptedClip(clip, adapter, class_names=class_names, templates=templates, speed=config.speed)
     if not model.text.is_cut_at_end:
         log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
@@ -140,7 +140,7 @@ def build_experiment(
         held_out=train.subset(np.concatenate([client.held_out for client in clients])),
         held_out_sizes=np.array([len(client.held_out) for client in clients]),
         class_names=class_names,
-        initial_adapter=adapter.initial_state(rng.child("adapter")),
+        initial_adapter=model.initial_adapter(rng.child("adapter")),
         backbone_parameters=backbone_parameters,
         unreadable=tuple(unreadable),
         digests=digests,

@@ -49,6 +49,8 @@ def merged_weights(run: Path) -> State:
     clip = backbone.load(torch.device("cpu"), Rng(config.seed).child("backbone"))
     state_dict = dict(clip.model.state_dict())
     attached = config.adapter.attach(clip)
+    if attached.is_beside_the_model:
+        raise UserError(f"{run}: its adapter works beside the model, and OpenCLIP's weights have no place for it")
     expected = {name: tensor.shape for name, tensor in attached.initial_state(Rng(0)).items()}
     if expected != {name: tensor.shape for name, tensor in adapter.items()}:
         raise UserError(f"{run / 'adapter.safetensors'}: doesn't fit the adapter that config.yaml describes")

@@ -73,6 +73,15 @@ def resumed_config(
     return config
 
 
+def refuse_other_settings(path: Path, config: ExperimentConfig) -> None:
+    """Raise `UserError` with the difference if the run in `path` has settings that `config` can't go on with."""
+    try:
+        before = parse_config(_stored_config(path))
+    except OptionError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    _refuse_changes(path, before, config)
+
+
 def find_start(
     directory: RunDirectory,
     checkpoints: CheckpointFolder,

@@ -263,7 +263,8 @@ def _measure(
     evaluation: Evaluation | None = None
     clients: np.ndarray | None = None
     if due:
-        stack = tree.expand(state.adapter, 1)
+        # Round 0 is the frozen model: some adapters change it from the start.
+        stack = tree.expand(state.adapter, 1) if state.round else None
         model, size = experiment.federation.model, config.batch_size
         evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
         every = config.clients_every or experiment.config.rounds

@@ -292,7 +292,6 @@ def test_a_value_longer_than_any_file_name(config_file: str, refused: Callable[.
         (["adapter.rank=33"], "adapter.rank: expected at most the width of the text tower of "),
         (["adapter.layers=[2]"], "adapter.layers: expected blocks from -2 to 1 (2 in the tower), got 2"),
         (["adapter=full", "clients.per_block=3"], "clients.per_block: expected at most 1 with this adapter, got 3"),
-        (["adapter.alpha=1e308"], "round 0: loss not finite: "),
         (["clients.number=61"], "clients.number: expected 1 to 60 (the training examples), got 61"),
         (["clients.number=1000000000000"], "clients.number: expected 1 to 60 (the training examples), got 1000000000"),
         (["clients.number=50", "partition.minimum_examples=0"], "partition: "),

@@ -52,7 +52,7 @@ def federation(
 
 
 def start(model: AdaptedClip) -> ServerState:
-    return ServerState(0, model.adapter.initial_state(Rng(1)), {})
+    return ServerState(0, model.initial_adapter(Rng(1)), {})
 
 
 def run(model: AdaptedClip, local: LocalTraining, rounds: int = 2, **options: int) -> ServerState:

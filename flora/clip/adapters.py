@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flora.clip.backbone import Architecture, FrozenClip
 from flora.clip.lora import Dropout, LoraAttention, LoraLinear, LowRank
@@ -28,17 +28,21 @@ class AttachedAdapter(ABC):
 
     `trained_from` says for each tower which of its stages is the first that the adapter changes: stage 0 is the
     embedding, stage 1 + i block i, stage 1 + num_layers the head, and 2 + num_layers means that it changes none.
-    `is_large` says that it is about as large as the model.
+    `is_large` says that it is about as large as the model, `is_beside_the_model` that it can't be merged into it.
     """
 
     trained_from: dict[str, int]
     max_clients_per_block: int | None = None
     has_dropout = False
     is_large = False
+    is_beside_the_model = False
 
     @abstractmethod
-    def initial_state(self, rng: Rng) -> State:
-        """The adapter that the server starts from, as a state dict on the CPU, without a client axis."""
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        """The adapter that the server starts from, as a state dict on the CPU, without a client axis.
+
+        `class_features` `(C, embed_dim)` are the frozen model's unit text features of the classes, which heads need.
+        """
 
     @abstractmethod
     def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Any:
@@ -50,6 +54,22 @@ class AttachedAdapter(ABC):
     @abstractmethod
     def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
         """A new OpenCLIP state dict that computes what `state_dict` with `adapter` beside it does."""
+
+    def adapt_patches(self, x: Tensor) -> Tensor:
+        """What becomes of the vision stem's output `(K * B, ...)` before the trained part sees it."""
+        return x
+
+    def adapt_tokens(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What becomes of the text stem's output `(K * G, M, width)`; `positions` `(K * G, M)` are those in prompts."""
+        return x
+
+    def adapt_images(self, features: Tensor) -> Tensor:
+        """What becomes of image features `(K, B, embed_dim)`, before they are normalised."""
+        return features
+
+    def adapt_classes(self, features: Tensor) -> Tensor:
+        """What becomes of the classes' unit features `(K, C, embed_dim)`."""
+        return features
 
 
 @dataclass(frozen=True)
@@ -63,6 +83,10 @@ class Adapter(Component):
     @abstractmethod
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         """Attach to `clip`. The model computes as before until an adapter is bound."""
+
+    def templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        """The prompts' templates; `given` are the experiment's."""
+        return tuple(given)
 
 
 @register("lora")
@@ -162,7 +186,7 @@ class AttachedLora(AttachedAdapter):
             block.mlp.c_proj = LoraLinear(block.mlp.c_proj, layers["proj"])
         return layers
 
-    def initial_state(self, rng: Rng) -> State:
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         state: State = {}
         rank = self.options.rank
         for name, layer in self.layers.items():
@@ -227,21 +251,25 @@ class FullFineTuning(Adapter):
 
 
 class AttachedFull(AttachedAdapter):
-    """A state dict of the whole model, `(K, ...)` with K = 1, that stands in for the frozen weights while bound."""
+    """A state dict of the whole model, `(K, ...)` with K = 1, that stands in for the frozen weights while bound.
+
+    Or of what is `below` a name in it.
+    """
 
     max_clients_per_block = 1
     is_large = True
 
-    def __init__(self, clip: FrozenClip) -> None:
+    def __init__(self, clip: FrozenClip, below: str = "") -> None:
         self.trained_from = dict.fromkeys(TOWERS, 0)
-        self._frozen = dict(clip.model.named_parameters())
+        self._frozen = {name: each for name, each in clip.model.named_parameters() if name.startswith(below)}
         self._places: list[tuple[nn.Module, str, str]] = [
             (module, leaf, f"{prefix}.{leaf}" if prefix else leaf)
             for prefix, module in clip.model.named_modules()
             for leaf, _ in module.named_parameters(recurse=False)
+            if f"{prefix}.{leaf}".startswith(below) or not below
         ]
 
-    def initial_state(self, rng: Rng) -> State:
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         return {name: parameter.detach().float().cpu().clone() for name, parameter in self._frozen.items()}
 
     @contextmanager

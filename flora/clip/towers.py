@@ -7,7 +7,7 @@ gradients; what they give is all that training and evaluation ever see.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from flora.clip.layout import Layout, Prompts
 from flora.clip.packing import one_by_one, pack
 from flora.errors import UserError
 from flora.registry import Options, option
-from flora.tree import state_digest
+from flora.rng import Rng
+from flora.tree import State, state_digest
 
 # Text tokens through the stem at once: at width 768 an MLP's inner layer then takes 200 MB.
 STEM_TOKENS = 2**14
@@ -190,13 +191,20 @@ class TextTower:
             ]
             return self._run(torch.cat(parts), layout, range(len(stages), self.cut))
 
-    def suffix(self, stem: Tensor, layout: Layout) -> Tensor:
-        """The rest, from the stem's output to the features of the layout's K clients, `(K * P, embed_dim)`."""
+    def suffix(
+        self, stem: Tensor, layout: Layout, adapt: Callable[[Tensor, Tensor], Tensor] = lambda x, positions: x
+    ) -> Tensor:
+        """The rest, from the stem's output to the features of the layout's K clients, `(K * P, embed_dim)`.
+
+        `adapt` changes tokens between stem and suffix.
+        """
         if self.trains_blocks and layout.slots is not None:
             stem = stem.flatten(0, 1)[layout.slots]
         elif layout.num_clients > 1:  # what is left takes the rows that are read
             stem = stem.repeat(layout.num_clients, *(1,) * (stem.dim() - 1))
         with self._clip.autocast():
+            if self.trains_blocks:
+                stem = adapt(stem, layout.positions)
             return self._run(stem, layout, range(self.cut, self._num_stages))
 
     def release_stem(self) -> None:
@@ -280,8 +288,8 @@ class AdaptedClip:
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
         """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major."""
-        features = self.vision.suffix(stem).float()
-        return F.normalize(features, dim=-1).unflatten(0, (num_clients, -1))
+        features = self.vision.suffix(self.adapter.adapt_patches(stem)).float().unflatten(0, (num_clients, -1))
+        return F.normalize(self.adapter.adapt_images(features), dim=-1)
 
     def class_features(self, num_clients: int, classes: Tensor | None = None) -> Tensor:
         """Unit text features, `(K, C, embed_dim)`: of all classes, or of each client's own `classes` `(K, C)`.
@@ -289,7 +297,7 @@ class AdaptedClip:
         An ensemble's mean is normalised once more.
         """
         if self._frozen_features is not None:
-            return self._frozen_features.expand(num_clients, -1, -1)
+            return self.adapter.adapt_classes(self._frozen_features.expand(num_clients, -1, -1))
         if classes is not None:
             return self._encode_classes(self.prompts.of_classes(classes).to(self.device))
         if num_clients > self._layouts[-1].num_clients:
@@ -297,7 +305,7 @@ class AdaptedClip:
         return self._encode_classes(self._layouts[-1].first(num_clients))
 
     def _encode_classes(self, layout: Layout) -> Tensor:
-        features = F.normalize(self.text.suffix(self._text_stem, layout).float(), dim=-1)
+        features = F.normalize(self.text.suffix(self._text_stem, layout, self.adapter.adapt_tokens).float(), dim=-1)
         num_templates = len(self.prompts.ends) // self.prompts.num_classes
         ensembles = features.unflatten(0, (layout.num_clients, -1, num_templates))
         return F.normalize(ensembles.mean(dim=2), dim=-1)
@@ -317,6 +325,11 @@ class AdaptedClip:
         classes = (~present).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
         classes = torch.where(present.gather(1, classes), classes, classes[:, :1])
         return classes, (present.cumsum(dim=1) - 1).gather(1, labels)
+
+    def initial_adapter(self, rng: Rng) -> State:
+        """The adapter that the server starts from."""
+        with torch.no_grad():
+            return self.adapter.initial_state(rng, self.class_features(1)[0])
 
     def release_stems(self) -> None:
         """Take what is frozen in front of the adapters out of memory; from now on only features go in."""

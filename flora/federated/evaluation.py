@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,15 +32,18 @@ class EvaluationOptions(Options):
 
 
 @torch.no_grad()
-def evaluate(model: AdaptedClip, adapters: StateLike, features: Features, *, batch_size: int) -> list[Evaluation]:
+def evaluate(
+    model: AdaptedClip, adapters: StateLike | None, features: Features, *, batch_size: int
+) -> list[Evaluation]:
     """Classify every example of `features` with each of K adapters `(K, ...)`: one `Evaluation` an adapter.
 
+    Without adapters it is the frozen model that classifies (zero-shot), once.
     The loss is the cross-entropy over all classes, whatever the training objective.
     """
-    stack = {name: tensor.to(model.device) for name, tensor in adapters.items()}
-    num_adapters = len(next(iter(stack.values())))
+    stack = {name: tensor.to(model.device) for name, tensor in (adapters or {}).items()}
+    num_adapters = len(next(iter(stack.values()))) if adapters else 1
     correct, losses = [], []
-    with model.adapter.bind(stack):
+    with model.adapter.bind(stack) if adapters else nullcontext():
         classes = model.class_features(num_adapters).transpose(1, 2)
         for start in range(0, len(features), batch_size):
             stop = min(start + batch_size, len(features))

@@ -1,0 +1,78 @@
+"""Tiny-ImageNet, as its archive unpacks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flora.data.datasets import Dataset, ImageData, ImageFiles, Split
+from flora.data.folders import image_paths
+from flora.errors import UserError
+from flora.registry import option, register
+from flora.rng import Rng
+
+SOURCE = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+
+
+@register("tiny_imagenet")
+@dataclass(frozen=True)
+class TinyImageNet(Dataset):
+    """Tiny-ImageNet: 100,000 + 10,000 photos, 64 px, 200 classes.
+
+    Its validation images are those to test on, because its test images have no labels. Class i is the i-th line of
+    `wnids.txt`; its name is the first of its synonyms in `words.txt`.
+    """
+
+    root: str = option("folder that holds the folder tiny-imagenet-200", "data")
+
+    def load(self, rng: Rng) -> ImageData:
+        """Index the images without decoding them. Raises `UserError` if something of the archive is not there."""
+        folder = Path(os.path.expanduser(self.root)) / "tiny-imagenet-200"
+        wnids = [line.strip() for line in self._lines(folder / "wnids.txt")]
+        words = dict(line.split("\t", 1) for line in self._lines(folder / "words.txt") if "\t" in line)
+        unknown = next((wnid for wnid in wnids if wnid not in words), None)
+        if unknown is not None:
+            raise self._error(f"{folder / 'words.txt'} has no name for {unknown}")
+        train = [
+            (path, label)
+            for label, wnid in enumerate(wnids)
+            for path in image_paths(self._folder(folder / "train" / wnid))
+        ]
+        index = {wnid: label for label, wnid in enumerate(wnids)}
+        test = []
+        annotations = folder / "val" / "val_annotations.txt"
+        for line in self._lines(annotations):
+            name, wnid = [*line.split("\t"), ""][:2]
+            if wnid not in index or Path(name).name != name:
+                raise self._error(
+                    f"{annotations}: expected an image and one of {len(wnids)} classes, got {line[:80]!r}"
+                )
+            test.append((folder / "val" / "images" / name, index[wnid]))
+        return ImageData(_split(train), _split(test), tuple(words[wnid].split(",")[0].strip() for wnid in wnids))
+
+    def _folder(self, path: Path) -> Path:
+        if not path.is_dir():
+            raise self._missing(path)
+        return path
+
+    def _lines(self, path: Path) -> list[str]:
+        try:
+            return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except FileNotFoundError:
+            raise self._missing(path) from None
+        except (OSError, ValueError) as error:
+            raise self._error(f"{path}: {error}") from None
+
+    def _missing(self, path: Path) -> UserError:
+        return self._error(f"it is not there; expected {path}; unpack {SOURCE} there")
+
+    def _error(self, message: str) -> UserError:
+        return UserError(f"data.root: {self.root}: Tiny-ImageNet: {message}")
+
+
+def _split(examples: list[tuple[Path, int]]) -> Split:
+    labels = np.array([label for _, label in examples], dtype=np.int64)
+    return Split(ImageFiles([path for path, _ in examples]), np.arange(len(examples)), labels)

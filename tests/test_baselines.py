@@ -1,0 +1,238 @@
+"""The paper's other methods: each against plain PyTorch, each for K clients at once, each in a whole run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CLASSES, adapt, load_clip, load_plain, random_pixels
+from test_local import LABELS, PIXELS, SIZES, assert_states_close, federation, run, start
+from torch import nn
+
+from flora import tree
+from flora.clip.adapters import Adapter, FullFineTuning, Lora
+from flora.clip.baselines import AttentionAdapter, ClipAdapter, LinearHead, Norm, PromptContext, VisionAndHead
+from flora.config import parse_config
+from flora.errors import UserError
+from flora.export import main as export
+from flora.federated.communication import payload_bytes
+from flora.federated.evaluation import evaluate
+from flora.federated.features import StoredFeatures
+from flora.federated.local import LocalTraining
+from flora.federated.objectives import Contrastive
+from flora.federated.optimizers import Sgd
+from flora.federated.round import run_round
+from flora.registry import OptionError
+from flora.rng import Rng
+from flora.simulate import simulate
+from flora.tree import State
+
+# Sizes of the tiny model: embed_dim 16, widths 32, three classes; "a photo of a" is four tokens.
+METHODS: dict[str, tuple[Adapter, int]] = {
+    "linear_head": (LinearHead(), 3 * 16),
+    "attention_adapter": (AttentionAdapter(), 2 * (16 * 16 + 16)),
+    "clip_adapter": (ClipAdapter(), 2 * 16 * 4),
+    "prompt_context": (PromptContext(), 4 * 32),
+    "random context": (PromptContext(words=None, num_tokens=6), 6 * 32),
+    "norm": (Norm(), 2 * 32),
+}
+SGD = LocalTraining(learning_rate=0.3, batch_size=4, optimizer=Sgd(momentum=0.9, weight_decay=0.01), epochs=2)
+
+
+def moved(model: Any, number: int, scale: float = 0.3) -> State:
+    """K adapters away from where they start."""
+    generator = torch.Generator().manual_seed(0)
+    initial = model.initial_adapter(Rng(0))
+    return {
+        name: tensor + scale * torch.randn((number, *tensor.shape), generator=generator)
+        for name, tensor in initial.items()
+    }
+
+
+@pytest.mark.parametrize(("method", "count"), METHODS.values(), ids=METHODS.keys())
+def test_what_is_trained_and_sent(tiny_model: str, method: Adapter, count: int) -> None:
+    state = adapt(tiny_model, method).initial_adapter(Rng(0))
+    assert tree.count(state) == count
+    assert 4 * count < payload_bytes(state) < 4 * count + 600
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+
+
+@pytest.mark.parametrize("objective", [None, Contrastive()], ids=["cross entropy", "contrastive"])
+@pytest.mark.parametrize(("method", "_"), METHODS.values(), ids=METHODS.keys())
+def test_the_number_of_clients_per_block_changes_nothing(tiny_model, method, _, objective) -> None:  # type: ignore[no-untyped-def]
+    local = SGD if objective is None else LocalTraining(learning_rate=0.1, batch_size=4, objective=objective)
+    if isinstance(method, PromptContext):  # through norms, short vectors have long gradients
+        local = dataclasses.replace(local, learning_rate=1e-3)
+    model = adapt(tiny_model, method)
+    alone, together = (run(model, local, per_block=number).adapter for number in (1, 3))
+    before = start(model).adapter
+    assert max((alone[name] - before[name]).abs().max().item() for name in alone) > 1e-4
+    assert_states_close(alone, together)
+
+
+@pytest.mark.parametrize(
+    "method", [*(method for method, _ in METHODS.values()), VisionAndHead()], ids=lambda m: type(m).__name__
+)
+@torch.no_grad()
+def test_without_an_adapter_bound_the_model_is_openclips(tiny_model: str, method: Adapter) -> None:
+    model, plain = adapt(tiny_model, method, templates=method.templates(("a photo of a {}.",))), load_plain(tiny_model)
+    pixels = random_pixels(4)
+    tokens = plain.tokenize([method.templates(("a photo of a {}.",))[0].format(name) for name in CLASSES])
+    images, texts = plain.model.encode_image(pixels, normalize=True), plain.model.encode_text(tokens, normalize=True)  # type: ignore[operator]
+    torch.testing.assert_close(model.image_features(model.vision.stem(pixels), 1)[0], images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.class_features(1)[0], texts, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LinearHead(), PromptContext(), Norm(), VisionAndHead(), Lora(), FullFineTuning()],
+    ids=lambda m: type(m).__name__,
+)
+def test_it_starts_as_the_zero_shot_classifier(tiny_model: str, method: Adapter) -> None:
+    model = adapt(tiny_model, method)
+    features = StoredFeatures(model.vision.stem(PIXELS), torch.arange(len(LABELS)), LABELS, LABELS.numpy())
+    zero_shot = evaluate(model, None, features, batch_size=7)[0]
+    first = evaluate(model, tree.expand(model.initial_adapter(Rng(0)), 1), features, batch_size=7)[0]
+    torch.testing.assert_close(torch.tensor(first.losses), torch.tensor(zero_shot.losses), atol=1e-4, rtol=0)
+
+
+def test_a_linear_heads_gradient_is_that_of_softmax_regression(tiny_model: str) -> None:
+    """One step of gradient descent by the closed form, for each of five clients, and their mean."""
+    model = adapt(tiny_model, LinearHead())
+    parts, state = (
+        federation(model, LocalTraining(learning_rate=0.5, batch_size=20, optimizer=Sgd()), per_block=5),
+        start(model),
+    )
+    after, _ = run_round(parts, state)
+    head = state.adapter["head.weight"]
+    scale = model.logit_scale()
+    expected = torch.zeros_like(head)
+    for client in parts.clients:
+        images = F.normalize(model.vision.suffix(model.vision.stem(PIXELS[client.train])), dim=-1).detach()
+        errors = (scale * images @ head.T).softmax(dim=-1) - F.one_hot(LABELS[client.train], 3)
+        expected += (
+            len(client.train) / sum(SIZES) * (head - 0.5 * scale * errors.T @ images / len(client.train)).detach()
+        )
+    torch.testing.assert_close(after.adapter["head.weight"], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_attention_adapter_is_two_layers_and_a_softmax(tiny_model: str) -> None:
+    model = adapt(tiny_model, AttentionAdapter())
+    stack, stem = moved(model, 2), model.vision.stem(PIXELS[:6])
+    with model.adapter.bind(stack):
+        found = model.image_features(stem, 2)
+    for client in range(2):
+        layers = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Softmax(dim=-1))
+        names = ("first.weight", "first.bias", "second.weight", "second.bias")
+        layers.load_state_dict(dict(zip(layers.state_dict(), (stack[name][client] for name in names), strict=True)))
+        features = stem[3 * client : 3 * client + 3]
+        torch.testing.assert_close(found[client], F.normalize(features * layers(features), dim=-1), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_clip_adapter_is_a_bottleneck_beside_the_feature(tiny_model: str) -> None:
+    model = adapt(tiny_model, ClipAdapter(reduction=8, ratio=0.3))
+    stack, stem = moved(model, 2), model.vision.stem(PIXELS[:6])
+    assert stack["down.weight"].shape == (2, 2, 16)
+    with model.adapter.bind(stack):
+        found = model.image_features(stem, 2)
+    for client in range(2):
+        features = stem[3 * client : 3 * client + 3]
+        inner = torch.relu(features @ stack["down.weight"][client].T)
+        expected = 0.3 * torch.relu(inner @ stack["up.weight"][client].T) + 0.7 * features
+        torch.testing.assert_close(found[client], F.normalize(expected, dim=-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", [PromptContext(), PromptContext(words=None, num_tokens=5)])
+@torch.no_grad()
+def test_a_prompt_context_replaces_the_words_embeddings(tiny_model: str, method: PromptContext) -> None:
+    model, plain = adapt(tiny_model, method, templates=method.templates(())), load_plain(tiny_model).model
+    stack = moved(model, 2)
+    model.release_stems()
+    with model.adapter.bind(stack):
+        found = model.class_features(2)
+    tokens = load_clip(tiny_model).tokenize([method.templates(())[0].format(name) for name in CLASSES])
+    number = stack["context"].shape[1]
+    for client in range(2):
+        x: Any = plain.token_embedding(tokens)  # type: ignore[operator]
+        x[:, 1 : 1 + number] = stack["context"][client]
+        x = plain.transformer(x + plain.positional_embedding, attn_mask=plain.attn_mask)  # type: ignore[operator]
+        x = plain.ln_final(x)[torch.arange(3), tokens.argmax(dim=-1)] @ plain.text_projection  # type: ignore[operator]
+        torch.testing.assert_close(found[client], F.normalize(x, dim=-1), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_norms_equal_models_with_those_norms(tiny_model: str) -> None:
+    model, pixels = adapt(tiny_model, Norm()), random_pixels(6)
+    stack, stem = moved(model, 2), model.vision.stem(pixels)
+    model.release_stems()
+    with model.adapter.bind(stack):
+        found = model.image_features(stem, 2)
+    for client in range(2):
+        plain = load_plain(tiny_model).model
+        own = {name: tensor[client] for name, tensor in stack.items()}
+        plain.load_state_dict(model.adapter.merged_state_dict(plain.state_dict(), own))
+        expected = plain.encode_image(pixels[3 * client : 3 * client + 3], normalize=True)  # type: ignore[operator]
+        torch.testing.assert_close(found[client], expected, atol=1e-5, rtol=0)
+
+
+def test_vision_tower_and_head_equal_plain_pytorch(tiny_model: str) -> None:
+    model = adapt(tiny_model, VisionAndHead())
+    local = LocalTraining(learning_rate=0.01, batch_size=40, optimizer=Sgd(momentum=0.9), steps=3)
+    parts, state = federation(model, local), start(model)
+    for _, result in parts.train(torch.tensor([2]).numpy(), {2: state.adapter}, {}, round=1, rng=Rng(0)):
+        ours = tree.unstack(result.adapters)[0]
+    plain = load_plain(tiny_model).model
+    plain.requires_grad_(False)
+    visual: Any = plain.visual
+    visual.requires_grad_(True).train()
+    head = model.class_features(1)[0].clone().requires_grad_()
+    optimizer = torch.optim.SGD([head, *visual.parameters()], lr=0.01, momentum=0.9)
+    for _ in range(3):
+        logits = model.logit_scale() * F.normalize(visual(PIXELS[17:26]), dim=-1) @ head.T
+        optimizer.zero_grad()
+        F.cross_entropy(logits, LABELS[17:26]).backward()
+        optimizer.step()
+    torch.testing.assert_close(ours["head.weight"], head.detach(), atol=1e-5, rtol=0)
+    for name, parameter in visual.named_parameters():
+        torch.testing.assert_close(ours[f"visual.{name}"], parameter.detach(), atol=2e-5, rtol=0)
+    assert not any(name.startswith(("transformer", "token")) for name in ours)
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_head", "attention_adapter", "clip_adapter", "prompt_context", "norm", "vision_and_head"]
+)
+def test_a_whole_run(raw_config: dict[str, Any], name: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = simulate(parse_config(raw_config), numbered=True)
+    result = simulate(parse_config({**raw_config, "adapter": name}), numbered=True)
+    if name != "prompt_context":  # its prompts are its own
+        assert result.summary.zero_shot_accuracy == plain.summary.zero_shot_accuracy
+    assert result.records[-1].train_loss is not None
+    status = export([str(result.directory), str(tmp_path / "merged.safetensors")])
+    if name == "norm":
+        assert status == 0
+    else:
+        assert status == 2
+        assert (
+            "its adapter works beside the model, and OpenCLIP's weights have no place for it" in capsys.readouterr().err
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"name": "clip_adapter", "reduction": 17},
+            r"adapter\.reduction: expected at most embed_dim of .*, 16, got 17",
+        ),
+        ({"name": "prompt_context", "words": "{}"}, r"adapter\.words: expected words without braces, or none"),
+        ({"name": "prompt_context", "words": None, "num_tokens": 99}, r"adapter\.num_tokens: .*at most 64"),
+    ],
+)
+def test_options_that_do_not_fit(raw_config: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises((OptionError, UserError), match=message):
+        simulate(parse_config({**raw_config, "adapter": options}))

@@ -1,0 +1,207 @@
+"""A sweep runs what is missing, goes on with what was stopped, and adds it all up in one table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import comparable
+
+from flora import sweep
+from flora.errors import UserError
+from flora.hooks import Hooks
+from flora.simulate import main as simulate_main
+from flora.sweep import combinations, split_values
+from flora.sweep_table import Outcome, Row, collect, read_outcome, to_csv, to_markdown, to_text
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, raw_config: dict[str, Any]) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**raw_config, "rounds": 2}))
+    return str(path)
+
+
+def run(config_file: str, folder: Path, *arguments: str) -> int:
+    return sweep.main([config_file, *arguments, "--output", str(folder)])
+
+
+def test_values_are_cut_at_commas_outside_of_brackets() -> None:
+    assert split_values("1, 2,3") == ["1", "2", "3"]
+    assert split_values("[q,v],{name: lora, rank: 2},x") == ["[q,v]", "{name: lora, rank: 2}", "x"]
+    assert split_values("iid") == ["iid"]
+
+
+def test_the_grid_and_its_names() -> None:
+    grid = combinations(["a/x.yaml", "y.yaml"], ["seed=0,1", "partition=iid,{name: dirichlet, concentration: 0.1}"])
+    assert len(grid) == 8
+    assert grid[0].overrides == ["seed=0", "partition=iid"]
+    names = [each.name for each in grid]
+    assert names[0] == "x_seed=0_partition=iid"
+    assert names[1] == "x_seed=0_partition=_name_dirichlet_concentration_0.1"
+    assert len(set(names)) == 8
+    assert not any(set(name) & set("/\\ {}:") for name in names)
+
+
+def test_a_sweep_and_what_it_leaves(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "sweep"
+    assert run(config_file, folder, "seed=0,1", "partition=iid,dirichlet") == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert lines[0].split()[:2] == ["partition", "runs"]
+    assert [line.split()[:2] for line in lines[1:3]] == [["iid", "2"], ["dirichlet", "2"]]
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    for row in rows:
+        lasts = [
+            json.loads((folder / f"tiny_seed={seed}_partition={row['partition']}" / "summary.json").read_text())
+            for seed in (0, 1)
+        ]
+        accuracies = [each["last_accuracy"] for each in lasts]
+        assert float(row["last"]) == pytest.approx(sum(accuracies) / 2)
+        assert float(row["last_std"]) == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    assert (folder / "table.md").read_text().splitlines()[1].startswith("| --- | --- |")
+    # What was run stays as it is; what is missing is added.
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("summary.json")}
+    assert run(config_file, folder, "seed=0,1,2", "partition=iid,dirichlet") == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert len(list(folder.rglob("summary.json"))) == 6
+    # Each is the run that the same settings give alone.
+    assert simulate_main([config_file, "seed=2", "partition=iid", f"output={tmp_path}", "name=alone"]) == 0
+    ours, alone = comparable(folder / "tiny_seed=2_partition=iid"), comparable(tmp_path / "alone")
+    assert ours["adapter.safetensors"] == alone["adapter.safetensors"]
+    assert ours["rounds.jsonl"] == alone["rounds.jsonl"]
+
+
+def test_a_stopped_sweep_goes_on(config_file: str, tmp_path: Path) -> None:
+    folder, whole, blocks = tmp_path / "sweep", tmp_path / "whole", 0
+
+    def stop(round: int, clients: tuple[int, ...]) -> None:
+        nonlocal blocks
+        blocks += 1
+        if blocks == 4:  # in the second round of the second run
+            raise KeyboardInterrupt
+
+    grid = combinations([config_file], ["seed=0,1,2"])
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_all(grid, folder, Hooks(before_block=stop))
+    assert len(list(folder.rglob("summary.json"))) == 1
+    assert sweep.run_all(grid, folder, Hooks()) == []
+    assert sweep.run_all(grid, whole, Hooks()) == []
+    for each in grid:
+        ours, expected = comparable(folder / each.name), comparable(whole / each.name)
+        assert ours["adapter.safetensors"] == expected["adapter.safetensors"]
+        assert ours["rounds.jsonl"] == expected["rounds.jsonl"]
+
+
+def test_more_rounds_and_other_settings(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "sweep"
+    assert run(config_file, folder, "seed=0") == 0
+    content = yaml.safe_load(Path(config_file).read_text())
+    Path(config_file).write_text(yaml.safe_dump({**content, "rounds": 3}))
+    assert run(config_file, folder, "seed=0") == 0
+    assert json.loads((folder / "tiny_seed=0" / "summary.json").read_text())["rounds"] == 3
+    content["local"]["learning_rate"] = 0.5
+    Path(config_file).write_text(yaml.safe_dump({**content, "rounds": 3}))
+    assert run(config_file, folder, "seed=0") == 2
+    error = capsys.readouterr().err
+    assert "failed: tiny_seed=0: " in error
+    assert "a run goes on as it began; what differs: local.learning_rate: 0.01 then, 0.5 now" in error
+    shutil.move(folder, tmp_path / "moved")
+    Path(config_file).write_text(
+        yaml.safe_dump({**content, "rounds": 3, "local": {**content["local"], "learning_rate": 0.01}})
+    )
+    assert run(config_file, tmp_path / "moved", "seed=0") == 0
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sweep"
+    assert run(config_file, folder, "adapter.alpha=1e308,4") == 2
+    captured = capsys.readouterr()
+    assert (
+        "failed: tiny_adapter.alpha=1e308: round 0: loss not finite" in captured.err or "failed: tiny" in captured.err
+    )
+    assert [line.split()[:2] for line in captured.out.splitlines()[1:3]] == [["1e308", "0"], ["4", "1"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["seed=0"], "expected a config file"),
+        (["CONFIG", "seed="], "command line: expected key=value,value, got 'seed='"),
+        (["CONFIG", "seed=1,1"], "two runs would both be called"),
+        (["CONFIG", "local.epoch=1,2"], "local.epoch"),
+        (["nothing.yaml"], "nothing.yaml: No such file or directory"),
+    ],
+)
+def test_mistakes(
+    config_file: str, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [config_file if argument == "CONFIG" else argument for argument in arguments]
+    assert sweep.main([*given, "--output", str(tmp_path / "sweep")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("summary.json"))
+
+
+# The table
+
+
+def outcome(last: float, **changes: Any) -> Outcome:
+    values: dict[str, Any] = {
+        "zero_shot": 0.25, "last": last, "best": 0.9, "alone": None, "bytes_to_arrive": 1000, "rounds_to_arrive": 3,
+        "uplink_bytes": 50.0, "step_seconds": 0.01, "train_seconds": 2.0, "peak_bytes": 10**9, "parameters": 1234,
+    }  # fmt: skip
+    return Outcome(**{**values, **changes})
+
+
+def test_means_and_deviations_by_hand() -> None:
+    row = Row({"method": "a|b"}, (outcome(0.5), outcome(0.7), outcome(0.6)))
+    assert row.mean("last") == pytest.approx(0.6)
+    assert row.deviation("last") == pytest.approx(0.1)
+    assert row.mean("alone") is None
+    text = to_markdown([row, Row({"method": "c"}, ())])
+    assert "| a\\|b | 3 | 25.0 ± 0.0 % | 60.0 ± 10.0 % |" in text
+    assert text.splitlines()[-1] == "| c | 0 |" + " - |" * 11
+    assert "60.0 ± 10.0 %" in to_text([row])
+    assert to_csv([row]).splitlines()[1].startswith("a|b,3,0.25,0.0,")
+
+
+def test_what_a_run_needed_to_arrive(tmp_path: Path) -> None:
+    summary = {
+        "zero_shot_accuracy": 0.1, "last_accuracy": 0.8, "best_accuracy": 0.9, "alone_accuracy_mean": 0.3,
+        "uplink_bytes_per_client_round": 10, "train_seconds": 6.0, "peak_memory_bytes": 7, "trainable_parameters": 8,
+    }  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    accuracies = [0.1, None, 0.75, 0.76, 0.8]
+    records = [
+        {
+            "round": round,
+            "accuracy": accuracy,
+            "uplink_bytes": 10 * (round > 0),
+            "downlink_bytes": 5 * (round > 0),
+            "num_steps": round,
+        }
+        for round, accuracy in enumerate(accuracies)
+    ]
+    (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = read_outcome(tmp_path)
+    assert (found.rounds_to_arrive, found.bytes_to_arrive) == (3, 45)  # 95 % of 80 % are 76 %
+    assert found.step_seconds == pytest.approx(0.6)
+
+
+def test_labels_are_what_varies(tmp_path: Path) -> None:
+    runs = [(tmp_path, "a/x.yaml", {"seed": "0", "rank": "2", "partition": "iid"})]
+    assert [row.labels for row in collect(runs)] == [{}]
+    runs.append((tmp_path, "y.yaml", {"seed": "0", "rank": "4", "partition": "iid"}))
+    assert [row.labels for row in collect(runs)] == [{"experiment": "x", "rank": "2"}, {"experiment": "y", "rank": "4"}]
+
+
+def test_names_that_collide() -> None:
+    with pytest.raises(UserError, match="two runs would both be called x_a=_q"):
+        combinations(["x.yaml"], ["a=[q],{q}"])
