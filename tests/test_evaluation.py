@@ -94,6 +94,14 @@ def test_an_unreadable_image_is_fatal_by_default(tiny_model: str, split: Split) 
         compute(split, adapt(tiny_model), skip=False)
 
 
+def test_an_image_that_would_be_absurdly_large_is_refused(
+    tiny_model: str, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)  # Pillow refuses twice as many: 20 x 31 pixels are too many
+    with pytest.raises(UserError, match=r"0\.png: can't be read as an image: .*decompression bomb"):
+        compute(split, adapt(tiny_model), skip=False)
+
+
 def test_no_readable_image_at_all(tiny_model: str, split: Split) -> None:
     with pytest.raises(UserError, match="none of the 2 images of a split can be read"):
         compute(split.subset(np.array([3, 4])), adapt(tiny_model), skip=True)
