@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import shlex
 import sys
@@ -442,7 +441,7 @@ def _main_one(path: str, overrides: Sequence[str], *, check: bool, resuming: boo
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = " ".join(str(error).split()) or "no memory left"
         raise UserError(f"{path}: out of memory: {reason}; lower clients.per_block or the batch sizes") from None
-    print("\n".join(report.lines(result.summary, dataclasses.replace(config, name=result.directory.name))))
+    print("\n".join(report.lines(result.summary, config)))
     print(f"written to {result.directory}")
 
 
