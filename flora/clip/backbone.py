@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -13,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import open_clip
-import safetensors
+import safetensors.torch
 import torch
+from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -26,6 +29,7 @@ from flora.rng import Rng
 
 ASSETS = resources.files("flora") / "assets"
 END_OF_TEXT = 49407  # in OpenCLIP's own tokenizer
+OPENAI_SCALARS = ("input_resolution", "context_length", "vocab_size")  # beside the weights in OpenAI's own archives
 SUPPORTED = "supported are OpenCLIP's own ViT with its own text transformer (classes CLIP and CustomTextCLIP)"
 
 
@@ -110,7 +114,8 @@ class Backbone(Options):
     )
     weights: str | None = option(
         "a pretrained tag (downloaded by OpenCLIP), a .safetensors file, `builtin`, or `random`; "
-        "none: builtin for quickstart, a folder's own for a folder",
+        "none: builtin for quickstart, a folder's own for a folder. A file doesn't say which GELU and preprocessing "
+        "it was trained with: one with OpenAI's weights needs a model called ...-quickgelu",
         None,
     )
     precision: str = option("arithmetic of the towers; adapters stay fp32", "fp32", choices=("fp32", "bf16"))
@@ -129,15 +134,13 @@ class Backbone(Options):
         weights_file, weights_preprocess = self._find_weights(config)
         model = _build(self.model, config, rng)
         if weights_file is not None:
-            _load_weights(model, weights_file)
+            _load_weights(model, weights_file, quick_gelu=bool(config.get("quick_gelu")))
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         _use_own_attention(getattr(model, "text", model))
         model.eval().to(device)
         given = {**preprocess, **weights_preprocess, "size": architecture.image_size}
-        known = set(PreprocessCfg.__dataclass_fields__)
-        settings = PreprocessCfg(**{key: value for key, value in given.items() if key in known})
-        transform = image_transform_v2(settings, is_train=False)
+        settings, transform = _preprocessing(self.model, given)
         tokenizer = _tokenizer(architecture.context_length)
         return FrozenClip(
             model=model,
@@ -155,13 +158,7 @@ class Backbone(Options):
         folder, builtin = Path(self.model), Path(str(ASSETS / f"{self.model}.safetensors"))
         weights = self.weights
         if weights is None and folder.is_dir():
-            files = sorted(folder.glob("*.safetensors"))
-            if len(files) != 1:
-                raise UserError(
-                    f"backbone.model: {folder} should hold one .safetensors file, found {len(files)}; "
-                    "name it in backbone.weights"
-                )
-            return files[0], {}
+            return _weights_in(folder), {}
         if weights is None and self.model == "quickstart":
             weights = "builtin"
         if weights is None:
@@ -189,6 +186,19 @@ class Backbone(Options):
                 "convert it with safetensors.torch.save_file"
             )
         return path, {}
+
+
+def _weights_in(folder: Path) -> Path:
+    """The weights file of a folder, or of a copy of a hub's repository."""
+    files = sorted(folder.glob("*.safetensors"))
+    if [file.name for file in files] == ["model.safetensors", "open_clip_model.safetensors"]:
+        return files[1]  # the other one holds the same weights for the libraries transformers or timm
+    if len(files) != 1:
+        raise UserError(
+            f"backbone.model: {folder} should hold one .safetensors file, found {len(files)}; "
+            "name it in backbone.weights"
+        )
+    return files[0]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -338,29 +348,84 @@ def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer(context_length=context_length)
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
-    own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+def _preprocessing(name: str, given: dict[str, Any]) -> tuple[PreprocessCfg, Callable[[Image.Image], Tensor]]:
+    """OpenCLIP's settings from what a config and a tag say, and the transform that they describe."""
+    known = set(PreprocessCfg.__dataclass_fields__)
+    chosen = {key: value for key, value in given.items() if key in known and value is not None}
     try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                # OpenCLIP would stretch these to another image size or context length without a word.
-                for name in [name for name in file.keys() if name.endswith("positional_embedding")]:  # noqa: SIM118
-                    shape = list(file.get_slice(name).get_shape())
-                    if shape != own.get(name, shape):
-                        raise ValueError(f"{name} is {shape}, the model's {own[name]}")
-        open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
+        settings = PreprocessCfg(**chosen)
+        return settings, image_transform_v2(settings, is_train=False)
+    except Exception:  # OpenCLIP asserts, without a message
+        raise UserError(f"backbone.model: {name}: preprocess_cfg: not known to OpenCLIP: {chosen}") from None
+
+
+def _load_weights(model: nn.Module, path: Path, *, quick_gelu: bool) -> None:
+    """Fill the model with the weights in a file. Raises `UserError` if they can't be read or don't fit.
+
+    Not by `open_clip.load_checkpoint`: to another image size or context length it stretches the weights without a word.
+    """
+    try:
+        state = _read_state(path)
+        openai = [name for name in OPENAI_SCALARS if state.pop(name, None) is not None]
+        if openai and not quick_gelu:
+            raise UserError(
+                f"backbone.model: the weights in {path} are OpenAI's, trained with another GELU; "
+                "use a model with quick_gelu, such as ViT-B-32-quickgelu"
+            )
+        model.load_state_dict(_as_in(model, state), strict=True)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"backbone.weights: {path}: {error.strerror or error}") from None
     except Exception as error:  # torch, safetensors and open_clip each raise types of their own here
         raise UserError(f"backbone.weights: {path} doesn't fit the model: {_reason(error)}") from None
 
 
-def _reason(error: Exception) -> str:
-    """What a library's error says, on one line."""
-    if isinstance(error, StopIteration):
-        return "it holds no tensors"
+def _read_state(path: Path) -> dict[str, Any]:
+    """The weights in a file by name: as they are, below "state_dict", or with the "module." of a parallel training."""
+    content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not state or not isinstance(state, dict):
+        raise ValueError("it holds no tensors")
+    if any(name.startswith(("text_model.", "vision_model.")) for name in state):
+        raise ValueError("it was saved for the library transformers; OpenCLIP's is called open_clip_model.safetensors")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _read_pickle(path: Path) -> Any:
+    """What `torch.save` wrote, by the unpickler of torch that makes nothing but tensors and plain containers."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise UserError(
+                    f"backbone.weights: {path} is a TorchScript archive, which can run code and is not read; "
+                    "OpenCLIP's tags have safetensors on the Hugging Face hub: pip install huggingface_hub"
+                )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError):
+        raise UserError(
+            f"backbone.weights: {path} is damaged, or holds more than tensors, which could run code and is not read"
+        ) from None
+
+
+def _as_in(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The weights under the names, and the two scalars in the shape, that the model has for them."""
+    state = convert_to_custom_text_state_dict(state) if hasattr(model, "text") else dict(state)
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name in [name for name in own if name in state]:
+        if name in ("logit_scale", "logit_bias"):
+            state[name] = state[name].reshape(own[name])
+        elif name.endswith("positional_embedding") and state[name].shape != own[name]:
+            raise ValueError(f"{name} is {list(state[name].shape)}, the model's {list(own[name])}")
+    return state
+
+
+def _reason(error: Exception, *, after: str = "", limit: int = 300) -> str:
+    """What a library's error says, on one line, or what it says `after` some words."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    return reason if len(reason) <= 300 else reason[:300] + " ..."
+    reason = reason.rpartition(after)[2] if after else reason
+    return reason if len(reason) <= limit else reason[:limit] + " ..."
 
 
 def _download(model: str, tag: str, config: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -372,7 +437,7 @@ def _download(model: str, tag: str, config: dict[str, Any]) -> tuple[Path, dict[
     try:
         return Path(open_clip.download_pretrained(settings)), settings
     except Exception as error:  # the hub's client, urllib and the file system each raise types of their own
-        reason = " ".join(str(error).split())[:200]
+        reason = _reason(error, after="Last error: ", limit=220)
         raise UserError(f"backbone.weights: {tag!r} of {model} can't be downloaded: {reason}") from None
 
 
