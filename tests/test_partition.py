@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from flora.data.partition import (
     Dirichlet,
     FewShot,
+    FewShotChunks,
+    FewShotOverlapping,
     Iid,
     Natural,
     Partitioner,
@@ -28,7 +30,7 @@ from flora.rng import Rng
 # Ten classes of 60 examples, with gaps in the labels and in no order.
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10) * 3, 60))
 EXTREMES = (1e-320, 1e-6, 1e-3, 0.1, 1.0, 100.0, 1e6, 1e308)
-COMPLETE = [Iid(), Dirichlet(), Pathological(), Shards(), Quantity()]
+COMPLETE = [Iid(), Dirichlet(), Dirichlet(cap=1.0), Pathological(), Shards(), Quantity()]
 DRAWING = [*COMPLETE, FewShot(shots=3), FewShot(shots=3, mode="pathological", classes_per_client=2)]
 
 
@@ -37,14 +39,14 @@ def label_arrays(max_classes: int = 8) -> st.SearchStrategy[np.ndarray]:
     return st.lists(st.integers(0, max_classes - 1), min_size=1, max_size=80).map(np.array)
 
 
-def check_arrays(parts: list[np.ndarray], num_clients: int, num_examples: int) -> None:
-    """What every partitioner promises: sorted int64 indices, no example at two clients."""
+def check_arrays(parts: list[np.ndarray], num_clients: int, num_examples: int, *, disjoint: bool = True) -> None:
+    """What every partitioner promises: sorted int64 indices, none twice; if `disjoint`, no example at two clients."""
     assert len(parts) == num_clients
     for part in parts:
         assert part.dtype == np.int64 and part.ndim == 1
         assert np.all(np.diff(part) > 0)
     dealt = np.concatenate(parts)
-    assert len(np.unique(dealt)) == len(dealt)
+    assert len(np.unique(dealt)) == len(dealt) or not disjoint
     assert np.all((dealt >= 0) & (dealt < num_examples))
 
 
@@ -63,16 +65,17 @@ def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
 
 
 def test_registered_names() -> None:
-    names = {"iid", "dirichlet", "pathological", "shards", "few_shot", "quantity", "natural"}
-    assert names <= set(components(Partitioner))
+    names = {"iid", "dirichlet", "pathological", "shards", "quantity", "natural"}
+    few_shot = {"few_shot", "few_shot_overlapping", "few_shot_chunks"}
+    assert names | few_shot <= set(components(Partitioner))
 
 
-@pytest.mark.parametrize("partitioner", DRAWING, ids=repr)
+@pytest.mark.parametrize("partitioner", [*DRAWING, FewShotOverlapping(3), FewShotChunks(3)], ids=repr)
 def test_the_seed_decides(partitioner: Partitioner) -> None:
-    first = partitioner.split(LABELS, 12, Rng(7))
-    check_arrays(first, 12, len(LABELS))
-    assert same(first, partitioner.split(LABELS, 12, Rng(7)))
-    assert not same(first, partitioner.split(LABELS, 12, Rng(8)))
+    first = partitioner.split(LABELS, 9, Rng(7))
+    check_arrays(first, 9, len(LABELS), disjoint=not isinstance(partitioner, FewShotOverlapping))
+    assert same(first, partitioner.split(LABELS, 9, Rng(7)))
+    assert not same(first, partitioner.split(LABELS, 9, Rng(8)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,7 +86,7 @@ def test_complete_disjoint_and_no_client_empty(data: st.DataObject, labels: np.n
     partitioner = data.draw(
         st.one_of(
             st.just(Iid()),
-            st.builds(Dirichlet, st.sampled_from(EXTREMES), st.just(minimum)),
+            st.builds(Dirichlet, st.sampled_from(EXTREMES), st.just(minimum), st.sampled_from((None, 1.0, 1.5, 1e308))),
             st.builds(Quantity, st.sampled_from((0.0, 1.0, 10.0, 1e308)), st.just(minimum)),
             st.builds(Shards, st.integers(1, len(labels) // num_clients)),
         )
@@ -176,6 +179,45 @@ def test_the_minimum_is_taken_from_the_largest_clients_only() -> None:
     assert sorted(sizes(Dirichlet(0.01, minimum_examples=7).split(labels, 5, Rng(0)))) == [7, 7, 7, 7, 72]
 
 
+@pytest.mark.parametrize("cap", [1.0, 1.3])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_full_client_gets_nothing_and_the_others_share_in_proportion(seed: int, cap: float) -> None:
+    """The rule of `cap`, worked out again for one client and class at a time."""
+    labels = np.random.default_rng(seed).permutation(np.repeat([7, 2, 9, 4, 5, 30], 60))
+    partitioner = Dirichlet(0.1, minimum_examples=0, cap=cap)
+    parts = partitioner.split(labels, 4, Rng(seed))
+    check_arrays(parts, 4, len(labels))
+    assert sizes(parts).sum() == len(labels)
+    held, num_full = [0, 0, 0, 0], 0
+    for label in (2, 4, 5, 7, 9, 30):
+        log_weights = partitioner._log_weights(4, Rng(seed).child("draw", 0, "class", label))
+        weights = [np.exp(log_weights[client]) if held[client] < cap * 360 / 4 else 0.0 for client in range(4)]
+        for client in range(4):
+            count = int((labels[parts[client]] == label).sum())
+            assert abs(count - 60 * weights[client] / sum(weights)) < (1 if weights[client] else 1e-9)
+            held[client] += count
+        num_full += weights.count(0.0)
+    assert num_full > 0 or cap > 1
+
+
+def test_the_cap_by_hand() -> None:
+    """Each class goes to one client: that is full with it, and four clients have one of four equal classes each."""
+    labels = np.repeat(np.arange(4), 5)
+    for seed in range(5):
+        parts = Dirichlet(1e-6, minimum_examples=0, cap=1.0).split(labels, 4, Rng(seed))
+        assert sorted(part.tolist() for part in parts) == [list(range(start, start + 5)) for start in (0, 5, 10, 15)]
+        # With twice the mean, two classes fill a client.
+        assert sizes(Dirichlet(1e-6, minimum_examples=0, cap=2.0).split(labels, 4, Rng(seed))).max() <= 10
+
+
+def test_the_cap_bounds_the_largest_client() -> None:
+    labels = np.repeat(np.arange(100), 100)
+    free = sizes(Dirichlet(0.05).split(labels, 10, Rng(0)))
+    capped = sizes(Dirichlet(0.05, cap=1.0).split(labels, 10, Rng(0)))
+    assert capped.max() < 1000 + 100 < 0.8 * free.max()  # the mean and one class
+    assert same(Dirichlet(0.05).split(labels, 10, Rng(0)), Dirichlet(0.05, cap=1e9).split(labels, 10, Rng(0)))
+
+
 @pytest.mark.parametrize("classes_per_client", [1, 2, 3, 7, 10])
 def test_pathological_shares_classes_evenly(classes_per_client: int) -> None:
     held = class_counts(Pathological(classes_per_client).split(LABELS, 23, Rng(0)), LABELS) > 0
@@ -193,6 +235,74 @@ def test_one_more_client_changes_nobody_elses_classes() -> None:
 def test_one_more_client_changes_nobody_elses_few_shots() -> None:
     fewer = FewShot(shots=2).split(LABELS, 20, Rng(0))
     assert same(fewer, FewShot(shots=2).split(LABELS, 21, Rng(0))[:20])
+
+
+@pytest.mark.parametrize("shots", [1, 3, 59, 60])
+def test_few_shot_overlapping_draws_for_each_client_alone(shots: int) -> None:
+    partitioner = FewShotOverlapping(shots)
+    parts = partitioner.split(LABELS, 700, Rng(0))  # more clients than examples
+    check_arrays(parts, 700, len(LABELS), disjoint=False)
+    assert np.all(class_counts(parts, LABELS) == shots)
+    assert same(parts[:30], partitioner.split(LABELS, 30, Rng(0)))
+    assert same(parts[:29], partitioner.split(LABELS, 29, Rng(0)))
+
+
+def test_few_shot_overlapping_draws_every_set_equally_often() -> None:
+    """Of one class of 5 examples, each of the 10 pairs; the number of clients that share a pair is binomial."""
+    parts = FewShotOverlapping(2).split(np.zeros(5, np.int64), 20_000, Rng(0))
+    pairs, counts = np.unique(np.stack(parts), axis=0, return_counts=True)
+    assert pairs.tolist() == [[a, b] for a in range(5) for b in range(a + 1, 5)]
+    assert np.all(np.abs(counts - 2000) < 4 * np.sqrt(20_000 * 0.1 * 0.9))
+
+
+def test_few_shot_overlapping_clients_differ_and_share_examples() -> None:
+    first, second = FewShotOverlapping(40).split(LABELS, 2, Rng(0))
+    shared = class_counts([np.intersect1d(first, second)], LABELS)[0]
+    assert shared.min() >= 20  # 2 * 40 - 60
+    assert shared.max() < 40
+
+
+@settings(max_examples=60, deadline=None)
+@given(label_arrays(), st.integers(1, 20), st.integers(1, 8), st.integers(0, 5))
+def test_few_shot_chunks_keeps_its_promises_or_says_what_is_possible(
+    labels: np.ndarray, num_clients: int, shots: int, seed: int
+) -> None:
+    _, class_sizes = np.unique(labels, return_counts=True)
+    most_shots, most_clients = int(class_sizes.min()), len(class_sizes)
+    if num_clients > most_clients:
+        with pytest.raises(UserError, match=rf"^clients\.number: expected 1 to {most_clients} \(the classes\)"):
+            FewShotChunks(shots).split(labels, num_clients, Rng(seed))
+        num_clients = most_clients
+    if shots > most_shots:
+        with pytest.raises(UserError, match=rf"^partition\.shots: .* at most {most_shots} shots$"):
+            FewShotChunks(shots).split(labels, num_clients, Rng(seed))
+        shots = most_shots
+    parts = FewShotChunks(shots).split(labels, num_clients, Rng(seed))
+    check_arrays(parts, num_clients, len(labels))
+    counts = class_counts(parts, labels)
+    assert set(np.unique(counts)) <= {0, shots}
+    assert np.all((counts > 0).sum(axis=0) == 1)  # every class at exactly one client
+    assert np.ptp((counts > 0).sum(axis=1)) <= 1
+
+
+def test_few_shot_chunks_by_hand() -> None:
+    """Five classes of two examples, all of them taken: two clients have two and three classes, whichever they are."""
+    labels = np.array([0, 1, 2, 3, 4, 4, 3, 2, 1, 0])
+    held = []
+    for seed in range(40):
+        parts = FewShotChunks(2).split(labels, 2, Rng(seed))
+        classes = [sorted(set(labels[part].tolist())) for part in parts]
+        assert sorted(map(len, classes)) == [2, 3]
+        assert sorted(classes[0] + classes[1]) == [0, 1, 2, 3, 4]
+        assert [part.tolist() for part in parts] == [sorted([*own, *(9 - label for label in own)]) for own in classes]
+        held += classes
+    assert len({tuple(own) for own in held if len(own) == 2}) == 10  # every pair of classes comes up
+
+
+def test_few_shot_chunks_take_random_examples_of_a_class() -> None:
+    labels = np.zeros(6, np.int64)
+    taken = {tuple(FewShotChunks(2).split(labels, 1, Rng(seed))[0].tolist()) for seed in range(100)}
+    assert len(taken) == 15
 
 
 def test_one_more_class_leaves_the_others_alone() -> None:
@@ -250,6 +360,11 @@ IMPOSSIBLE = [
     (FewShot(61), 61, "partition.shots: .* at most 60 clients with 1 shot"),
     (FewShot(16, "pathological", 2), 20, "partition.shots: .* at most 15 shots or 15 clients"),
     (FewShot(1, "pathological", 11), 2, "partition.classes_per_client: expected at most 10 .*, got 11"),
+    (FewShotOverlapping(61), 6, "partition.shots: .* 61 shots of each class: expected at most 60 shots$"),
+    (FewShotOverlapping(3), 0, "clients.number: expected at least 1, got 0"),
+    (FewShotChunks(61), 6, "partition.shots: .* 61 shots of each class: expected at most 60 shots$"),
+    (FewShotChunks(3), 11, r"clients.number: expected 1 to 10 \(the classes\), got 11"),
+    (FewShotChunks(3), 0, r"clients.number: expected 1 to 10 \(the classes\), got 0"),
     (Natural(), 3, "partition: the data name no clients"),
 ]
 
@@ -271,11 +386,14 @@ def test_natural_says_how_many_clients_the_data_name() -> None:
     [
         (Dirichlet, {"concentration": 0.0}, "concentration"),
         (Dirichlet, {"minimum_examples": -1}, "minimum_examples"),
+        (Dirichlet, {"cap": 0.9}, "cap"),
         (Pathological, {"classes_per_client": 0}, "classes_per_client"),
         (Shards, {"shards_per_client": 0}, "shards_per_client"),
         (FewShot, {"mode": "other"}, "mode"),
         (FewShot, {"mode": "iid", "classes_per_client": 2}, "classes_per_client"),
         (FewShot, {"mode": "pathological"}, "classes_per_client"),
+        (FewShotOverlapping, {"shots": 0}, "shots"),
+        (FewShotChunks, {"shots": 0}, "shots"),
         (Quantity, {"sigma": -1.0}, "sigma"),
     ],
 )
@@ -287,7 +405,10 @@ def test_options_are_checked(build: type[Partitioner], options: dict[str, Any], 
 
 @pytest.mark.parametrize(
     "partitioner",
-    [Iid(), Dirichlet(0.1), Pathological(2), Shards(2), FewShot(1, "pathological", 2), Quantity(2.0)],
+    [
+        *(Iid(), Dirichlet(0.1), Dirichlet(0.1, cap=1.0), Pathological(2), Shards(2), Quantity(2.0)),
+        *(FewShot(1, "pathological", 2), FewShotOverlapping(16)),
+    ],
     ids=repr,
 )
 def test_a_hundred_thousand_clients_take_seconds(partitioner: Partitioner) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 from PIL import Image
+from torchvision.datasets import utils
 
-from flora.data.tiny_imagenet import TinyImageNet
+from flora.data.class_names import TINY_IMAGENET
+from flora.data.tiny_imagenet import MD5, SOURCE, TinyImageNet
 from flora.errors import UserError
 from flora.rng import Rng
 
@@ -48,7 +52,7 @@ def test_what_is_missing_is_named(root: Path, name: str) -> None:
     path.rename(path.with_name("hidden"))
     with pytest.raises(UserError) as caught:
         TinyImageNet(root=str(root)).load(Rng(0))
-    assert f"Tiny-ImageNet: it is not there; expected {path}; unpack http" in str(caught.value)
+    assert f"Tiny-ImageNet: it is not complete; expected {path}; unpack http" in str(caught.value)
 
 
 @pytest.mark.parametrize("line", ["val_0.JPEG\tn09\n", "../../secret\tn01\n", "nonsense\n"])
@@ -62,3 +66,77 @@ def test_a_class_without_a_name(root: Path) -> None:
     (root / "tiny-imagenet-200" / "words.txt").write_text("n01\tgoldfish\n")
     with pytest.raises(UserError, match=r"words\.txt has no name for n02"):
         TinyImageNet(root=str(root)).load(Rng(0))
+
+
+def test_a_name_that_means_something_else_is_replaced(root: Path) -> None:
+    folder = root / "tiny-imagenet-200"
+    (folder / "train" / "n02").rename(folder / "train" / "n02231487")
+    (folder / "wnids.txt").write_text("n02231487\nn01\n")
+    (folder / "words.txt").write_text("n01\tgoldfish\nn02231487\twalking stick, walkingstick, stick insect\n")
+    annotations = folder / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text().replace("n02", "n02231487"))
+    assert TinyImageNet(root=str(root)).load(Rng(0)).class_names == ("stick insect", "goldfish")
+
+
+def test_the_replacing_names_are_distinct() -> None:
+    assert len(set(TINY_IMAGENET.values())) == len(TINY_IMAGENET)
+
+
+def failure(dataset: TinyImageNet) -> str:
+    """The message of the `UserError` that loading raises, which is one line."""
+    with pytest.raises(UserError) as caught:
+        dataset.load(Rng(0))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_folder_says_how_to_get_it(tmp_path: Path) -> None:
+    message = failure(TinyImageNet(root=str(tmp_path / "no")))
+    assert message == (
+        f"data.root: {tmp_path}/no: Tiny-ImageNet: it is not there; expected {tmp_path}/no/tiny-imagenet-200; "
+        "set data.download=true to fetch it (or the right root)"
+    )
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_download_is_unpacked_once(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = shutil.make_archive(str(tmp_path / "made"), "zip", root, "tiny-imagenet-200")
+    expected = TinyImageNet(root=str(root)).load(Rng(0))
+    calls = []
+
+    def download_url(url: str, folder: str, filename: str, md5: str) -> None:
+        calls.append((url, md5))
+        shutil.copy(archive, Path(folder) / filename)
+
+    monkeypatch.setattr(utils, "download_url", download_url)
+    dataset = TinyImageNet(root=str(tmp_path / "new" / "data"), download=True)
+    for _ in range(2):
+        data = dataset.load(Rng(0))
+        assert data.class_names == expected.class_names
+        assert data.train.labels.tolist() == expected.train.labels.tolist()
+        assert data.test.open(0).size == (64, 64)
+    assert calls == [(SOURCE, MD5)]
+    found = {path.name for path in (tmp_path / "new" / "data").iterdir()}
+    assert found == {"tiny-imagenet-200", "tiny-imagenet-200.zip"}
+
+
+@pytest.mark.parametrize("error", [URLError("no network"), RuntimeError("File not found\nor corrupted."), EOFError()])
+def test_a_failed_download_is_one_line(tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download_url(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(utils, "download_url", download_url)
+    message = failure(TinyImageNet(root=str(tmp_path), download=True))
+    reason = " ".join(str(error).split()) or "EOFError"
+    expected = f"the download failed ({reason}); expected {tmp_path}/tiny-imagenet-200"
+    assert message == f"data.root: {tmp_path}: Tiny-ImageNet: {expected}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_archive_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download_url(url: str, folder: str, filename: str, md5: str) -> None:
+        (Path(folder) / filename).write_text("not a zip file")
+
+    monkeypatch.setattr(utils, "download_url", download_url)
+    assert "the download failed (File is not a zip file); expected" in failure(TinyImageNet(str(tmp_path), True))
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-imagenet-200.zip"]

@@ -65,6 +65,35 @@ CALTECH101: Mapping[str, str] = MappingProxyType(
 
 FLOWERS102: Mapping[str, str] = MappingProxyType({"pink-yellow dahlia?": "pink-yellow dahlia"})
 
+# By WordNet's id: classes whose first synonym means something else on its own ("walking stick", an insect here) or is
+# rare. The names are other synonyms, or those that CLIP's prompts for ImageNet use (github.com/openai/CLIP, notebooks).
+TINY_IMAGENET: Mapping[str, str] = MappingProxyType(
+    {
+        "n01774384": "black widow spider",
+        "n02123045": "tabby cat",
+        "n02231487": "stick insect",
+        "n02236044": "praying mantis",
+        "n02279972": "monarch butterfly",
+        "n02415577": "bighorn sheep",
+        "n02509815": "red panda",
+        "n02814533": "station wagon",
+        "n02814860": "lighthouse",
+        "n02892201": "brass memorial plaque",
+        "n03014705": "storage chest",
+        "n03089624": "candy store",
+        "n03126707": "construction crane",
+        "n03424325": "gas mask",
+        "n03599486": "rickshaw",
+        "n03804744": "metal nail",
+        "n03854065": "pipe organ",
+        "n03902125": "payphone",
+        "n04008634": "missile",
+        "n04067472": "fishing reel",
+        "n04399382": "teddy bear",
+        "n09193705": "mountain",
+    }
+)
+
 # Folders are named after countries' ISO 3166 codes (and XK).
 _COUNTRIES = """
 AD Andorra; AE United Arab Emirates; AF Afghanistan; AG Antigua and Barbuda; AI Anguilla; AL Albania; AM Armenia;

@@ -30,7 +30,7 @@ class Partitioner(Component):
         """
 
 
-# Every partitioner fills in `owner` (N,): the client that each example goes to, -1 for an example left out.
+# A partitioner whose clients share no example fills in `owner` (N,): the client of each example, -1 for one left out.
 
 
 def _collect(owner: np.ndarray, num_owners: int) -> list[np.ndarray]:
@@ -107,6 +107,28 @@ def _holders(num_classes: int, classes_per_client: int, num_clients: int, rng: R
     return [positions // classes_per_client for positions in _collect(cards, num_classes)]
 
 
+def _require_shots_of_each(classes: dict[int, np.ndarray], shots: int) -> None:
+    """Raise `UserError`, with the largest possible shots, unless every class has `shots` examples."""
+    most_shots = min((len(members) for members in classes.values()), default=0)
+    if shots > most_shots:
+        raise UserError(
+            f"partition.shots: too few examples for {shots} shots of each class: expected at most {most_shots} shots"
+        )
+
+
+def _draw_subsets(size: int, rng: Rng, *, num_subsets: int, subset_size: int) -> np.ndarray:
+    """Return `(num_subsets, subset_size)`: in each row distinct numbers below `size`, each set of them equally likely.
+
+    One more row changes no other row. Source: Robert Floyd's algorithm (CACM 30(9), 1987), on all rows at once.
+    """
+    lasts = np.arange(size - subset_size, size)
+    drawn = rng.numpy().integers(lasts + 1, size=(num_subsets, subset_size))
+    for column, last in enumerate(lasts.tolist()):
+        taken = (drawn[:, :column] == drawn[:, column, None]).any(axis=1)
+        drawn[taken, column] = last
+    return drawn
+
+
 @register("iid")
 @dataclass(frozen=True)
 class Iid(Partitioner):
@@ -131,12 +153,21 @@ class Dirichlet(Partitioner):
 
     Complete: every example is dealt exactly once, and every client has at least `minimum_examples`. A draw that leaves
     a client short is repeated; after `MAX_DRAWS`, random examples move from the largest clients to those still short.
+    With a `cap`, the classes are dealt in the order of their labels: of each, the clients that have `cap` times N / K
+    examples or more get nothing, and the others share it in proportion. A client may pass the cap with one class.
 
-    Source: Yurochkin et al., arXiv:1905.12022, the experiments. Differs from the paper: the minimum.
+    Source: Yurochkin et al., arXiv:1905.12022, the experiments. Differs from the paper: the minimum and the cap, which,
+    at 1, is the rule of NIID-Bench (arXiv:2102.02079), FedML and the released code of FLoRA (arXiv:2404.15182).
     """
 
     concentration: float = option("small: each class at few clients; large: all clients alike", 0.5, above=0)
     minimum_examples: int = option("examples that every client has at least", 1, at_least=0)
+    cap: float | None = option(
+        "a client that holds this many times the mean number of examples gets nothing of the classes to come; "
+        "none: no cap",
+        None,
+        at_least=1,
+    )
 
     def split(
         self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
@@ -145,10 +176,16 @@ class Dirichlet(Partitioner):
         classes = _classes(labels)
         owner = np.empty(len(labels), np.int64)
         for draw in range(MAX_DRAWS):
+            sizes = np.zeros(num_clients, np.int64)
             for label, members in classes.items():
                 class_rng = rng.child("draw", draw, "class", label)
-                _deal(owner, members, self._log_weights(num_clients, class_rng), class_rng)
-            if np.bincount(owner, minlength=num_clients).min() >= self.minimum_examples:
+                log_weights = self._log_weights(num_clients, class_rng)
+                if self.cap is not None:
+                    # Never all clients: while examples are left, the smallest client has fewer than the mean.
+                    log_weights[sizes * num_clients >= self.cap * len(labels)] = -np.inf
+                _deal(owner, members, log_weights, class_rng)
+                sizes += np.bincount(owner[members], minlength=num_clients)
+            if sizes.min() >= self.minimum_examples:
                 break
         _raise_to_minimum(owner, num_clients, self.minimum_examples, rng)
         return _collect(owner, num_clients)
@@ -298,6 +335,61 @@ class FewShot(Partitioner):
             f"partition.shots: too few examples for {num_clients} clients with {self.shots} shots of each of "
             f"{per_client} classes: expected at most {' or '.join(possible)}"
         )
+
+
+@register("few_shot_overlapping")
+@dataclass(frozen=True)
+class FewShotOverlapping(Partitioner):
+    """Every client draws `shots` examples of each class on its own, so clients may share examples.
+
+    No client has an example twice. There may be more clients than examples, and one more client changes nobody else's.
+
+    Source: the few-shot iid setting in the released code of FLoRA (arXiv:2404.15182).
+    """
+
+    shots: int = option("examples of each class that a client gets", 16, at_least=1)
+
+    def split(
+        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        if num_clients < 1:
+            raise UserError(f"clients.number: expected at least 1, got {num_clients}")
+        classes = _classes(labels)
+        _require_shots_of_each(classes, self.shots)
+        drawn = []
+        for label, members in classes.items():
+            class_rng = rng.child("class", label)
+            drawn.append(
+                members[_draw_subsets(len(members), class_rng, num_subsets=num_clients, subset_size=self.shots)]
+            )
+        return list(np.sort(np.concatenate(drawn, axis=1), axis=1))
+
+
+@register("few_shot_chunks")
+@dataclass(frozen=True)
+class FewShotChunks(Partitioner):
+    """Every client gets `shots` examples of each of its classes, and no class belongs to two clients.
+
+    All classes are dealt, at random, and the clients' numbers of classes differ by at most one. No example goes to two
+    clients; those left over go to none.
+
+    Source: the few-shot pathological setting in the released code of FLoRA (arXiv:2404.15182).
+    """
+
+    shots: int = option("examples of each of its classes that a client gets", 16, at_least=1)
+
+    def split(
+        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        classes = _classes(labels)
+        if not 1 <= num_clients <= len(classes):
+            raise UserError(f"clients.number: expected 1 to {len(classes)} (the classes), got {num_clients}")
+        _require_shots_of_each(classes, self.shots)
+        clients = rng.child("classes").numpy().permutation(len(classes)) * num_clients // len(classes)
+        owner = np.full(len(labels), -1, np.int64)
+        for (label, members), client in zip(classes.items(), clients.tolist(), strict=True):
+            owner[rng.child("class", label).numpy().permutation(members)[: self.shots]] = client
+        return _collect(owner, num_clients)
 
 
 @register("quantity")

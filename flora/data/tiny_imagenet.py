@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torchvision.datasets import utils
 
+from flora.data.class_names import TINY_IMAGENET
 from flora.data.datasets import Dataset, ImageData, ImageFiles, Split
 from flora.data.folders import image_paths
 from flora.errors import UserError
@@ -15,6 +18,7 @@ from flora.registry import option, register
 from flora.rng import Rng
 
 SOURCE = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 @register("tiny_imagenet")
@@ -23,14 +27,20 @@ class TinyImageNet(Dataset):
     """Tiny-ImageNet: 100,000 + 10,000 photos, 64 px, 200 classes.
 
     Its validation images are those to test on, because its test images have no labels. Class i is the i-th line of
-    `wnids.txt`; its name is the first of its synonyms in `words.txt`.
+    `wnids.txt`; its name is the first of its synonyms in `words.txt`, or a clearer one from `class_names.py`.
     """
 
     root: str = option("folder that holds the folder tiny-imagenet-200", "data")
+    download: bool = option("fetch the data set into root if it is not there", False)
 
     def load(self, rng: Rng) -> ImageData:
-        """Index the images without decoding them. Raises `UserError` if something of the archive is not there."""
+        """Index the images without decoding them.
+
+        Raises `UserError` if something of the archive is not there or can't be downloaded.
+        """
         folder = Path(os.path.expanduser(self.root)) / "tiny-imagenet-200"
+        if not folder.is_dir():
+            self._fetch(folder)
         wnids = [line.strip() for line in self._lines(folder / "wnids.txt")]
         words = dict(line.split("\t", 1) for line in self._lines(folder / "words.txt") if "\t" in line)
         unknown = next((wnid for wnid in wnids if wnid not in words), None)
@@ -51,7 +61,24 @@ class TinyImageNet(Dataset):
                     f"{annotations}: expected an image and one of {len(wnids)} classes, got {line[:80]!r}"
                 )
             test.append((folder / "val" / "images" / name, index[wnid]))
-        return ImageData(_split(train), _split(test), tuple(words[wnid].split(",")[0].strip() for wnid in wnids))
+        names = tuple(TINY_IMAGENET.get(wnid, words[wnid].split(",")[0].strip()) for wnid in wnids)
+        return ImageData(_split(train), _split(test), names)
+
+    def _fetch(self, folder: Path) -> None:
+        """Download and unpack `folder`. Raises `UserError` if that isn't asked for or doesn't succeed."""
+        if not self.download:
+            raise self._error(
+                f"it is not there; expected {folder}; set data.download=true to fetch it (or the right root)"
+            )
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # Unpacked beside its place, then moved there: what a broken run leaves is never taken for the data.
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tiny-imagenet-") as unpacked:
+                utils.download_and_extract_archive(SOURCE, str(folder.parent), unpacked, md5=MD5)
+                os.replace(Path(unpacked) / folder.name, folder)
+        except Exception as error:  # Downloads and archives raise errors of all kinds.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise self._error(f"the download failed ({reason}); expected {folder}") from error
 
     def _folder(self, path: Path) -> Path:
         if not path.is_dir():
@@ -67,7 +94,7 @@ class TinyImageNet(Dataset):
             raise self._error(f"{path}: {error}") from None
 
     def _missing(self, path: Path) -> UserError:
-        return self._error(f"it is not there; expected {path}; unpack {SOURCE} there")
+        return self._error(f"it is not complete; expected {path}; unpack {SOURCE} again")
 
     def _error(self, message: str) -> UserError:
         return UserError(f"data.root: {self.root}: Tiny-ImageNet: {message}")
