@@ -1,7 +1,7 @@
 """Importing this module registers every component that the package ships."""
 
 from flora.clip import adapters, baselines
-from flora.data import augmentation, digits, folders, glyphs, partition, tiny_imagenet, torchvision_sets
+from flora.data import augmentation, digits, folders, glyphs, partition, splits, tiny_imagenet, torchvision_sets
 from flora.federated import aggregation, objectives, optimizers, sampling
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "optimizers",
     "partition",
     "sampling",
+    "splits",
     "tiny_imagenet",
     "torchvision_sets",
 ]

@@ -23,6 +23,7 @@ from flora.clip.towers import SpeedOptions
 from flora.data.datasets import Dataset
 from flora.data.partition import Partitioner
 from flora.data.prompts import PromptOptions
+from flora.data.splits import Official, Splitter
 from flora.errors import UserError
 from flora.federated.aggregation import FedAvg, Strategy
 from flora.federated.cache import CacheOptions
@@ -30,6 +31,7 @@ from flora.federated.evaluation import EvaluationOptions
 from flora.federated.local import LocalTraining
 from flora.federated.sampling import Sampler, Uniform
 from flora.federated.screening import Screening
+from flora.protocols import DEFAULT, PROTOCOLS, with_protocol
 from flora.registry import Component, OptionError, Options, components, name_of, option, suggest
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -44,11 +46,17 @@ class ClientOptions(Options):
     """The virtual clients."""
 
     number: int = option("how many virtual clients there are", 10, at_least=1)
+    pooled: bool = option("one client trains on what all of them would have: centralised training", False)
     cohort: Sampler = option("which of them take part in a round", Uniform())
     holdout_fraction: float = option("share of a client's examples kept for its own test", 0.2, at_least=0, below=1)
     per_block: int | None = option(
         "clients trained in one step; changes the speed only; none: automatic", None, at_least=1
     )
+
+    @property
+    def number_training(self) -> int:
+        """How many clients there are to train: one where they are pooled."""
+        return 1 if self.pooled else self.number
 
 
 @dataclass(frozen=True)
@@ -65,12 +73,14 @@ class ExperimentConfig(Options):
 
     data: Dataset = option("where the images come from")
     partition: Partitioner = option("how the training examples are dealt out to the clients")
+    protocol: str = option("the set of values below this file's own", DEFAULT, choices=tuple(PROTOCOLS))
     name: str = option("the run's name, and its folder's below `output`; none: the file's name", "")
     seed: int = option("root of all random numbers", 0, at_least=0)
     rounds: int = option("rounds of federated training; 0: zero-shot only", 20, at_least=0)
     device: str = option("auto (cuda if there is one, else cpu), cpu, cuda or cuda:N", "auto")
     threads: int | None = option("threads of a CPU operation; none: PyTorch's choice", None, at_least=1, at_most=1024)
     output: str = option("folder that run directories are made in", "runs")
+    split: Splitter = option("which images are trained on and which are the common test set", Official())
     backbone: Backbone = option("the frozen model", Backbone())
     adapter: Adapter = option("what the clients train", Lora())
     prompts: PromptOptions = option("the texts that stand for the classes", PromptOptions())
@@ -128,7 +138,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
 
 def parse_config(raw: Mapping[str, Any]) -> ExperimentConfig:
     """A checked config from nested mappings. Raises `OptionError` naming the dotted key."""
-    config: ExperimentConfig = _parse(ExperimentConfig, raw, "")
+    config: ExperimentConfig = _parse(ExperimentConfig, with_protocol(raw), "")
     name = config.name
     if name in (".", "..") or not name.isprintable() or name != name.strip() or "/" in name or "\\" in name:
         raise OptionError("name", f"expected a plain folder name, got {name!r}")

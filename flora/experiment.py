@@ -62,16 +62,17 @@ def check_experiment(config: ExperimentConfig) -> None:
     with _below("adapter"):
         config.adapter.check_fits(architecture)
     with _below("clients.cohort"):
-        config.clients.cohort.cohort_size(config.clients.number)
+        config.clients.cohort.cohort_size(config.clients.number_training)
     if config.cache.enabled and config.local.augmentation.changes_images:
         raise OptionError(
             "cache.enabled",
             "expected false or null where local.augmentation changes images: their features can't be kept",
         )
-    if config.evaluation.num_alone > config.clients.number:
+    if config.evaluation.num_alone > config.clients.number_training:
         raise OptionError(
             "evaluation.num_alone",
-            f"expected at most clients.number, {config.clients.number}, got {config.evaluation.num_alone}",
+            f"expected at most {config.clients.number_training}, the clients there are, "
+            f"got {config.evaluation.num_alone}",
         )
 
 
@@ -91,7 +92,7 @@ def build_experiment(
     check_experiment(config)
     rng = Rng(config.seed)
     device = choose_device(config.device)
-    data = config.data.load(rng.child("data"))
+    data = config.split.split(config.data.load(rng.child("data")), rng.child("split"))
     with _below("prompts"):
         class_names = config.prompts.rename(data.class_names)
     clip = config.backbone.load(device, rng.child("backbone"))
@@ -211,6 +212,8 @@ def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:
 def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | None, rng: Rng) -> list[ClientData]:
     """Each client's share of the training examples. Raises `UserError` if one would have nothing to train on."""
     parts = config.partition.split(labels, config.clients.number, rng.child("partition"), groups=groups)
+    if config.clients.pooled:
+        parts = [np.unique(np.concatenate(parts))]
     fraction = config.clients.holdout_fraction
     clients = [hold_out(part, fraction, rng.child("holdout", index)) for index, part in enumerate(parts)]
     empty = [index for index, client in enumerate(clients) if not len(client.train)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flora import catalogue  # noqa: F401  (registers the components)
+from flora import catalogue, protocols  # noqa: F401  (the catalogue registers the components)
 from flora.config import ExperimentConfig, config_to_dict
+from flora.protocols import PROTOCOLS
 from flora.registry import Bounds, Component, Options, components, kinds, name_of
 
 
@@ -20,6 +21,9 @@ def list_components() -> str:
         parts += ["", f"{kind.__name__.upper()}: {_summary(kind)}"]
         for name, component in components(kind).items():
             parts += [f"  {name}: {_summary(component)}", *_options(component, 6)]
+    parts += ["", "PROTOCOLS: sets of values below an experiment's own"]
+    for name, protocol in PROTOCOLS.items():
+        parts += [f"  {name}: {protocol.about}", *(f"      {line}" for line in protocols.lines(protocol))]
     return "\n".join(parts)
 
 

@@ -54,9 +54,8 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
     if summary.alone_accuracy_mean is not None:
         note = f"(mean of {summary.num_alone}; the best {percent(summary.alone_accuracy_best)})"
         rows.append(("one client alone", f"{percent(summary.alone_accuracy_mean)}   {note}"))
-    share = summary.trainable_parameters / summary.backbone_parameters
     rows += [
-        ("trained parameters", f"{summary.trainable_parameters:,} of {summary.backbone_parameters:,} ({share:.2%})"),
+        ("trained parameters", _trained(summary)),
         ("sent up, down", f"{size(summary.total_uplink_bytes)}, {size(summary.total_downlink_bytes)}"),
         ("training, evaluation", f"{summary.train_seconds:.1f} s, {summary.eval_seconds:.1f} s"),
         ("whole run", f"{summary.wall_seconds:.1f} s, peak memory {size(summary.peak_memory_bytes)}"),
@@ -65,6 +64,11 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
         rows.insert(-3, ("updates left out", f"{summary.num_rejected}   (rounds.jsonl says why)"))
     width = max(len(title) for title, _ in rows)
     return ["", *(f"  {title:<{width}}  {value}" for title, value in rows), "", final_line(summary, config)]
+
+
+def _trained(summary: Summary) -> str:
+    trained, of_all = summary.trainable_parameters, summary.backbone_parameters
+    return f"{trained:,} of {of_all:,}" + (f"   ({of_all // trained:,} x fewer)" if trained < of_all else "")
 
 
 def final_line(summary: Summary, config: ExperimentConfig) -> str:

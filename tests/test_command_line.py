@@ -118,6 +118,24 @@ def test_the_report_is_the_summary(config_file: str, runs: Path, capsys: Capture
     assert f"{summary['trainable_parameters']:,} of {summary['backbone_parameters']:,}" in out
 
 
+def test_pooled_clients_are_one_that_has_what_all_would(config_file: str, runs: Path) -> None:
+    few_shots = "partition={name: few_shot, shots: 2}"
+    dealt, pooled = ([config_file, few_shots, f"name={name}"] for name in ("dealt", "pooled"))
+    assert main(dealt) == 0
+    assert main([*pooled, "clients.pooled=true"]) == 0
+    counts = {}
+    for name in ("dealt", "pooled"):
+        clients = json.loads((runs / name / "partition.json").read_text())["clients"]
+        counts[name] = sum(client["num_train"] + client["num_held_out"] for client in clients)
+        assert len(clients) == {"dealt": 4, "pooled": 1}[name]
+    assert counts["dealt"] == counts["pooled"] == 2 * 3 * 4
+    # Where examples belong to several clients the pool has each of them once.
+    overlapping = "partition={name: few_shot_overlapping, shots: 12}"
+    assert main([config_file, overlapping, "clients.pooled=true", "name=overlapping"]) == 0
+    (client,) = json.loads((runs / "overlapping" / "partition.json").read_text())["clients"]
+    assert 2 * 3 * 12 // 3 < client["num_train"] + client["num_held_out"] <= 60
+
+
 def test_zero_rounds_are_zero_shot(config_file: str, runs: Path, capsys: Capture) -> None:
     assert main([config_file, "rounds=0"]) == 0
     assert len((runs / "mine" / "rounds.jsonl").read_text().splitlines()) == 1
@@ -298,7 +316,7 @@ def test_a_value_longer_than_any_file_name(config_file: str, refused: Callable[.
         (["clients.number=50", "partition.minimum_examples=0", "local.steps=2"], "partition: "),
         (["clients.number=50", "partition.minimum_examples=0", "clients.cohort=by_size"], "partition: "),
         (["clients.cohort.number=5"], "clients.cohort.number: expected at most the number of clients, 4, got 5"),
-        (["evaluation.num_alone=5"], "evaluation.num_alone: expected at most clients.number, 4, got 5"),
+        (["evaluation.num_alone=5"], "evaluation.num_alone: expected at most 4, the clients there are, got 5"),
         (
             ["partition=pathological", "partition.classes_per_client=4"],
             "partition.classes_per_client: expected at most ",

@@ -181,6 +181,14 @@ def test_the_list_has_every_component_and_option() -> None:
             assert any(line.startswith(f"  {field.name}: ") and field.metadata["help"] in line for line in lines)
 
 
+def test_the_list_shows_what_protocols_set() -> None:
+    text = list_components()
+    assert "\n  paper: as FLoRA's released code (arXiv:2404.15182)\n" in text
+    assert "\n      local.learning_rate: 5e-05\n" in text
+    assert "\n      adapter.alpha: 32.0  (where adapter is lora)\n" in text
+    assert "\n      partition.cap: 1.0  (where partition is dirichlet)\n" in text
+
+
 def test_the_list_shows_defaults_and_bounds() -> None:
     text = list_components()
     assert "  seed: 0  root of all random numbers [a number at least 0]" in text

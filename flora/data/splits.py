@@ -1,0 +1,134 @@
+"""Which images are trained on and which are the common test set."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from flora.data.datasets import ImageData, ImageSource, Split, stratified_split
+from flora.errors import UserError
+from flora.registry import Component, option, register
+from flora.rng import Rng
+
+
+@dataclass(frozen=True)
+class Splitter(Component):
+    """Which images are trained on and which are the common test set."""
+
+    @abstractmethod
+    def split(self, data: ImageData, rng: Rng) -> ImageData:
+        """The same images, or some of them, in the splits to use. Raises `UserError` if one would be empty."""
+
+
+@register("official")
+@dataclass(frozen=True)
+class Official(Splitter):
+    """The data set's own splits; where it has none, a seeded stratified share to test on (`data.test_fraction`)."""
+
+    def split(self, data: ImageData, rng: Rng) -> ImageData:
+        return data
+
+
+@register("merged")
+@dataclass(frozen=True)
+class Merged(Splitter):
+    """All images together, a random share of them to test on, whatever their class (as FLoRA's code, arXiv:2404.15182).
+
+    Figures are not comparable with those on official test images, some of which are now trained on.
+    """
+
+    test_fraction: float = option("share of all images to test on", 0.2, above=0, below=1)
+
+    def split(self, data: ImageData, rng: Rng) -> ImageData:
+        whole = _together(data.train, data.test)
+        order = rng.numpy().permutation(len(whole))
+        num_test = round(len(whole) * self.test_fraction)
+        _require("split.test_fraction", len(whole) - num_test, num_test)
+        test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
+        return ImageData(whole.subset(train), whole.subset(test), data.class_names)
+
+
+@register("validation")
+@dataclass(frozen=True)
+class Validation(Splitter):
+    """A stratified share of the training images to test on; the test images stay unread. For choosing settings."""
+
+    fraction: float = option("share of the training images to test on", 0.2, above=0, below=1)
+
+    def split(self, data: ImageData, rng: Rng) -> ImageData:
+        train, test = stratified_split(data.train.labels, self.fraction, rng)
+        _require("split.fraction", len(train), len(test))
+        return ImageData(data.train.subset(train), data.train.subset(test), data.class_names)
+
+
+@register("sample")
+@dataclass(frozen=True)
+class Sample(Splitter):
+    """A random sample of what another splitter gives, for a quick look at large data; fewer images are taken whole."""
+
+    num_train: int = option("images to train on", 10_000, at_least=1)
+    num_test: int = option("images to test on", 2_000, at_least=1)
+    of: Splitter = option("what the sample is drawn from", Official())
+
+    def split(self, data: ImageData, rng: Rng) -> ImageData:
+        data = self.of.split(data, rng.child("of"))
+        train = _some(data.train, self.num_train, rng.child("train"))
+        return ImageData(train, _some(data.test, self.num_test, rng.child("test")), data.class_names)
+
+
+def _some(split: Split, number: int, rng: Rng) -> Split:
+    return split.subset(np.sort(rng.numpy().permutation(len(split))[:number]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Concatenation:
+    """Two sources as one: the images of the second follow those of the first."""
+
+    first: ImageSource
+    second: ImageSource
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def name(self, index: int) -> str:
+        return self.first.name(index) if index < len(self.first) else self.second.name(index - len(self.first))
+
+    def open(self, index: int) -> Image.Image:
+        return self.first.open(index) if index < len(self.first) else self.second.open(index - len(self.first))
+
+    def fingerprint(self, indices: np.ndarray) -> str:
+        first, second = self._parts(indices)
+        return _joint(self.first.fingerprint(first), self.second.fingerprint(second))
+
+    def contents(self, indices: np.ndarray) -> str:
+        first, second = self._parts(indices)
+        return _joint(self.first.contents(first), self.second.contents(second), (indices < len(self.first)).tobytes())
+
+    def _parts(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cut = len(self.first)
+        return indices[indices < cut], indices[indices >= cut] - cut
+
+
+def _joint(first: str, second: str, order: bytes = b"") -> str:
+    return hashlib.sha256(f"{first} {second} ".encode() + order).hexdigest()
+
+
+def _together(train: Split, test: Split) -> Split:
+    """The examples of both splits, those of `train` first."""
+    same = train.source is test.source
+    source = train.source if same else _Concatenation(train.source, test.source)
+    positions = np.concatenate([train.positions, test.positions + (0 if same else len(train.source))])
+    groups = None
+    if train.groups is not None and test.groups is not None:
+        groups = np.concatenate([train.groups, test.groups])
+    return Split(source, positions, np.concatenate([train.labels, test.labels]), groups)
+
+
+def _require(option: str, num_train: int, num_test: int) -> None:
+    for name, number in (("train", num_train), ("test", num_test)):
+        if not number:
+            raise UserError(f"{option}: of {num_train + num_test} images none would be left to {name} on")

@@ -1,0 +1,144 @@
+"""Named sets of values that lie below an experiment's own: what it doesn't say, its protocol does.
+
+`PROTOCOLS[name]` is a protocol. Its `values` are nested like a YAML file's. Its `options` say, by the dotted key of a
+component and by the component's name, what that component's options are wherever it is chosen. Its `methods` are
+values too, by what clients train (`adapter`), and lie above `values`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+Nested = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What an experiment is where its own file doesn't say."""
+
+    about: str
+    values: Nested = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Nested]] = field(default_factory=dict)
+    methods: Mapping[str, Nested] = field(default_factory=dict)
+
+
+_PAPER = Protocol(
+    about="as FLoRA's released code (arXiv:2404.15182)",
+    values={
+        "rounds": 50,
+        "backbone": {"model": "ViT-B-32-quickgelu", "weights": "openai"},
+        "split": "merged",
+        "adapter": "lora",
+        "clients": {"number": 10, "cohort": "uniform", "holdout_fraction": 0.0},
+        "local": {
+            "learning_rate": 5e-5,
+            "epochs": 1,
+            "batch_size": 128,
+            "optimizer": "adam",
+            "optimizer_state": "kept",
+            "schedule": "constant",
+            "clip_norm": None,
+            "objective": "contrastive",
+            "augmentation": "none",
+        },
+        "server": {"strategy": "fedavg"},
+    },
+    options={
+        "adapter": {
+            "lora": {
+                "towers": ["text"],
+                "targets": ["out"],
+                "layers": None,
+                "rank": 2,
+                "alpha": 32.0,
+                "scaling": "alpha",
+                "dropout": 0.0,
+                "init": "normal",
+            }
+        },
+        "split": {"merged": {"test_fraction": 0.2}},
+        "partition": {
+            "dirichlet": {"concentration": 0.1, "minimum_examples": 1, "cap": 1.0},
+            "pathological": {"classes_per_client": 4},
+            "few_shot_overlapping": {"shots": 16},
+            "few_shot_chunks": {"shots": 16},
+        },
+        "local.optimizer": {"adam": {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}},
+        "server.strategy": {"fedavg": {"weighting": "examples"}},
+    },
+)
+
+PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
+    {
+        "standard": Protocol(about="official splits, cross-entropy over all classes, alpha/r: the default"),
+        "paper": _PAPER,
+    }
+)
+DEFAULT = "standard"
+
+
+def with_protocol(raw: Nested) -> Nested:
+    """`raw` over the values of the protocol that it names; unchanged if it names none that is known.
+
+    What `raw` gives always wins, a null included. A component of another name takes nothing from the protocol's choice.
+    """
+    name = raw.get("protocol", DEFAULT)
+    protocol = PROTOCOLS.get(name) if isinstance(name, str) else None
+    if protocol is None:
+        return raw
+    method = _name(_over(protocol.values, raw).get("adapter"))
+    merged = _over(_over(protocol.values, protocol.methods.get(method or "", {})), raw)
+    for key, by_name in protocol.options.items():
+        merged = _filled(merged, key.split("."), by_name)
+    return dict(merged)
+
+
+def lines(protocol: Protocol) -> Iterator[str]:
+    """A protocol's values as `key: value` with dotted keys."""
+    yield from _flat(protocol.values)
+    for key, by_name in protocol.options.items():
+        for name, options in by_name.items():
+            yield from (f"{line}  (where {key} is {name})" for line in _flat(options, f"{key}."))
+    for method, values in protocol.methods.items():
+        yield from (f"{line}  (where adapter is {method})" for line in _flat(values))
+
+
+def _flat(values: Nested, prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}: {'none' if value is None else value}"
+
+
+def _name(component: Any) -> str | None:
+    """The name of a component as YAML gives it."""
+    name = component.get("name") if isinstance(component, Mapping) else component
+    return name if isinstance(name, str) else None
+
+
+def _over(below: Any, above: Any) -> Any:
+    """`above` where it says something, else `below`. Options without a name belong to the component `below`."""
+    if isinstance(below, str) and isinstance(above, Mapping) and "name" not in above:
+        below = {"name": below}
+    if isinstance(above, str) and isinstance(below, Mapping) and below.get("name") == above:
+        return below
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    if "name" in below and "name" in above and below["name"] != above["name"]:
+        return above
+    return {**below, **{key: _over(below.get(key), value) for key, value in above.items()}}
+
+
+def _filled(values: Any, path: list[str], by_name: Mapping[str, Nested]) -> Any:
+    """`values` with the options of the component at `path` below those that it has, if `by_name` knows its name."""
+    if not isinstance(values, Mapping) or path[0] not in values:
+        return values
+    inner = values[path[0]]
+    if len(path) > 1:
+        return {**values, path[0]: _filled(inner, path[1:], by_name)}
+    options = by_name.get(_name(inner) or "", {})
+    return {**values, path[0]: _over({"name": _name(inner), **options}, inner)} if options else values

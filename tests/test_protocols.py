@@ -1,0 +1,127 @@
+"""A protocol lies below an experiment's own values, shows in the resolved config, and says what it promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from flora import protocols
+from flora.clip.adapters import FullFineTuning, Lora
+from flora.config import ConfigError, config_to_dict, load_config, parse_config
+from flora.data.partition import Dirichlet, FewShotChunks, FewShotOverlapping, Iid, Pathological
+from flora.data.splits import Merged, Official
+from flora.federated.aggregation import FedAvg
+from flora.federated.objectives import Contrastive, CrossEntropy
+from flora.federated.optimizers import Adam, Constant, Sgd
+from flora.protocols import PROTOCOLS, Protocol, with_protocol
+
+GIVEN: dict[str, Any] = {"name": "x", "protocol": "paper", "data": "digits", "partition": "iid"}
+
+
+def test_the_papers_protocol_is_what_its_code_does() -> None:
+    config = parse_config(GIVEN)
+    assert config.adapter == Lora(
+        towers=("text",), targets=("out",), layers=None, rank=2, alpha=32.0, scaling="alpha", dropout=0.0, init="normal"
+    )
+    assert (config.backbone.model, config.backbone.weights) == ("ViT-B-32-quickgelu", "openai")
+    assert config.split == Merged(test_fraction=0.2)
+    assert config.local.optimizer == Adam(beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2)
+    assert (config.local.learning_rate, config.local.optimizer_state) == (5e-5, "kept")
+    assert (config.local.batch_size, config.local.epochs, config.rounds) == (128, 1, 50)
+    assert config.local.objective == Contrastive()
+    assert config.local.schedule == Constant()
+    assert config.server.strategy == FedAvg(weighting="examples")
+    assert (config.clients.number, config.clients.holdout_fraction) == (10, 0.0)
+    assert config.clients.cohort.cohort_size(10) == 10
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("iid", Iid()),
+        ("dirichlet", Dirichlet(concentration=0.1, cap=1.0)),
+        ({"name": "dirichlet", "concentration": 0.5}, Dirichlet(concentration=0.5, cap=1.0)),
+        ({"name": "dirichlet", "cap": None}, Dirichlet(concentration=0.1, cap=None)),
+        ("pathological", Pathological(classes_per_client=4)),
+        ("few_shot_overlapping", FewShotOverlapping(shots=16)),
+        ({"name": "few_shot_chunks", "shots": 8}, FewShotChunks(shots=8)),
+    ],
+)
+def test_options_follow_the_component_that_is_chosen(given: Any, expected: object) -> None:
+    assert parse_config({**GIVEN, "partition": given}).partition == expected
+
+
+def test_what_the_file_says_wins() -> None:
+    config = parse_config(
+        {
+            **GIVEN,
+            "split": "official",
+            "adapter": {"rank": 4},
+            "local": {"optimizer": {"beta2": 0.9}, "objective": {"name": "cross_entropy"}, "clip_norm": 1.0},
+        }
+    )
+    assert config.split == Official()
+    assert config.adapter == Lora(targets=("out",), rank=4, alpha=32.0, scaling="alpha", init="normal")
+    assert config.local.optimizer == Adam(beta2=0.9, eps=1e-6, weight_decay=0.2)
+    assert config.local.objective == CrossEntropy()
+    assert config.local.batch_size == 128
+    other = parse_config({**GIVEN, "adapter": "full", "local": {"optimizer": {"name": "sgd"}}})
+    assert other.adapter == FullFineTuning()
+    assert other.local.optimizer == Sgd()  # nothing of Adam's
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_resolved_config_shows_all_and_means_the_same(protocol: str) -> None:
+    config = parse_config({**GIVEN, "protocol": protocol})
+    resolved = yaml.safe_load(yaml.safe_dump(config_to_dict(config)))
+    assert resolved["protocol"] == protocol
+    assert parse_config(resolved) == config
+
+
+def test_overrides_from_the_command_line_win(tmp_path: Any) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(GIVEN))
+    config = load_config(path, ["partition=dirichlet", "local.optimizer.weight_decay=0", "adapter.rank=3"])
+    assert config.partition == Dirichlet(concentration=0.1, cap=1.0)
+    assert config.local.optimizer == Adam(beta2=0.98, eps=1e-6, weight_decay=0.0)
+    assert isinstance(config.adapter, Lora) and (config.adapter.rank, config.adapter.alpha) == (3, 32.0)
+    assert load_config(path, ["protocol=standard"]).local.objective == CrossEntropy()
+
+
+@pytest.mark.parametrize("protocol", ["papper", 3, None, ["paper"]])
+def test_an_unknown_protocol_is_one_line(tmp_path: Any, protocol: Any) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump({**GIVEN, "protocol": protocol}))
+    with pytest.raises(ConfigError, match=r"x\.yaml: protocol: expected (one of standard, paper|text), got"):
+        load_config(path)
+
+
+def test_values_by_method_lie_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = Protocol(
+        about="a test",
+        values={"adapter": "lora", "rounds": 3, "local": {"learning_rate": 0.1, "batch_size": 4}},
+        methods={"full": {"local": {"learning_rate": 0.2}}, "lora": {"rounds": 7}},
+    )
+    monkeypatch.setattr(protocols, "PROTOCOLS", {"test": protocol})
+    below = {"protocol": "test"}
+    assert with_protocol(below)["rounds"] == 7
+    full = with_protocol({**below, "adapter": {"name": "full"}})
+    assert (full["rounds"], full["local"]) == (3, {"learning_rate": 0.2, "batch_size": 4})
+    own = with_protocol({**below, "adapter": "full", "local": {"learning_rate": 0.3}})
+    assert own["local"] == {"learning_rate": 0.3, "batch_size": 4}
+    assert with_protocol({**below, "adapter": {"rank": 3}})["adapter"] == {"name": "lora", "rank": 3}
+
+
+def test_nothing_given_is_changed() -> None:
+    raw = {**GIVEN, "local": {"optimizer": {"beta2": 0.9}}, "partition": {"name": "dirichlet"}}
+    before = yaml.safe_dump(raw)
+    with_protocol(raw)
+    assert yaml.safe_dump(raw) == before
+    assert PROTOCOLS["paper"].options["partition"]["dirichlet"]["concentration"] == 0.1
+
+
+def test_values_that_are_no_mappings_reach_the_checks() -> None:
+    for value in (3, None, "x", [1]):
+        with_protocol({**GIVEN, "local": value, "adapter": value, "partition": value})
