@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONFIG = $(if $(wildcard $(EXPERIMENT)),$(EXPERIMENT),experiments/$(EXPERIMENT).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install experiment check list benchmark test stress lint types format clean
+.PHONY: help install experiment paper check list benchmark test stress lint types format clean
 
 help: ## show this help
 	@echo "usage: make TARGET [EXPERIMENT=name] [ARGS=\"key=value ...\"]"
@@ -22,6 +22,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
+$(VENV)/.installed-report: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[report,mat]'
+	@touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
@@ -31,8 +35,25 @@ install: $(VENV)/.installed ## make .venv and install the package into it
 experiment: $(VENV)/.installed ## run experiments/EXPERIMENT.yaml (default: quickstart) with the overrides in ARGS
 	$(BIN)/python -m flora.simulate $(CONFIG) $(ARGS)
 
+# Lists are separated by commas; `all` stands for all of them.
+DATASETS ?= eurosat
+METHODS ?= all
+PARTITIONS ?= iid,dirichlet
+SEEDS ?= 0,1,2
+OUTPUT ?= runs/paper
+ALL_DATASETS := fashion_mnist,cifar10,cifar100,tiny_imagenet,caltech101,stanford_cars,sun397,oxford_pets,$\
+flowers102,fgvc_aircraft,food101,dtd,eurosat,fer2013,country211,rendered_sst2
+ALL_PARTITIONS := iid,dirichlet,pathological,few_shot_overlapping,few_shot_chunks
+comma := ,
+or_all = $(if $(filter all,$(1)),$(2),$(1))
+paper_files = $(patsubst %,experiments/paper/%.yaml,$(subst $(comma), ,$(call or_all,$(METHODS),*)))
+
+paper: $(VENV)/.installed-report ## run and tabulate experiments/paper: DATASETS= METHODS= PARTITIONS= SEEDS= OUTPUT=
+	$(BIN)/python -m flora.sweep $(paper_files) data.name=$(call or_all,$(DATASETS),$(ALL_DATASETS)) \
+	  partition=$(call or_all,$(PARTITIONS),$(ALL_PARTITIONS)) seed=$(SEEDS) --output $(OUTPUT) $(ARGS)
+
 check: $(VENV)/.installed ## validate every experiment without running one
-	$(BIN)/python -m flora.simulate --check experiments/*.yaml $(ARGS)
+	$(BIN)/python -m flora.simulate --check experiments/*.yaml experiments/paper/*.yaml $(ARGS)
 
 list: $(VENV)/.installed ## print every component with its options
 	@$(BIN)/python -m flora.simulate --list

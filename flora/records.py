@@ -122,6 +122,7 @@ class Summary:
     train_seconds: float
     eval_seconds: float
     peak_memory_bytes: int
+    memory_before_bytes: int
     trainable_parameters: int
     backbone_parameters: int
     num_unreadable: int

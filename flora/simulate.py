@@ -21,7 +21,7 @@ from flora import report, tree
 from flora.checkpoints import Checkpoint, CheckpointFolder
 from flora.config import ConfigError, ExperimentConfig, config_to_dict, load_config
 from flora.errors import DivergedError, UserError
-from flora.experiment import Experiment, build_experiment, check_experiment
+from flora.experiment import Experiment, build_experiment, check_experiment, choose_device
 from flora.federated.evaluation import class_accuracy, client_accuracies, deciles, evaluate
 from flora.federated.memory import peak_memory_bytes
 from flora.federated.round import Federation, RoundResult, run_round, train_alone
@@ -139,6 +139,7 @@ def _run_in(
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         started = time.perf_counter()
+        memory_before = peak_memory_bytes(choose_device(config.device))
         per_block = recorded_clients_per_block(directory.path)
         experiment = build_experiment(config, progress=_progress, log=log, hooks=hooks, clients_per_block=per_block)
         federation = experiment.federation
@@ -153,7 +154,7 @@ def _run_in(
             class_names=experiment.class_names,
             digests=experiment.digests,
         )
-        result = _run(experiment, directory, find(experiment, log), started)
+        result = _run(experiment, directory, find(experiment, log), started, memory_before)
     finally:
         torch.set_num_threads(threads)
     for line in report.lines(result.summary, config):
@@ -161,7 +162,9 @@ def _run_in(
     return result
 
 
-def _run(experiment: Experiment, directory: RunDirectory, start: Start, started: float) -> RunResult:
+def _run(
+    experiment: Experiment, directory: RunDirectory, start: Start, started: float, memory_before: int
+) -> RunResult:
     config, federation = experiment.config, experiment.federation
     saver = _Saver(federation, config, directory, start, started)
     state = recorded = start.state
@@ -204,6 +207,7 @@ def _run(experiment: Experiment, directory: RunDirectory, start: Start, started:
         alone=list(alone.values()),
         wall_seconds=time.perf_counter() + saver.wall_offset,
         peak_memory_bytes=peak_memory_bytes(federation.model.device),
+        memory_before_bytes=memory_before,
         trainable_parameters=tree.count(state.adapter),
         backbone_parameters=experiment.backbone_parameters,
         num_unreadable=len(experiment.unreadable),

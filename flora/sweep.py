@@ -6,23 +6,37 @@ Finished runs are skipped and stopped ones gone on with, so a sweep can be stopp
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from flora.config import load_config
+from flora.config import ExperimentConfig, load_config
+from flora.curves import draw_curves
 from flora.errors import UserError
 from flora.experiment import check_experiment
 from flora.hooks import Hooks
 from flora.interrupts import Interrupted, Interrupts
+from flora.report import percent
 from flora.resume import finished_rounds, refuse_other_settings
 from flora.simulate import resume, simulate
-from flora.sweep_table import collect, to_csv, to_markdown, to_text
+from flora.sweep_table import (
+    Row,
+    collect,
+    read_outcome,
+    to_csv,
+    to_curves,
+    to_markdown,
+    to_overview,
+    to_text,
+    with_ratios,
+)
+from flora.workers import work_through
 
 
 @dataclass(frozen=True)
@@ -77,25 +91,83 @@ def split_values(text: str) -> list[str]:
     return [value.strip() for value in values]
 
 
-def run_all(grid: Sequence[Combination], folder: Path, hooks: Hooks) -> list[str]:
-    """Bring every run of the grid to its end, in order; return a line for each that failed."""
-    configs = [load_config(each.config, [*each.overrides, f"output={folder}", f"name={each.name}"]) for each in grid]
-    for config in configs:
-        check_experiment(config)
-    failures = []
-    for config in tqdm(configs, desc="runs", unit="run", disable=None, dynamic_ncols=True):
-        directory = folder / config.name
+def configurations(grid: Sequence[Combination], folder: Path, shared: Sequence[str] = ()) -> list[ExperimentConfig]:
+    """The checked configuration of each run, which lies below `folder`; `shared` are overrides of all.
+
+    Raises `UserError` for the first bad one.
+    """
+    places = [[f"output={folder}", f"name={each.name}"] for each in grid]
+    configs = [
+        load_config(each.config, [*shared, *each.overrides, *place]) for each, place in zip(grid, places, strict=True)
+    ]
+    for each, config in zip(grid, configs, strict=True):
         try:
-            if (directory / "config.yaml").is_file():
-                refuse_other_settings(directory, config)
-                finished = finished_rounds(directory)
-                if finished is None or finished < config.rounds:
-                    resume(directory, [f"rounds={config.rounds}"], hooks=hooks)
-            else:
-                simulate(config, hooks=hooks)
+            check_experiment(config)
+        except UserError as error:
+            raise UserError(f"{each.config}: {' '.join(each.overrides)}: {error}") from None
+    return configs
+
+
+def bring_to_its_end(config: ExperimentConfig, hooks: Hooks) -> None:
+    """Do a run, or go on with it, unless it is finished. Raises `UserError` if it was begun with other settings."""
+    directory = Path(config.output, config.name)
+    if not (directory / "config.yaml").is_file():
+        simulate(config, hooks=hooks)
+    elif needs_rounds(config):
+        resume(directory, [f"rounds={config.rounds}"], hooks=hooks)
+
+
+def needs_rounds(config: ExperimentConfig) -> bool:
+    """Whether there are rounds to do. Raises `UserError` if the run was begun with other settings."""
+    directory = Path(config.output, config.name)
+    if not (directory / "config.yaml").is_file():
+        return True
+    refuse_other_settings(directory, config)
+    finished = finished_rounds(directory)
+    return finished is None or finished < config.rounds
+
+
+def run_all(configs: Sequence[ExperimentConfig], *, jobs: int, check: Callable[[], object]) -> list[str]:
+    """Bring every run to its end, `jobs` at once; return a line for each that failed.
+
+    `check` is called again and again; what it raises stops the runs at their next good place.
+    """
+    failures, missing = [], []
+    for config in configs:
+        try:
+            if needs_rounds(config):
+                missing.append(config)
         except UserError as error:
             failures.append(f"{config.name}: {error}")
+    num_done = len(configs) - len(missing) - len(failures)
+    with tqdm(total=len(configs), initial=num_done, desc="runs", unit="run", disable=None, dynamic_ncols=True) as bar:
+        for index, problem in work_through(bring_to_its_end, missing, jobs=jobs, check=check):
+            name = missing[index].name
+            bar.update()
+            if problem is not None:
+                failures.append(f"{name}: {problem}")
+            tqdm.write(f"{name}: {problem or _one_line(Path(missing[index].output, name))}", file=sys.stderr)
     return failures
+
+
+def _one_line(directory: Path) -> str:
+    outcome = read_outcome(directory)
+    return f"{percent(outcome.zero_shot)} -> {percent(outcome.last)}, {outcome.train_seconds:.1f} s of training"
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _curves(table: Sequence[Row], folder: Path) -> list[Path]:
+    """The pictures of the curves, if matplotlib is there to draw them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no curves: they need matplotlib (pip install 'flora-clip[report]')", file=sys.stderr)
+        return []
+    return draw_curves(to_curves(table), folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,6 +175,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flora.sweep", description=__doc__)
     parser.add_argument("arguments", nargs="+", metavar="CONFIG ... key=v1,v2 ...", help="YAML files, then the grid")
     parser.add_argument("--output", type=Path, default=Path("runs/sweep"), help="the sweep's folder (%(default)s)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="for all runs, without being part of their names",
+    )
+    parser.add_argument("--jobs", type=_positive, default=1, help="runs at once, sharing the CPU's cores (%(default)s)")
+    parser.add_argument("--reference", default="full", help="the method that the ratios refer to (%(default)s)")
     options = parser.parse_args(argv)
     configs = [argument for argument in options.arguments if "=" not in argument]
     axes = [argument for argument in options.arguments if "=" in argument]
@@ -111,10 +192,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("expected a config file")
         grid = combinations(configs, axes)
         with Interrupts() as interrupts:
-            failures = run_all(grid, options.output, Hooks(before_block=lambda round, clients: interrupts.check()))
-        table = collect([(options.output / each.name, each.config, dict(each.values)) for each in grid])
-        (options.output / "table.md").write_text(to_markdown(table), encoding="utf-8")
-        (options.output / "table.csv").write_text(to_csv(table), encoding="utf-8")
+            runs = configurations(grid, options.output, options.set)
+            failures = run_all(runs, jobs=options.jobs, check=interrupts.check)
+        described = [(options.output / each.name, each.config, dict(each.values)) for each in grid]
+        table = with_ratios(collect(described), options.reference)
+        written = [options.output / "table.md", options.output / "table.csv"]
+        parts = [part for part in (to_overview(table), to_markdown(table)) if part]
+        written[0].write_text("\n".join(parts), encoding="utf-8")
+        written[1].write_text(to_csv(table), encoding="utf-8")
+        written += _curves(table, options.output)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -125,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped by {interrupted}; the same command goes on", file=sys.stderr)
         return interrupted.exit_status
     print(to_text(table))
-    print(f"\nwritten to {options.output}/table.md and table.csv")
+    print(f"\nwritten: {', '.join(map(str, written))}")
     for line in failures:
         print(f"failed: {line}", file=sys.stderr)
     return 2 if failures else 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from flora.curves import Curve, read_curve
 from flora.report import percent, size
 
 # A run has arrived once its accuracy is at this share of its last one.
@@ -18,9 +20,20 @@ ARRIVED = 0.95
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one finished run came to. Bytes are sent up and down by all clients."""
+class Point:
+    """An evaluated round: the bytes sent up and down by all clients until its end, and the accuracy."""
 
+    round: int
+    sent_bytes: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one finished run came to. Bytes are sent up and down by all clients; memory is what it added."""
+
+    directory: Path
+    points: tuple[Point, ...]
     zero_shot: float
     last: float
     best: float
@@ -30,8 +43,26 @@ class Outcome:
     uplink_bytes: float
     step_seconds: float
     train_seconds: float
-    peak_bytes: int
+    memory_bytes: int
     parameters: int
+
+    def first_at(self, accuracy: float) -> Point | None:
+        """The first evaluated round that is at least so accurate."""
+        return next((point for point in self.points if point.accuracy >= accuracy), None)
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """A row against the reference, all of them more than 1 where it is cheaper; the paper's 34.72 x and 2.47 x.
+
+    `rounds` and `bytes` are what it takes until `ARRIVED` of the reference's last accuracy; None if a seed never is.
+    """
+
+    step_time: float
+    memory: float
+    bytes_per_round: float
+    rounds: float | None
+    bytes: float | None
 
 
 @dataclass(frozen=True)
@@ -40,6 +71,7 @@ class Row:
 
     labels: dict[str, str]
     outcomes: tuple[Outcome, ...]
+    ratios: Ratios | None = None
 
     def mean(self, field: str) -> float | None:
         """The mean of a field over the runs; None if one has none."""
@@ -50,6 +82,45 @@ class Row:
         """The standard deviation (n - 1) of a field over the runs; None with fewer than two, or if one has none."""
         values = [getattr(outcome, field) for outcome in self.outcomes]
         return None if len(values) < 2 or None in values else statistics.stdev(values)
+
+    def mean_first_at(self, accuracy: float) -> tuple[float, float] | None:
+        """The mean round, and bytes, at which the runs are first so accurate; None if one never is."""
+        points = [point for outcome in self.outcomes if (point := outcome.first_at(accuracy)) is not None]
+        if not points or len(points) < len(self.outcomes):
+            return None
+        return statistics.fmean(p.round for p in points), statistics.fmean(p.sent_bytes for p in points)
+
+
+def with_ratios(rows: Sequence[Row], reference: str) -> list[Row]:
+    """The rows, each with its ratios to the row that has a label `reference` and otherwise the same labels, if any."""
+    found = []
+    for row in rows:
+        others = [other for other in rows if other.outcomes and _differs_only_by(row, other, reference)]
+        found.append(replace(row, ratios=_ratios(row, others[0]) if row.outcomes and others else None))
+    return found
+
+
+def _differs_only_by(row: Row, other: Row, reference: str) -> bool:
+    if reference not in other.labels.values() or row.labels.keys() != other.labels.keys():
+        return False
+    return all(theirs in (reference, row.labels[key]) for key, theirs in other.labels.items())
+
+
+def _ratios(row: Row, reference: Row) -> Ratios:
+    def times(field: str) -> float:
+        own, theirs = row.mean(field), reference.mean(field)
+        return (theirs or 0.0) / own if own else math.nan
+
+    target = ARRIVED * (reference.mean("last") or 0.0)
+    own, theirs = row.mean_first_at(target), reference.mean_first_at(target)
+    both = own is not None and theirs is not None
+    return Ratios(
+        step_time=times("step_seconds"),
+        memory=times("memory_bytes"),
+        bytes_per_round=times("uplink_bytes"),
+        rounds=theirs[0] / max(own[0], 1) if both else None,  # type: ignore[index]
+        bytes=theirs[1] / max(own[1], 1) if both else None,  # type: ignore[index]
+    )
 
 
 def collect(runs: Sequence[tuple[Path, str, dict[str, str]]]) -> list[Row]:
@@ -72,26 +143,62 @@ def read_outcome(directory: Path) -> Outcome:
     """The outcome of a finished run."""
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     records = [json.loads(line) for line in (directory / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-    sent, arrived = 0, records[-1]
+    sent, points = 0, []
     for record in records:
         sent += record["uplink_bytes"] + record["downlink_bytes"]
-        if record["accuracy"] is not None and record["accuracy"] >= ARRIVED * summary["last_accuracy"]:
-            arrived = record
-            break
-    num_steps = sum(record["num_steps"] for record in records)
+        if record["accuracy"] is not None:
+            points.append(Point(record["round"], sent, record["accuracy"]))
+    last = summary["last_accuracy"]
+    arrived = next(point for point in points if point.accuracy >= ARRIVED * last)
     return Outcome(
+        directory=directory,
+        points=tuple(points),
         zero_shot=summary["zero_shot_accuracy"],
-        last=summary["last_accuracy"],
+        last=last,
         best=summary["best_accuracy"],
         alone=summary["alone_accuracy_mean"],
-        bytes_to_arrive=sent,
-        rounds_to_arrive=arrived["round"],
+        bytes_to_arrive=arrived.sent_bytes,
+        rounds_to_arrive=arrived.round,
         uplink_bytes=summary["uplink_bytes_per_client_round"],
-        step_seconds=summary["train_seconds"] / max(num_steps, 1),
+        step_seconds=summary["train_seconds"] / max(sum(record["num_steps"] for record in records), 1),
         train_seconds=summary["train_seconds"],
-        peak_bytes=summary["peak_memory_bytes"],
+        memory_bytes=summary["peak_memory_bytes"] - summary.get("memory_before_bytes", 0),
         parameters=summary["trainable_parameters"],
     )
+
+
+def _panel(row: Row) -> tuple[str, str]:
+    """Where a row belongs: its data and partition, and all else, which is the method."""
+    panel = {key: each for key, each in row.labels.items() if key.partition(".")[0] in ("data", "partition", "split")}
+    method = [each for key, each in row.labels.items() if key not in panel]
+    return ", ".join(panel.values()) or "all runs", ", ".join(method) or "all runs"
+
+
+def to_curves(rows: Sequence[Row]) -> list[Curve]:
+    """The accuracy curves of the rows' runs: a panel for each data set and partition, a line for each method."""
+    return [
+        read_curve(outcome.directory, panel=_panel(row)[0], line=_panel(row)[1])
+        for row in rows
+        for outcome in row.outcomes
+    ]
+
+
+def to_overview(rows: Sequence[Row]) -> str:
+    """The last round's accuracy in Markdown, a line a method and a column for each data set and partition.
+
+    Empty where that would be a single column.
+    """
+    panels = list(dict.fromkeys(_panel(row)[0] for row in rows))
+    if len(panels) < 2:
+        return ""
+    place = {_panel(row): row for row in rows if row.outcomes}
+    methods = dict.fromkeys(_panel(row)[1] for row in rows)
+    frozen = [next((row for row in rows if row.outcomes and _panel(row)[0] == panel), None) for panel in panels]
+    lines = [["zero-shot", *(_accuracy(row, "zero_shot") if row else "-" for row in frozen)]]
+    for method in methods:
+        found = [place.get((panel, method)) for panel in panels]
+        lines.append([method, *(_accuracy(row, "last") if row else "-" for row in found)])
+    return _markdown([["last round", *panels], *lines])
 
 
 def _accuracy(row: Row, field: str) -> str:
@@ -102,6 +209,11 @@ def _accuracy(row: Row, field: str) -> str:
 def _size(row: Row, field: str) -> str:
     mean = row.mean(field)
     return "-" if mean is None else size(mean)
+
+
+def _ratio(row: Row, field: str) -> str:
+    value = None if row.ratios is None else getattr(row.ratios, field)
+    return "-" if value is None or not math.isfinite(value) else f"{value:.3g}"
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -116,35 +228,51 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "rounds until then": lambda row: f"{row.mean('rounds_to_arrive') or 0:.1f}",
     "ms per client step": lambda row: f"{1000 * (row.mean('step_seconds') or 0):.3g}",
     "training, s": lambda row: f"{row.mean('train_seconds') or 0:.3g}",
-    "peak memory": lambda row: _size(row, "peak_bytes"),
+    "memory": lambda row: _size(row, "memory_bytes"),
+    "x less step time": lambda row: _ratio(row, "step_time"),
+    "x less memory": lambda row: _ratio(row, "memory"),
+    "x fewer bytes a round": lambda row: _ratio(row, "bytes_per_round"),
+    "x fewer rounds": lambda row: _ratio(row, "rounds"),
+    "x fewer bytes": lambda row: _ratio(row, "bytes"),
 }
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The table as text, its head first; a row without a finished run has dashes."""
+    """The table as text, its head first. A row without a finished run has dashes; columns without figures are left out.
+
+    The ratios, `x less` and `x fewer`, are to the reference.
+    """
     labels = list(dict.fromkeys(key for row in rows for key in row.labels))
     lines = [[*labels, *COLUMNS]]
     for row in rows:
         own = [row.labels.get(key, "-") for key in labels]
         lines.append([*own, *(show(row) if row.outcomes or name == "runs" else "-" for name, show in COLUMNS.items())])
-    return lines
+    kept = [any(line[column] != "-" for line in lines[1:]) for column in range(len(lines[0]))]
+    return [[cell for cell, keep in zip(line, kept, strict=True) if keep] for line in lines]
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """The table in Markdown."""
-    head, *body = ([cell.replace("|", "\\|") for cell in line] for line in cells(rows))
+    return _markdown(cells(rows))
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = ([cell.replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body)) + "\n"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The table with plain numbers: mean and standard deviation of every field of `Outcome`."""
+    """The table with plain numbers: mean and standard deviation of every figure of `Outcome`, then `Ratios`."""
     labels = list(dict.fromkeys(key for row in rows for key in row.labels))
-    fields = list(Outcome.__dataclass_fields__)
+    figures = [field.name for field in fields(Outcome) if field.name not in ("directory", "points")]
+    ratios = [field.name for field in fields(Ratios)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*labels, "runs", *(f"{field}{suffix}" for field in fields for suffix in ("", "_std"))])
+    head = [f"{name}{suffix}" for name in figures for suffix in ("", "_std")]
+    writer.writerow([*labels, "runs", *head, *(f"{name}_ratio" for name in ratios)])
     for row in rows:
-        numbers: list[Any] = [each for field in fields for each in (row.mean(field), row.deviation(field))]
+        numbers: list[Any] = [each for name in figures for each in (row.mean(name), row.deviation(name))]
+        numbers += asdict(row.ratios).values() if row.ratios else [None] * len(ratios)
         writer.writerow([*(row.labels.get(key, "") for key in labels), len(row.outcomes), *numbers])
     return text.getvalue()
 

@@ -146,7 +146,15 @@ def raw_config(tiny_model: str, tmp_path: Path) -> dict[str, Any]:
 
 
 # What differs between two runs that are the same: time, memory, and what contains or is a digest of it.
-VOLATILE = {"train_seconds", "eval_seconds", "wall_seconds", "peak_memory_bytes", "records_bytes", "records_sha256"}
+VOLATILE = {
+    "train_seconds",
+    "eval_seconds",
+    "wall_seconds",
+    "peak_memory_bytes",
+    "memory_before_bytes",
+    "records_bytes",
+    "records_sha256",
+}
 
 
 def comparable(directory: Path) -> dict[str, Any]:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +19,20 @@ from conftest import comparable
 
 from flora import sweep
 from flora.errors import UserError
-from flora.hooks import Hooks
 from flora.simulate import main as simulate_main
-from flora.sweep import combinations, split_values
-from flora.sweep_table import Outcome, Row, collect, read_outcome, to_csv, to_markdown, to_text
+from flora.sweep import combinations, configurations, run_all, split_values
+from flora.sweep_table import (
+    Outcome,
+    Point,
+    Row,
+    collect,
+    read_outcome,
+    to_csv,
+    to_markdown,
+    to_overview,
+    to_text,
+    with_ratios,
+)
 
 
 @pytest.fixture
@@ -78,24 +93,75 @@ def test_a_sweep_and_what_it_leaves(config_file: str, tmp_path: Path, capsys: py
 
 
 def test_a_stopped_sweep_goes_on(config_file: str, tmp_path: Path) -> None:
-    folder, whole, blocks = tmp_path / "sweep", tmp_path / "whole", 0
+    grid = combinations([config_file], ["seed=0,1,2"])
+    ours, whole = (configurations(grid, tmp_path / name, ["rounds=40"]) for name in ("sweep", "whole"))
 
-    def stop(round: int, clients: tuple[int, ...]) -> None:
-        nonlocal blocks
-        blocks += 1
-        if blocks == 4:  # in the second round of the second run
+    def stop() -> None:
+        if (tmp_path / "sweep" / "tiny_seed=1" / "checkpoints").exists():  # in the middle of the second run
             raise KeyboardInterrupt
 
-    grid = combinations([config_file], ["seed=0,1,2"])
     with pytest.raises(KeyboardInterrupt):
-        sweep.run_all(grid, folder, Hooks(before_block=stop))
-    assert len(list(folder.rglob("summary.json"))) == 1
-    assert sweep.run_all(grid, folder, Hooks()) == []
-    assert sweep.run_all(grid, whole, Hooks()) == []
+        run_all(ours, jobs=1, check=stop)
+    stopped = tmp_path / "sweep" / "tiny_seed=1"
+    assert not (stopped / "summary.json").exists()
+    assert "to go on: " in (stopped / "log.txt").read_text()
+    assert len(list((tmp_path / "sweep").rglob("summary.json"))) == 1
+    assert run_all(ours, jobs=1, check=nothing) == []
+    assert run_all(whole, jobs=2, check=nothing) == []
     for each in grid:
-        ours, expected = comparable(folder / each.name), comparable(whole / each.name)
-        assert ours["adapter.safetensors"] == expected["adapter.safetensors"]
-        assert ours["rounds.jsonl"] == expected["rounds.jsonl"]
+        found, expected = (comparable(tmp_path / name / each.name) for name in ("sweep", "whole"))
+        assert found["adapter.safetensors"] == expected["adapter.safetensors"]
+        assert found["rounds.jsonl"] == expected["rounds.jsonl"]
+
+
+def test_a_process_that_is_killed_is_one_line(config_file: str, tmp_path: Path) -> None:
+    runs = configurations(combinations([config_file], ["seed=0,1"]), tmp_path / "sweep", ["rounds=300"])
+
+    def kill() -> None:
+        directory = tmp_path / "sweep" / "tiny_seed=0"
+        if (directory / "checkpoints").exists() and not (directory / "killed").exists():
+            (directory / "killed").touch()
+            os.kill(int((directory / "lock").read_text()), signal.SIGKILL)
+
+    (failure,) = run_all(runs, jobs=1, check=kill)
+    assert failure == "tiny_seed=0: its process was ended by SIGKILL"
+    assert (tmp_path / "sweep" / "tiny_seed=1" / "summary.json").exists()
+    assert run_all(runs, jobs=1, check=nothing) == []
+
+
+def test_the_end_of_the_sweep_is_the_end_of_its_runs(config_file: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import conftest, sys; from flora.sweep import main; sys.exit(main())"]
+    folder = tmp_path / "sweep"
+    arguments = [config_file, "seed=0,1", "--jobs", "2", "--output", str(folder), "--set", "rounds=100000"]
+    process = subprocess.Popen([*command, *arguments], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
+    locks = [folder / f"tiny_seed={seed}" / "lock" for seed in (0, 1)]
+    deadline = time.time() + 120
+    while not all((lock.parent / "checkpoints").exists() for lock in locks) and time.time() < deadline:
+        time.sleep(0.1)
+    process.kill()  # not even a signal that it could handle
+    process.wait()
+    while any(lock.exists() for lock in locks) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not any(lock.exists() for lock in locks)
+    assert all("to go on: " in (lock.parent / "log.txt").read_text() for lock in locks)
+
+
+def test_a_signal_stops_a_sweep(config_file: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import conftest, sys; from flora.sweep import main; sys.exit(main())"]
+    folder = tmp_path / "sweep"
+    arguments = [config_file, "seed=0,1", "--jobs", "2", "--output", str(folder), "--set", "rounds=100000"]
+    process = subprocess.Popen([*command, *arguments], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while len(list(folder.glob("*/checkpoints"))) < 2 and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert process.stderr is not None
+    assert process.stderr.read().splitlines()[-1] == "stopped by SIGINT; the same command goes on"
+
+
+def nothing() -> None:
+    """Nothing stops the sweep."""
 
 
 def test_more_rounds_and_other_settings(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,9 +219,11 @@ def test_mistakes(
 
 
 def outcome(last: float, **changes: Any) -> Outcome:
+    points = (Point(0, 0, 0.25), Point(1, 100, last / 2), Point(2, 200, last))
     values: dict[str, Any] = {
+        "directory": Path("nowhere"), "points": points,
         "zero_shot": 0.25, "last": last, "best": 0.9, "alone": None, "bytes_to_arrive": 1000, "rounds_to_arrive": 3,
-        "uplink_bytes": 50.0, "step_seconds": 0.01, "train_seconds": 2.0, "peak_bytes": 10**9, "parameters": 1234,
+        "uplink_bytes": 50.0, "step_seconds": 0.01, "train_seconds": 2.0, "memory_bytes": 10**9, "parameters": 1234,
     }  # fmt: skip
     return Outcome(**{**values, **changes})
 
@@ -167,7 +235,7 @@ def test_means_and_deviations_by_hand() -> None:
     assert row.mean("alone") is None
     text = to_markdown([row, Row({"method": "c"}, ())])
     assert "| a\\|b | 3 | 25.0 ± 0.0 % | 60.0 ± 10.0 % |" in text
-    assert text.splitlines()[-1] == "| c | 0 |" + " - |" * 11
+    assert text.splitlines()[-1] == "| c | 0 |" + " - |" * 10  # without one client alone, and without ratios
     assert "60.0 ± 10.0 %" in to_text([row])
     assert to_csv([row]).splitlines()[1].startswith("a|b,3,0.25,0.0,")
 
@@ -176,6 +244,7 @@ def test_what_a_run_needed_to_arrive(tmp_path: Path) -> None:
     summary = {
         "zero_shot_accuracy": 0.1, "last_accuracy": 0.8, "best_accuracy": 0.9, "alone_accuracy_mean": 0.3,
         "uplink_bytes_per_client_round": 10, "train_seconds": 6.0, "peak_memory_bytes": 7, "trainable_parameters": 8,
+        "memory_before_bytes": 3,
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     accuracies = [0.1, None, 0.75, 0.76, 0.8]
@@ -193,6 +262,57 @@ def test_what_a_run_needed_to_arrive(tmp_path: Path) -> None:
     found = read_outcome(tmp_path)
     assert (found.rounds_to_arrive, found.bytes_to_arrive) == (3, 45)  # 95 % of 80 % are 76 %
     assert found.step_seconds == pytest.approx(0.6)
+    assert found.memory_bytes == 4
+    assert found.points == (Point(0, 0, 0.1), Point(2, 30, 0.75), Point(3, 45, 0.76), Point(4, 60, 0.8))
+
+
+def test_ratios_by_hand() -> None:
+    full = outcome(0.8, step_seconds=0.1, uplink_bytes=5000.0, memory_bytes=4 * 10**9)
+    slow = outcome(0.8, points=(Point(0, 0, 0.25), Point(4, 40, 0.75), Point(6, 50, 0.77)))  # 95 % of 80 % are 76 %
+    never = outcome(0.7)
+    rows = with_ratios(
+        [
+            Row({"method": "lora", "partition": "iid"}, (slow, slow)),
+            Row({"method": "full", "partition": "iid"}, (full, full)),
+            Row({"method": "lora", "partition": "dirichlet"}, (slow,)),
+            Row({"method": "norm", "partition": "iid"}, (slow, never)),
+            Row({"method": "head", "partition": "iid"}, ()),
+        ],
+        "full",
+    )
+    ratios = rows[0].ratios
+    assert ratios is not None
+    assert (ratios.step_time, ratios.memory, ratios.bytes_per_round) == pytest.approx((10, 4, 100))
+    assert (ratios.rounds, ratios.bytes) == pytest.approx((2 / 6, 200 / 50))
+    assert rows[1].ratios is not None and rows[1].ratios.step_time == rows[1].ratios.rounds == 1
+    assert rows[2].ratios is None  # there is no full fine-tuning with that partition
+    assert rows[3].ratios is not None and rows[3].ratios.rounds is None
+    assert rows[4].ratios is None
+    head, _, first, *_ = to_markdown(rows).splitlines()
+    named = dict(zip(head.split(" | "), first.split(" | "), strict=True))
+    assert (named["x less step time"], named["x fewer rounds"]) == ("10", "0.333")
+    assert (
+        to_csv(rows)
+        .splitlines()[0]
+        .endswith("step_time_ratio,memory_ratio,bytes_per_round_ratio,rounds_ratio,bytes_ratio")
+    )
+
+
+def test_the_overview_has_a_row_a_method(tmp_path: Path) -> None:
+    rows = [
+        Row({"experiment": name, "partition": partition}, (outcome(last),))
+        for name, last in (("lora", 0.5), ("full", 0.75))
+        for partition in ("iid", "dirichlet")
+    ]
+    text = to_overview([*rows[:-1], Row(rows[-1].labels, ())])
+    assert text.splitlines() == [
+        "| last round | iid | dirichlet |",
+        "| --- | --- | --- |",
+        "| zero-shot | 25.0 % | 25.0 % |",
+        "| lora | 50.0 % | 50.0 % |",
+        "| full | 75.0 % | - |",
+    ]
+    assert to_overview(rows[:1]) == ""
 
 
 def test_labels_are_what_varies(tmp_path: Path) -> None:
