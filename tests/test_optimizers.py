@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from flora.federated import optimizers
 from flora.federated.optimizers import Adam, AdamW, Constant, Cosine, Optimizer, Sgd, clip_rows
 from flora.registry import OptionError
 
@@ -19,6 +20,23 @@ CASES = [
     (Adam(beta1=0.8, beta2=0.98, eps=1e-6), torch.optim.Adam, {"betas": (0.8, 0.98), "eps": 1e-6}),
     (AdamW(weight_decay=0.3), torch.optim.AdamW, {"weight_decay": 0.3}),
 ]
+
+
+def test_bands_of_columns_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(3, 50, generator=generator), torch.randn(4, 3, 50, generator=generator)
+
+    def train(numbers: int) -> torch.Tensor:
+        monkeypatch.setattr(optimizers, "CACHED_NUMBERS", numbers)
+        parameters = start.clone()
+        state = AdamW(weight_decay=0.1).init(parameters)
+        for gradient in gradients:
+            AdamW(weight_decay=0.1).step(parameters, gradient, state, 0.05)
+        return parameters
+
+    whole = train(10**6)
+    for numbers in (1, 7, 21, 150):
+        assert torch.equal(train(numbers), whole)
 
 
 @pytest.mark.parametrize(("ours", "theirs", "options"), CASES)

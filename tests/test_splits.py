@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from flora.data.datasets import ImageArrays, ImageData, ImageFiles, Split
@@ -96,11 +98,22 @@ def test_sample_takes_what_it_is_told_to(data: ImageData) -> None:
     split = Sample(num_train=7, num_test=50).split(data, Rng(0))
     train = numbers(split.train)
     assert (len(set(train)), len(split.test)) == (7, 20)
+    assert sorted(np.bincount(split.train.labels, minlength=4).tolist()) == [1, 2, 2, 2]
     assert set(train) < set(range(40))
     assert train == sorted(train)
     split = Sample(num_train=7, num_test=5, of=Validation(fraction=0.5)).split(data, Rng(0))
     assert (len(split.train), len(split.test)) == (7, 5)
     assert set(numbers(split.test)) < set(range(40)) - set(numbers(split.train))
+
+
+@given(sizes=st.lists(st.integers(1, 60), min_size=2, max_size=8), number=st.integers(1, 200), seed=st.integers(0, 99))
+def test_a_sample_holds_each_class_in_proportion(sizes: list[int], number: int, seed: int) -> None:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    whole = Split(ImageArrays(np.zeros((len(labels), 1, 1), np.uint8), "x"), np.arange(len(labels)), labels)
+    sample = Sample(num_train=number).split(ImageData(whole, whole, ()), Rng(seed)).train
+    assert len(sample) == min(number, len(labels)) == len(set(sample.positions.tolist()))
+    expected = np.array(sizes) * len(sample) / len(labels)
+    assert np.abs(np.bincount(sample.labels, minlength=len(sizes)) - expected).max() <= len(sizes) / 2 + 1
 
 
 def test_a_split_without_images_is_refused() -> None:

@@ -160,7 +160,7 @@ class Dirichlet(Partitioner):
     at 1, is the rule of NIID-Bench (arXiv:2102.02079), FedML and the released code of FLoRA (arXiv:2404.15182).
     """
 
-    concentration: float = option("small: each class at few clients; large: all clients alike", 0.5, above=0)
+    concentration: float = option("small: each class at few clients; large: all clients alike", 0.1, above=0)
     minimum_examples: int = option("examples that every client has at least", 1, at_least=0)
     cap: float | None = option(
         "a client that holds this many times the mean number of examples gets nothing of the classes to come; "

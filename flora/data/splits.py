@@ -68,7 +68,7 @@ class Validation(Splitter):
 @register("sample")
 @dataclass(frozen=True)
 class Sample(Splitter):
-    """A random sample of what another splitter gives, for a quick look at large data; fewer images are taken whole."""
+    """A stratified sample of what another splitter gives, for a quick look; fewer images than that are taken whole."""
 
     num_train: int = option("images to train on", 10_000, at_least=1)
     num_test: int = option("images to test on", 2_000, at_least=1)
@@ -81,7 +81,14 @@ class Sample(Splitter):
 
 
 def _some(split: Split, number: int, rng: Rng) -> Split:
-    return split.subset(np.sort(rng.numpy().permutation(len(split))[:number]))
+    """`number` of the examples, each class in proportion; all if there are no more."""
+    order = rng.numpy().permutation(len(split))
+    depth = np.empty(len(split))
+    for label in np.unique(split.labels):
+        members = order[split.labels[order] == label]
+        # How deep into its class an example lies, from 0 to 1: a sample takes all classes to the same depth.
+        depth[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return split.subset(np.sort(order[np.argsort(depth[order], kind="stable")[:number]]))
 
 
 @dataclass(frozen=True, eq=False)

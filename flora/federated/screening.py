@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flora import tree
 from flora.errors import DivergedError
 from flora.records import ClientUpdate, Rejection
 from flora.registry import OptionError, Options, option
@@ -46,16 +47,16 @@ def screen(
     With `clip`, one that is too large is among the first, scaled down, and nothing is said of it. The bound needs at
     least three finite updates, because of two nobody knows which is the odd one, and a median above zero.
     """
-    accepted, rejections, norms = [], [], []
+    accepted, rejections = [], []
     for update in updates:
         reason = _fault(update, adapter)
         if reason is None:
             accepted.append(update)
-            norms.append(_norm(update.delta))
         else:
             rejections.append(Rejection(update.client, update.failed_step, reason))
     if options.max_norm_ratio is None or len(accepted) < 3:
         return accepted, rejections
+    norms = [_norm(update.delta) for update in accepted]
     median = float(torch.tensor(norms, dtype=torch.float64).quantile(0.5))
     if median == 0:
         return accepted, rejections
@@ -87,16 +88,14 @@ def _fault(update: ClientUpdate, adapter: StateLike) -> str | None:
     expected = {name: (tensor.shape, tensor.dtype) for name, tensor in adapter.items()}
     if {name: (tensor.shape, tensor.dtype) for name, tensor in update.delta.items()} != expected:
         return "wrong names, shapes or types"
-    # The norm is a double: it stays finite for all finite numbers of single precision.
-    if update.failed_step is not None or not math.isfinite(update.loss) or not math.isfinite(_norm(update.delta)):
+    if update.failed_step is not None or not math.isfinite(update.loss) or not tree.is_finite(update.delta):
         return NOT_FINITE
     return None
 
 
 def _norm(delta: StateLike) -> float:
-    """The Euclidean norm over all tensors."""
-    squares = sum(float(tensor.double().square().sum()) for tensor in delta.values())
-    return math.sqrt(squares) if squares >= 0 else math.nan
+    """The Euclidean norm over all tensors, in double precision: finite for all finite numbers of single precision."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in delta.values()))
 
 
 def _scaled(delta: StateLike, factor: float) -> dict[str, torch.Tensor]:
