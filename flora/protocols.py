@@ -86,7 +86,7 @@ _SMALL = Protocol(
     methods={
         "full": {"local": {"learning_rate": 3e-4}},
         "linear_head": {"local": {"learning_rate": 3e-2}},
-        "vision_and_head": {"local": {"learning_rate": 3e-4}},
+        "vision_and_head": {"local": {"learning_rate": 1e-3}},
         "clip_adapter": {"local": {"learning_rate": 1e-1}},
         "prompt_context": {"local": {"learning_rate": 3e-2}},
         "norm": {"local": {"learning_rate": 1e-1}},
