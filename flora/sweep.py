@@ -38,6 +38,9 @@ from flora.sweep_table import (
 )
 from flora.workers import work_through
 
+# Runs that fail for one reason, with none finished, after which the rest of a sweep is not tried.
+ENOUGH_FAILURES = 3
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -130,9 +133,10 @@ def needs_rounds(config: ExperimentConfig) -> bool:
 def run_all(configs: Sequence[ExperimentConfig], *, jobs: int, check: Callable[[], object]) -> list[str]:
     """Bring every run to its end, `jobs` at once; return a line for each that failed.
 
-    `check` is called again and again; what it raises stops the runs at their next good place.
+    `check` is called again and again; what it raises stops the runs at their next good place. Raises `UserError` if
+    no run is finished and the first few fail for one reason: so will the others.
     """
-    failures, missing = [], []
+    failures, missing, reasons = [], [], []
     for config in configs:
         try:
             if needs_rounds(config):
@@ -146,7 +150,10 @@ def run_all(configs: Sequence[ExperimentConfig], *, jobs: int, check: Callable[[
             bar.update()
             if problem is not None:
                 failures.append(f"{name}: {problem}")
+            reasons.append(problem)
             tqdm.write(f"{name}: {problem or _one_line(Path(missing[index].output, name))}", file=sys.stderr)
+            if problem and not num_done and reasons == [problem] * ENOUGH_FAILURES:
+                raise UserError(f"the first {ENOUGH_FAILURES} runs failed for one reason; the others were not tried")
     return failures
 
 

@@ -160,6 +160,16 @@ def test_a_signal_stops_a_sweep(config_file: str, tmp_path: Path) -> None:
     assert process.stderr.read().splitlines()[-1] == "stopped by SIGINT; the same command goes on"
 
 
+def test_what_fails_everywhere_is_not_tried_for_ever(
+    config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, missing = tmp_path / "sweep", f"backbone.weights={tmp_path / 'nowhere.safetensors'}"
+    assert run(config_file, folder, "seed=0,1,2,3,4", "--set", missing) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["tiny_seed=0", "tiny_seed=1", "tiny_seed=2"]
+    assert lines[3:] == ["the first 3 runs failed for one reason; the others were not tried"]
+
+
 def nothing() -> None:
     """Nothing stops the sweep."""
 
