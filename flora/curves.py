@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import math
 import os
 import statistics
@@ -66,32 +65,6 @@ class Average:
     def zero_shot(self) -> float | None:
         """The accuracy of round 0, if that was evaluated."""
         return self.accuracy[0] if self.rounds[:1] == (0,) else None
-
-
-def read_curve(directory: Path, *, panel: str, line: str) -> Curve:
-    """The curve of the run in `directory`; rounds without an accuracy have no point, but their bytes count.
-
-    Raises `UserError` if `rounds.jsonl` can't be read.
-    """
-    path = directory / "rounds.jsonl"
-    points, sent = [], 0.0
-    try:
-        for text in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(text)
-            sent += record["uplink_bytes"] + record["downlink_bytes"]
-            if record["accuracy"] is not None:
-                points.append((int(record["round"]), sent, float(record["accuracy"])))
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: damaged; expected the records of a run, one a line") from None
-    return Curve(
-        panel=panel,
-        line=line,
-        rounds=tuple(point[0] for point in points),
-        sent_bytes=tuple(point[1] for point in points),
-        accuracy=tuple(point[2] for point in points),
-    )
 
 
 def average(runs: Sequence[Curve]) -> Average:

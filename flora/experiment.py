@@ -238,7 +238,10 @@ def _data_digest(data: ImageData) -> str:
 def _check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:
     empty = np.flatnonzero(np.bincount(train, minlength=len(class_names)) == 0)
     if len(empty):
-        raise UserError(f"data: class {class_names[empty[0]]!r} has no training image that can be read")
+        raise UserError(
+            f"data: class {class_names[empty[0]]!r} has no training image: the data have none that can be read, or "
+            "`split` leaves none"
+        )
     if not len(test):
         raise UserError("data: there are no test images")
 

@@ -8,7 +8,7 @@ values too, by what clients train (`adapter`), and lie above `values`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -106,12 +106,16 @@ DEFAULT = "standard"
 def with_protocol(raw: Nested) -> Nested:
     """`raw` over the values of the protocol that it names; unchanged if it names none that is known.
 
-    What `raw` gives always wins, a null included. A component of another name takes nothing from the protocol's choice.
+    What `raw` gives always wins, a null in place of a value included. Weights belong to their model: whoever names
+    another one gets none from the protocol. A component of another name takes nothing from the protocol's choice.
     """
     name = raw.get("protocol", DEFAULT)
     protocol = PROTOCOLS.get(name) if isinstance(name, str) else None
     if protocol is None:
         return raw
+    backbone = raw.get("backbone")
+    if isinstance(backbone, Mapping) and "model" in backbone:
+        protocol = replace(protocol, values={key: each for key, each in protocol.values.items() if key != "backbone"})
     method = _name(_over(protocol.values, raw).get("adapter"))
     merged = _over(_over(protocol.values, protocol.methods.get(method or "", {})), raw)
     for key, by_name in protocol.options.items():
@@ -148,6 +152,8 @@ def _over(below: Any, above: Any) -> Any:
     if isinstance(below, str) and isinstance(above, Mapping) and "name" not in above:
         below = {"name": below}
     if isinstance(above, str) and isinstance(below, Mapping) and below.get("name") == above:
+        return below
+    if isinstance(below, Mapping) and above is None:  # a section without a line
         return below
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return above

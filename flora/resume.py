@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,12 @@ def finished_rounds(path: Path) -> int | None:
 def recorded_clients_per_block(path: Path) -> int | None:
     """How many clients shared a step when the run in `path` began; None if that is not known."""
     return _whole_number(read_json(path / "environment.json"), "clients_per_block")
+
+
+def changeable_overrides(config: ExperimentConfig) -> list[str]:
+    """The settings of `config` that a run may go on with though it began with others, as overrides."""
+    flat = _flat(config_to_dict(config))
+    return [f"{key}={json.dumps(value)}" for key, value in flat.items() if _is_changeable(key)]
 
 
 def _whole_number(content: Any, key: str) -> int | None:

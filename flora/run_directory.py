@@ -74,6 +74,18 @@ class RunDirectory:
                 raise UserError(f"output: {path} can't be made: {error.strerror}") from None
         raise UserError(f"name: there are too many runs called {name} in {output}")
 
+    @staticmethod
+    def remove_unbegun(path: Path) -> None:
+        """Take away a folder in which a run was about to begin when its process ended: it has no `config.yaml` yet.
+
+        Anything else is left alone. Raises `UserError` if a process is at work in it.
+        """
+        if path.is_dir() and {each.name for each in path.iterdir()} <= {"lock", "config.yaml.part", "log.txt"}:
+            lock = _lock(path / "lock")
+            shutil.rmtree(path, ignore_errors=True)
+            if lock is not None:
+                lock.close()
+
     def remove_if_nothing_ran(self) -> None:
         """Take the folder away again if the run failed before its first record."""
         if not self._records_bytes:

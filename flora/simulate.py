@@ -362,15 +362,15 @@ def _postfix(record: RoundRecord, records: Sequence[RoundRecord]) -> dict[str, s
     }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as everything else here does."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m flora.simulate",
         description="Federated adaptation of a frozen CLIP model, simulated in one process.",
         epilog="example: python -m flora.simulate experiments/quickstart.yaml rounds=5 clients.number=20",

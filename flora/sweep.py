@@ -8,38 +8,26 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 from flora.config import ExperimentConfig, load_config
 from flora.curves import draw_curves
 from flora.errors import UserError
 from flora.experiment import check_experiment
-from flora.hooks import Hooks
 from flora.interrupts import Interrupted, Interrupts
-from flora.report import percent
-from flora.resume import finished_rounds, refuse_other_settings
-from flora.simulate import resume, simulate
-from flora.sweep_table import (
-    Row,
-    collect,
-    read_outcome,
-    to_csv,
-    to_curves,
-    to_markdown,
-    to_overview,
-    to_text,
-    with_ratios,
-)
-from flora.workers import work_through
+from flora.simulate import Parser
+from flora.sweep_runs import Outcomes, run_all
+from flora.sweep_table import Row, collect, to_csv, to_curves, to_markdown, to_overview, to_text, with_ratios
 
-# Runs that fail for one reason, with none finished, after which the rest of a sweep is not tried.
-ENOUGH_FAILURES = 3
+# Each run's own, made of the grid.
+OWN_KEYS = ("name", "output")
 
 
 @dataclass(frozen=True)
@@ -63,23 +51,33 @@ class Combination:
 
 def combinations(configs: Sequence[str], axes: Sequence[str]) -> list[Combination]:
     """The grid of `configs` and `axes`, each `key=v1,v2`. Raises `UserError` if two combinations have one name."""
-    keys, choices = [], []
+    choices: dict[str, list[str]] = {}
     for axis in axes:
         key, separator, values = axis.partition("=")
-        if not separator or not key.strip() or not values.strip():
+        key = key.strip()
+        if not separator or not key or not values.strip():
             raise UserError(f"command line: expected key=value,value, got {axis!r}")
-        keys.append(key.strip())
-        choices.append(split_values(values))
+        if key in choices:
+            raise UserError(f"command line: {key} is given twice; write {key}=value,value")
+        choices[key] = split_values(values)
+    _refuse_own_keys(list(choices))
     grid = [
-        Combination(config, tuple(zip(keys, values, strict=True)))
+        Combination(config, tuple(zip(choices, values, strict=True)))
         for config in configs
-        for values in itertools.product(*choices)
+        for values in itertools.product(*choices.values())
     ]
-    names = [combination.name for combination in grid]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"command line: two runs would both be called {twice}; give each value once")
+    for name, count in Counter(combination.name for combination in grid).items():
+        if count > 1:
+            files = dict.fromkeys(each.config for each in grid if each.name == name)
+            mend = "rename one of the files" if len(files) > 1 else "give each value once"
+            raise UserError(f"command line: two runs would both be called {name} ({', '.join(files)}); {mend}")
     return grid
+
+
+def _refuse_own_keys(keys: Sequence[str]) -> None:
+    for key in keys:
+        if key in OWN_KEYS:
+            raise UserError(f"command line: {key}: each run of a sweep has its own; --output names the sweep's folder")
 
 
 def split_values(text: str) -> list[str]:
@@ -99,74 +97,102 @@ def configurations(grid: Sequence[Combination], folder: Path, shared: Sequence[s
 
     Raises `UserError` for the first bad one.
     """
-    places = [[f"output={folder}", f"name={each.name}"] for each in grid]
-    configs = [
-        load_config(each.config, [*shared, *each.overrides, *place]) for each, place in zip(grid, places, strict=True)
-    ]
-    for each, config in zip(grid, configs, strict=True):
+    _refuse_own_keys([override.partition("=")[0].strip() for override in shared])
+    configs = []
+    for each in grid:
+        own = [f"output={folder}", f"name={each.name}"]
+        config = load_config(each.config, [*shared, *each.overrides, *own])
         try:
             check_experiment(config)
         except UserError as error:
             raise UserError(f"{each.config}: {' '.join(each.overrides)}: {error}") from None
+        configs.append(config)
     return configs
 
 
-def bring_to_its_end(config: ExperimentConfig, hooks: Hooks) -> None:
-    """Do a run, or go on with it, unless it is finished. Raises `UserError` if it was begun with other settings."""
-    directory = Path(config.output, config.name)
-    if not (directory / "config.yaml").is_file():
-        simulate(config, hooks=hooks)
-    elif needs_rounds(config):
-        resume(directory, [f"rounds={config.rounds}"], hooks=hooks)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, 2 for a mistake or if a run failed, 130 for Ctrl-C."""
+    try:
+        return _main(_parser().parse_intermixed_args(argv))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of `sweep | head` has gone
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
-def needs_rounds(config: ExperimentConfig) -> bool:
-    """Whether there are rounds to do. Raises `UserError` if the run was begun with other settings."""
-    directory = Path(config.output, config.name)
-    if not (directory / "config.yaml").is_file():
-        return True
-    refuse_other_settings(directory, config)
-    finished = finished_rounds(directory)
-    return finished is None or finished < config.rounds
+def _parser() -> Parser:
+    parser = Parser(prog="python -m flora.sweep", description=__doc__)
+    parser.add_argument("arguments", nargs="*", metavar="CONFIG ... key=v1,v2 ...", help="YAML files, then the grid")
+    parser.add_argument("--output", type=Path, default=Path("runs/sweep"), help="the sweep's folder (%(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="for all runs, and no part of their names"
+    )
+    parser.add_argument("--jobs", default="1", help="runs at once, sharing the CPU's cores (%(default)s)")
+    parser.add_argument("--reference", help="the method that the ratios refer to (full, if there is one)")
+    return parser
 
 
-def run_all(configs: Sequence[ExperimentConfig], *, jobs: int, check: Callable[[], object]) -> list[str]:
-    """Bring every run to its end, `jobs` at once; return a line for each that failed.
-
-    `check` is called again and again; what it raises stops the runs at their next good place. Raises `UserError` if
-    no run is finished and the first few fail for one reason: so will the others.
-    """
-    failures, missing, reasons = [], [], []
-    for config in configs:
+def _main(options: argparse.Namespace) -> int:
+    configs = [argument for argument in options.arguments if "=" not in argument or os.path.exists(argument)]
+    grid = combinations(configs, [argument for argument in options.arguments if argument not in configs])
+    if not configs:
+        raise UserError("expected a config file; see --help")
+    if not re.fullmatch("[1-9][0-9]{0,3}", options.jobs):
+        raise UserError(f"--jobs: expected a whole number of at least 1, got {options.jobs!r}")
+    outcomes: Outcomes = {}
+    stopped: Interrupted | None = None
+    try:
+        with Interrupts() as interrupts:
+            runs = configurations(grid, options.output, options.set)
+            try:
+                run_all(runs, outcomes, jobs=int(options.jobs), check=interrupts.check)
+            except Interrupted as interrupted:
+                stopped = interrupted
+    except Interrupted as interrupted:
+        stopped = interrupted
+    failures = [f"failed: {name}: {problem.splitlines()[-1]}" for name, problem in outcomes.items() if problem]
+    if None in outcomes.values():
         try:
-            if needs_rounds(config):
-                missing.append(config)
-        except UserError as error:
-            failures.append(f"{config.name}: {error}")
-    num_done = len(configs) - len(missing) - len(failures)
-    with tqdm(total=len(configs), initial=num_done, desc="runs", unit="run", disable=None, dynamic_ncols=True) as bar:
-        for index, problem in work_through(bring_to_its_end, missing, jobs=jobs, check=check):
-            name = missing[index].name
-            bar.update()
-            if problem is not None:
-                failures.append(f"{name}: {problem}")
-            reasons.append(problem)
-            tqdm.write(f"{name}: {problem or _one_line(Path(missing[index].output, name))}", file=sys.stderr)
-            if problem and not num_done and reasons == [problem] * ENOUGH_FAILURES:
-                raise UserError(f"the first {ENOUGH_FAILURES} runs failed for one reason; the others were not tried")
-    return failures
+            _report(grid, outcomes, options.output, options.reference)
+        except OSError as error:
+            raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from None
+    print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
+    if stopped is not None:
+        print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
+        return stopped.exit_status
+    return 2 if failures else 0
 
 
-def _one_line(directory: Path) -> str:
-    outcome = read_outcome(directory)
-    return f"{percent(outcome.zero_shot)} -> {percent(outcome.last)}, {outcome.train_seconds:.1f} s of training"
+def _report(grid: Sequence[Combination], outcomes: Outcomes, folder: Path, reference: str | None) -> None:
+    """Tabulate and draw the runs that are finished, and print the table."""
+    finished = {name for name, problem in outcomes.items() if problem is None}
+    runs = [(folder / each.name if each.name in finished else None, each.config, dict(each.values)) for each in grid]
+    rows = collect(runs)
+    if reference is not None and all(reference not in row.labels.values() for row in rows):
+        raise UserError(f"--reference: no row of the table is called {reference!r}")
+    table = with_ratios(rows, reference or "full")
+    parts = [part for part in (to_overview(table), to_markdown(table)) if part]
+    written = [
+        _write(folder / "table.md", "\n".join(parts)),
+        _write(folder / "table.csv", to_csv(table)),
+        *_curves(table, folder),
+    ]
+    print(to_text(table))
+    print(f"\nwritten: {', '.join(map(str, written))}")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+def _write(path: Path, text: str) -> Path:
+    """Write a file under another name first, so that under its own it is never half-written."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+    return path
 
 
 def _curves(table: Sequence[Row], folder: Path) -> list[Path]:
@@ -175,53 +201,6 @@ def _curves(table: Sequence[Row], folder: Path) -> list[Path]:
         print("no curves: they need matplotlib (pip install 'flora-clip[report]')", file=sys.stderr)
         return []
     return draw_curves(to_curves(table), folder)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 2 for a mistake or if a run failed, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m flora.sweep", description=__doc__)
-    parser.add_argument("arguments", nargs="+", metavar="CONFIG ... key=v1,v2 ...", help="YAML files, then the grid")
-    parser.add_argument("--output", type=Path, default=Path("runs/sweep"), help="the sweep's folder (%(default)s)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="key=value",
-        help="for all runs, without being part of their names",
-    )
-    parser.add_argument("--jobs", type=_positive, default=1, help="runs at once, sharing the CPU's cores (%(default)s)")
-    parser.add_argument("--reference", default="full", help="the method that the ratios refer to (%(default)s)")
-    options = parser.parse_args(argv)
-    configs = [argument for argument in options.arguments if "=" not in argument]
-    axes = [argument for argument in options.arguments if "=" in argument]
-    try:
-        if not configs:
-            raise UserError("expected a config file")
-        grid = combinations(configs, axes)
-        with Interrupts() as interrupts:
-            runs = configurations(grid, options.output, options.set)
-            failures = run_all(runs, jobs=options.jobs, check=interrupts.check)
-        described = [(options.output / each.name, each.config, dict(each.values)) for each in grid]
-        table = with_ratios(collect(described), options.reference)
-        written = [options.output / "table.md", options.output / "table.csv"]
-        parts = [part for part in (to_overview(table), to_markdown(table)) if part]
-        written[0].write_text("\n".join(parts), encoding="utf-8")
-        written[1].write_text(to_csv(table), encoding="utf-8")
-        written += _curves(table, options.output)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{options.output}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except Interrupted as interrupted:
-        print(f"stopped by {interrupted}; the same command goes on", file=sys.stderr)
-        return interrupted.exit_status
-    print(to_text(table))
-    print(f"\nwritten: {', '.join(map(str, written))}")
-    for line in failures:
-        print(f"failed: {line}", file=sys.stderr)
-    return 2 if failures else 0
 
 
 if __name__ == "__main__":

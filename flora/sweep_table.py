@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flora.curves import Curve, read_curve
+from flora.curves import Curve
+from flora.errors import UserError
 from flora.report import percent, size
 
 # A run has arrived once its accuracy is at this share of its last one.
@@ -30,17 +30,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one finished run came to. Bytes are sent up and down by all clients; memory is what it added."""
+    """What one finished run came to. Bytes are sent up and down by all clients, None where there is only one.
 
-    directory: Path
+    `memory_bytes` is what it held at most, above what its process held before.
+    """
+
     points: tuple[Point, ...]
     zero_shot: float
     last: float
     best: float
     alone: float | None
-    bytes_to_arrive: int
+    bytes_to_arrive: int | None
     rounds_to_arrive: int
-    uplink_bytes: float
+    uplink_bytes: float | None
     step_seconds: float
     train_seconds: float
     memory_bytes: int
@@ -55,12 +57,13 @@ class Outcome:
 class Ratios:
     """A row against the reference, all of them more than 1 where it is cheaper; the paper's 34.72 x and 2.47 x.
 
-    `rounds` and `bytes` are what it takes until `ARRIVED` of the reference's last accuracy; None if a seed never is.
+    `rounds` and `bytes` are what it takes until `ARRIVED` of the reference's last accuracy; None if a seed never is so
+    accurate, or is from the start.
     """
 
-    step_time: float
-    memory: float
-    bytes_per_round: float
+    step_time: float | None
+    memory: float | None
+    bytes_per_round: float | None
     rounds: float | None
     bytes: float | None
 
@@ -83,12 +86,13 @@ class Row:
         values = [getattr(outcome, field) for outcome in self.outcomes]
         return None if len(values) < 2 or None in values else statistics.stdev(values)
 
-    def mean_first_at(self, accuracy: float) -> tuple[float, float] | None:
-        """The mean round, and bytes, at which the runs are first so accurate; None if one never is."""
-        points = [point for outcome in self.outcomes if (point := outcome.first_at(accuracy)) is not None]
-        if not points or len(points) < len(self.outcomes):
-            return None
-        return statistics.fmean(p.round for p in points), statistics.fmean(p.sent_bytes for p in points)
+    def mean_first_at(self, accuracy: float) -> tuple[float | None, float | None]:
+        """The mean round, and bytes, at which the runs are first so accurate; None if one never is, or is untrained."""
+        points = [outcome.first_at(accuracy) for outcome in self.outcomes]
+        found = [point for point in points if point is not None and point.round > 0]
+        if len(found) < len(self.outcomes):
+            return None, None
+        return statistics.fmean(p.round for p in found), statistics.fmean(p.sent_bytes for p in found)
 
 
 def with_ratios(rows: Sequence[Row], reference: str) -> list[Row]:
@@ -107,24 +111,24 @@ def _differs_only_by(row: Row, other: Row, reference: str) -> bool:
 
 
 def _ratios(row: Row, reference: Row) -> Ratios:
-    def times(field: str) -> float:
-        own, theirs = row.mean(field), reference.mean(field)
-        return (theirs or 0.0) / own if own else math.nan
-
     target = ARRIVED * (reference.mean("last") or 0.0)
-    own, theirs = row.mean_first_at(target), reference.mean_first_at(target)
-    both = own is not None and theirs is not None
+    rounds, sent = row.mean_first_at(target)
+    their_rounds, their_sent = reference.mean_first_at(target)
     return Ratios(
-        step_time=times("step_seconds"),
-        memory=times("memory_bytes"),
-        bytes_per_round=times("uplink_bytes"),
-        rounds=theirs[0] / max(own[0], 1) if both else None,  # type: ignore[index]
-        bytes=theirs[1] / max(own[1], 1) if both else None,  # type: ignore[index]
+        step_time=_times(reference.mean("step_seconds"), row.mean("step_seconds")),
+        memory=_times(reference.mean("memory_bytes"), row.mean("memory_bytes")),
+        bytes_per_round=_times(reference.mean("uplink_bytes"), row.mean("uplink_bytes")),
+        rounds=_times(their_rounds, rounds),
+        bytes=_times(their_sent, sent),
     )
 
 
-def collect(runs: Sequence[tuple[Path, str, dict[str, str]]]) -> list[Row]:
-    """The rows of `runs`, each a directory, a config file and the swept values; runs without a summary are left out.
+def _times(theirs: float | None, own: float | None) -> float | None:
+    return theirs / own if theirs and own else None
+
+
+def collect(runs: Sequence[tuple[Path | None, str, dict[str, str]]]) -> list[Row]:
+    """The rows of `runs`, each a finished run's directory (None: it isn't), a config file and the swept values.
 
     What is the same in all rows is not a label.
     """
@@ -132,7 +136,7 @@ def collect(runs: Sequence[tuple[Path, str, dict[str, str]]]) -> list[Row]:
     for directory, config, values in runs:
         labels = {"experiment": Path(config).stem, **{key: each for key, each in values.items() if key != "seed"}}
         outcomes = groups.setdefault(tuple(labels.items()), [])
-        if (directory / "summary.json").is_file():
+        if directory is not None:
             outcomes.append(read_outcome(directory))
     rows = [Row(dict(labels), tuple(outcomes)) for labels, outcomes in groups.items()]
     varying = {key for row in rows for key in row.labels if len({other.labels.get(key) for other in rows}) > 1}
@@ -140,26 +144,36 @@ def collect(runs: Sequence[tuple[Path, str, dict[str, str]]]) -> list[Row]:
 
 
 def read_outcome(directory: Path) -> Outcome:
-    """The outcome of a finished run."""
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    records = [json.loads(line) for line in (directory / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The outcome of a finished run. Raises `UserError` if its files are missing or damaged."""
+    try:
+        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+        lines = (directory / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+        return _outcome(summary, [json.loads(line) for line in lines])
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror or error}; remove the run to do it anew") from None
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise UserError(f"{directory}: summary.json or rounds.jsonl is damaged; remove it to run it anew") from None
+
+
+def _outcome(summary: dict[str, Any], records: Sequence[dict[str, Any]]) -> Outcome:
+    # What one client sends to itself has not travelled.
+    travels = summary["num_clients"] > 1
     sent, points = 0, []
     for record in records:
-        sent += record["uplink_bytes"] + record["downlink_bytes"]
+        sent += (record["uplink_bytes"] + record["downlink_bytes"]) * travels
         if record["accuracy"] is not None:
             points.append(Point(record["round"], sent, record["accuracy"]))
     last = summary["last_accuracy"]
-    arrived = next(point for point in points if point.accuracy >= ARRIVED * last)
+    (arrived, *_) = (point for point in points if point.accuracy >= ARRIVED * last)
     return Outcome(
-        directory=directory,
         points=tuple(points),
         zero_shot=summary["zero_shot_accuracy"],
         last=last,
         best=summary["best_accuracy"],
         alone=summary["alone_accuracy_mean"],
-        bytes_to_arrive=arrived.sent_bytes,
+        bytes_to_arrive=arrived.sent_bytes if travels else None,
         rounds_to_arrive=arrived.round,
-        uplink_bytes=summary["uplink_bytes_per_client_round"],
+        uplink_bytes=summary["uplink_bytes_per_client_round"] if travels else None,
         step_seconds=summary["train_seconds"] / max(sum(record["num_steps"] for record in records), 1),
         train_seconds=summary["train_seconds"],
         memory_bytes=summary["peak_memory_bytes"] - summary.get("memory_before_bytes", 0),
@@ -177,7 +191,12 @@ def _panel(row: Row) -> tuple[str, str]:
 def to_curves(rows: Sequence[Row]) -> list[Curve]:
     """The accuracy curves of the rows' runs: a panel for each data set and partition, a line for each method."""
     return [
-        read_curve(outcome.directory, panel=_panel(row)[0], line=_panel(row)[1])
+        Curve(
+            *_panel(row),
+            rounds=tuple(point.round for point in outcome.points),
+            sent_bytes=tuple(point.sent_bytes for point in outcome.points),
+            accuracy=tuple(point.accuracy for point in outcome.points),
+        )
         for row in rows
         for outcome in row.outcomes
     ]
@@ -213,7 +232,7 @@ def _size(row: Row, field: str) -> str:
 
 def _ratio(row: Row, field: str) -> str:
     value = None if row.ratios is None else getattr(row.ratios, field)
-    return "-" if value is None or not math.isfinite(value) else f"{value:.3g}"
+    return "-" if value is None else f"{value:.3g}"
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -264,7 +283,7 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 def to_csv(rows: Sequence[Row]) -> str:
     """The table with plain numbers: mean and standard deviation of every figure of `Outcome`, then `Ratios`."""
     labels = list(dict.fromkeys(key for row in rows for key in row.labels))
-    figures = [field.name for field in fields(Outcome) if field.name not in ("directory", "points")]
+    figures = [field.name for field in fields(Outcome) if field.name != "points"]
     ratios = [field.name for field in fields(Ratios)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -9,6 +9,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -36,7 +38,8 @@ def work_through(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["flora.simulate", "flora.catalogue"])
-    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    threads = max(1, torch.get_num_threads() // jobs) if jobs > 1 else None
+    _start_server()
     waiting = list(enumerate(tasks))
     running: dict[Connection, tuple[int, BaseProcess]] = {}
     try:
@@ -62,6 +65,15 @@ def work_through(
             process.join()
 
 
+def _start_server() -> None:
+    """Start the process that the others are forked from, so that Ctrl-C doesn't reach it while it imports."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _outcome(connection: Connection, process: BaseProcess) -> str | None:
     """What a process that has ended, or is about to, came to."""
     try:
@@ -81,7 +93,8 @@ def _work(connection: Connection, work: Work, task: Any, threads: int | None) ->
     with Interrupts() as interrupts:
         # Ctrl-C reaches every process of a terminal; the parent says when to stop.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=_stop_with_the_parent, args=(connection,), daemon=True).start()
+        done = threading.Event()
+        threading.Thread(target=_stop_with_the_parent, args=(connection, done), daemon=True).start()
         problem = None
         try:
             if threads is not None:
@@ -92,16 +105,16 @@ def _work(connection: Connection, work: Work, task: Any, threads: int | None) ->
         except Interrupted as interrupted:
             problem = f"stopped by {interrupted}"
         except BaseException as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            problem = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+            problem = "".join(traceback.format_exception(error)).rstrip()
+        done.set()
         try:
             connection.send(problem)
         except OSError:  # the parent has gone, or doesn't want to know
             sys.exit(1)
 
 
-def _stop_with_the_parent(connection: Connection) -> None:
-    try:
+def _stop_with_the_parent(connection: Connection, done: threading.Event) -> None:
+    with suppress(EOFError, OSError):
         connection.recv()
-    except (EOFError, OSError):
+    if not done.is_set():
         os.kill(os.getpid(), signal.SIGTERM)

@@ -323,7 +323,7 @@ def test_a_value_longer_than_any_file_name(config_file: str, refused: Callable[.
         ),
         (["partition={name: shards, shards_per_client: 99}"], "partition.shards_per_client: "),
         (["partition=natural"], "partition: the data name no clients, which natural needs; "),
-        (["data.num_classes=61"], "data: class 'thing 60' has no training image that can be read"),
+        (["data.num_classes=61"], "data: class 'thing 60' has no training image: "),
         (["data={name: eurosat, root: /nowhere}"], "data.root: /nowhere: EuroSAT is not there; expected /nowhere/"),
         (
             ["data={name: image_folder, root: /nowhere}"],
@@ -415,7 +415,7 @@ def test_a_class_without_a_readable_image(config_file: str, refused: Callable[..
         path.write_text("no image")
     data = f"data={{name: image_folder, root: {image_folder}, unreadable: skip}}"
     message = refused(config_file, data, "partition=iid", "clients.number=2")
-    assert message == f"{config_file}: data: class 'cat' has no training image that can be read"
+    assert message.startswith(f"{config_file}: data: class 'cat' has no training image: ")
 
 
 def test_a_link_back_to_its_own_folder_is_not_followed(config_file: str, image_folder: Path, capsys: Capture) -> None:

@@ -1,8 +1,7 @@
-"""A sweep's curves: what is read, the arithmetic of mean and band, and the pictures."""
+"""A sweep's curves: the arithmetic of mean and band, and the pictures."""
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from flora.curves import (
     averages,
     draw_curves,
     line_style,
-    read_curve,
     zero_shot_levels,
 )
 from flora.errors import UserError
@@ -48,32 +46,6 @@ def sweep(num_panels: int, num_lines: int, num_seeds: int, num_rounds: int = 20)
 
 
 # Reading
-
-
-def write_records(directory: Path, *records: tuple[int, float | None, int, int]) -> None:
-    keys = ("round", "accuracy", "uplink_bytes", "downlink_bytes")
-    lines = [json.dumps(dict(zip(keys, record, strict=True))) + "\n" for record in records]
-    (directory / "rounds.jsonl").write_text("".join(lines))
-
-
-def test_bytes_add_up_over_rounds_that_were_not_evaluated(tmp_path: Path) -> None:
-    write_records(tmp_path, (0, 0.1, 0, 0), (1, None, 10, 5), (2, 0.5, 10, 5), (3, None, 7, 0), (4, 0.6, 10, 5))
-    assert read_curve(tmp_path, panel="x, iid", line="lora") == Curve(
-        panel="x, iid", line="lora", rounds=(0, 2, 4), sent_bytes=(0, 30, 52), accuracy=(0.1, 0.5, 0.6)
-    )
-
-
-def test_records_that_are_missing_or_damaged(tmp_path: Path) -> None:
-    path = tmp_path / "rounds.jsonl"
-    with pytest.raises(UserError, match=r"rounds\.jsonl: can't be read: No such file or directory"):
-        read_curve(tmp_path, panel="", line="")
-    for content in ('{"round": 0, "accu', "[]\n", '{"round": 0}\n', "\xff"):
-        path.write_text(content, encoding="latin-1")
-        with pytest.raises(UserError, match=r"rounds\.jsonl: damaged"):
-            read_curve(tmp_path, panel="", line="")
-
-
-# Arithmetic
 
 
 def test_mean_and_deviation_by_hand() -> None:

@@ -114,6 +114,17 @@ def test_values_by_method_lie_between(monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_protocol({**below, "adapter": {"rank": 3}})["adapter"] == {"name": "lora", "rank": 3}
 
 
+def test_an_empty_section_says_nothing() -> None:
+    assert parse_config({**GIVEN, "local": None, "clients": None, "server": None}) == parse_config(GIVEN)
+
+
+def test_another_model_gets_no_weights_from_the_protocol() -> None:
+    config = parse_config({**GIVEN, "backbone": {"model": "quickstart"}})
+    assert (config.backbone.model, config.backbone.weights) == ("quickstart", None)
+    config = parse_config({**GIVEN, "backbone": {"precision": "bf16"}})
+    assert (config.backbone.model, config.backbone.weights) == ("ViT-B-32-quickgelu", "openai")
+
+
 def test_nothing_given_is_changed() -> None:
     raw = {**GIVEN, "local": {"optimizer": {"beta2": 0.9}}, "partition": {"name": "dirichlet"}}
     before = yaml.safe_dump(raw)

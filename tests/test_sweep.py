@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ import pytest
 import yaml
 from conftest import comparable
 
-from flora import sweep
+from flora import sweep, workers
+from flora.config import ExperimentConfig
 from flora.errors import UserError
+from flora.interrupts import Interrupted
 from flora.simulate import main as simulate_main
-from flora.sweep import combinations, configurations, run_all, split_values
+from flora.sweep import combinations, configurations, split_values
+from flora.sweep_runs import Outcomes, run_all
 from flora.sweep_table import (
     Outcome,
     Point,
+    Ratios,
     Row,
     collect,
     read_outcome,
@@ -100,14 +105,16 @@ def test_a_stopped_sweep_goes_on(config_file: str, tmp_path: Path) -> None:
         if (tmp_path / "sweep" / "tiny_seed=1" / "checkpoints").exists():  # in the middle of the second run
             raise KeyboardInterrupt
 
+    outcomes: Outcomes = {}
     with pytest.raises(KeyboardInterrupt):
-        run_all(ours, jobs=1, check=stop)
+        run_all(ours, outcomes, jobs=1, check=stop)
+    assert outcomes == {"tiny_seed=0": None}
     stopped = tmp_path / "sweep" / "tiny_seed=1"
     assert not (stopped / "summary.json").exists()
     assert "to go on: " in (stopped / "log.txt").read_text()
     assert len(list((tmp_path / "sweep").rglob("summary.json"))) == 1
-    assert run_all(ours, jobs=1, check=nothing) == []
-    assert run_all(whole, jobs=2, check=nothing) == []
+    assert failures(ours) == {}
+    assert failures(whole, jobs=2) == {}
     for each in grid:
         found, expected = (comparable(tmp_path / name / each.name) for name in ("sweep", "whole"))
         assert found["adapter.safetensors"] == expected["adapter.safetensors"]
@@ -123,10 +130,9 @@ def test_a_process_that_is_killed_is_one_line(config_file: str, tmp_path: Path) 
             (directory / "killed").touch()
             os.kill(int((directory / "lock").read_text()), signal.SIGKILL)
 
-    (failure,) = run_all(runs, jobs=1, check=kill)
-    assert failure == "tiny_seed=0: its process was ended by SIGKILL"
+    assert failures(runs, check=kill) == {"tiny_seed=0": "its process was ended by SIGKILL"}
     assert (tmp_path / "sweep" / "tiny_seed=1" / "summary.json").exists()
-    assert run_all(runs, jobs=1, check=nothing) == []
+    assert failures(runs) == {}
 
 
 def test_the_end_of_the_sweep_is_the_end_of_its_runs(config_file: str, tmp_path: Path) -> None:
@@ -160,18 +166,116 @@ def test_a_signal_stops_a_sweep(config_file: str, tmp_path: Path) -> None:
     assert process.stderr.read().splitlines()[-1] == "stopped by SIGINT; the same command goes on"
 
 
-def test_what_fails_everywhere_is_not_tried_for_ever(
+def test_what_all_runs_lack_is_looked_for_once(
     config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, missing = tmp_path / "sweep", f"backbone.weights={tmp_path / 'nowhere.safetensors'}"
-    assert run(config_file, folder, "seed=0,1,2,3,4", "--set", missing) == 2
+    folder, missing = tmp_path / "sweep", tmp_path / "nowhere.safetensors"
+    assert run(config_file, folder, "seed=0,1", "--set", f"backbone.weights={missing}") == 2
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines[:3]] == ["tiny_seed=0", "tiny_seed=1", "tiny_seed=2"]
-    assert lines[3:] == ["the first 3 runs failed for one reason; the others were not tried"]
+    assert [line.split(": ")[:3] for line in lines] == [
+        ["failed", f"tiny_seed={seed}", "backbone.weights"] for seed in (0, 1)
+    ]
+    assert not folder.exists()  # no run was begun
 
 
-def nothing() -> None:
-    """Nothing stops the sweep."""
+def test_runs_with_other_settings_are_not_in_the_table(
+    config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sweep"
+    assert run(config_file, folder, "seed=0") == 0
+    assert run(config_file, folder, "seed=0,1", "--set", "local.learning_rate=0.5") == 2
+    captured = capsys.readouterr()
+    assert "what differs: local.learning_rate: 0.01 then, 0.5 now" in captured.err
+    (row,) = csv.DictReader((folder / "table.csv").open())
+    assert row["runs"] == "1"
+
+
+def test_settings_that_may_change_do(config_file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    grid = combinations([config_file], ["seed=0"])
+
+    def stop() -> None:
+        if list(folder.glob("*/checkpoints/round-*")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all(configurations(grid, folder, ["rounds=40"]), {}, jobs=1, check=stop)
+    changed = ["rounds=40", "clients.per_block=1", "checkpoints.keep=1", "cache.folder=null", "threads=1"]
+    assert failures(configurations(grid, folder, changed)) == {}
+    config = yaml.safe_load((folder / "tiny_seed=0" / "config.yaml").read_text())
+    assert (config["clients"]["per_block"], config["checkpoints"]["keep"], config["threads"]) == (1, 1, 1)
+    assert config["cache"]["folder"] is None
+
+
+@pytest.mark.parametrize("file", ["rounds.jsonl", "summary.json"])
+def test_a_damaged_run_is_one_line_and_the_others_are_tabulated(
+    config_file: str, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sweep"
+    assert run(config_file, folder, "seed=0,1") == 0
+    damaged = folder / "tiny_seed=0" / file
+    text = damaged.read_text().replace("accuracy", "acuracy")
+    for content in (text, text[: len(text) // 2], "[]"):
+        damaged.write_text(content)
+        if file == "summary.json" and content != text:
+            continue  # without a summary the run is not finished, and goes on
+        assert run(config_file, folder, "seed=0,1") == 2
+        assert f"{damaged.parent}: summary.json or rounds.jsonl is damaged" in capsys.readouterr().err
+        (row,) = csv.DictReader((folder / "table.csv").open())
+        assert row["runs"] == "1"
+
+
+def test_a_folder_in_which_nothing_was_begun_is_no_obstacle(config_file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    for seed, names in ((0, []), (1, ["lock", "config.yaml.part"])):
+        (folder / f"tiny_seed={seed}").mkdir(parents=True)
+        for name in names:
+            (folder / f"tiny_seed={seed}" / name).touch()
+    assert run(config_file, folder, "seed=0,1") == 0
+    (folder / "tiny_seed=2").mkdir()
+    (folder / "tiny_seed=2" / "notes.txt").write_text("mine")
+    assert run(config_file, folder, "seed=0,1,2") == 2
+    assert (folder / "tiny_seed=2" / "notes.txt").read_text() == "mine"
+
+
+def test_options_may_stand_anywhere(config_file: str, tmp_path: Path) -> None:
+    assert sweep.main([config_file, "--output", str(tmp_path / "sweep"), "seed=0,1"]) == 0
+    assert len(list(tmp_path.rglob("summary.json"))) == 2
+
+
+def test_a_stopped_sweep_shows_what_is_finished(
+    config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(configs: Any, outcomes: Outcomes, **options: Any) -> None:
+        run_all(configs[:1], outcomes, **options)
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(sweep, "run_all", interrupted)
+    assert run(config_file, tmp_path / "sweep", "seed=0,1") == 130
+    captured = capsys.readouterr()
+    assert "zero-shot" in captured.out
+    assert captured.err.splitlines()[-1] == "stopped by SIGINT; the same command goes on"
+
+
+def test_an_unexpected_error_shows_where(config_file: str, tmp_path: Path) -> None:
+    (problem,) = [problem for _, problem in workers.work_through(broken, [config_file], jobs=1, check=lambda: None)]
+    assert problem is not None
+    assert problem.splitlines()[0] == "Traceback (most recent call last):"
+    assert problem.splitlines()[-1] == f"ZeroDivisionError: {config_file}"
+
+
+def broken(task: str, hooks: object) -> None:
+    raise ZeroDivisionError(task)
+
+
+def failures(
+    runs: Sequence[ExperimentConfig], *, jobs: int = 1, check: Callable[[], object] = lambda: None
+) -> dict[str, str]:
+    """Bring all runs to their end; what became of those that failed."""
+    outcomes: Outcomes = {}
+    run_all(runs, outcomes, jobs=jobs, check=check)
+    assert outcomes.keys() == {run.name for run in runs}
+    return {name: problem for name, problem in outcomes.items() if problem is not None}
 
 
 def test_more_rounds_and_other_settings(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +315,13 @@ def test_a_run_that_fails_does_not_stop_the_others(
     [
         (["seed=0"], "expected a config file"),
         (["CONFIG", "seed="], "command line: expected key=value,value, got 'seed='"),
-        (["CONFIG", "seed=1,1"], "two runs would both be called"),
+        (["CONFIG", "seed=1,1"], "two runs would both be called tiny_seed=1 ("),
+        (["CONFIG", "seed=0,1", "seed=5"], "command line: seed is given twice; write seed=value,value"),
+        (["CONFIG", "name=a,b"], "command line: name: each run of a sweep has its own"),
+        (["CONFIG", "--set", "output=x"], "command line: output: each run of a sweep has its own"),
+        (["CONFIG", "--jobs", "0"], "--jobs: expected a whole number of at least 1, got '0'"),
+        (["CONFIG", "--jobs", "x"], "--jobs: expected a whole number of at least 1, got 'x'"),
+        (["CONFIG", "--job", "1", "--what"], "unrecognized arguments: --what; see --help"),
         (["CONFIG", "local.epoch=1,2"], "local.epoch"),
         (["nothing.yaml"], "nothing.yaml: No such file or directory"),
     ],
@@ -231,7 +341,7 @@ def test_mistakes(
 def outcome(last: float, **changes: Any) -> Outcome:
     points = (Point(0, 0, 0.25), Point(1, 100, last / 2), Point(2, 200, last))
     values: dict[str, Any] = {
-        "directory": Path("nowhere"), "points": points,
+        "points": points,
         "zero_shot": 0.25, "last": last, "best": 0.9, "alone": None, "bytes_to_arrive": 1000, "rounds_to_arrive": 3,
         "uplink_bytes": 50.0, "step_seconds": 0.01, "train_seconds": 2.0, "memory_bytes": 10**9, "parameters": 1234,
     }  # fmt: skip
@@ -254,7 +364,7 @@ def test_what_a_run_needed_to_arrive(tmp_path: Path) -> None:
     summary = {
         "zero_shot_accuracy": 0.1, "last_accuracy": 0.8, "best_accuracy": 0.9, "alone_accuracy_mean": 0.3,
         "uplink_bytes_per_client_round": 10, "train_seconds": 6.0, "peak_memory_bytes": 7, "trainable_parameters": 8,
-        "memory_before_bytes": 3,
+        "memory_before_bytes": 3, "num_clients": 4,
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     accuracies = [0.1, None, 0.75, 0.76, 0.8]
@@ -295,6 +405,9 @@ def test_ratios_by_hand() -> None:
     assert (ratios.step_time, ratios.memory, ratios.bytes_per_round) == pytest.approx((10, 4, 100))
     assert (ratios.rounds, ratios.bytes) == pytest.approx((2 / 6, 200 / 50))
     assert rows[1].ratios is not None and rows[1].ratios.step_time == rows[1].ratios.rounds == 1
+    assert with_ratios([Row({"method": "full"}, (outcome(0.2),)), Row({"method": "x"}, (slow,))], "full")[1] == Row(
+        {"method": "x"}, (slow,), Ratios(1.0, 1.0, 1.0, None, None)
+    )  # the frozen model is as good as full fine-tuning: nobody needs a round
     assert rows[2].ratios is None  # there is no full fine-tuning with that partition
     assert rows[3].ratios is not None and rows[3].ratios.rounds is None
     assert rows[4].ratios is None
@@ -326,9 +439,11 @@ def test_the_overview_has_a_row_a_method(tmp_path: Path) -> None:
 
 
 def test_labels_are_what_varies(tmp_path: Path) -> None:
-    runs = [(tmp_path, "a/x.yaml", {"seed": "0", "rank": "2", "partition": "iid"})]
+    runs: list[tuple[Path | None, str, dict[str, str]]] = [
+        (None, "a/x.yaml", {"seed": "0", "rank": "2", "partition": "iid"})
+    ]
     assert [row.labels for row in collect(runs)] == [{}]
-    runs.append((tmp_path, "y.yaml", {"seed": "0", "rank": "4", "partition": "iid"}))
+    runs.append((None, "y.yaml", {"seed": "0", "rank": "4", "partition": "iid"}))
     assert [row.labels for row in collect(runs)] == [{"experiment": "x", "rank": "2"}, {"experiment": "y", "rank": "4"}]
 
 

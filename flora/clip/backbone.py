@@ -153,6 +153,10 @@ class Backbone(Options):
             precision=self.precision,
         )
 
+    def fetch(self) -> None:
+        """Have OpenCLIP download the weights, unless they are there. Raises `UserError` as `load` does."""
+        self._find_weights(_find_config(self.model)[0])
+
     def _find_weights(self, config: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
         """The weights file (None: random weights) and what a pretrained tag says about preprocessing."""
         folder, builtin = Path(self.model), Path(str(ASSETS / f"{self.model}.safetensors"))

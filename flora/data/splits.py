@@ -55,11 +55,16 @@ class Merged(Splitter):
 @register("validation")
 @dataclass(frozen=True)
 class Validation(Splitter):
-    """A stratified share of the training images to test on; the test images stay unread. For choosing settings."""
+    """A stratified share of the training images to test on; the test images stay unread. For choosing settings.
+
+    Where the split is drawn at random (no official one, or `merged`), another seed has other test images.
+    """
 
     fraction: float = option("share of the training images to test on", 0.2, above=0, below=1)
+    of: Splitter = option("whose training images", Official())
 
     def split(self, data: ImageData, rng: Rng) -> ImageData:
+        data = self.of.split(data, rng.child("of"))
         train, test = stratified_split(data.train.labels, self.fraction, rng)
         _require("split.fraction", len(train), len(test))
         return ImageData(data.train.subset(train), data.train.subset(test), data.class_names)
