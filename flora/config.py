@@ -136,9 +136,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         raise ConfigError(f"{'command line' if by_override else path}: {error}") from None
 
 
-def parse_config(raw: Mapping[str, Any]) -> ExperimentConfig:
-    """A checked config from nested mappings. Raises `OptionError` naming the dotted key."""
-    config: ExperimentConfig = _parse(ExperimentConfig, with_protocol(raw), "")
+def parse_config(raw: Mapping[str, Any], *, is_complete: bool = False) -> ExperimentConfig:
+    """A checked config from nested mappings, over the values of the protocol that it names.
+
+    `is_complete` says that those are in it already, as in a run's `config.yaml`: what a later version of the program
+    adds to a protocol must not change a run that has begun. Raises `OptionError` naming the dotted key.
+    """
+    config: ExperimentConfig = _parse(ExperimentConfig, raw if is_complete else with_protocol(raw), "")
     name = config.name
     if name in (".", "..") or not name.isprintable() or name != name.strip() or "/" in name or "\\" in name:
         raise OptionError("name", f"expected a plain folder name, got {name!r}")

@@ -66,8 +66,8 @@ def resumed_config(
     for override in overrides:
         apply_override(current, override)
     try:
-        config = parse_config(current)
-        before = parse_config(stored)
+        config = parse_config(current, is_complete=True)
+        before = parse_config(stored, is_complete=True)
     except OptionError as error:
         raise ConfigError(f"{path}: {error}") from None
     _refuse_changes(path, before, config)
@@ -77,7 +77,7 @@ def resumed_config(
 def refuse_other_settings(path: Path, config: ExperimentConfig) -> None:
     """Raise `UserError` with the difference if the run in `path` has settings that `config` can't go on with."""
     try:
-        before = parse_config(_stored_config(path))
+        before = parse_config(_stored_config(path), is_complete=True)
     except OptionError as error:
         raise ConfigError(f"{path}: {error}") from None
     _refuse_changes(path, before, config)

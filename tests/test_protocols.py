@@ -16,6 +16,8 @@ from flora.federated.aggregation import FedAvg
 from flora.federated.objectives import Contrastive, CrossEntropy
 from flora.federated.optimizers import Adam, Constant, Sgd
 from flora.protocols import PROTOCOLS, Protocol, with_protocol
+from flora.resume import resumed_config
+from flora.simulate import simulate
 
 GIVEN: dict[str, Any] = {"name": "x", "protocol": "paper", "data": "digits", "partition": "iid"}
 
@@ -123,6 +125,19 @@ def test_another_model_gets_no_weights_from_the_protocol() -> None:
     assert (config.backbone.model, config.backbone.weights) == ("quickstart", None)
     config = parse_config({**GIVEN, "backbone": {"precision": "bf16"}})
     assert (config.backbone.model, config.backbone.weights) == ("ViT-B-32-quickgelu", "openai")
+
+
+def test_what_is_added_to_a_protocol_later_does_not_change_a_run(
+    raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    simulate(parse_config({**raw_config, "rounds": 1}))
+    path = tmp_path / "runs" / "test"
+    stored = yaml.safe_load((path / "config.yaml").read_text())
+    del stored["local"]["clip_norm"]  # as if the option had not existed then
+    (path / "config.yaml").write_text(yaml.safe_dump(stored))
+    later = Protocol(about="later", values={"adapter": "lora", "local": {"clip_norm": 1e-9}})
+    monkeypatch.setattr(protocols, "PROTOCOLS", {"standard": later})
+    assert resumed_config(path, []).local.clip_norm is None
 
 
 def test_nothing_given_is_changed() -> None:
