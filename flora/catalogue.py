@@ -2,13 +2,15 @@
 
 from flora.clip import adapters, baselines
 from flora.data import augmentation, digits, folders, glyphs, partition, splits, tiny_imagenet, torchvision_sets
-from flora.federated import aggregation, objectives, optimizers, sampling
+from flora.federated import aggregation, combiners, corrections, objectives, optimizers, sampling, server_optimizers
 
 __all__ = [
     "adapters",
     "aggregation",
     "augmentation",
     "baselines",
+    "combiners",
+    "corrections",
     "digits",
     "folders",
     "glyphs",
@@ -16,6 +18,7 @@ __all__ = [
     "optimizers",
     "partition",
     "sampling",
+    "server_optimizers",
     "splits",
     "tiny_imagenet",
     "torchvision_sets",

@@ -27,10 +27,12 @@ from flora.data.splits import Official, Splitter
 from flora.errors import UserError
 from flora.federated.aggregation import FedAvg, Strategy
 from flora.federated.cache import CacheOptions
+from flora.federated.combiners import Combiner, Mean
 from flora.federated.evaluation import EvaluationOptions
 from flora.federated.local import LocalTraining
 from flora.federated.sampling import Sampler, Uniform
 from flora.federated.screening import Screening
+from flora.federated.server_optimizers import ServerOptimizer, ServerSgd
 from flora.protocols import DEFAULT, PROTOCOLS, with_protocol
 from flora.registry import Component, OptionError, Options, components, name_of, option, suggest
 
@@ -63,7 +65,9 @@ class ClientOptions(Options):
 class ServerOptions(Options):
     """What the server does with the updates."""
 
-    strategy: Strategy = option("how updates become the next adapter", FedAvg())
+    strategy: Strategy = option("what of an adapter clients train and send", FedAvg())
+    combiner: Combiner = option("how the cohort's deltas become one", Mean())
+    optimizer: ServerOptimizer = option("how the server steps along that delta", ServerSgd())
     screening: Screening = option("what becomes of updates that must not be averaged", Screening())
 
 

@@ -53,7 +53,7 @@ class Experiment:
 
     def initial_state(self) -> ServerState:
         """The server before the first round."""
-        return ServerState(0, self.initial_adapter, self.config.server.strategy.init(self.initial_adapter))
+        return ServerState(0, self.initial_adapter, self.federation.initial_strategy(self.initial_adapter))
 
 
 def check_experiment(config: ExperimentConfig) -> None:
@@ -61,6 +61,19 @@ def check_experiment(config: ExperimentConfig) -> None:
     architecture = config.backbone.architecture()
     with _below("adapter"):
         config.adapter.check_fits(architecture)
+    with _below("server"):
+        config.server.strategy.check_fits(config.adapter)
+    if config.server.strategy.alternates and config.local.optimizer_state == "kept":
+        raise OptionError(
+            "local.optimizer_state", "expected fresh, because the strategy trains other tensors from round to round"
+        )
+    with _below("local"):
+        config.local.correction.check_fits(config.local.optimizer)
+    if config.server.strategy.alternates and config.local.correction.memory(1):
+        raise OptionError(
+            "local.correction",
+            "expected none or fedprox, because the strategy trains other tensors from round to round",
+        )
     with _below("clients.cohort"):
         config.clients.cohort.cohort_size(config.clients.number_training)
     if config.cache.enabled and config.local.augmentation.changes_images:
@@ -127,6 +140,8 @@ def build_experiment(
         local=config.local,
         sampler=config.clients.cohort,
         strategy=config.server.strategy,
+        combiner=config.server.combiner,
+        server_optimizer=config.server.optimizer,
         num_rounds=config.rounds,
         clients_per_block=clients_per_block,
         rng=rng.child("federation"),

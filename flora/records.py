@@ -23,7 +23,7 @@ class ServerState:
     """All that the server knows between two rounds; with the configuration, all that a resumed run needs.
 
     `round` rounds are done. `adapter` and `strategy` are state dicts on the CPU without a client axis. `clients` keeps,
-    by client id, what a client carries from one of its rounds to the next (its optimiser state, if it is kept).
+    by client id, what a client carries from one round to the next: its optimiser's state, a correction's memory.
     """
 
     round: int
@@ -36,7 +36,8 @@ class ServerState:
 class ClientUpdate:
     """What one client sends after local training: `delta` = local - broadcast, without a client axis.
 
-    `failed_step` is the first of its steps, counted from 0, at which loss or gradient was not finite.
+    `failed_step` is the first of its steps, counted from 0, at which loss or gradient was not finite; `extra` is what
+    it sends beside the delta.
     """
 
     client: int
@@ -45,6 +46,7 @@ class ClientUpdate:
     loss: float
     num_steps: int
     failed_step: int | None = None
+    extra: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class RoundRecord:
     learning_rate: float | None = None
     num_steps: int = 0
     num_examples: int = 0
+    aggregation_error: float | None = None
     rejected_clients: tuple[Rejection, ...] = ()
     class_accuracy: dict[str, float | None] | None = None
     client_accuracy_mean: float | None = None

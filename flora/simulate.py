@@ -107,7 +107,7 @@ def resume(
                 checkpoints,
                 initial,
                 log,
-                client_like=experiment.federation.local.client_state(initial.adapter),
+                client_like=experiment.federation.client_state(initial.adapter),
                 keep=config.checkpoints.keep,
             )
             directory.write_config(config)
@@ -291,6 +291,7 @@ def _measure(
         learning_rate=result.learning_rate if result else None,
         num_steps=result.num_steps if result else 0,
         num_examples=result.num_examples if result else 0,
+        aggregation_error=result.aggregation_error if result else None,
         rejected_clients=result.rejections if result else (),
         class_accuracy=class_accuracy(evaluation, labels, experiment.class_names) if evaluation else None,
         client_accuracy_mean=tenths[0] if tenths else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -29,6 +30,16 @@ def add(left: StateLike, right: StateLike, scale: float = 1.0) -> State:
 def subtract(left: StateLike, right: StateLike) -> State:
     """`left - right`, name by name."""
     return {name: tensor - right[name] for name, tensor in left.items()}
+
+
+def scale(state: StateLike, factor: float) -> State:
+    """`factor * state`, name by name."""
+    return {name: tensor * factor for name, tensor in state.items()}
+
+
+def norm(state: StateLike) -> float:
+    """The Euclidean norm over all tensors, in double precision: finite for all finite numbers of single precision."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in state.values()))
 
 
 def weighted_mean(states: Iterable[StateLike], weights: Sequence[float]) -> State:
@@ -58,6 +69,27 @@ def unstack(stacked: StateLike) -> list[State]:
     """The inverse of `stack`: a list of K states, views into the stack."""
     size = next(iter(stacked.values())).shape[0]
     return [{name: tensor[index] for name, tensor in stacked.items()} for index in range(size)]
+
+
+def below(prefix: str, state: StateLike) -> State:
+    """The same state with `prefix` in front of its names."""
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def named_below(prefix: str, state: StateLike) -> State:
+    """The tensors whose names begin with `prefix`, which is taken away."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def flatten(state: StateLike) -> Tensor:
+    """All numbers of a state in one vector, in the order of its names."""
+    return torch.cat([tensor.flatten() for tensor in state.values()])
+
+
+def unflatten(vector: Tensor, like: StateLike) -> State:
+    """The inverse of `flatten`, with names and shapes as `like` has them."""
+    parts = vector.split([tensor.numel() for tensor in like.values()])
+    return {name: part.view(tensor.shape) for part, (name, tensor) in zip(parts, like.items(), strict=True)}
 
 
 def expand(state: StateLike, size: int) -> State:

@@ -53,15 +53,15 @@ def readme_block(language: str, marker: str) -> str:
     return next(block for block in blocks if marker in block)
 
 
-def test_the_readmes_strategy_in_one_file(tmp_path: Path, tiny_model: str) -> None:
-    script = tmp_path / "my_strategy.py"
-    script.write_text(readme_block("python", "class Median"))
+def test_the_readmes_component_in_one_file(tmp_path: Path, tiny_model: str) -> None:
+    script = tmp_path / "my_combiner.py"
+    script.write_text(readme_block("python", "class Majority"))
     config = tmp_path / "small.yaml"
     config.write_text(
         f"output: {tmp_path}/runs\nrounds: 1\nbackbone: {{model: {tiny_model}, weights: random}}\n"
         "data: digits\npartition: iid\nlocal: {steps: 1}\n"
     )
-    command = [sys.executable, str(script), str(config), "server.strategy=median"]
+    command = [sys.executable, str(script), str(config), "server.combiner=majority"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "in 1 round; 10 clients, iid" in done.stdout

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from flora import tree
 from flora.federated.aggregation import FedAvg
+from flora.federated.combiners import Mean
 from flora.federated.communication import payload_bytes
 from flora.federated.evaluation import class_accuracy, client_accuracies, deciles
 from flora.federated.sampling import BySize, Uniform
+from flora.federated.server_optimizers import ServerSgd
 from flora.records import ClientUpdate, Evaluation
 from flora.registry import OptionError
 from flora.rng import Rng
@@ -25,9 +27,11 @@ def update(client: int, num_examples: int, value: float) -> ClientUpdate:
 
 def test_fedavg_by_hand() -> None:
     updates = [update(0, 1, 4.0), update(1, 3, 8.0)]
-    assert FedAvg().combine(updates)["a"].tolist() == [7.0, 0.0]
-    assert FedAvg(weighting="uniform").combine(updates)["a"].tolist() == [6.0, 0.0]
-    adapter, state = FedAvg().step({"a": torch.tensor([1.0, 1.0])}, FedAvg().combine(updates), {})
+    deltas = [each.delta for each in updates]
+    mean = Mean().combine(deltas, FedAvg().weights(updates))
+    assert mean["a"].tolist() == [7.0, 0.0]
+    assert Mean().combine(deltas, FedAvg(weighting="uniform").weights(updates))["a"].tolist() == [6.0, 0.0]
+    adapter, state = ServerSgd().step({"a": torch.tensor([1.0, 1.0])}, mean, {})
     assert adapter["a"].tolist() == [8.0, 1.0]
     assert state == {}
 

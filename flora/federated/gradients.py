@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -45,15 +45,19 @@ class Batch:
 class FlatStack:
     """K adapters as one matrix `(K, P)`, so that an optimiser's step is a few operations however many layers there are.
 
-    The matrix is a copy; `state` and `leaves` are views into it, or into another of its kind.
+    The tensors called `trained` have the first `num_trained` columns. The matrix is a copy; `state` and `leaves` are
+    views into it, or into another of its kind.
     """
 
-    def __init__(self, stack: StateLike, device: torch.device) -> None:
-        self._shapes = {name: tensor.shape[1:] for name, tensor in stack.items()}
+    def __init__(self, stack: StateLike, device: torch.device, trained: Collection[str] | None = None) -> None:
+        self._trained = list(stack) if trained is None else [name for name in stack if name in trained]
+        self._shapes = {name: stack[name].shape[1:] for name in self._trained}
+        self.num_trained = sum(shape.numel() for shape in self._shapes.values())
+        self._shapes |= {name: tensor.shape[1:] for name, tensor in stack.items()}
         size = len(next(iter(stack.values())))
         # Where all clients start from one adapter, as `tree.expand` gives it, that is copied to the device once.
         is_one = all(tensor.stride(0) == 0 for tensor in stack.values())
-        rows = [tensor[:1] if is_one else tensor for tensor in stack.values()]
+        rows = [stack[name][:1] if is_one else stack[name] for name in self._shapes]
         matrix = torch.cat([tensor.reshape(len(tensor), -1) for tensor in rows], dim=1).to(device)
         self.matrix = matrix.expand(size, -1).clone() if is_one else matrix
 
@@ -65,13 +69,18 @@ class FlatStack:
             for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
 
-    def leaves(self, matrix: Tensor) -> State:
-        """The same, each a leaf of the autograd graph that shares the matrix's memory."""
-        return {name: tensor.detach().requires_grad_() for name, tensor in self.state(matrix).items()}
+    def trained_part(self, matrix: Tensor) -> State:
+        """The same of the trained tensors alone."""
+        return {name: tensor for name, tensor in self.state(matrix).items() if name in self._trained}
+
+    def leaves(self, matrix: Tensor) -> tuple[State, list[Tensor]]:
+        """The same, detached; and those that are trained, as leaves of the autograd graph that share its memory."""
+        state = {name: tensor.detach() for name, tensor in self.state(matrix).items()}
+        return state, [state[name].requires_grad_() for name in self._trained]
 
 
 Compute = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
-"""From parameters `(K, P)` and a batch to losses `(K,)` and gradients `(K, P)`."""
+"""From adapters `(K, P)` and a batch to losses `(K,)` and the gradients of what is trained, `(K, num_trained)`."""
 
 
 def gradient_function(
@@ -82,19 +91,21 @@ def gradient_function(
     *,
     batch_size: int,
 ) -> Compute:
-    """What computes each client's loss, and its gradient with respect to all of its parameters.
+    """What computes each client's loss, and its gradient with respect to all of its parameters that are trained.
 
     Clients don't depend on each other, so as many go through the model at once as is fastest.
     """
 
     at_once = clients_at_once(model, batch_size=batch_size)
-    known: dict[tuple[int, int], State] = {}  # they share the parameters' memory, so a block's are made once
+    known: dict[
+        tuple[int, int], tuple[State, list[Tensor]]
+    ] = {}  # they share the parameters' memory, so a block's are made once
 
     def compute(parameters: Tensor, batch: Batch, first: int = 0) -> tuple[Tensor, Tensor]:
         number = len(parameters)
         place = parameters.data_ptr(), number
-        leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
-        with model.adapter.bind(leaves, None if dropout is None else dropout[first : first + number]):
+        state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
+        with model.adapter.bind(state, None if dropout is None else dropout[first : first + number]):
             losses = objective.loss(
                 model.image_features(batch.stem, number),
                 model.class_features(number, batch.classes),
@@ -121,9 +132,9 @@ def gradient_function(
     return compute_in_parts
 
 
-def _rows(losses: Tensor, leaves: StateLike) -> Tensor:
-    """The gradient of the summed losses with respect to all leaves, `(K, P)`; zero for those that the loss ignores."""
-    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+def _rows(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """The gradient of the summed losses with respect to all leaves, as rows; zero for those that the loss ignores."""
+    gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
     return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flora import tree
 from flora.clip.towers import AdaptedClip
 from flora.data.augmentation import Augmentation, NoAugmentation
 from flora.data.batching import ClientBlock
+from flora.federated.corrections import Correction, NoCorrection
 from flora.federated.features import Features
 from flora.federated.gradients import Batch, FlatStack, gradient_function
 from flora.federated.objectives import CrossEntropy, Objective
@@ -18,6 +20,9 @@ from flora.federated.optimizers import AdamW, Constant, Optimizer, Schedule, cli
 from flora.registry import OptionError, Options, option
 from flora.rng import Rng
 from flora.tree import State, StateLike
+
+# What precedes the names of what a correction remembers, among all that a client or the server keeps.
+CORRECTION = "correction."
 
 
 @dataclass(frozen=True)
@@ -37,33 +42,35 @@ class LocalTraining(Options):
     schedule: Schedule = option("the learning rate over rounds", Constant())
     clip_norm: float | None = option("largest norm of a client's gradient; none: no clipping", None, above=0)
     objective: Objective = option("what a step minimises", CrossEntropy())
+    correction: Correction = option("what is added to the gradient against drifting apart", NoCorrection())
     augmentation: Augmentation = option("how training images are changed at random", NoAugmentation())
 
     def check(self) -> None:
         if self.steps is not None and self.epochs != 1:
             raise OptionError("steps", "give either `steps` or `epochs`, not both")
 
-    def client_state(self, adapter: StateLike) -> State:
-        """What one client keeps between its rounds when it trains such an adapter: names and shapes."""
-        if self.optimizer_state != "kept":
-            return {}
-        parameters = torch.empty(1, sum(tensor.numel() for tensor in adapter.values()))
-        return {name: tensor[0] for name, tensor in self.optimizer.init(parameters).items()}
+    def client_state(self, trained: StateLike) -> State:
+        """What one client keeps between its rounds when it trains such tensors: names and shapes."""
+        size, state = tree.count(trained), {}
+        if self.optimizer_state == "kept":
+            state = {name: tensor[0] for name, tensor in self.optimizer.init(torch.empty(1, size)).items()}
+        return state | tree.below(CORRECTION, self.correction.memory(size))
 
 
 @dataclass(frozen=True, eq=False)
 class BlockResult:
     """What K clients end with.
 
-    `adapters` are `(K, ...)`, `losses` the means over steps `(K,)`; `failed_steps` `(K,)` are the first steps at which
-    loss or gradient were not finite, -1 where they always were; `optimizer_states` has K state dicts where they are
-    kept, else K empty ones.
+    `adapters` are `(K, ...)`, of the trained tensors alone, `losses` the means over steps `(K,)`; `failed_steps` `(K,)`
+    are the first steps at which loss or gradient were not finite, -1 where they always were; `kept` has what each of
+    the K clients carries to its next round, `sent` what it sends beside its adapter.
     """
 
     adapters: State
     losses: Tensor
     failed_steps: Tensor
-    optimizer_states: list[State]
+    kept: list[State]
+    sent: list[State]
 
 
 def train_block(
@@ -75,20 +82,25 @@ def train_block(
     local: LocalTraining,
     learning_rate: float,
     rngs: Sequence[Rng],
-    optimizer_states: Sequence[StateLike | None] = (),
+    kept: Sequence[StateLike | None] = (),
+    trained: Collection[str] | None = None,
+    server_memory: StateLike | None = None,
 ) -> BlockResult:
     """Train K clients from `adapters` `(K, ...)`; the order of clients is the block's.
 
     A step minimises the sum over clients of each one's mean loss over its real examples, so no client's gradient
     depends on another. Clients that have taken all their steps are no longer touched. Results are on the CPU.
-    `rngs`, one a client, are what dropout and augmentation are drawn from. `optimizer_states`, one a client, are what
-    they kept; None is a fresh start.
+    `rngs`, one a client, are what dropout and augmentation are drawn from. `kept`, one a client, is what they carry
+    from their last round; None is a fresh start. `trained` are the names of the tensors to train; None: all.
+    `server_memory` is what the correction remembers at the server.
     """
-    flat = FlatStack(adapters, model.device)
-    state = local.optimizer.init(flat.matrix)
-    for row, kept in enumerate(optimizer_states):
-        for name, tensor in (kept or {}).items():
-            state[name][row] = tensor.to(model.device)
+    flat = FlatStack(adapters, model.device, trained)
+    is_trained = slice(0, flat.num_trained)
+    state = local.optimizer.init(flat.matrix[:, is_trained])
+    for row, own in enumerate(kept):
+        for name in state.keys() & (own or {}).keys():
+            state[name][row] = own[name].to(model.device)  # type: ignore[index]
+    drift = _Drift(local.correction, flat.matrix[:, is_trained], kept, server_memory or {})
     dropout = [rng.child("dropout").torch() for rng in rngs] if model.adapter.has_dropout else None
     gradients_of = gradient_function(model, local.objective, flat, dropout, batch_size=block.indices.shape[2])
     batches = _Batches(model, block, features, in_batch=local.objective.in_batch, rngs=rngs)
@@ -102,21 +114,59 @@ def train_block(
             # A sum is not finite if one of its terms isn't: one pass over the gradients, and no wait for the device.
             broke = ~torch.isfinite(losses + gradients.sum(dim=1)) & (failed[:num_active] < 0)
             failed[:num_active].masked_fill_(broke, step)
+            gradients = drift.correct(gradients, parameters[:, is_trained])
             if local.clip_norm is not None:
                 gradients = clip_rows(gradients, local.clip_norm)
-            local.optimizer.step(parameters, gradients, active_state, learning_rate)
+            local.optimizer.step(parameters[:, is_trained], gradients, active_state, learning_rate)
             totals[:num_active] += losses
+    remembered, sent = drift.finish(flat.matrix[:, is_trained], block.num_steps, learning_rate)
     keep = local.optimizer_state == "kept"
     return BlockResult(
-        adapters=flat.state(flat.matrix.cpu()),
+        adapters=flat.trained_part(flat.matrix.cpu()),
         losses=totals.cpu() / torch.tensor(block.num_steps),
         failed_steps=failed.cpu(),
         # Copies, so that no client keeps its whole block in memory.
-        optimizer_states=[
-            {name: tensor[row].cpu().clone() for name, tensor in state.items()} if keep else {}
+        kept=[
+            {name: tensor[row].cpu().clone() for name, tensor in state.items() if keep} | remembered[row]
             for row in range(len(block.clients))
         ],
+        sent=sent,
     )
+
+
+class _Drift:
+    """A correction at work on a block: where its K clients began, and what they and the server remember."""
+
+    def __init__(
+        self, correction: Correction, start: Tensor, kept: Sequence[StateLike | None], server_memory: StateLike
+    ) -> None:
+        self._correction, self._is_idle = correction, isinstance(correction, NoCorrection)
+        self._start = start if self._is_idle else start.clone()
+        self._server = {name: tensor.to(start.device).unsqueeze(0) for name, tensor in server_memory.items()}
+        fresh = correction.memory(start.shape[1])
+        found = [tree.named_below(CORRECTION, own or {}) or fresh for own in kept] or [fresh] * len(start)
+        self._own = {name: torch.stack([own[name] for own in found]).to(start.device) for name in fresh}
+
+    def correct(self, gradients: Tensor, parameters: Tensor) -> Tensor:
+        """The corrected gradients `(k, P)` of the first k clients."""
+        if self._is_idle:
+            return gradients
+        own = {name: tensor[: len(gradients)] for name, tensor in self._own.items()}
+        return self._correction.correct(gradients, parameters, self._start[: len(gradients)], own, self._server)
+
+    def finish(self, end: Tensor, num_steps: Sequence[int], learning_rate: float) -> tuple[list[State], list[State]]:
+        """What each client remembers from now on, under names for keeping, and what it sends."""
+        if not self._own:
+            return [{} for _ in num_steps], [{} for _ in num_steps]
+        counts = torch.tensor(num_steps, device=end.device).unsqueeze(1)
+        after = self._correction.remember(end - self._start, self._own, self._server, counts, learning_rate)
+        # Copies, so that no client keeps its whole block in memory.
+        old, new = (
+            [{name: tensor[row].cpu().clone() for name, tensor in each.items()} for row in range(len(num_steps))]
+            for each in (self._own, after)
+        )
+        sent = [self._correction.sent(before, now) for before, now in zip(old, new, strict=True)]
+        return [tree.below(CORRECTION, now) for now in new], sent
 
 
 class _Batches:

@@ -56,7 +56,7 @@ def screen(
             rejections.append(Rejection(update.client, update.failed_step, reason))
     if options.max_norm_ratio is None or len(accepted) < 3:
         return accepted, rejections
-    norms = [_norm(update.delta) for update in accepted]
+    norms = [tree.norm(update.delta) for update in accepted]
     median = float(torch.tensor(norms, dtype=torch.float64).quantile(0.5))
     if median == 0:
         return accepted, rejections
@@ -65,7 +65,7 @@ def screen(
         if norm <= bound:
             kept.append(update)
         elif options.policy == "clip":
-            kept.append(dataclasses.replace(update, delta=_scaled(update.delta, bound / norm)))
+            kept.append(dataclasses.replace(update, delta=tree.scale(update.delta, bound / norm)))
         else:
             reason = f"norm {norm:.3g}, the cohort's median is {median:.3g}"
             rejections.append(Rejection(update.client, None, reason))
@@ -91,12 +91,3 @@ def _fault(update: ClientUpdate, adapter: StateLike) -> str | None:
     if update.failed_step is not None or not math.isfinite(update.loss) or not tree.is_finite(update.delta):
         return NOT_FINITE
     return None
-
-
-def _norm(delta: StateLike) -> float:
-    """The Euclidean norm over all tensors, in double precision: finite for all finite numbers of single precision."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in delta.values()))
-
-
-def _scaled(delta: StateLike, factor: float) -> dict[str, torch.Tensor]:
-    return {name: tensor * factor for name, tensor in delta.items()}

@@ -1,0 +1,156 @@
+"""What is added to each client's gradient so that clients with different data don't drift apart.
+
+All vectors are what is trained, flattened in the order of the adapter's names: P numbers, K clients `(K, P)`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flora.federated.optimizers import Optimizer, Sgd
+from flora.registry import Component, OptionError, option, register
+from flora.tree import State, StateLike
+
+
+@dataclass(frozen=True)
+class Correction(Component):
+    """What is added to each client's gradient, before it is clipped."""
+
+    is_broadcast: ClassVar[bool] = False
+    """Whether clients need what the server remembers."""
+
+    def check_fits(self, optimizer: Optimizer) -> None:
+        """Raise `OptionError` if it makes no sense with the optimiser."""
+
+    def memory(self, size: int) -> State:
+        """What a client remembers from round to round, and the server too, at the start: vectors of `size` numbers."""
+        return {}
+
+    @abstractmethod
+    def correct(
+        self, gradients: Tensor, parameters: Tensor, start: Tensor, own: StateLike, server: StateLike
+    ) -> Tensor:
+        """The corrected gradients `(K, P)` at `parameters` `(K, P)`.
+
+        `start` `(K, P)` is where the round began; `own` is what the clients remember, `(K, P)`, `server` what the
+        server does, `(1, P)`.
+        """
+
+    def remember(
+        self, moved: Tensor, own: StateLike, server: StateLike, num_steps: Tensor, learning_rate: float
+    ) -> State:
+        """What the clients remember after a round in which they `moved` `(K, P)` in `num_steps` `(K, 1)`."""
+        return {}
+
+    def sent(self, before: StateLike, after: StateLike) -> State:
+        """What a client sends beside its delta, from what it remembered before and after the round."""
+        return {}
+
+    def at_server(
+        self, delta: Tensor, server: StateLike, moved: Sequence[Tensor], sent: Sequence[StateLike], num_clients: int
+    ) -> tuple[Tensor, State]:
+        """The delta `(P,)` to step along, and what the server remembers then.
+
+        `delta` is the combined one, `moved` and `sent` are those of the cohort, `num_clients` is how many there are.
+        """
+        return delta, dict(server)
+
+
+@register("none")
+@dataclass(frozen=True)
+class NoCorrection(Correction):
+    """The gradient as it is."""
+
+    def correct(
+        self, gradients: Tensor, parameters: Tensor, start: Tensor, own: StateLike, server: StateLike
+    ) -> Tensor:
+        return gradients
+
+
+@register("fedprox")
+@dataclass(frozen=True)
+class FedProx(Correction):
+    """The gradient of mu / 2 |w - w_broadcast|^2, the square included (arXiv:1812.06127, equation 2)."""
+
+    mu: float = option("weight of the squared distance from where the round began", 0.01, at_least=0)
+
+    def correct(
+        self, gradients: Tensor, parameters: Tensor, start: Tensor, own: StateLike, server: StateLike
+    ) -> Tensor:
+        return gradients + self.mu * (parameters - start)
+
+
+@register("scaffold")
+@dataclass(frozen=True)
+class Scaffold(Correction):
+    """Gradient - c_k + c, with control variates c_k of the clients and c of the server (arXiv:1910.06378).
+
+    After S steps c_k becomes c_k - c + (w_broadcast - w_k) / (S learning_rate), its option II, and the server adds
+    the cohort's changes over the number of all clients. Both controls travel, so bytes double either way.
+    """
+
+    is_broadcast = True
+
+    def check_fits(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, Sgd) or optimizer.momentum:
+            raise OptionError("optimizer", "scaffold reads gradients off a client's way: expected sgd without momentum")
+
+    def memory(self, size: int) -> State:
+        return {"control": torch.zeros(size)}
+
+    def correct(
+        self, gradients: Tensor, parameters: Tensor, start: Tensor, own: StateLike, server: StateLike
+    ) -> Tensor:
+        return gradients - own["control"] + server["control"]
+
+    def remember(
+        self, moved: Tensor, own: StateLike, server: StateLike, num_steps: Tensor, learning_rate: float
+    ) -> State:
+        return {"control": own["control"] - server["control"] - moved / (num_steps * learning_rate)}
+
+    def sent(self, before: StateLike, after: StateLike) -> State:
+        return {"control": after["control"] - before["control"]}
+
+    def at_server(
+        self, delta: Tensor, server: StateLike, moved: Sequence[Tensor], sent: Sequence[StateLike], num_clients: int
+    ) -> tuple[Tensor, State]:
+        change = torch.stack([each["control"] for each in sent]).double().sum(dim=0) / num_clients
+        return delta, {"control": (server["control"].double() + change).float()}
+
+
+@register("feddyn")
+@dataclass(frozen=True)
+class FedDyn(Correction):
+    """Gradient - h_k + alpha (w - w_broadcast), and a server that steps past the mean (arXiv:2111.04263, algorithm 1).
+
+    After a round h_k loses alpha times the client's way, the server's h alpha times the mean way over all clients, and
+    the next adapter is the mean minus h / alpha.
+    """
+
+    alpha: float = option("weight of the dynamic term", 0.01, above=0)
+
+    def memory(self, size: int) -> State:
+        return {"gradient": torch.zeros(size)}
+
+    def correct(
+        self, gradients: Tensor, parameters: Tensor, start: Tensor, own: StateLike, server: StateLike
+    ) -> Tensor:
+        return gradients - own["gradient"] + self.alpha * (parameters - start)
+
+    def remember(
+        self, moved: Tensor, own: StateLike, server: StateLike, num_steps: Tensor, learning_rate: float
+    ) -> State:
+        return {"gradient": own["gradient"] - self.alpha * moved}
+
+    def at_server(
+        self, delta: Tensor, server: StateLike, moved: Sequence[Tensor], sent: Sequence[StateLike], num_clients: int
+    ) -> tuple[Tensor, State]:
+        way = torch.stack(list(moved)).double().sum(dim=0) / num_clients
+        gradient = server["gradient"].double() - self.alpha * way
+        return (delta.double() - gradient / self.alpha).float(), {"gradient": gradient.float()}

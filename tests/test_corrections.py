@@ -1,0 +1,208 @@
+"""FedProx, SCAFFOLD and FedDyn with a client axis, against loops over one client at a time in plain PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import adapt, comparable
+from test_local import assert_states_close, federation, start
+
+from flora import tree
+from flora.clip.adapters import Lora
+from flora.config import parse_config
+from flora.errors import UserError
+from flora.experiment import check_experiment
+from flora.federated.communication import payload_bytes
+from flora.federated.corrections import Correction, FedDyn, FedProx, NoCorrection, Scaffold
+from flora.federated.local import LocalTraining
+from flora.federated.optimizers import Sgd
+from flora.federated.round import Federation, run_round, train_alone
+from flora.hooks import Hooks
+from flora.records import ServerState
+from flora.simulate import resume, simulate
+from flora.tree import State
+
+RATE, EPOCHS, ROUNDS = 0.02, 3, 3
+
+
+def local(correction: Correction, **options: Any) -> LocalTraining:
+    return LocalTraining(
+        learning_rate=RATE, batch_size=100, epochs=EPOCHS, optimizer=Sgd(), correction=correction, **options
+    )
+
+
+def prepared(model: str, correction: Correction, **options: Any) -> tuple[Federation, ServerState]:
+    adapted = adapt(model, Lora(rank=2))
+    parts = federation(adapted, local(correction), **options)
+    first = start(adapted)
+    return parts, dataclasses.replace(first, strategy=parts.initial_strategy(first.adapter))
+
+
+def trained(model: str, correction: Correction, rounds: int = ROUNDS, **options: Any) -> ServerState:
+    parts, state = prepared(model, correction, **options)
+    for _ in range(rounds):
+        state, _ = run_round(parts, state)
+    return state
+
+
+def gradient(parts: Federation, client: int, vector: torch.Tensor, like: State) -> torch.Tensor:
+    """The gradient of one client's mean cross-entropy over all its examples, flat."""
+    leaf = vector.clone().requires_grad_()
+    adapter = tree.unflatten(leaf, like)
+    examples = parts.clients[client].train
+    stem = parts.features.take(torch.from_numpy(examples), torch.device("cpu"))
+    with parts.model.adapter.bind({name: tensor.unsqueeze(0) for name, tensor in adapter.items()}):
+        logits = parts.model.logit_scale() * parts.model.image_features(stem, 1)[0] @ parts.model.class_features(1)[0].T
+    torch.nn.functional.cross_entropy(logits, parts.features.labels[examples]).backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def mean(parts: Federation, vectors: list[torch.Tensor]) -> torch.Tensor:
+    weights = torch.tensor([float(len(client.train)) for client in parts.clients])
+    return (torch.stack(vectors) * weights[:, None] / weights.sum()).sum(dim=0)
+
+
+def test_fedprox_equals_a_plain_loop(tiny_model: str) -> None:
+    parts, state = prepared(tiny_model, FedProx(mu=0.7))
+    x = tree.flatten(state.adapter)
+    for _ in range(ROUNDS):
+        ends = []
+        for client in range(5):
+            w = x.clone()
+            for _ in range(EPOCHS):
+                w = w - RATE * (gradient(parts, client, w, state.adapter) + 0.7 * (w - x))
+            ends.append(w)
+        x = mean(parts, ends)
+    assert_states_close(trained(tiny_model, FedProx(mu=0.7)).adapter, tree.unflatten(x, state.adapter))
+
+
+def test_scaffold_equals_a_plain_loop(tiny_model: str) -> None:
+    parts, state = prepared(tiny_model, Scaffold())
+    x = tree.flatten(state.adapter)
+    c, own = torch.zeros_like(x), [torch.zeros_like(x) for _ in range(5)]
+    for _ in range(ROUNDS):
+        ends, changes = [], []
+        for client in range(5):
+            w = x.clone()
+            for _ in range(EPOCHS):
+                w = w - RATE * (gradient(parts, client, w, state.adapter) - own[client] + c)
+            after = own[client] - c + (x - w) / (EPOCHS * RATE)
+            ends.append(w)
+            changes.append(after - own[client])
+            own[client] = after
+        x, c = mean(parts, ends), c + torch.stack(changes).sum(dim=0) / 5
+    found = trained(tiny_model, Scaffold())
+    assert_states_close(found.adapter, tree.unflatten(x, state.adapter))
+    torch.testing.assert_close(found.strategy["correction.control"], c, atol=1e-3, rtol=1e-3)
+    for client in range(5):
+        torch.testing.assert_close(found.clients[client]["correction.control"], own[client], atol=1e-3, rtol=1e-3)
+
+
+def test_feddyn_equals_a_plain_loop(tiny_model: str) -> None:
+    alpha = 0.5
+    parts, state = prepared(tiny_model, FedDyn(alpha=alpha))
+    x = tree.flatten(state.adapter)
+    h, own = torch.zeros_like(x), [torch.zeros_like(x) for _ in range(5)]
+    for _ in range(ROUNDS):
+        ends = []
+        for client in range(5):
+            w = x.clone()
+            for _ in range(EPOCHS):
+                w = w - RATE * (gradient(parts, client, w, state.adapter) - own[client] + alpha * (w - x))
+            own[client] = own[client] - alpha * (w - x)
+            ends.append(w)
+        h = h - alpha * (torch.stack(ends) - x).sum(dim=0) / 5
+        x = mean(parts, ends) - h / alpha
+    found = trained(tiny_model, FedDyn(alpha=alpha))
+    assert_states_close(found.adapter, tree.unflatten(x, state.adapter), atol=1e-4)
+    torch.testing.assert_close(found.strategy["correction.gradient"], h, atol=1e-4, rtol=1e-3)
+
+
+CORRECTIONS = [FedProx(mu=0.5), Scaffold(), FedDyn(alpha=0.5)]
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_clients_per_block_change_nothing(tiny_model: str, correction: Correction) -> None:
+    one, two, five = (trained(tiny_model, correction, rounds=2, per_block=number) for number in (1, 2, 5))
+    for other in (two, five):
+        assert_states_close(one.adapter, other.adapter)
+        assert one.clients.keys() == other.clients.keys()
+
+
+@pytest.mark.parametrize("correction", [FedProx(mu=0.0), Scaffold()])
+def test_what_corrects_nothing_is_fedavg(tiny_model: str, correction: Correction) -> None:
+    """FedProx without a weight always; SCAFFOLD in its first round, when all controls are zero."""
+    assert_states_close(
+        trained(tiny_model, correction, rounds=1).adapter, trained(tiny_model, NoCorrection(), rounds=1).adapter
+    )
+
+
+def test_only_clients_that_took_part_remember(tiny_model: str) -> None:
+    state = trained(tiny_model, Scaffold(), rounds=1, cohort=2)
+    assert len(state.clients) == 2
+    assert {name for own in state.clients.values() for name in own} == {"correction.control"}
+
+
+def test_both_controls_travel(tiny_model: str) -> None:
+    parts, state = prepared(tiny_model, Scaffold())
+    _, result = run_round(parts, state)
+    control = {"correction.control": tree.flatten(state.adapter)}
+    both = payload_bytes({**state.adapter, **control})
+    assert result.uplink_bytes == result.downlink_bytes == 5 * both
+    parts, state = prepared(tiny_model, FedDyn())
+    _, result = run_round(parts, state)
+    assert result.uplink_bytes == result.downlink_bytes == 5 * payload_bytes(state.adapter)
+
+
+def test_who_trains_alone_is_not_corrected(tiny_model: str) -> None:
+    found = []
+    for correction in (NoCorrection(), Scaffold(), FedDyn(alpha=5.0)):
+        parts, state = prepared(tiny_model, correction)
+        found.append(train_alone(parts, state.adapter, np.array([0, 2]), advance=lambda number: None))
+    for other in found[1:]:
+        assert_states_close(found[0], other)
+
+
+@pytest.mark.parametrize("correction", ["scaffold", "feddyn"])
+def test_a_corrected_run_that_stopped_goes_on(raw_config: dict[str, Any], tmp_path: Path, correction: str) -> None:
+    raw = {**raw_config, "local": {"learning_rate": 0.01, "optimizer": "sgd", "correction": correction}, "rounds": 4}
+    raw["clients"] = {"number": 4, "cohort": {"number": 2}}
+    simulate(parse_config({**raw, "name": "whole"}))
+
+    def stop(round: int, clients: tuple[int, ...]) -> None:
+        if round == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(parse_config({**raw, "name": "parts"}), hooks=Hooks(before_block=stop))
+    resume(tmp_path / "runs" / "parts")
+    whole, parts = (comparable(tmp_path / "runs" / name) for name in ("whole", "parts"))
+    assert whole["adapter.safetensors"] == parts["adapter.safetensors"]
+    assert whole["rounds.jsonl"] == parts["rounds.jsonl"]
+    assert whole["checkpoints/round-0004/clients.safetensors"] == parts["checkpoints/round-0004/clients.safetensors"]
+    assert whole["checkpoints/round-0004/strategy.safetensors"] == parts["checkpoints/round-0004/strategy.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"local": {"correction": "scaffold"}},
+         "local.optimizer: scaffold reads gradients off a client's way: expected sgd without momentum"),
+        ({"local": {"correction": "scaffold", "optimizer": {"name": "sgd", "momentum": 0.9}}},
+         "local.optimizer: scaffold reads gradients off a client's way: expected sgd without momentum"),
+        ({"local": {"correction": "feddyn"}, "server": {"strategy": "rolora"}},
+         "local.correction: expected none or fedprox, because the strategy trains other tensors from round to round"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_one_line(
+    raw_config: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check_experiment(parse_config({**raw_config, **changes}))
+    assert str(caught.value) == message

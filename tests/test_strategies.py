@@ -1,0 +1,334 @@
+"""What clients train and send, how deltas become one, how the server steps: by hand, and against plain loops."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import adapt
+from hypothesis import given
+from hypothesis import strategies as st
+from test_local import assert_states_close, federation, start
+
+from flora import tree
+from flora.clip.adapters import FullFineTuning, Lora
+from flora.config import parse_config
+from flora.errors import UserError
+from flora.experiment import check_experiment
+from flora.federated.aggregation import FedAvg, FfaLora, RoLora, Strategy
+from flora.federated.combiners import BoundedMean, Combiner, Mean, Median, MultiKrum, TrimmedMean
+from flora.federated.local import LocalTraining
+from flora.federated.low_rank import aggregation_error
+from flora.federated.optimizers import Adam, Sgd
+from flora.federated.round import Federation, RoundResult, run_round
+from flora.federated.server_optimizers import (
+    Adaptive,
+    ServerAdagrad,
+    ServerAdam,
+    ServerOptimizer,
+    ServerSgd,
+    ServerYogi,
+)
+from flora.records import ServerState
+from flora.registry import OptionError
+from flora.tree import State
+
+COMBINERS = [Mean(), Median(), TrimmedMean(), MultiKrum(), BoundedMean(max_norm=1e6)]
+ROBUST = [Median(), TrimmedMean(fraction=0.25), MultiKrum(fraction=0.25), BoundedMean(max_norm=3.0)]
+LOCAL = LocalTraining(learning_rate=0.1, batch_size=4, optimizer=Sgd())
+
+
+def deltas(*rows: list[float]) -> list[State]:
+    """Deltas of two tensors, the first number in one and the others in the other."""
+    return [{"a": torch.tensor(row[:1]), "b": torch.tensor(row[1:])} for row in rows]
+
+
+def flat(state: State) -> list[float]:
+    return torch.cat([tensor.flatten() for tensor in state.values()]).tolist()
+
+
+# Combiners
+
+
+@pytest.mark.parametrize(
+    ("combiner", "expected"),
+    [
+        (Mean(), [2.5, 2.5, 22.0]),
+        (Median(), [2.5, 2.5, 4.5]),
+        (TrimmedMean(fraction=0.25), [2.5, 2.5, 4.5]),
+        (TrimmedMean(fraction=0.0), [2.5, 2.5, 22.0]),
+        (TrimmedMean(fraction=0.24), [2.5, 2.5, 22.0]),  # 0.96 clients are none
+    ],
+)
+def test_combiners_by_hand(combiner: Combiner, expected: list[float]) -> None:
+    cohort = deltas([1.0, 4.0, 4.0], [2.0, 3.0, 0.0], [3.0, 2.0, 79.0], [4.0, 1.0, 5.0])
+    assert flat(combiner.combine(cohort, [1.0] * 4)) == pytest.approx(expected)
+
+
+def test_median_of_an_odd_number() -> None:
+    assert flat(Median().combine(deltas([1.0, 9.0], [5.0, 2.0], [3.0, 4.0]), [1.0] * 3)) == [3.0, 4.0]
+
+
+def test_multi_krum_by_hand() -> None:
+    # With f = 1 of 5 a score is the sum over the two nearest: 0, 1, 2 are close, 10 less so, 100 not at all.
+    cohort = deltas([0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [10.0, 0.0], [100.0, 0.0])
+    assert flat(MultiKrum(fraction=0.2).combine(cohort, [1.0] * 5)) == pytest.approx([13 / 4, 0.0])
+    assert flat(MultiKrum(fraction=0.4).combine(cohort, [1.0, 1.0, 2.0, 1.0, 1.0])) == pytest.approx([5 / 4, 0.0])
+
+
+def test_bounded_mean_by_hand() -> None:
+    cohort = deltas([3.0, 4.0], [0.6, 0.8], [0.0, 0.0])  # of norm 5, 1 and 0
+    assert flat(BoundedMean(max_norm=2.5).combine(cohort, [2.0, 1.0, 1.0])) == pytest.approx(
+        [(2 * 1.5 + 0.6) / 4, (2 * 2.0 + 0.8) / 4]
+    )
+
+
+rows = st.lists(st.lists(st.floats(-10, 10, width=32), min_size=3, max_size=3), min_size=1, max_size=7)
+
+
+@given(rows=rows, order=st.randoms(use_true_random=False), combiner=st.sampled_from(COMBINERS))
+def test_the_order_of_clients_is_irrelevant(rows: list[list[float]], order: Any, combiner: Combiner) -> None:
+    places = list(range(len(rows)))
+    order.shuffle(places)
+    weights = [1.0 + place for place in range(len(rows))]
+    straight = combiner.combine(deltas(*rows), weights)
+    shuffled = combiner.combine(deltas(*(rows[place] for place in places)), [weights[place] for place in places])
+    if not isinstance(combiner, MultiKrum):  # among equal scores it keeps the first ones
+        assert flat(shuffled) == pytest.approx(flat(straight), abs=1e-5)
+
+
+@given(row=rows.map(lambda found: found[0]), number=st.integers(1, 6), combiner=st.sampled_from(COMBINERS))
+def test_equal_clients_are_left_as_they_are(row: list[float], number: int, combiner: Combiner) -> None:
+    assert flat(combiner.combine(deltas(*[row] * number), [2.0] * number)) == pytest.approx(row, abs=1e-5)
+
+
+@given(honest=st.lists(st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=2), min_size=4, max_size=8),
+       poison=st.floats(-1e6, 1e6, width=32), combiner=st.sampled_from(ROBUST))  # fmt: skip
+def test_a_poisoned_client_moves_robust_combiners_within_a_bound(
+    honest: list[list[float]], poison: float, combiner: Combiner
+) -> None:
+    combined = flat(combiner.combine(deltas(*honest, [poison, -poison]), [1.0] * (len(honest) + 1)))
+    assert max(map(abs, combined)) <= 3.0
+    if not isinstance(combiner, BoundedMean):
+        assert max(map(abs, combined)) <= 1.0 + 1e-6 or abs(poison) < 10
+
+
+def test_the_mean_has_no_such_bound() -> None:
+    assert flat(Mean().combine(deltas([0.0, 0.0], [1e6, 0.0]), [1.0, 1.0])) == [5e5, 0.0]
+
+
+# Server optimisers
+
+
+def steps(optimizer: ServerOptimizer, numbers: list[float]) -> list[float]:
+    adapter = {"a": torch.zeros(1, dtype=torch.float64)}
+    state = optimizer.init(adapter)
+    found = []
+    for number in numbers:
+        adapter, state = optimizer.step(adapter, {"a": torch.tensor([number], dtype=torch.float64)}, state)
+        found.append(float(adapter["a"]))
+    return found
+
+
+def test_fedavgm_by_hand() -> None:
+    assert steps(ServerSgd(learning_rate=0.5), [2.0, 4.0]) == [1.0, 3.0]
+    assert steps(ServerSgd(momentum=0.5), [2.0, 4.0, 0.0]) == [2.0, 7.0, 9.5]
+
+
+@pytest.mark.parametrize("optimizer", [ServerAdagrad(), ServerAdam(), ServerYogi(), ServerAdam(beta1=0.0, beta2=0.0)])
+def test_adaptive_optimisers_equal_algorithm_2(optimizer: Adaptive) -> None:
+    numbers = [0.5, -2.0, 0.0, 1e-3]
+    x, m, v, expected = 0.0, 0.0, optimizer.tau**2, []
+    for d in numbers:
+        m = optimizer.beta1 * m + (1 - optimizer.beta1) * d
+        if isinstance(optimizer, ServerAdagrad):
+            v = v + d * d
+        elif isinstance(optimizer, ServerAdam):
+            v = optimizer.beta2 * v + (1 - optimizer.beta2) * d * d
+        elif isinstance(optimizer, ServerYogi):
+            sign = (v > d * d) - (v < d * d)
+            v = v - (1 - optimizer.beta2) * d * d * sign
+        x = x + optimizer.learning_rate * m / (v**0.5 + optimizer.tau)
+        expected.append(x)
+    assert steps(optimizer, numbers) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [ServerSgd(momentum=0.9), ServerAdam()])
+def test_tensors_without_a_delta_are_left_alone(optimizer: ServerOptimizer) -> None:
+    adapter = {"a": torch.ones(2), "b": torch.ones(2)}
+    state = optimizer.init(adapter)
+    after, next_state = optimizer.step(adapter, {"b": torch.ones(2)}, state)
+    assert list(after) == ["a", "b"] and next_state.keys() == state.keys()
+    assert after["a"] is adapter["a"]
+    assert all(next_state[name] is state[name] for name in state if name.endswith(".a"))
+    assert not torch.equal(after["b"], adapter["b"])
+
+
+# The error of averaging the factors
+
+
+def test_aggregation_error_by_hand() -> None:
+    left = {"x.lora_A": torch.tensor([[1.0, 0.0]]), "x.lora_B": torch.tensor([[1.0], [0.0]])}
+    right = {"x.lora_A": torch.tensor([[0.0, 1.0]]), "x.lora_B": torch.tensor([[0.0], [1.0]])}
+    mean = tree.weighted_mean([left, right], [1, 1])
+    # The mean product is I / 2, of norm sqrt(1/2); the product of means has 1/4 everywhere: they differ by 1/4 each.
+    assert aggregation_error([left, right], [1, 1], mean) == pytest.approx(0.5 / 0.5**0.5)
+    assert aggregation_error([left, left], [1, 3], left) == pytest.approx(0, abs=1e-12)
+    zero = tree.scale(left, 0.0)
+    assert aggregation_error([zero, zero], [1, 1], zero) is None
+    assert aggregation_error([{"head": torch.ones(2)}], [1], {"head": torch.ones(2)}) is None
+
+
+@given(seed=st.integers(0, 999), number=st.integers(1, 5), rank=st.integers(1, 4))
+def test_aggregation_error_equals_dense_products(seed: int, number: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"x.lora_A": (rank, 6), "x.lora_B": (5, rank), "y.lora_A": (rank, 3), "y.lora_B": (9, rank)}
+    clients = [
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(number + 1)
+    ]
+    server, clients = clients[0], clients[1:]
+    weights = [1.0 + place for place in range(number)]
+    wrong = mean = 0.0
+    for layer in ("x", "y"):
+        dense = sum(
+            weight / sum(weights) * client[f"{layer}.lora_B"].double() @ client[f"{layer}.lora_A"].double()
+            for weight, client in zip(weights, clients, strict=True)
+        )
+        own = server[f"{layer}.lora_B"].double() @ server[f"{layer}.lora_A"].double()
+        wrong += float((dense - own).square().sum())
+        mean += float(torch.as_tensor(dense).square().sum())
+    assert aggregation_error(clients, weights, server) == pytest.approx((wrong / mean) ** 0.5, rel=1e-9)
+
+
+# Strategies, trained for real
+
+
+def rounds(
+    model: str, strategy: Strategy, number: int, local: LocalTraining = LOCAL, **options: Any
+) -> tuple[list[ServerState], list[RoundResult]]:
+    adapted = adapt(model, Lora(rank=2))
+    parts: Federation = dataclasses.replace(federation(adapted, local, **options), strategy=strategy)
+    states, results = [start(adapted)], []
+    for _ in range(number):
+        state, result = run_round(parts, states[-1])
+        states.append(state)
+        results.append(result)
+    return states, results
+
+
+def changed(before: State, after: State) -> set[str]:
+    """Which factors are different."""
+    return {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_ffa_lora_trains_and_sends_b_alone(tiny_model: str) -> None:
+    states, results = rounds(tiny_model, FfaLora(), 2)
+    _, plain = rounds(tiny_model, FedAvg(), 2)
+    for (before, after), result, other in zip(pairwise(states), results, plain, strict=True):
+        assert changed(before.adapter, after.adapter) == {"lora_B"}
+        assert result.aggregation_error == pytest.approx(0, abs=1e-6)
+        assert result.uplink_bytes == result.downlink_bytes < 0.6 * other.uplink_bytes
+    assert plain[1].aggregation_error is not None and plain[1].aggregation_error > 1e-3
+
+
+def test_rolora_alternates(tiny_model: str) -> None:
+    states, results = rounds(tiny_model, RoLora(), 3)
+    found = [changed(before.adapter, after.adapter) for before, after in pairwise(states)]
+    assert found == [{"lora_B"}, {"lora_A"}, {"lora_B"}]
+    assert all(result.aggregation_error == pytest.approx(0, abs=1e-6) for result in results)
+
+
+@pytest.mark.parametrize("strategy", [FfaLora(), RoLora()])
+@pytest.mark.parametrize("optimizer", [Sgd(momentum=0.9, weight_decay=0.1), Adam(weight_decay=0.1)])
+def test_frozen_factors_equal_a_plain_loop(tiny_model: str, strategy: Strategy, optimizer: Any) -> None:
+    local = LocalTraining(learning_rate=0.05, batch_size=100, epochs=3, optimizer=optimizer, clip_norm=0.5)
+    states, _ = rounds(tiny_model, strategy, 2, local)
+    model = adapt(tiny_model, Lora(rank=2))
+    parts = federation(model, local)
+    adapter = start(model).adapter
+    for round in (1, 2):
+        ends = []
+        for client in parts.clients:
+            leaves = {
+                name: tensor.clone().requires_grad_(strategy.trains(name, round)) for name, tensor in adapter.items()
+            }
+            trained = [tensor for tensor in leaves.values() if tensor.requires_grad]
+            if isinstance(optimizer, Adam):
+                torch_optimizer: Any = torch.optim.Adam(trained, lr=0.05, weight_decay=0.1)
+            else:
+                torch_optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9, weight_decay=0.1)
+            stem = parts.features.take(torch.from_numpy(client.train), torch.device("cpu"))
+            labels = parts.features.labels[client.train]
+            for _ in range(3):
+                with model.adapter.bind({name: leaf.unsqueeze(0) for name, leaf in leaves.items()}):
+                    classes = model.class_features(1)[0]
+                    logits = model.logit_scale() * model.image_features(stem, 1)[0] @ classes.T
+                torch_optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(logits, labels).backward()
+                torch.nn.utils.clip_grad_norm_(trained, 0.5)
+                torch_optimizer.step()
+            ends.append({name: leaf.detach() for name, leaf in leaves.items()})
+        adapter = tree.weighted_mean(ends, [len(client.train) for client in parts.clients])
+        assert_states_close(states[round].adapter, adapter)
+
+
+@pytest.mark.parametrize("strategy", [FfaLora(), RoLora()])
+def test_clients_per_block_change_nothing_where_factors_are_frozen(tiny_model: str, strategy: Strategy) -> None:
+    local = dataclasses.replace(LOCAL, learning_rate=0.01)
+    one, two, five = (rounds(tiny_model, strategy, 2, local, per_block=number)[0][-1].adapter for number in (1, 2, 5))
+    assert_states_close(one, two)
+    assert_states_close(one, five)
+
+
+def test_one_client_is_left_as_it_is(tiny_model: str) -> None:
+    for combiner in COMBINERS:
+        adapted = adapt(tiny_model, Lora(rank=2))
+        parts = dataclasses.replace(federation(adapted, LOCAL, cohort=1), combiner=combiner)
+        _, result = run_round(parts, start(adapted))
+        assert result.num_clients == 1
+        assert result.aggregation_error == pytest.approx(0, abs=1e-6)
+
+
+# The configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"server": {"strategy": "ffa_lora"}, "adapter": "full"},
+         "server.strategy: ffa_lora treats A and B differently: expected adapter lora, got full"),
+        ({"server": {"strategy": "rolora"}, "local": {"optimizer_state": "kept"}},
+         "local.optimizer_state: expected fresh, because the strategy trains other tensors from round to round"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_one_line(
+    raw_config: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check_experiment(parse_config({**raw_config, **changes}))
+    assert str(caught.value) == message
+
+
+def test_options_are_checked(raw_config: dict[str, Any]) -> None:
+    config = parse_config(
+        {**raw_config, "server": {"strategy": "rolora", "combiner": {"name": "trimmed_mean", "fraction": 0.1},
+                                  "optimizer": {"name": "yogi", "learning_rate": 0.01}}}
+    )  # fmt: skip
+    assert config.server.combiner == TrimmedMean(fraction=0.1)
+    assert config.server.optimizer == ServerYogi(learning_rate=0.01)
+    with pytest.raises(OptionError, match=r"fraction: expected a number at least 0 and below 0\.5, got 0\.5"):
+        TrimmedMean(fraction=0.5)
+
+
+def test_full_fine_tuning_has_no_low_rank_error(tiny_model: str) -> None:
+    adapted = adapt(tiny_model, FullFineTuning())
+    _, result = run_round(federation(adapted, LOCAL), start(adapted))
+    assert result.aggregation_error is None
+
+
+def test_the_cohorts_weights() -> None:
+    assert np.allclose(FedAvg(weighting="uniform").weights([]), [])
