@@ -2,7 +2,16 @@
 
 from flora.clip import adapters, baselines
 from flora.data import augmentation, digits, folders, glyphs, partition, splits, tiny_imagenet, torchvision_sets
-from flora.federated import aggregation, combiners, corrections, objectives, optimizers, sampling, server_optimizers
+from flora.federated import (
+    aggregation,
+    combiners,
+    corrections,
+    objectives,
+    optimizers,
+    penalties,
+    sampling,
+    server_optimizers,
+)
 
 __all__ = [
     "adapters",
@@ -17,6 +26,7 @@ __all__ = [
     "objectives",
     "optimizers",
     "partition",
+    "penalties",
     "sampling",
     "server_optimizers",
     "splits",

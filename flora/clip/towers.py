@@ -285,6 +285,7 @@ class AdaptedClip:
         # For all classes, each for more clients than the one before. None is dropped: recorded steps point into them.
         self._layouts = [self.prompts.for_clients(1).to(self.device)]
         self._frozen_features = self._encode_classes(self._layouts[0]) if self.text.is_frozen else None
+        self._unadapted: Tensor | None = None
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
         """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major."""
@@ -303,6 +304,13 @@ class AdaptedClip:
         if num_clients > self._layouts[-1].num_clients:
             self._layouts.append(self.prompts.for_clients(num_clients).to(self.device))
         return self._encode_classes(self._layouts[-1].first(num_clients))
+
+    @torch.no_grad()
+    def frozen_class_features(self) -> Tensor:
+        """The classes' unit features `(C, embed_dim)` without an adapter, computed once. None may be bound then."""
+        if self._unadapted is None:
+            self._unadapted = self.class_features(1)[0]
+        return self._unadapted
 
     def _encode_classes(self, layout: Layout) -> Tensor:
         features = F.normalize(self.text.suffix(self._text_stem, layout, self.adapter.adapt_tokens).float(), dim=-1)

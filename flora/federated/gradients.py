@@ -12,6 +12,7 @@ from torch import Tensor
 from flora.clip.towers import AdaptedClip
 from flora.federated.memory import clients_at_once
 from flora.federated.objectives import Objective
+from flora.federated.penalties import NoPenalty, Penalty
 from flora.tree import State, StateLike
 
 # Steps of one shape that run as they are before one is recorded: a recording costs about as much as ten of them.
@@ -40,6 +41,35 @@ class Batch:
             self.example_mask[start:stop],
             None if self.classes is None else self.classes[start:stop],
         )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a step minimises: an objective and a penalty."""
+
+    objective: Objective
+    penalty: Penalty = NoPenalty()
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether no class matters but those of the batch."""
+        return self.objective.in_batch and self.penalty.is_idle
+
+    def frozen(self, model: AdaptedClip, batch: Batch, num_clients: int) -> tuple[Tensor, Tensor] | None:
+        """What the penalty compares with: features of images and classes while no adapter is bound."""
+        if self.penalty.is_idle:
+            return None
+        with torch.no_grad():
+            return model.image_features(batch.stem, num_clients), model.frozen_class_features()
+
+    def of(
+        self, batch: Batch, images: Tensor, classes: Tensor, scale: Tensor, frozen: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Each client's loss `(K,)`, from features with adapters and those without."""
+        losses = self.objective.loss(images, classes, batch.labels, batch.example_mask, scale)
+        if frozen is None:
+            return losses
+        return losses + self.penalty.loss(images, classes, *frozen, batch.example_mask, scale)
 
 
 class FlatStack:
@@ -85,7 +115,7 @@ Compute = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
 
 def gradient_function(
     model: AdaptedClip,
-    objective: Objective,
+    loss: Loss,
     flat: FlatStack,
     dropout: Sequence[torch.Generator] | None,
     *,
@@ -105,14 +135,10 @@ def gradient_function(
         number = len(parameters)
         place = parameters.data_ptr(), number
         state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
+        frozen = loss.frozen(model, batch, number)
         with model.adapter.bind(state, None if dropout is None else dropout[first : first + number]):
-            losses = objective.loss(
-                model.image_features(batch.stem, number),
-                model.class_features(number, batch.classes),
-                batch.labels,
-                batch.example_mask,
-                model.logit_scale(),
-            )
+            images, classes = model.image_features(batch.stem, number), model.class_features(number, batch.classes)
+            losses = loss.of(batch, images, classes, model.logit_scale(), frozen)
         return losses.detach(), _rows(losses, leaves)
 
     def compute_in_parts(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -128,7 +154,7 @@ def gradient_function(
 
     can_record = model.device.type == "cuda" and dropout is None and not model.adapter.is_large
     if can_record and model.speed.cuda_graphs:
-        return _Recorder.of(model).wrap(compute_in_parts, objective)
+        return _Recorder.of(model).wrap(compute_in_parts, loss)
     return compute_in_parts
 
 
@@ -166,12 +192,12 @@ class _Recorder:
     def of(model: AdaptedClip) -> _Recorder:
         return _RECORDERS.setdefault(model, _Recorder())
 
-    def wrap(self, compute: Compute, objective: Objective) -> Compute:
+    def wrap(self, compute: Compute, loss: Loss) -> Compute:
         def recorded(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             if batch.classes is not None or not self.works:
                 return compute(parameters, batch)
             inputs = (parameters, batch.stem, batch.labels, batch.example_mask)
-            key = (objective, *((each.shape, each.dtype) for each in inputs))
+            key = (loss, *((each.shape, each.dtype) for each in inputs))
             if key in self.recordings:
                 return self.recordings[key].replay(inputs)
             self.counts[key] = self.counts.get(key, 0) + 1

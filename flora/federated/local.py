@@ -14,9 +14,10 @@ from flora.data.augmentation import Augmentation, NoAugmentation
 from flora.data.batching import ClientBlock
 from flora.federated.corrections import Correction, NoCorrection
 from flora.federated.features import Features
-from flora.federated.gradients import Batch, FlatStack, gradient_function
+from flora.federated.gradients import Batch, FlatStack, Loss, gradient_function
 from flora.federated.objectives import CrossEntropy, Objective
 from flora.federated.optimizers import AdamW, Constant, Optimizer, Schedule, clip_rows
+from flora.federated.penalties import NoPenalty, Penalty
 from flora.registry import OptionError, Options, option
 from flora.rng import Rng
 from flora.tree import State, StateLike
@@ -42,6 +43,7 @@ class LocalTraining(Options):
     schedule: Schedule = option("the learning rate over rounds", Constant())
     clip_norm: float | None = option("largest norm of a client's gradient; none: no clipping", None, above=0)
     objective: Objective = option("what a step minimises", CrossEntropy())
+    penalty: Penalty = option("what is added to the loss against forgetting the frozen model", NoPenalty())
     correction: Correction = option("what is added to the gradient against drifting apart", NoCorrection())
     augmentation: Augmentation = option("how training images are changed at random", NoAugmentation())
 
@@ -102,8 +104,9 @@ def train_block(
             state[name][row] = own[name].to(model.device)  # type: ignore[index]
     drift = _Drift(local.correction, flat.matrix[:, is_trained], kept, server_memory or {})
     dropout = [rng.child("dropout").torch() for rng in rngs] if model.adapter.has_dropout else None
-    gradients_of = gradient_function(model, local.objective, flat, dropout, batch_size=block.indices.shape[2])
-    batches = _Batches(model, block, features, in_batch=local.objective.in_batch, rngs=rngs)
+    loss = Loss(local.objective, local.penalty)
+    gradients_of = gradient_function(model, loss, flat, dropout, batch_size=block.indices.shape[2])
+    batches = _Batches(model, block, features, in_batch=loss.in_batch, rngs=rngs)
     totals = torch.zeros(len(block.clients), device=model.device)
     failed = torch.full((len(block.clients),), -1, device=model.device)
     for num_active, steps in block.segments():

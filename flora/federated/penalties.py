@@ -1,0 +1,104 @@
+"""What is added to each client's loss so that it doesn't forget what the frozen model knows."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flora.federated.objectives import masked_mean
+from flora.registry import Component, option, register
+
+
+@dataclass(frozen=True)
+class Penalty(Component):
+    """What is added to each client's loss."""
+
+    is_idle: ClassVar[bool] = False
+
+    @abstractmethod
+    def loss(
+        self,
+        image_features: Tensor,
+        class_features: Tensor,
+        frozen_images: Tensor,
+        frozen_classes: Tensor,
+        example_mask: Tensor,
+        logit_scale: Tensor,
+    ) -> Tensor:
+        """Each client's penalty, `(K,)`.
+
+        `image_features` `(K, B, d)` and `class_features` `(K, C, d)` are with adapters, `frozen_images` `(K, B, d)` and
+        `frozen_classes` `(C, d)` without; all but the rows of a linear head are unit vectors. `example_mask` `(K, B)` is
+        True for real examples.
+        """
+
+
+@register("none")
+@dataclass(frozen=True)
+class NoPenalty(Penalty):
+    """The loss as it is."""
+
+    is_idle = True
+
+    def loss(
+        self,
+        image_features: Tensor,
+        class_features: Tensor,
+        frozen_images: Tensor,
+        frozen_classes: Tensor,
+        example_mask: Tensor,
+        logit_scale: Tensor,
+    ) -> Tensor:
+        return torch.zeros(len(image_features), device=image_features.device)
+
+
+@register("anchor")
+@dataclass(frozen=True)
+class Anchor(Penalty):
+    """weight * mean over classes of 1 - cos(t_c, t_c^0): class features stay near the frozen ones.
+
+    Source: KgCoOp, arXiv:2303.13283, equation 4. Differs from the paper: there it is the squared distance, which for
+    unit vectors is twice this.
+    """
+
+    weight: float = option("weight beside the objective", 1.0, above=0)
+
+    def loss(
+        self,
+        image_features: Tensor,
+        class_features: Tensor,
+        frozen_images: Tensor,
+        frozen_classes: Tensor,
+        example_mask: Tensor,
+        logit_scale: Tensor,
+    ) -> Tensor:
+        return self.weight * (1 - F.cosine_similarity(class_features, frozen_classes, dim=-1)).mean(dim=-1)
+
+
+@register("distillation")
+@dataclass(frozen=True)
+class Distillation(Penalty):
+    """weight * T^2 * KL(frozen model's probabilities || adapted one's), both at temperature T (arXiv:1503.02531)."""
+
+    weight: float = option("weight beside the objective", 1.0, above=0)
+    temperature: float = option("what logits are divided by: higher looks at all classes", 2.0, above=0)
+
+    def loss(
+        self,
+        image_features: Tensor,
+        class_features: Tensor,
+        frozen_images: Tensor,
+        frozen_classes: Tensor,
+        example_mask: Tensor,
+        logit_scale: Tensor,
+    ) -> Tensor:
+        scale = logit_scale / self.temperature
+        own = (scale * torch.bmm(image_features, class_features.transpose(1, 2))).log_softmax(dim=-1)
+        frozen = (scale * frozen_images @ frozen_classes.T).log_softmax(dim=-1)
+        divergence = F.kl_div(own, frozen, reduction="none", log_target=True).sum(dim=-1)
+        return self.weight * self.temperature**2 * masked_mean(divergence, example_mask)
