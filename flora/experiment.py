@@ -16,6 +16,7 @@ from flora.clip.towers import AdaptedClip
 from flora.config import ExperimentConfig
 from flora.data.datasets import ImageData
 from flora.errors import UserError
+from flora.federated.combiners import Mean
 from flora.federated.features import (
     Features,
     Progress,
@@ -26,9 +27,10 @@ from flora.federated.features import (
 )
 from flora.federated.memory import choose_clients_per_block
 from flora.federated.round import Federation
+from flora.federated.server_optimizers import ServerSgd
 from flora.hooks import Hooks
 from flora.records import ClientData, ServerState
-from flora.registry import OptionError
+from flora.registry import OptionError, name_of
 from flora.rng import Rng
 from flora.tree import State, state_digest
 
@@ -66,6 +68,13 @@ def check_experiment(config: ExperimentConfig) -> None:
     if config.server.strategy.alternates and config.local.optimizer_state == "kept":
         raise OptionError(
             "local.optimizer_state", "expected fresh, because the strategy trains other tensors from round to round"
+        )
+    plain = (config.server.combiner, config.server.optimizer) == (Mean(), ServerSgd())
+    if config.server.strategy.replaces_mean and not (plain and not config.local.correction.memory(1)):
+        raise OptionError(
+            "server.strategy",
+            f"{name_of(config.server.strategy)} replaces the plain mean: expected combiner mean, optimizer sgd with "
+            "its defaults, and no correction that the server remembers",
         )
     with _below("local"):
         config.local.correction.check_fits(config.local.optimizer)

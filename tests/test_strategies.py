@@ -19,10 +19,10 @@ from flora.clip.adapters import FullFineTuning, Lora
 from flora.config import parse_config
 from flora.errors import UserError
 from flora.experiment import check_experiment
-from flora.federated.aggregation import FedAvg, FfaLora, RoLora, Strategy
+from flora.federated.aggregation import FedAvg, FfaLora, FlexLora, LoraFair, RoLora, Strategy
 from flora.federated.combiners import BoundedMean, Combiner, Mean, Median, MultiKrum, TrimmedMean
 from flora.federated.local import LocalTraining
-from flora.federated.low_rank import aggregation_error
+from flora.federated.low_rank import aggregation_error, layers
 from flora.federated.optimizers import Adam, Sgd
 from flora.federated.round import Federation, RoundResult, run_round
 from flora.federated.server_optimizers import (
@@ -204,6 +204,57 @@ def test_aggregation_error_equals_dense_products(seed: int, number: int, rank: i
     assert aggregation_error(clients, weights, server) == pytest.approx((wrong / mean) ** 0.5, rel=1e-9)
 
 
+def low_rank_clients(number: int, rank: int = 2, seed: int = 0) -> list[State]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"x.lora_A": (rank, 6), "x.lora_B": (5, rank)}
+    return [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(number)]
+
+
+def product(state: State) -> torch.Tensor:
+    return state["x.lora_B"].double() @ state["x.lora_A"].double()
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_flexlora_keeps_the_nearest_product(number: int) -> None:
+    clients, weights = low_rank_clients(number), [1.0 + place for place in range(number)]
+    dense = torch.as_tensor(
+        sum(weight / sum(weights) * product(client) for weight, client in zip(weights, clients, strict=True))
+    )
+    u, values, v = torch.linalg.svd(dense)
+    nearest = u[:, :2] @ values[:2].diag() @ v[:2]
+    settled = FlexLora().settle(tree.weighted_mean(clients, weights), clients, weights)
+    torch.testing.assert_close(product(settled), nearest, atol=1e-6, rtol=0)
+    gram = settled["x.lora_A"] @ settled["x.lora_A"].T
+    torch.testing.assert_close(gram, torch.eye(2), atol=1e-6, rtol=0)
+    expected = float(values[2:].square().sum() / values.square().sum()) ** 0.5
+    assert aggregation_error(clients, weights, settled) == pytest.approx(expected, abs=1e-6)
+
+
+def test_flexlora_leaves_an_untrained_start_alone() -> None:
+    clients = [{**client, "x.lora_B": torch.zeros(5, 2)} for client in low_rank_clients(1)] * 3
+    settled = FlexLora().settle(clients[0], clients, [1.0] * 3)
+    assert torch.equal(settled["x.lora_A"], clients[0]["x.lora_A"])
+    assert not settled["x.lora_B"].any()
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_lora_fair_is_the_ridge_regression(number: int) -> None:
+    clients, weights, penalty = low_rank_clients(number), [1.0 + place for place in range(number)], 0.3
+    averaged = tree.weighted_mean(clients, weights)
+    dense = torch.as_tensor(
+        sum(weight / sum(weights) * product(client) for weight, client in zip(weights, clients, strict=True))
+    )
+    A, B = averaged["x.lora_A"].double(), averaged["x.lora_B"].double()
+    stacked = torch.cat([A.T, penalty**0.5 * torch.eye(2, dtype=torch.float64)])
+    target = torch.cat([(dense - B @ A).T, torch.zeros(2, 5, dtype=torch.float64)])
+    expected = B + torch.linalg.lstsq(stacked, target).solution.T
+    settled = LoraFair(penalty=penalty).settle(averaged, clients, weights)
+    torch.testing.assert_close(settled["x.lora_B"].double(), expected, atol=1e-6, rtol=0)
+    assert torch.equal(settled["x.lora_A"], averaged["x.lora_A"])
+    better, before = (aggregation_error(clients, weights, each) for each in (settled, averaged))
+    assert better is not None and before is not None and better <= before + 1e-12
+
+
 # Strategies, trained for real
 
 
@@ -284,6 +335,20 @@ def test_clients_per_block_change_nothing_where_factors_are_frozen(tiny_model: s
     assert_states_close(one, five)
 
 
+@pytest.mark.parametrize("strategy", [FlexLora(), LoraFair()])
+def test_settling_brings_the_server_nearer_to_the_mean_product(tiny_model: str, strategy: Strategy) -> None:
+    states, results = rounds(tiny_model, strategy, 2)
+    _, plain = rounds(tiny_model, FedAvg(), 2)
+    assert changed(states[0].adapter, states[1].adapter) == {"lora_A", "lora_B"}
+    first, other = results[0].aggregation_error, plain[0].aggregation_error  # of the same clients
+    assert first is not None and other is not None and first < other
+    local = dataclasses.replace(LOCAL, learning_rate=0.01)
+    one, five = (rounds(tiny_model, strategy, 2, local, per_block=number)[0][-1].adapter for number in (1, 5))
+    for layer in layers(one):  # a pair of singular vectors may change its sign, their product doesn't
+        left, right = (each[f"{layer}.lora_B"] @ each[f"{layer}.lora_A"] for each in (one, five))
+        torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
+
+
 def test_one_client_is_left_as_it_is(tiny_model: str) -> None:
     for combiner in COMBINERS:
         adapted = adapt(tiny_model, Lora(rank=2))
@@ -303,6 +368,9 @@ def test_one_client_is_left_as_it_is(tiny_model: str) -> None:
          "server.strategy: ffa_lora treats A and B differently: expected adapter lora, got full"),
         ({"server": {"strategy": "rolora"}, "local": {"optimizer_state": "kept"}},
          "local.optimizer_state: expected fresh, because the strategy trains other tensors from round to round"),
+        ({"server": {"strategy": "flexlora", "optimizer": "adam"}},
+         "server.strategy: flexlora replaces the plain mean: expected combiner mean, optimizer sgd with its defaults, "
+         "and no correction that the server remembers"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_one_line(

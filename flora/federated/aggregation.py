@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from flora.clip.adapters import Adapter, Lora
+from flora.federated.low_rank import layers, nearest_left, truncated_mean
 from flora.records import ClientUpdate
 from flora.registry import Component, OptionError, name_of, option, register
+from flora.tree import State, StateLike
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Strategy(Component):
 
     alternates: ClassVar[bool] = False
     """Whether the tensors that are trained differ from round to round."""
+    replaces_mean: ClassVar[bool] = False
+    """Whether `settle` starts from the plain mean of the clients, and nothing else."""
 
     weighting: str = option("what a client's weight is", "examples", choices=("examples", "uniform"))
 
@@ -33,6 +37,10 @@ class Strategy(Component):
     def broadcasts(self, name: str) -> bool:
         """Whether the server sends this tensor. What never changes is known to all from a shared seed."""
         return True
+
+    def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
+        """The next adapter, from the one that averaging came to and those that the clients ended with."""
+        return averaged
 
     def weights(self, updates: Sequence[ClientUpdate]) -> list[float]:
         """How much each update counts."""
@@ -80,6 +88,47 @@ class RoLora(LoraStrategy):
 
     def trains(self, name: str, round: int) -> bool:
         return _factor(name) == ("lora_B" if round % 2 else "lora_A")
+
+
+@register("flexlora")
+@dataclass(frozen=True)
+class FlexLora(LoraStrategy):
+    """A and B are trained; the server keeps the rank r nearest to the mean product (FlexLoRA, arXiv:2402.11505).
+
+    A's rows are orthonormal after a round, B has the singular values, so that no direction is dead. Differs from the
+    paper: all clients have one rank.
+    """
+
+    replaces_mean = True
+
+    def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
+        settled = dict(averaged)
+        for layer in layers(averaged):
+            before = averaged[f"{layer}.lora_A"]
+            lora_B, lora_A = truncated_mean(clients, weights, layer, len(before))
+            if lora_B.any():  # the product is zero while nobody has trained: then A stays at its random start
+                settled |= {f"{layer}.lora_A": lora_A.to(before.dtype), f"{layer}.lora_B": lora_B.to(before.dtype)}
+        return settled
+
+
+@register("lora_fair")
+@dataclass(frozen=True)
+class LoraFair(LoraStrategy):
+    """The means of A and B, and a term added to B that brings B A near the mean product (arXiv:2411.14961).
+
+    The term dB minimises |sum p_k B_k A_k - (B + dB) A|^2 + penalty |dB|^2 in closed form. Differs from the paper,
+    which maximises a cosine similarity.
+    """
+
+    replaces_mean = True
+    penalty: float = option("weight of the term's own squared norm", 0.01, above=0)
+
+    def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
+        settled = dict(averaged)
+        for layer in layers(averaged):
+            nearest = nearest_left(clients, weights, layer, averaged, self.penalty)
+            settled[f"{layer}.lora_B"] = nearest.to(averaged[f"{layer}.lora_B"].dtype)
+        return settled
 
 
 def _factor(name: str) -> str | None:

@@ -34,6 +34,38 @@ def aggregation_error(clients: Sequence[StateLike], weights: Sequence[float], se
     return math.sqrt(wrong / mean) if mean > 0 else None
 
 
+def truncated_mean(
+    clients: Sequence[StateLike], weights: Sequence[float], layer: str, rank: int
+) -> tuple[Tensor, Tensor]:
+    """B `(d_out, rank)` and A `(rank, d_in)` of the product nearest to sum p_k B_k A_k; A's rows are orthonormal.
+
+    By the singular values of a matrix of K r by K r numbers at most, never of the dense product.
+    """
+    total = sum(weights)
+    left = torch.cat(
+        [weight / total * client[f"{layer}.lora_B"].double() for client, weight in zip(clients, weights, strict=True)],
+        dim=1,
+    )
+    right = torch.cat([client[f"{layer}.lora_A"].double() for client in clients], dim=0)
+    left_basis, left_factor = torch.linalg.qr(left)
+    right_basis, right_factor = torch.linalg.qr(right.T)
+    u, values, v = torch.linalg.svd(left_factor @ right_factor.T, full_matrices=False)
+    return left_basis @ (u[:, :rank] * values[:rank]), v[:rank] @ right_basis.T
+
+
+def nearest_left(
+    clients: Sequence[StateLike], weights: Sequence[float], layer: str, server: StateLike, penalty: float
+) -> Tensor:
+    """B + dB for the server's B and A, with the dB that minimises |sum p_k B_k A_k - (B + dB) A|^2 + penalty |dB|^2."""
+    total = sum(weights)
+    own_B, own_A = server[f"{layer}.lora_B"].double(), server[f"{layer}.lora_A"].double()
+    missing = -own_B @ (own_A @ own_A.T)
+    for client, weight in zip(clients, weights, strict=True):
+        missing += weight / total * client[f"{layer}.lora_B"].double() @ (client[f"{layer}.lora_A"].double() @ own_A.T)
+    normal = own_A @ own_A.T + penalty * torch.eye(len(own_A), dtype=torch.float64)
+    return own_B + torch.linalg.solve(normal, missing.T).T
+
+
 def _squared_norm(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The squared Frobenius norm of the sum of products B A."""
     left = torch.cat([left for left, _ in pairs], dim=1)

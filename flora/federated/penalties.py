@@ -32,9 +32,9 @@ class Penalty(Component):
     ) -> Tensor:
         """Each client's penalty, `(K,)`.
 
-        `image_features` `(K, B, d)` and `class_features` `(K, C, d)` are with adapters, `frozen_images` `(K, B, d)` and
-        `frozen_classes` `(C, d)` without; all but the rows of a linear head are unit vectors. `example_mask` `(K, B)` is
-        True for real examples.
+        `image_features` `(K, B, d)` and `class_features` `(K, C, d)` are with adapters, `frozen_images` `(K, B, d)`
+        and `frozen_classes` `(C, d)` without. All but the rows of a linear head are unit vectors. `example_mask`
+        `(K, B)` is True for real examples.
         """
 
 

@@ -243,7 +243,8 @@ def _next(
         )
         delta, strategy = tree.unflatten(vector, delta), {**strategy, **tree.below(CORRECTION, memory)}
     adapter, strategy = federation.server_optimizer.step(state.adapter, delta, strategy)
-    ends = [{**state.adapter, **tree.add(start, update.delta)} for update in updates]
+    ends: list[State] = [{**state.adapter, **tree.add(start, update.delta)} for update in updates]
+    adapter = federation.strategy.settle(adapter, ends, weights)
     return adapter, strategy, aggregation_error(ends, weights, adapter)
 
 
