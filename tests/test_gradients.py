@@ -9,7 +9,7 @@ from conftest import adapt, random_adapters, random_pixels
 from flora.clip.adapters import TARGETS, FullFineTuning, Lora
 from flora.clip.towers import AdaptedClip, SpeedOptions
 from flora.federated import gradients
-from flora.federated.gradients import Batch, FlatStack, gradient_function
+from flora.federated.gradients import Batch, FlatStack, Loss, gradient_function
 from flora.federated.objectives import Contrastive, CrossEntropy, Objective
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -37,7 +37,7 @@ def test_gradients_are_finite_differences(tiny_model: str) -> None:
         torch.tensor([[0, 1, 2, 0], [1, 1, 2, 2]]),
         torch.ones(2, 4, dtype=torch.bool),
     )
-    compute = gradient_function(model, CrossEntropy(), flat, None, batch_size=4)
+    compute = gradient_function(model, Loss(CrossEntropy()), flat, None, batch_size=4)
     _, found = compute(flat.matrix, batch)
     direction = torch.randn(flat.matrix.shape, generator=generator, dtype=torch.float64)
     direction /= direction.norm(dim=1, keepdim=True)
@@ -63,7 +63,7 @@ def test_clients_go_through_the_model_in_parts(
     for at_once in (5, 2, 1):
         monkeypatch.setattr(gradients, "clients_at_once", lambda model, batch_size, at_once=at_once: at_once)
         generators = [torch.Generator().manual_seed(seed) for seed in range(5)] if dropout else None
-        results.append(gradient_function(model, CrossEntropy(), flat, generators, batch_size=4)(flat.matrix, batch))
+        results.append(gradient_function(model, Loss(CrossEntropy()), flat, generators, batch_size=4)(flat.matrix, batch))
     assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1]
     for losses, rows in results[1:]:
         torch.testing.assert_close(losses, results[0][0], atol=1e-5, rtol=0)
@@ -79,11 +79,11 @@ def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora, objective: 
     flat = FlatStack(random_adapters(model, 2), model.device)
     for seed in range(gradients.STEPS_BEFORE_RECORDING + 4):
         batch = batch_of(model, seed)
-        expected = gradient_function(plain, objective, flat, None, batch_size=4)(flat.matrix, batch)
+        expected = gradient_function(plain, Loss(objective), flat, None, batch_size=4)(flat.matrix, batch)
         for new_block in (False, True):  # a later block finds what was recorded
             stack = FlatStack(random_adapters(model, 2), model.device) if new_block else flat
             stack.matrix.copy_(flat.matrix)
-            found = gradient_function(model, objective, stack, None, batch_size=4)(stack.matrix, batch)
+            found = gradient_function(model, Loss(objective), stack, None, batch_size=4)(stack.matrix, batch)
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
         flat.matrix.add_(0.01)
@@ -103,7 +103,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(tiny_model: str, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "graph", fail)
     model = adapt(tiny_model, device="cuda")
     flat = FlatStack(random_adapters(model, 2), model.device)
-    compute = gradient_function(model, CrossEntropy(), flat, None, batch_size=4)
+    compute = gradient_function(model, Loss(CrossEntropy()), flat, None, batch_size=4)
     results = [compute(flat.matrix, batch_of(model, 0))[0] for _ in range(gradients.STEPS_BEFORE_RECORDING + 3)]
     assert all(torch.equal(result, results[0]) for result in results)
     assert not gradients._Recorder.of(model).works

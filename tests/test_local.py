@@ -237,11 +237,23 @@ def test_flat_stack_shares_memory_with_its_leaves() -> None:
     state = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4.0).view(2, 1, 2), "c": torch.tensor([1.0, 2.0])}
     flat = FlatStack(state, torch.device("cpu"))
     assert flat.matrix.shape == (2, 6)
-    leaves = flat.leaves(flat.matrix[:1])
+    adapter, leaves = flat.leaves(flat.matrix[:1])
     flat.matrix.zero_()
-    assert all(tensor.count_nonzero() == 0 and tensor.requires_grad for tensor in leaves.values())
-    assert {name: tuple(tensor.shape) for name, tensor in leaves.items()} == {"a": (1, 3), "b": (1, 1, 2), "c": (1,)}
+    assert all(tensor.count_nonzero() == 0 and tensor.requires_grad for tensor in adapter.values())
+    assert all(leaf is tensor for leaf, tensor in zip(leaves, adapter.values(), strict=True))
+    assert {name: tuple(tensor.shape) for name, tensor in adapter.items()} == {"a": (1, 3), "b": (1, 1, 2), "c": (1,)}
     assert state["a"][1, 2] == 5  # the input is left alone
+
+
+def test_flat_stack_puts_what_is_trained_first() -> None:
+    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4.0).view(2, 2), "c": torch.tensor([1.0, 2.0])}
+    flat = FlatStack(state, torch.device("cpu"), trained={"c", "b"})
+    assert flat.num_trained == 3
+    assert flat.matrix.tolist() == [[0, 1, 1, 0, 1, 2], [2, 3, 2, 3, 4, 5]]
+    assert list(flat.trained_part(flat.matrix)) == ["b", "c"]
+    adapter, leaves = flat.leaves(flat.matrix)
+    assert all(torch.equal(adapter[name], state[name]) for name in state)
+    assert [adapter[name].requires_grad for name in ("a", "b", "c")] == [False, True, True] and len(leaves) == 2
 
 
 def test_divergence_is_noticed_at_its_step(tiny_model: str) -> None:
