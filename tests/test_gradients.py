@@ -63,7 +63,8 @@ def test_clients_go_through_the_model_in_parts(
     for at_once in (5, 2, 1):
         monkeypatch.setattr(gradients, "clients_at_once", lambda model, batch_size, at_once=at_once: at_once)
         generators = [torch.Generator().manual_seed(seed) for seed in range(5)] if dropout else None
-        results.append(gradient_function(model, Loss(CrossEntropy()), flat, generators, batch_size=4)(flat.matrix, batch))
+        compute = gradient_function(model, Loss(CrossEntropy()), flat, generators, batch_size=4)
+        results.append(compute(flat.matrix, batch))
     assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1]
     for losses, rows in results[1:]:
         torch.testing.assert_close(losses, results[0][0], atol=1e-5, rtol=0)
