@@ -86,7 +86,7 @@ def test_options_check_bounds_then_themselves() -> None:
 
 def test_an_option_is_a_field_with_help() -> None:
     field = next(field for field in dataclasses.fields(Dirichlet) if field.name == "concentration")
-    assert field.default == 0.5
+    assert field.default == 0.1
     assert field.metadata["bounds"] == Bounds(above=0)
     assert field.metadata["help"]
 

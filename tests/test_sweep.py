@@ -122,7 +122,7 @@ def test_a_stopped_sweep_goes_on(config_file: str, tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_killed_is_one_line(config_file: str, tmp_path: Path) -> None:
-    runs = configurations(combinations([config_file], ["seed=0,1"]), tmp_path / "sweep", ["rounds=300"])
+    runs = configurations(combinations([config_file], ["seed=0,1"]), tmp_path / "sweep", ["rounds=120"])
 
     def kill() -> None:
         directory = tmp_path / "sweep" / "tiny_seed=0"
