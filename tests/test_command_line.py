@@ -101,7 +101,8 @@ def test_a_run(config_file: str, runs: Path, capsys: Capture) -> None:
     assert [line[2:22].split("  ")[0].strip() for line in lines[1:10]] == titles
     assert lines[10] == ""
     assert lines[11].startswith("zero-shot ")
-    assert " in 2 rounds; 4 clients, dirichlet (concentration 0.5, minimum examples 3); 2.7 KB up per client and round; no " in lines[11]
+    dealt = "4 clients, dirichlet (concentration 0.5, minimum examples 3)"
+    assert f" in 2 rounds; {dealt}; 2.7 KB up per client and round; no " in lines[11]
     assert lines[12:] == [f"written to {runs / 'mine'}"]
     # Not a terminal: no progress bars.
     assert captured.err.splitlines() == log_lines(captured.err)
