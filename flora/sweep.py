@@ -22,6 +22,7 @@ from flora.curves import draw_curves
 from flora.errors import UserError
 from flora.experiment import check_experiment
 from flora.interrupts import Interrupted, Interrupts
+from flora.registry import suggest
 from flora.simulate import Parser
 from flora.sweep_runs import Outcomes, run_all
 from flora.sweep_table import Row, collect, to_csv, to_curves, to_markdown, to_overview, to_text, with_ratios
@@ -143,6 +144,9 @@ def _main(options: argparse.Namespace) -> int:
     grid = combinations(configs, [argument for argument in options.arguments if argument not in configs])
     if not configs:
         raise UserError("expected a config file; see --help")
+    names = {name for each in grid for name in (Path(each.config).stem, *dict(each.values).values())}
+    if options.reference not in (None, *names):
+        raise UserError(f"--reference: no run is called {options.reference!r}; {suggest(options.reference, names)}")
     if not re.fullmatch("[1-9][0-9]{0,3}", options.jobs):
         raise UserError(f"--jobs: expected a whole number of at least 1, got {options.jobs!r}")
     outcomes: Outcomes = {}
@@ -159,7 +163,7 @@ def _main(options: argparse.Namespace) -> int:
     failures = [f"failed: {name}: {problem.splitlines()[-1]}" for name, problem in outcomes.items() if problem]
     if None in outcomes.values():
         try:
-            _report(grid, outcomes, options.output, options.reference)
+            _report(grid, outcomes, options.output, options.reference or "full")
         except OSError as error:
             raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from None
     print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
@@ -169,14 +173,11 @@ def _main(options: argparse.Namespace) -> int:
     return 2 if failures else 0
 
 
-def _report(grid: Sequence[Combination], outcomes: Outcomes, folder: Path, reference: str | None) -> None:
+def _report(grid: Sequence[Combination], outcomes: Outcomes, folder: Path, reference: str) -> None:
     """Tabulate and draw the runs that are finished, and print the table."""
     finished = {name for name, problem in outcomes.items() if problem is None}
     runs = [(folder / each.name if each.name in finished else None, each.config, dict(each.values)) for each in grid]
-    rows = collect(runs)
-    if reference is not None and all(reference not in row.labels.values() for row in rows):
-        raise UserError(f"--reference: no row of the table is called {reference!r}")
-    table = with_ratios(rows, reference or "full")
+    table = with_ratios(collect(runs), reference)
     parts = [part for part in (to_overview(table), to_markdown(table)) if part]
     written = [
         _write(folder / "table.md", "\n".join(parts)),

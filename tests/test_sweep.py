@@ -319,6 +319,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
         (["CONFIG", "seed=0,1", "seed=5"], "command line: seed is given twice; write seed=value,value"),
         (["CONFIG", "name=a,b"], "command line: name: each run of a sweep has its own"),
         (["CONFIG", "--set", "output=x"], "command line: output: each run of a sweep has its own"),
+        (["CONFIG", "--reference", "tyny"], "--reference: no run is called 'tyny'; did you mean 'tiny'?"),
         (["CONFIG", "--jobs", "0"], "--jobs: expected a whole number of at least 1, got '0'"),
         (["CONFIG", "--jobs", "x"], "--jobs: expected a whole number of at least 1, got 'x'"),
         (["CONFIG", "--job", "1", "--what"], "unrecognized arguments: --what; see --help"),
