@@ -95,7 +95,11 @@ _SMALL = Protocol(
 
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
-        "standard": Protocol(about="official splits, cross-entropy over all classes, alpha/r: the default"),
+        "standard": Protocol(
+            about="official splits, cross-entropy over all classes, alpha/r: the default",
+            values={"adapter": "lora"},
+            methods={"lora": {"local": {"learning_rate": 3e-3}}},  # chosen on validation images; the README says how
+        ),
         "paper": _PAPER,
         "small": _SMALL,
     }
