@@ -6,7 +6,6 @@ import dataclasses
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import adapt
@@ -396,7 +395,3 @@ def test_full_fine_tuning_has_no_low_rank_error(tiny_model: str) -> None:
     adapted = adapt(tiny_model, FullFineTuning())
     _, result = run_round(federation(adapted, LOCAL), start(adapted))
     assert result.aggregation_error is None
-
-
-def test_the_cohorts_weights() -> None:
-    assert np.allclose(FedAvg(weighting="uniform").weights([]), [])

@@ -1,4 +1,4 @@
-"""Arithmetic on the products B A of low-rank adapters, through their factors."""
+"""Arithmetic on the products B A of low-rank adapters, through their factors where these are smaller."""
 
 from __future__ import annotations
 
@@ -70,6 +70,8 @@ def _squared_norm(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The squared Frobenius norm of the sum of products B A."""
     left = torch.cat([left for left, _ in pairs], dim=1)
     right = torch.cat([right for _, right in pairs], dim=0)
+    if left.shape[1] >= min(len(left), right.shape[1]):  # so many factors are larger than their product
+        return float((left @ right).square().sum())
     # Triangular factors have the same product's norm, without its size and without the cancellation of Gram matrices.
     left_factor, right_factor = (torch.linalg.qr(matrix, mode="r").R for matrix in (left, right.T))
     return float((left_factor @ right_factor.T).square().sum())
