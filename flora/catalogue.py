@@ -1,6 +1,6 @@
 """Importing this module registers every component that the package ships."""
 
-from flora.clip import adapters, baselines
+from flora.clip import adapters, baselines, dual
 from flora.data import augmentation, digits, folders, glyphs, partition, splits, tiny_imagenet, torchvision_sets
 from flora.federated import (
     aggregation,
@@ -9,6 +9,8 @@ from flora.federated import (
     objectives,
     optimizers,
     penalties,
+    personal,
+    ranks,
     sampling,
     server_optimizers,
 )
@@ -21,12 +23,15 @@ __all__ = [
     "combiners",
     "corrections",
     "digits",
+    "dual",
     "folders",
     "glyphs",
     "objectives",
     "optimizers",
     "partition",
     "penalties",
+    "personal",
+    "ranks",
     "sampling",
     "server_optimizers",
     "splits",

@@ -19,6 +19,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
+from flora import tree
 from flora.errors import UserError
 from flora.records import ServerState
 from flora.registry import Options, option
@@ -253,14 +254,14 @@ def _read(file: Path) -> bytes:
 
 
 def _difference(found: StateLike, expected: StateLike) -> str | None:
-    """The first thing in which names, shapes or types differ; None if nothing does."""
+    """The first thing in which names, shapes or types differ; None if nothing does. A size of 0 stands for any."""
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             return f"{name} is missing"
         if name not in expected:
             return f"{name} does not belong here"
         ours, theirs = found[name], expected[name]
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        if not tree.fits(ours, theirs):
             return f"{name} is {tuple(ours.shape)} {ours.dtype}, expected {tuple(theirs.shape)} {theirs.dtype}"
     return None
 

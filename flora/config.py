@@ -30,6 +30,8 @@ from flora.federated.cache import CacheOptions
 from flora.federated.combiners import Combiner, Mean
 from flora.federated.evaluation import EvaluationOptions
 from flora.federated.local import LocalTraining
+from flora.federated.personal import NoPersonalization, Personalization
+from flora.federated.ranks import Ranks
 from flora.federated.sampling import Sampler, Uniform
 from flora.federated.screening import Screening
 from flora.federated.server_optimizers import ServerOptimizer, ServerSgd
@@ -51,6 +53,9 @@ class ClientOptions(Options):
     pooled: bool = option("one client trains on what all of them would have: centralised training", False)
     cohort: Sampler = option("which of them take part in a round", Uniform())
     holdout_fraction: float = option("share of a client's examples kept for its own test", 0.2, at_least=0, below=1)
+    ranks: tuple[int, ...] | Ranks | None = option(
+        "a list of each client's rank, or how they are drawn; none: adapter.rank for all", None, at_least=1
+    )
     per_block: int | None = option(
         "clients trained in one step; changes the speed only; none: automatic", None, at_least=1
     )
@@ -90,6 +95,7 @@ class ExperimentConfig(Options):
     prompts: PromptOptions = option("the texts that stand for the classes", PromptOptions())
     clients: ClientOptions = option("the virtual clients", ClientOptions())
     local: LocalTraining = option("what a client does in a round", LocalTraining())
+    personal: Personalization = option("what each client trains for itself alone", NoPersonalization())
     server: ServerOptions = option("what the server does with the updates", ServerOptions())
     cache: CacheOptions = option("where image features are kept between runs", CacheOptions())
     speed: SpeedOptions = option("exact ways to be faster", SpeedOptions())
@@ -250,6 +256,8 @@ def _parse_union(choices: tuple[Any, ...], raw: Any, path: str) -> Any:
 
 def _container(annotation: Any) -> type | None:
     origin = typing.get_origin(annotation)
+    if inspect.isclass(annotation) and issubclass(annotation, Component):
+        return dict
     return list if origin is tuple else dict if origin in (dict, Mapping) else None
 
 

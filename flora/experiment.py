@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
+from flora.clip.adapters import Lora
 from flora.clip.backbone import parameter_count
 from flora.clip.towers import AdaptedClip
 from flora.config import ExperimentConfig
@@ -39,7 +40,8 @@ from flora.tree import State, state_digest
 class Experiment:
     """Everything a run needs. `held_out` are the clients' held-out examples, one client after the other.
 
-    `digests` tell other weights and other data from these, wherever they are.
+    `digests` tell other weights and other data from these, wherever they are. `new` is the same model and adapter with
+    the prompts of classes that were set aside, and their test images, if there are any.
     """
 
     config: ExperimentConfig
@@ -52,10 +54,11 @@ class Experiment:
     backbone_parameters: int
     unreadable: tuple[str, ...]
     digests: dict[str, str]
+    new: tuple[AdaptedClip, Features] | None
 
     def initial_state(self) -> ServerState:
         """The server before the first round."""
-        return ServerState(0, self.initial_adapter, self.federation.initial_strategy(self.initial_adapter))
+        return self.federation.initial_state(self.initial_adapter)
 
 
 def check_experiment(config: ExperimentConfig) -> None:
@@ -65,23 +68,13 @@ def check_experiment(config: ExperimentConfig) -> None:
         config.adapter.check_fits(architecture)
     with _below("server"):
         config.server.strategy.check_fits(config.adapter)
-    if config.server.strategy.alternates and config.local.optimizer_state == "kept":
-        raise OptionError(
-            "local.optimizer_state", "expected fresh, because the strategy trains other tensors from round to round"
-        )
-    plain = (config.server.combiner, config.server.optimizer) == (Mean(), ServerSgd())
-    if config.server.strategy.replaces_mean and not (plain and not config.local.correction.memory(1)):
-        raise OptionError(
-            "server.strategy",
-            f"{name_of(config.server.strategy)} replaces the plain mean: expected combiner mean, optimizer sgd with "
-            "its defaults, and no correction that the server remembers",
-        )
     with _below("local"):
         config.local.correction.check_fits(config.local.optimizer)
-    if config.server.strategy.alternates and config.local.correction.memory(1):
+    _check_combination(config)
+    _check_ranks(config)
+    if config.split.sets_classes_aside and config.adapter.knows_classes:
         raise OptionError(
-            "local.correction",
-            "expected none or fedprox, because the strategy trains other tensors from round to round",
+            "split", f"base_to_new needs an adapter without weights for each class, got {name_of(config.adapter)}"
         )
     with _below("clients.cohort"):
         config.clients.cohort.cohort_size(config.clients.number_training)
@@ -96,6 +89,55 @@ def check_experiment(config: ExperimentConfig) -> None:
             f"expected at most {config.clients.number_training}, the clients there are, "
             f"got {config.evaluation.num_alone}",
         )
+
+
+def _check_combination(config: ExperimentConfig) -> None:
+    """Raise `OptionError` if the strategy doesn't go with what else clients and the server do."""
+    strategy, local, server = config.server.strategy, config.local, config.server
+    plain = (server.combiner, server.optimizer) == (Mean(), ServerSgd())
+    remembers = bool(local.correction.memory(1))
+    if strategy.replaces_mean and (not plain or remembers):
+        raise OptionError(
+            "server.strategy",
+            f"{name_of(strategy)} replaces the plain mean: expected combiner mean, optimizer sgd with "
+            "its defaults, and no correction that the server remembers",
+        )
+    if (strategy.alternates or strategy.restarts) and local.optimizer_state == "kept":
+        reason = "trains other tensors from round to round" if strategy.alternates else "starts anew each round"
+        raise OptionError("local.optimizer_state", f"expected fresh, because the strategy {reason}")
+    has_personal = strategy.has_personal or config.adapter.has_personal
+    if remembers and (strategy.alternates or has_personal or config.clients.ranks is not None):
+        reason = "the strategy trains other tensors from round to round"
+        if not strategy.alternates:
+            reason = "some tensors stay with their clients" if has_personal else "clients have ranks of their own"
+        raise OptionError("local.correction", f"expected none or fedprox, because {reason}")
+    if config.personal.in_round(local) is not None and (has_personal or strategy.keeps_residual):
+        reason = "the strategy restarts or corrects the adapter by a residual"
+        if has_personal:
+            reason = "some of the adapter's tensors stay with their clients anyway"
+        raise OptionError("personal", f"{name_of(config.personal)} can't be used, because {reason}")
+
+
+def _check_ranks(config: ExperimentConfig) -> None:
+    """Raise `OptionError` if clients have ranks and the adapter or the strategy can't have them."""
+    ranks, strategy = config.clients.ranks, config.server.strategy
+    if ranks is None:
+        return
+    if not isinstance(config.adapter, Lora):
+        raise OptionError("clients.ranks", f"expected adapter lora, got {name_of(config.adapter)}")
+    if not strategy.takes_ranks:
+        raise OptionError(
+            "clients.ranks",
+            f"{name_of(strategy)} has no rule for factors of different sizes: expected server.strategy "
+            "hetlora, flexlora or flora_stacking",
+        )
+    if isinstance(ranks, tuple) and len(ranks) != config.clients.number_training:
+        raise OptionError(
+            "clients.ranks", f"expected {config.clients.number_training} numbers, one for each client, got {len(ranks)}"
+        )
+    highest = max(ranks) if isinstance(ranks, tuple) else ranks.highest
+    if highest > config.adapter.rank:
+        raise OptionError("clients.ranks", f"expected at most adapter.rank, {config.adapter.rank}, got {highest}")
 
 
 def build_experiment(
@@ -116,7 +158,8 @@ def build_experiment(
     device = choose_device(config.device)
     data = config.split.split(config.data.load(rng.child("data")), rng.child("split"))
     with _below("prompts"):
-        class_names = config.prompts.rename(data.class_names)
+        all_names = config.prompts.rename((*data.class_names, *data.new_class_names))
+    class_names, new_names = all_names[: len(data.class_names)], all_names[len(data.class_names) :]
     clip = config.backbone.load(device, rng.child("backbone"))
     backbone_parameters = parameter_count(clip.model)
     digests = {"backbone_sha256": state_digest(clip.model.state_dict()), "data_sha256": _data_digest(data)}
@@ -124,24 +167,30 @@ def build_experiment(
     adapter = config.adapter.attach(clip)
     templates = config.adapter.templates(config.prompts.templates or config.data.templates)
     model = AdaptedClip(clip, adapter, class_names=class_names, templates=templates, speed=config.speed)
+    new_model = None
+    if data.new is not None:
+        new_model = AdaptedClip(clip, adapter, class_names=new_names, templates=templates, speed=config.speed)
     if not model.text.is_cut_at_end:
         log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
-    (train, test), unreadable = _features(config, data, model, progress=progress, log=log)
+    (train, test, *new), unreadable = _features(config, data, model, progress=progress, log=log)
     labels = train.labels.numpy()
     limit, asked = adapter.max_clients_per_block, config.clients.per_block
     if limit is not None and asked is not None and asked > limit:
         raise OptionError("clients.per_block", f"expected at most {limit} with this adapter, got {asked}")
     clients_per_block = asked or clients_per_block or _clients_per_block(config, model)
     log(f"clients in one step: up to {clients_per_block}")
-    if all(isinstance(each, StoredFeatures) for each in (train, test)):
+    if all(isinstance(each, StoredFeatures) for each in (train, test, *new)):
         model.release_stems()
-    train, test = move_if_they_fit([train, test], device)
+    train, test, *new = move_if_they_fit([train, test, *new], device)
     if unreadable:
-        log(f"left out: {len(unreadable):,} of {len(data.train) + len(data.test):,} images can't be read")
+        number = len(data.train) + len(data.test) + (len(data.new) if data.new else 0)
+        log(f"left out: {len(unreadable):,} of {number:,} images can't be read")
     _check_classes(labels, test.labels.cpu().numpy(), class_names)
     groups = None if data.train.groups is None else data.train.groups[train.positions]
     clients = deal_out(config, labels, groups, rng)
     log(f"{len(labels):,} training and {len(test):,} test images, {len(class_names)} classes, {len(clients)} clients")
+    if new:
+        log(f"{len(new[0]):,} more test images, of {len(new_names)} new classes")
     federation = Federation(
         model=model,
         features=train,
@@ -151,6 +200,8 @@ def build_experiment(
         strategy=config.server.strategy,
         combiner=config.server.combiner,
         server_optimizer=config.server.optimizer,
+        personal=config.personal,
+        ranks=_ranks(config, len(clients), rng.child("ranks")),
         num_rounds=config.rounds,
         clients_per_block=clients_per_block,
         rng=rng.child("federation"),
@@ -169,7 +220,16 @@ def build_experiment(
         backbone_parameters=backbone_parameters,
         unreadable=tuple(unreadable),
         digests=digests,
+        new=None if new_model is None else (new_model, new[0]),
     )
+
+
+def _ranks(config: ExperimentConfig, num_clients: int, rng: Rng) -> np.ndarray | None:
+    """The clients' ranks `(num_clients,)`; None if they all have the adapter's."""
+    ranks = config.clients.ranks
+    if ranks is None:
+        return None
+    return np.array(ranks) if isinstance(ranks, tuple) else ranks.draw(num_clients, rng)
 
 
 def _features(
@@ -179,13 +239,13 @@ def _features(
     *,
     progress: Progress,
     log: Callable[[str], object],
-) -> tuple[tuple[Features, Features], list[str]]:
-    """The features of both splits, and a line for each image that can't be read.
+) -> tuple[list[Features], list[str]]:
+    """The features of the splits, and a line for each image that can't be read.
 
     They are computed once, apart from those of images that are augmented: the training split's.
     """
     augmentation, skip = config.local.augmentation, config.data.unreadable == "skip"
-    splits = {"training": data.train, "test": data.test}
+    splits = {"training": data.train, "test": data.test} | ({"new": data.new} if data.new is not None else {})
     is_live = dict.fromkeys(splits, config.cache.enabled is False)
     is_live["training"] |= augmentation.changes_images
     features: dict[str, Features] = {}
@@ -208,7 +268,7 @@ def _features(
         )
         features.update(zip(stored, loaded, strict=True))
         problems += found
-    return (features["training"], features["test"]), problems
+    return [features[name] for name in splits], problems
 
 
 def choose_device(name: str) -> torch.device:
@@ -250,9 +310,8 @@ def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | 
 
 
 def _data_digest(data: ImageData) -> str:
-    parts = [
-        each for split in (data.train, data.test) for each in (split.source.contents(split.positions), split.labels)
-    ]
+    splits = [data.train, data.test] + ([data.new] if data.new is not None else [])
+    parts = [each for split in splits for each in (split.source.contents(split.positions), split.labels)]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part.tobytes())

@@ -18,7 +18,7 @@ from flora.config import load_config
 from flora.errors import UserError
 from flora.rng import Rng
 from flora.run_directory import ADAPTER_FORMAT
-from flora.tree import State
+from flora.tree import State, fits
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -51,8 +51,8 @@ def merged_weights(run: Path) -> State:
     attached = config.adapter.attach(clip)
     if attached.is_beside_the_model:
         raise UserError(f"{run}: its adapter works beside the model, and OpenCLIP's weights have no place for it")
-    expected = {name: tensor.shape for name, tensor in attached.initial_state(Rng(0)).items()}
-    if expected != {name: tensor.shape for name, tensor in adapter.items()}:
+    expected = config.server.strategy.initial(attached.initial_state(Rng(0)))
+    if expected.keys() != adapter.keys() or not all(fits(adapter[name], expected[name]) for name in expected):
         raise UserError(f"{run / 'adapter.safetensors'}: doesn't fit the adapter that config.yaml describes")
     return attached.merged_state_dict(state_dict, adapter)
 

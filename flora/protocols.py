@@ -98,7 +98,8 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
         "standard": Protocol(
             about="official splits, cross-entropy over all classes, alpha/r: the default",
             values={"adapter": "lora"},
-            methods={"lora": {"local": {"learning_rate": 3e-3}}},  # chosen on validation images; the README says how
+            # Chosen on validation images; the README says how.
+            methods={method: {"local": {"learning_rate": 3e-3}} for method in ("lora", "dual_lora")},
         ),
         "paper": _PAPER,
         "small": _SMALL,

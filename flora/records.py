@@ -78,7 +78,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One line of `rounds.jsonl`. Fractions are 0 to 1; round 0 is zero-shot and has neither training nor traffic."""
+    """One line of `rounds.jsonl`. Fractions are 0 to 1; round 0 is zero-shot and has neither training nor traffic.
+
+    `client_accuracy_...` is the server's adapter on clients' own held-out examples, `personal_accuracy_...` that of
+    each client's own adapter. `new_accuracy` is on classes that nobody trains on, if some are set aside; `accuracy`
+    is on the others then, and `harmonic_mean` that of both.
+    """
 
     round: int
     accuracy: float | None
@@ -97,8 +102,15 @@ class RoundRecord:
     rejected_clients: tuple[Rejection, ...] = ()
     class_accuracy: dict[str, float | None] | None = None
     client_accuracy_mean: float | None = None
+    client_accuracy_std: float | None = None
     client_accuracy_worst_decile: float | None = None
     client_accuracy_best_decile: float | None = None
+    personal_accuracy_mean: float | None = None
+    personal_accuracy_std: float | None = None
+    personal_accuracy_worst_decile: float | None = None
+    personal_accuracy_best_decile: float | None = None
+    new_accuracy: float | None = None
+    harmonic_mean: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,8 +128,17 @@ class Summary:
     alone_accuracy_best: float | None
     num_alone: int
     client_accuracy_mean: float | None
+    client_accuracy_std: float | None
     client_accuracy_worst_decile: float | None
     client_accuracy_best_decile: float | None
+    personal_accuracy_mean: float | None
+    personal_accuracy_std: float | None
+    personal_accuracy_worst_decile: float | None
+    personal_accuracy_best_decile: float | None
+    zero_shot_new_accuracy: float | None
+    new_accuracy: float | None
+    harmonic_mean: float | None
+    aggregation_error_mean: float | None
     total_uplink_bytes: int
     total_downlink_bytes: int
     uplink_bytes_per_client_round: float

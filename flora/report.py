@@ -9,6 +9,17 @@ from flora.config import ExperimentConfig, config_to_dict
 from flora.records import RoundRecord, Summary
 from flora.registry import Component, name_of
 
+# What the summary takes over from the last round's record.
+COPIED = (
+    *(
+        f"{whose}_accuracy_{figure}"
+        for whose in ("client", "personal")
+        for figure in ("mean", "std", "worst_decile", "best_decile")
+    ),
+    "new_accuracy",
+    "harmonic_mean",
+)
+
 
 def summarise(records: Sequence[RoundRecord], *, alone: Sequence[float], **measured: Any) -> Summary:
     """Add a run up. `measured` are the fields of `Summary` that the records don't hold."""
@@ -17,6 +28,7 @@ def summarise(records: Sequence[RoundRecord], *, alone: Sequence[float], **measu
     last = records[-1]
     uplink = sum(record.uplink_bytes for record in records)
     client_rounds = sum(record.num_clients for record in records)
+    errors = [record.aggregation_error for record in records if record.aggregation_error is not None]
     assert records[0].accuracy is not None and last.accuracy is not None  # rounds 0 and last are always evaluated
     return Summary(
         rounds=last.round,
@@ -27,9 +39,9 @@ def summarise(records: Sequence[RoundRecord], *, alone: Sequence[float], **measu
         alone_accuracy_mean=sum(alone) / len(alone) if alone else None,
         alone_accuracy_best=max(alone, default=None),
         num_alone=len(alone),
-        client_accuracy_mean=last.client_accuracy_mean,
-        client_accuracy_worst_decile=last.client_accuracy_worst_decile,
-        client_accuracy_best_decile=last.client_accuracy_best_decile,
+        **{name: getattr(last, name) for name in COPIED},
+        zero_shot_new_accuracy=records[0].new_accuracy,
+        aggregation_error_mean=sum(errors) / len(errors) if errors else None,
         total_uplink_bytes=uplink,
         total_downlink_bytes=sum(record.downlink_bytes for record in records),
         uplink_bytes_per_client_round=uplink / client_rounds if client_rounds else 0.0,
@@ -47,10 +59,17 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
         ("last round", f"{percent(summary.last_accuracy)}   (the result)"),
         ("best round", f"{percent(summary.best_accuracy)}   (round {summary.best_round}; chosen on the test set)"),
     ]
-    if summary.client_accuracy_mean is not None:
-        worst, best = summary.client_accuracy_worst_decile, summary.client_accuracy_best_decile
-        spread = f"(worst tenth {percent(worst)}, best tenth {percent(best)})"
-        rows.append(("on clients' own data", f"{percent(summary.client_accuracy_mean)}   {spread}"))
+    if summary.new_accuracy is not None:
+        frozen = f"(zero-shot {percent(summary.zero_shot_new_accuracy)}; nobody trained on them)"
+        rows.append(("classes set aside", f"{percent(summary.new_accuracy)}   {frozen}"))
+        rows.append(("harmonic mean", f"{percent(summary.harmonic_mean)}   (of the last round and the line above)"))
+    for whose, title in (("client", "on clients' own data"), ("personal", "personal adapters")):
+        mean, std, worst, best = (
+            getattr(summary, f"{whose}_accuracy_{figure}") for figure in ("mean", "std", "worst_decile", "best_decile")
+        )
+        if mean is not None:
+            spread = f"(std {percent(std)}, worst tenth {percent(worst)}, best tenth {percent(best)})"
+            rows.append((title, f"{percent(mean)}   {spread}"))
     if summary.alone_accuracy_mean is not None:
         note = f"(mean of {summary.num_alone}; the best {percent(summary.alone_accuracy_best)})"
         rows.append(("one client alone", f"{percent(summary.alone_accuracy_mean)}   {note}"))

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,9 +22,17 @@ from flora.checkpoints import Checkpoint, CheckpointFolder
 from flora.config import ConfigError, ExperimentConfig, config_to_dict, load_config
 from flora.errors import DivergedError, UserError
 from flora.experiment import Experiment, build_experiment, check_experiment, choose_device
-from flora.federated.evaluation import class_accuracy, client_accuracies, deciles, evaluate
+from flora.federated.apart import has_own_adapters, own_adapters, train_alone
+from flora.federated.evaluation import (
+    class_accuracy,
+    client_accuracies,
+    evaluate,
+    harmonic_mean,
+    own_accuracies,
+    spread,
+)
 from flora.federated.memory import peak_memory_bytes
-from flora.federated.round import Federation, RoundResult, run_round, train_alone
+from flora.federated.round import Federation, RoundResult, run_round
 from flora.federated.screening import refusal
 from flora.hooks import Hooks
 from flora.interrupts import Interrupted, Interrupts
@@ -169,7 +177,7 @@ def _run(
     saver = _Saver(federation, config, directory, start, started)
     state = recorded = start.state
     records = list(start.records)
-    clients: np.ndarray | None = None
+    clients: ClientResults | None = None
     try:
         _stop_if_diverged(records)
         if not records:
@@ -208,7 +216,7 @@ def _run(
         wall_seconds=time.perf_counter() + saver.wall_offset,
         peak_memory_bytes=peak_memory_bytes(federation.model.device),
         memory_before_bytes=memory_before,
-        trainable_parameters=tree.count(state.adapter),
+        trainable_parameters=tree.count(federation.trained_ever(state.adapter)),
         backbone_parameters=experiment.backbone_parameters,
         num_unreadable=len(experiment.unreadable),
     )
@@ -257,56 +265,90 @@ def _stop_if_diverged(records: Sequence[RoundRecord]) -> None:
         raise DivergedError(f"{first} (no update could be used in {MAX_LOST_ROUNDS} rounds in a row)")
 
 
+@dataclass(frozen=True, eq=False)
+class ClientResults:
+    """Accuracies on each client's held-out examples, `(num_clients,)`, NaN where it has none.
+
+    `server` is the server's adapter, `own` each client's own, if they have any.
+    """
+
+    server: np.ndarray
+    own: np.ndarray | None
+
+
 def _measure(
     experiment: Experiment, state: ServerState, result: RoundResult | None
-) -> tuple[RoundRecord, np.ndarray | None]:
+) -> tuple[RoundRecord, ClientResults | None]:
     """The record of the round that led to `state` (no result: round 0), evaluated if due; the clients' accuracies."""
     config, started = experiment.config.evaluation, time.perf_counter()
     due = state.round % config.every == 0 or state.round == experiment.config.rounds
-    evaluation: Evaluation | None = None
-    clients: np.ndarray | None = None
+    results: dict[str, Any] = {}
+    clients: ClientResults | None = None
     if due:
-        # Round 0 is the frozen model: some adapters change it from the start.
-        stack = tree.expand(state.adapter, 1) if state.round else None
-        model, size = experiment.federation.model, config.batch_size
-        evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
+        results = _measure_server(experiment, state)
         every = config.clients_every or experiment.config.rounds
         last = state.round == experiment.config.rounds
         if last or (state.round and state.round % every == 0):
             clients = _measure_clients(experiment, state)
-    tenths = None if clients is None else deciles(clients)
-    seconds = time.perf_counter() - started
-    labels = experiment.test.labels.cpu().numpy()
+    if clients is not None:
+        results |= _figures("client", clients.server) | _figures("personal", clients.own)
     return RoundRecord(
         round=state.round,
-        accuracy=evaluation.accuracy if evaluation else None,
-        loss=evaluation.loss if evaluation else None,
+        accuracy=results.pop("accuracy", None),
+        loss=results.pop("loss", None),
         train_loss=result.train_loss if result else None,
         num_clients=result.num_clients if result else 0,
         uplink_bytes=result.uplink_bytes if result else 0,
         downlink_bytes=result.downlink_bytes if result else 0,
         train_seconds=result.train_seconds if result else 0.0,
-        eval_seconds=seconds,
+        eval_seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(experiment.federation.model.device),
         learning_rate=result.learning_rate if result else None,
         num_steps=result.num_steps if result else 0,
         num_examples=result.num_examples if result else 0,
         aggregation_error=result.aggregation_error if result else None,
         rejected_clients=result.rejections if result else (),
-        class_accuracy=class_accuracy(evaluation, labels, experiment.class_names) if evaluation else None,
-        client_accuracy_mean=tenths[0] if tenths else None,
-        client_accuracy_worst_decile=tenths[1] if tenths else None,
-        client_accuracy_best_decile=tenths[2] if tenths else None,
+        **results,
     ), clients
 
 
-def _measure_clients(experiment: Experiment, state: ServerState) -> np.ndarray:
-    """Accuracy on each client's held-out examples, `(num_clients,)`; NaN where it has none."""
-    if not len(experiment.held_out):
-        return np.full(len(experiment.federation.clients), np.nan)
+def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any]:
+    """What a round's record says of the server's adapter on the common test images."""
+    # Round 0 is the frozen model: some adapters change it from the start.
+    stack = tree.expand(state.adapter, 1) if state.round else None
     model, size = experiment.federation.model, experiment.config.evaluation.batch_size
-    own = evaluate(model, tree.expand(state.adapter, 1), experiment.held_out, batch_size=size)[0]
-    return client_accuracies(own, experiment.held_out_sizes)
+    evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
+    by_class = class_accuracy(evaluation, experiment.test.labels.cpu().numpy(), experiment.class_names)
+    results = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "class_accuracy": by_class}
+    if experiment.new is not None:
+        new_model, features = experiment.new
+        accuracy = evaluate(new_model, stack, features, batch_size=size)[0].accuracy
+        results |= {"new_accuracy": accuracy, "harmonic_mean": harmonic_mean(evaluation.accuracy, accuracy)}
+    return results
+
+
+def _figures(whose: str, accuracies: np.ndarray | None) -> dict[str, float]:
+    """The spread of accuracies over clients, as fields of a record."""
+    found = None if accuracies is None else spread(accuracies)
+    return {f"{whose}_accuracy_{name}": each for name, each in asdict(found).items()} if found else {}
+
+
+def _measure_clients(experiment: Experiment, state: ServerState) -> ClientResults:
+    """Accuracy on each client's held-out examples."""
+    sizes, federation = experiment.held_out_sizes, experiment.federation
+    size = experiment.config.evaluation.batch_size
+    has_own = has_own_adapters(federation, state)
+    nothing = np.full(len(sizes), np.nan)
+    if not len(experiment.held_out):
+        return ClientResults(nothing, nothing if has_own else None)
+    server = evaluate(federation.model, tree.expand(state.adapter, 1), experiment.held_out, batch_size=size)[0]
+    own = nothing.copy() if has_own else None
+    if own is not None:
+        ends = np.cumsum(sizes)
+        for clients, adapters in own_adapters(federation, state, np.flatnonzero(sizes)):
+            examples = [np.arange(ends[client] - sizes[client], ends[client]) for client in clients]
+            own[clients] = own_accuracies(federation.model, adapters, experiment.held_out, examples, batch_size=size)
+    return ClientResults(client_accuracies(server, sizes), own)
 
 
 def _measure_alone(experiment: Experiment, log: Callable[[str], object]) -> dict[int, float]:
@@ -322,20 +364,31 @@ def _measure_alone(experiment: Experiment, log: Callable[[str], object]) -> dict
     for start in range(0, len(chosen), federation.clients_per_block):
         block = {name: tensor[start : start + federation.clients_per_block] for name, tensor in adapters.items()}
         size = max(1, experiment.config.evaluation.batch_size // len(next(iter(block.values()))))
-        results += evaluate(federation.model, block, experiment.test, batch_size=size)
+        own = federation.model.adapter.views(block)[-1]
+        results += evaluate(federation.model, own, experiment.test, batch_size=size)
     log(f"{len(chosen)} clients trained alone in {time.perf_counter() - started:.1f} s")
     return {int(client): result.accuracy for client, result in zip(chosen, results, strict=True)}
 
 
-def _client_columns(experiment: Experiment, accuracies: np.ndarray, alone: dict[int, float]) -> dict[str, list[Any]]:
-    clients = experiment.federation.clients
-    return {
+def _client_columns(experiment: Experiment, results: ClientResults, alone: dict[int, float]) -> dict[str, list[Any]]:
+    federation = experiment.federation
+    clients = federation.clients
+
+    def cells(accuracies: np.ndarray) -> list[str]:
+        return ["" if np.isnan(accuracy) else f"{accuracy:.6f}" for accuracy in accuracies]
+
+    columns: dict[str, list[Any]] = {
         "client": list(range(len(clients))),
         "num_train": [len(client.train) for client in clients],
         "num_held_out": [len(client.held_out) for client in clients],
-        "accuracy": ["" if np.isnan(accuracy) else f"{accuracy:.6f}" for accuracy in accuracies],
+        "accuracy": cells(results.server),
         "alone_accuracy": [f"{alone[index]:.6f}" if index in alone else "" for index in range(len(clients))],
     }
+    if results.own is not None:
+        columns["personal_accuracy"] = cells(results.own)
+    if federation.ranks is not None:
+        columns["rank"] = federation.ranks.tolist()
+    return columns
 
 
 def _bar(title: str, total: int, unit: str, initial: int = 0) -> Any:

@@ -97,6 +97,13 @@ def expand(state: StateLike, size: int) -> State:
     return {name: tensor.unsqueeze(0).expand(size, *tensor.shape) for name, tensor in state.items()}
 
 
+def fits(tensor: Tensor, like: Tensor) -> bool:
+    """Whether a tensor has the type and the shape of another, in which a size of 0 stands for any."""
+    if tensor.dtype != like.dtype or tensor.dim() != like.dim():
+        return False
+    return all(theirs in (0, own) for own, theirs in zip(tensor.shape, like.shape, strict=True))
+
+
 def count(state: StateLike) -> int:
     """How many numbers the state holds."""
     return sum(tensor.numel() for tensor in state.values())

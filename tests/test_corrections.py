@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from flora.clip.adapters import Lora
 from flora.config import parse_config
 from flora.errors import UserError
 from flora.experiment import check_experiment
+from flora.federated.apart import train_alone
 from flora.federated.communication import payload_bytes
 from flora.federated.corrections import Correction, FedDyn, FedProx, NoCorrection, Scaffold
 from flora.federated.local import LocalTraining
 from flora.federated.optimizers import Sgd
-from flora.federated.round import Federation, run_round, train_alone
+from flora.federated.round import Federation, run_round
 from flora.hooks import Hooks
 from flora.records import ServerState
 from flora.simulate import resume, simulate
@@ -40,7 +40,7 @@ def prepared(model: str, correction: Correction, **options: Any) -> tuple[Federa
     adapted = adapt(model, Lora(rank=2))
     parts = federation(adapted, local(correction), **options)
     first = start(adapted)
-    return parts, dataclasses.replace(first, strategy=parts.initial_strategy(first.adapter))
+    return parts, parts.initial_state(first.adapter)
 
 
 def trained(model: str, correction: Correction, rounds: int = ROUNDS, **options: Any) -> ServerState:

@@ -15,12 +15,13 @@ from flora.clip.adapters import TARGETS, FullFineTuning, Lora
 from flora.clip.towers import AdaptedClip, SpeedOptions
 from flora.data.batching import client_batches
 from flora.federated.aggregation import FedAvg
+from flora.federated.apart import train_alone
 from flora.federated.features import StoredFeatures
 from flora.federated.gradients import FlatStack
 from flora.federated.local import LocalTraining
 from flora.federated.objectives import Contrastive, CrossEntropy, MultiPositive
 from flora.federated.optimizers import Adam, AdamW, Cosine, Sgd
-from flora.federated.round import Federation, run_round, train_alone
+from flora.federated.round import Federation, run_round
 from flora.federated.sampling import Uniform
 from flora.records import ClientData, ServerState
 from flora.rng import Rng

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -13,7 +15,7 @@ from flora import tree
 from flora.federated.aggregation import FedAvg
 from flora.federated.combiners import Mean
 from flora.federated.communication import payload_bytes
-from flora.federated.evaluation import class_accuracy, client_accuracies, deciles
+from flora.federated.evaluation import class_accuracy, client_accuracies, spread
 from flora.federated.sampling import BySize, Uniform
 from flora.federated.server_optimizers import ServerSgd
 from flora.records import ClientUpdate, Evaluation
@@ -120,6 +122,10 @@ def test_class_client_and_decile_accuracies() -> None:
     assert accuracies[0] == 1
     assert np.isnan(accuracies[1])
     assert accuracies[2] == pytest.approx(2 / 3)
-    assert deciles(accuracies) == (pytest.approx(5 / 6), pytest.approx(2 / 3), 1.0)
-    assert deciles(np.arange(20) / 20) == (pytest.approx(0.475), pytest.approx(0.025), pytest.approx(0.925))
-    assert deciles(np.array([np.nan])) is None
+    found = spread(accuracies)
+    assert found is not None
+    assert astuple(found) == pytest.approx((5 / 6, 1 / 6, 2 / 3, 1.0))
+    found = spread(np.arange(20) / 20)
+    assert found is not None
+    assert astuple(found) == pytest.approx((0.475, (399 / 4800) ** 0.5, 0.025, 0.925))
+    assert spread(np.array([np.nan])) is None

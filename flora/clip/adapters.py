@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,21 @@ TARGETS = (*ATTENTION_TARGETS, "fc", "proj")
 TOWERS = ("text", "vision")
 
 
+@dataclass(frozen=True)
+class Mutual:
+    """How two models of one client learn from each other: by `weight` T^2 KL(other || own) at temperature T."""
+
+    weight: float
+    temperature: float
+
+
 class AttachedAdapter(ABC):
     """An adapter attached to a frozen model.
 
     `trained_from` says for each tower which of its stages is the first that the adapter changes: stage 0 is the
     embedding, stage 1 + i block i, stage 1 + num_layers the head, and 2 + num_layers means that it changes none.
     `is_large` says that it is about as large as the model, `is_beside_the_model` that it can't be merged into it.
+    `gates` are tensors that `threshold` times the learning rate draws nearer to zero after each step, and not beyond.
     """
 
     trained_from: dict[str, int]
@@ -36,6 +45,9 @@ class AttachedAdapter(ABC):
     has_dropout = False
     is_large = False
     is_beside_the_model = False
+    gates: tuple[str, ...] = ()
+    threshold: float = 0.0
+    mutual: Mutual | None = None
 
     @abstractmethod
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
@@ -50,6 +62,14 @@ class AttachedAdapter(ABC):
 
         `generators`, one a client, switch dropout on: they are for training.
         """
+
+    def stays(self, name: str) -> bool:
+        """Whether a tensor never leaves its client."""
+        return False
+
+    def views(self, stack: StateLike) -> list[StateLike]:
+        """The models that an adapter stands for, each as what to `bind`: the server's first, the client's own last."""
+        return [stack]
 
     @abstractmethod
     def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
@@ -75,6 +95,11 @@ class AttachedAdapter(ABC):
 @dataclass(frozen=True)
 class Adapter(Component):
     """What the clients train."""
+
+    has_personal: ClassVar[bool] = False
+    """Whether some of its tensors never leave their client."""
+    knows_classes: ClassVar[bool] = False
+    """Whether it has weights for each class, and so none for classes that it has not seen."""
 
     @abstractmethod
     def check_fits(self, architecture: Architecture) -> None:
@@ -190,16 +215,17 @@ class AttachedLora(AttachedAdapter):
         state: State = {}
         rank = self.options.rank
         for name, layer in self.layers.items():
-            generator = rng.child(name).torch()
-            lora_A = torch.empty(rank, layer.d_in)
-            if self.options.init == "uniform":
-                bound = 1 / math.sqrt(layer.d_in)
-                lora_A.uniform_(-bound, bound, generator=generator)
-            else:
-                lora_A.normal_(0, 1 / math.sqrt(rank), generator=generator)
-            state[f"{name}.lora_A"] = lora_A
+            state[f"{name}.lora_A"] = self._start(rng.child(name), rank, layer)
             state[f"{name}.lora_B"] = torch.zeros(layer.d_out, rank)
         return state
+
+    def _start(self, rng: Rng, rank: int, layer: LowRank) -> Tensor:
+        """A random A `(rank, d_in)`."""
+        lora_A, generator = torch.empty(rank, layer.d_in), rng.torch()
+        if self.options.init == "uniform":
+            bound = 1 / math.sqrt(layer.d_in)
+            return lora_A.uniform_(-bound, bound, generator=generator)
+        return lora_A.normal_(0, 1 / math.sqrt(rank), generator=generator)
 
     @contextmanager
     def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Iterator[None]:
@@ -207,7 +233,10 @@ class AttachedLora(AttachedAdapter):
         dropout = Dropout(fraction, generators) if generators is not None and fraction > 0 else None
         try:
             for name, layer in self.layers.items():
-                layer.attach(stack[f"{name}.lora_A"], stack[f"{name}.lora_B"], dropout)
+                residual = None
+                if f"{name}.residual_A" in stack:  # of all clients, so its leading axis is 1
+                    residual = stack[f"{name}.residual_A"][0], stack[f"{name}.residual_B"][0]
+                layer.attach(stack[f"{name}.lora_A"], stack[f"{name}.lora_B"], dropout, residual)
             yield
         finally:
             for layer in self.layers.values():
@@ -219,9 +248,11 @@ class AttachedLora(AttachedAdapter):
             tower, block, target = name.split(".")
             weight, rows = _place(target, layer)
             key = f"{self._prefix[tower]}.resblocks.{block}.{weight}"
-            delta = layer.scaling * adapter[f"{name}.lora_B"].double() @ adapter[f"{name}.lora_A"].double()
             full = merged[key].double()
-            full[rows] += delta.to(full.device)
+            for kind in ("lora", "residual"):
+                if f"{name}.{kind}_A" in adapter:
+                    left, right = adapter[f"{name}.{kind}_B"].double(), adapter[f"{name}.{kind}_A"].double()
+                    full[rows] += layer.scaling * (left @ right).to(full.device)
             merged[key] = full.to(state_dict[key].dtype)
         return merged
 

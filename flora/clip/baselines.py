@@ -55,6 +55,8 @@ class FitsEveryModel(Adapter):
 class LinearHead(FitsEveryModel):
     """A linear classifier on the frozen image features that starts as the zero-shot one (FedLC, arXiv:2404.15182)."""
 
+    knows_classes = True
+
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedHead(clip)
 
@@ -73,6 +75,8 @@ class AttachedHead(AttachedBeside):
 @dataclass(frozen=True)
 class VisionAndHead(FitsEveryModel):
     """A linear classifier as `linear_head`, and every weight of the vision tower (FedVM-LC, arXiv:2404.15182)."""
+
+    knows_classes = True
 
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedVisionAndHead(clip)

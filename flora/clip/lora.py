@@ -32,10 +32,12 @@ class LowRank(nn.Module):
 
     `lora_A` is `(K, r, d_in)`, `lora_B` `(K, d_out, r)`. Both are plain tensors, put here by `attach` and taken away
     by `detach`; without them the layer adds nothing. They are not parameters: the model's state dict stays OpenCLIP's.
+    `residual` is another such pair, `(R, d_in)` and `(d_out, R)`, which all clients share and dropout leaves alone.
     """
 
     lora_A: Tensor | None
     lora_B: Tensor | None
+    residual: tuple[Tensor, Tensor] | None
 
     def __init__(self, d_in: int, d_out: int, scaling: float) -> None:
         super().__init__()
@@ -43,18 +45,27 @@ class LowRank(nn.Module):
         self.dropout: Dropout | None = None
         self.detach()
 
-    def attach(self, lora_A: Tensor, lora_B: Tensor, dropout: Dropout | None = None) -> None:
+    def attach(
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        dropout: Dropout | None = None,
+        residual: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Use these factors from now on."""
-        self.lora_A, self.lora_B, self.dropout = lora_A, lora_B, dropout
+        self.lora_A, self.lora_B, self.dropout, self.residual = lora_A, lora_B, dropout, residual
 
     def detach(self) -> None:
         """Add nothing from now on."""
-        self.lora_A, self.lora_B, self.dropout = None, None, None
+        self.lora_A, self.lora_B, self.dropout, self.residual = None, None, None, None
 
     def forward(self, x: Tensor, frozen: Tensor) -> Tensor:
         """`frozen + scaling * B A x`; `x` is `(K * N, ..., d_in)`, `frozen` and the result `(K * N, ..., d_out)`."""
         if self.lora_A is None or self.lora_B is None:
             return frozen
+        if self.residual is not None:
+            residual_A, residual_B = self.residual
+            frozen = frozen + F.linear(F.linear(x, residual_A) * self.scaling, residual_B)
         rows = x.reshape(self.lora_A.shape[0], -1, self.d_in)
         if self.dropout is not None:
             rows = self.dropout.apply(rows)

@@ -140,11 +140,16 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set's two splits and the names of its classes, as the data calls them."""
+    """A data set's two splits and the names of its classes, as the data calls them.
+
+    `new` are test images of classes that were set aside, labelled from 0, and `new_class_names` what these are called.
+    """
 
     train: Split
     test: Split
     class_names: tuple[str, ...]
+    new: Split | None = None
+    new_class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from flora.data.datasets import ImageData, ImageSource, Split, stratified_split
 from flora.errors import UserError
-from flora.registry import Component, option, register
+from flora.registry import Component, OptionError, option, register
 from flora.rng import Rng
 
 
 @dataclass(frozen=True)
 class Splitter(Component):
     """Which images are trained on and which are the common test set."""
+
+    sets_classes_aside: ClassVar[bool] = False
+    """Whether there are classes that nobody trains on, to be tested on by themselves."""
 
     @abstractmethod
     def split(self, data: ImageData, rng: Rng) -> ImageData:
@@ -63,6 +67,9 @@ class Validation(Splitter):
     fraction: float = option("share of the training images to test on", 0.2, above=0, below=1)
     of: Splitter = option("whose training images", Official())
 
+    def check(self) -> None:
+        _check_inner(self.of)
+
     def split(self, data: ImageData, rng: Rng) -> ImageData:
         data = self.of.split(data, rng.child("of"))
         train, test = stratified_split(data.train.labels, self.fraction, rng)
@@ -79,10 +86,46 @@ class Sample(Splitter):
     num_test: int = option("images to test on", 2_000, at_least=1)
     of: Splitter = option("what the sample is drawn from", Official())
 
+    def check(self) -> None:
+        _check_inner(self.of)
+
     def split(self, data: ImageData, rng: Rng) -> ImageData:
         data = self.of.split(data, rng.child("of"))
         train = _some(data.train, self.num_train, rng.child("train"))
         return ImageData(train, _some(data.test, self.num_test, rng.child("test")), data.class_names)
+
+
+@register("base_to_new")
+@dataclass(frozen=True)
+class BaseToNew(Splitter):
+    """The first half of the classes is trained and tested on; the others are new, tested on by themselves.
+
+    Of an odd number the first half has one more. A run reports both and their harmonic mean (arXiv:2203.05557,
+    section 4.1). Each half is told apart among its own classes.
+    """
+
+    sets_classes_aside = True
+    of: Splitter = option("what images there are", Official())
+
+    def check(self) -> None:
+        _check_inner(self.of)
+
+    def split(self, data: ImageData, rng: Rng) -> ImageData:
+        data = self.of.split(data, rng.child("of"))
+        number = len(data.class_names)
+        if number < 4:
+            raise UserError(f"split: base_to_new needs at least four classes, the data have {number}")
+        num_base = (number + 1) // 2
+        train, test = (part.subset(part.labels < num_base) for part in (data.train, data.test))
+        new = data.test.subset(data.test.labels >= num_base)
+        _require("split", len(train), min(len(test), len(new)))
+        new = replace(new, labels=new.labels - num_base)
+        return ImageData(train, test, data.class_names[:num_base], new, data.class_names[num_base:])
+
+
+def _check_inner(of: Splitter) -> None:
+    if of.sets_classes_aside:
+        raise OptionError("of", "base_to_new takes other splits inside, and is not to be inside of one")
 
 
 def _some(split: Split, number: int, rng: Rng) -> Split:

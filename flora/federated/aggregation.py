@@ -6,8 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from flora.clip.adapters import Adapter, Lora
-from flora.federated.low_rank import layers, nearest_left, truncated_mean
+from flora.federated.low_rank import (
+    Pair,
+    factor_of,
+    layers,
+    mean_product,
+    nearest,
+    nearest_left,
+    product_of,
+    residual_of,
+)
 from flora.records import ClientUpdate
 from flora.registry import Component, OptionError, name_of, option, register
 from flora.tree import State, StateLike
@@ -22,6 +33,14 @@ class Strategy(Component):
 
     alternates: ClassVar[bool] = False
     """Whether the tensors that are trained differ from round to round."""
+    restarts: ClassVar[bool] = False
+    """Whether what clients train starts anew each round, at random from a seed that all know."""
+    takes_ranks: ClassVar[bool] = False
+    """Whether clients may have ranks of their own."""
+    keeps_residual: ClassVar[bool] = False
+    """Whether the adapter has residuals."""
+    has_personal: ClassVar[bool] = False
+    """Whether some tensors stay with their clients."""
     replaces_mean: ClassVar[bool] = False
     """Whether `settle` starts from the plain mean of the clients, and nothing else."""
 
@@ -34,9 +53,17 @@ class Strategy(Component):
         """Whether clients train, and send, this tensor in a round, counted from 1. The others are frozen in it."""
         return True
 
+    def stays(self, name: str) -> bool:
+        """Whether clients train this tensor, but keep it to themselves: each has its own."""
+        return False
+
     def broadcasts(self, name: str) -> bool:
         """Whether the server sends this tensor. What never changes is known to all from a shared seed."""
         return True
+
+    def initial(self, adapter: State) -> State:
+        """What the server starts from: the adapter, with all that the strategy adds to it."""
+        return adapter
 
     def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
         """The next adapter, from the one that averaging came to and those that the clients ended with."""
@@ -70,10 +97,43 @@ class FfaLora(LoraStrategy):
     """B alone; A stays at its random start, which all know, so that the mean is exact (FFA-LoRA, arXiv:2403.12313)."""
 
     def trains(self, name: str, round: int) -> bool:
-        return _factor(name) == "lora_B"
+        return factor_of(name) == "lora_B"
 
     def broadcasts(self, name: str) -> bool:
-        return _factor(name) == "lora_B"
+        return factor_of(name) == "lora_B"
+
+
+@dataclass(frozen=True)
+class OneFactorStays(LoraStrategy):
+    """Both factors are trained, one is averaged, the other one stays with its client.
+
+    The server's own adapter has the start of what it never sees, so the result is what clients reach with theirs.
+    """
+
+    has_personal = True
+    own_factor: ClassVar[str]
+
+    def stays(self, name: str) -> bool:
+        return factor_of(name) == self.own_factor
+
+    def broadcasts(self, name: str) -> bool:
+        return factor_of(name) != self.own_factor
+
+
+@register("fedsa_lora")
+@dataclass(frozen=True)
+class FedSaLora(OneFactorStays):
+    """A and B are trained, A is averaged, B stays with its client (FedSA-LoRA, arXiv:2410.01463)."""
+
+    own_factor = "lora_B"
+
+
+@register("plora")
+@dataclass(frozen=True)
+class PLora(OneFactorStays):
+    """A and B are trained, B is averaged, A stays with its client (pLoRA of FedVLM, arXiv:2507.17088)."""
+
+    own_factor = "lora_A"
 
 
 @register("rolora")
@@ -87,7 +147,19 @@ class RoLora(LoraStrategy):
     alternates = True
 
     def trains(self, name: str, round: int) -> bool:
-        return _factor(name) == ("lora_B" if round % 2 else "lora_A")
+        return factor_of(name) == ("lora_B" if round % 2 else "lora_A")
+
+
+@register("hetlora")
+@dataclass(frozen=True)
+class HetLora(LoraStrategy):
+    """A and B each by itself; a client of a lower rank gets the first rows of A, and has zeros in place of the others.
+
+    The zeros count in the mean (HetLoRA, arXiv:2401.06432). Differs from the paper: weights are as in FedAvg, and
+    clients keep their ranks.
+    """
+
+    takes_ranks = True
 
 
 @register("flexlora")
@@ -95,19 +167,19 @@ class RoLora(LoraStrategy):
 class FlexLora(LoraStrategy):
     """A and B are trained; the server keeps the rank r nearest to the mean product (FlexLoRA, arXiv:2402.11505).
 
-    A's rows are orthonormal after a round, B has the singular values, so that no direction is dead. Differs from the
-    paper: all clients have one rank.
+    A's rows are orthonormal after a round, B has the singular values in falling order, so that no direction is dead,
+    and the first ones, which a client of a lower rank gets, are the best product of that rank.
     """
 
     replaces_mean = True
+    takes_ranks = True
 
     def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
         settled = dict(averaged)
         for layer in layers(averaged):
-            before = averaged[f"{layer}.lora_A"]
-            lora_B, lora_A = truncated_mean(clients, weights, layer, len(before))
+            lora_B, lora_A = nearest(mean_product(clients, weights, layer), rank=len(averaged[f"{layer}.lora_A"]))
             if lora_B.any():  # the product is zero while nobody has trained: then A stays at its random start
-                settled |= {f"{layer}.lora_A": lora_A.to(before.dtype), f"{layer}.lora_B": lora_B.to(before.dtype)}
+                settled |= {f"{layer}.lora_A": lora_A.float(), f"{layer}.lora_B": lora_B.float()}
         return settled
 
 
@@ -126,12 +198,72 @@ class LoraFair(LoraStrategy):
     def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
         settled = dict(averaged)
         for layer in layers(averaged):
-            nearest = nearest_left(clients, weights, layer, averaged, self.penalty)
-            settled[f"{layer}.lora_B"] = nearest.to(averaged[f"{layer}.lora_B"].dtype)
+            settled[f"{layer}.lora_B"] = nearest_left(clients, weights, layer, averaged, self.penalty).float()
         return settled
 
 
-def _factor(name: str) -> str | None:
-    """Which factor of a low-rank term the tensor is; None if it is something else."""
-    last = name.rpartition(".")[2]
-    return last if last in ("lora_A", "lora_B") else None
+@dataclass(frozen=True)
+class WithResidual(LoraStrategy):
+    """What A and B can't hold goes into a residual beside the frozen weight: low-rank factors that clients don't train.
+
+    After each round they are compressed again. They are sent whole, since who missed a round needs it.
+    """
+
+    replaces_mean = True
+    keeps_residual = True
+    tolerance: float = option(
+        "singular values of the residual at most this share of the largest product in it are left out",
+        1e-8,
+        at_least=0,
+        below=1,
+    )
+
+    def initial(self, adapter: State) -> State:
+        residual: State = {}
+        for layer in layers(adapter):
+            lora_B, lora_A = product_of(adapter, layer)
+            residual |= _residual(layer, (lora_B[:, :0], lora_A[:0]))
+        return {**adapter, **residual}
+
+    def grown(self, adapter: StateLike, layer: str, products: Sequence[Pair]) -> State:
+        """The layer's residual and `products` as one residual."""
+        return _residual(layer, nearest([*residual_of(adapter, layer), *products], tolerance=self.tolerance))
+
+
+@register("flora_stacking")
+@dataclass(frozen=True)
+class FloraStacking(WithResidual):
+    """The mean product, which is the product of stacked factors, goes into the residual (arXiv:2409.05976): exact.
+
+    A and B start anew each round, so the server sends the residual alone. Ranks may differ.
+    """
+
+    restarts = True
+    takes_ranks = True
+
+    def broadcasts(self, name: str) -> bool:
+        return factor_of(name) is None
+
+    def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
+        settled = dict(averaged)
+        for layer in layers(averaged):
+            settled |= self.grown(averaged, layer, mean_product(clients, weights, layer))
+            settled[f"{layer}.lora_B"] = torch.zeros_like(averaged[f"{layer}.lora_B"])
+        return settled
+
+
+@register("fedex_lora")
+@dataclass(frozen=True)
+class FedExLora(WithResidual):
+    """The means of A and B; what their product lacks to the mean product goes into the residual (arXiv:2410.09432)."""
+
+    def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
+        settled = dict(averaged)
+        for layer in layers(averaged):
+            lora_B, lora_A = product_of(averaged, layer)
+            settled |= self.grown(averaged, layer, [*mean_product(clients, weights, layer), (-lora_B, lora_A)])
+        return settled
+
+
+def _residual(layer: str, pair: Pair) -> State:
+    return {f"{layer}.residual_A": pair[1].float(), f"{layer}.residual_B": pair[0].float()}

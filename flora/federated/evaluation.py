@@ -78,10 +78,53 @@ def client_accuracies(evaluation: Evaluation, sizes: np.ndarray) -> np.ndarray:
     return np.divide(right, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)
 
 
-def deciles(accuracies: np.ndarray) -> tuple[float, float, float] | None:
-    """Mean, mean of the worst tenth and mean of the best tenth of the clients that have a result; None if none has."""
+@torch.no_grad()
+def own_accuracies(
+    model: AdaptedClip, adapters: StateLike, features: Features, examples: Sequence[np.ndarray], *, batch_size: int
+) -> np.ndarray:
+    """Accuracy of each of K adapters `(K, ...)` on examples of its own, `(K,)`; NaN for one without.
+
+    `examples` are K lists of places in `features`; of all adapters together at most `batch_size` go in at once, but at
+    least one of each.
+    """
+    number = len(examples)
+    sizes = np.array([len(each) for each in examples])
+    places = torch.zeros(number, int(sizes.max()), dtype=torch.int64)
+    for row, each in zip(places, examples, strict=True):
+        row[: len(each)] = torch.from_numpy(each)
+    targets = features.labels[places.to(features.labels.device)].to(model.device)
+    right = torch.zeros(places.shape, dtype=torch.bool)
+    with model.adapter.bind({name: tensor.to(model.device) for name, tensor in adapters.items()}):
+        classes = model.class_features(number).transpose(1, 2)
+        width = max(1, batch_size // number)
+        for start in range(0, places.shape[1], width):
+            part = slice(start, start + width)
+            stem = features.take(places[:, part].flatten().to(features.device), model.device)
+            logits = torch.bmm(model.image_features(stem, number), classes)
+            right[:, part] = (logits.argmax(dim=-1) == targets[:, part]).cpu()
+    right &= torch.arange(places.shape[1]) < torch.from_numpy(sizes).unsqueeze(1)
+    return np.divide(right.sum(dim=1).numpy(), sizes, out=np.full(number, np.nan), where=sizes > 0)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation (n) over clients, and the means of the worst and the best tenth of them."""
+
+    mean: float
+    std: float
+    worst_decile: float
+    best_decile: float
+
+
+def spread(accuracies: np.ndarray) -> Spread | None:
+    """The spread over the clients that have a result, NaN being none; None if no client has one."""
     known = np.sort(accuracies[~np.isnan(accuracies)])
     if not len(known):
         return None
     tenth = max(1, len(known) // 10)
-    return float(known.mean()), float(known[:tenth].mean()), float(known[-tenth:].mean())
+    return Spread(float(known.mean()), float(known.std()), float(known[:tenth].mean()), float(known[-tenth:].mean()))
+
+
+def harmonic_mean(one: float, other: float) -> float:
+    """2 / (1 / one + 1 / other), 0 if one of them is 0."""
+    return 2 * one * other / (one + other) if one and other else 0.0

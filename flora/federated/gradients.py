@@ -9,10 +9,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from flora.clip.adapters import Mutual
 from flora.clip.towers import AdaptedClip
 from flora.federated.memory import clients_at_once
 from flora.federated.objectives import Objective
-from flora.federated.penalties import NoPenalty, Penalty
+from flora.federated.penalties import NoPenalty, Penalty, divergence
 from flora.tree import State, StateLike
 
 # Steps of one shape that run as they are before one is recorded: a recording costs about as much as ten of them.
@@ -43,33 +44,43 @@ class Batch:
         )
 
 
+Features = tuple[Tensor, Tensor]
+"""Unit features of images `(K, B, embed_dim)` and of classes `(K, C, embed_dim)`."""
+
+
 @dataclass(frozen=True)
 class Loss:
-    """What a step minimises: an objective and a penalty."""
+    """What a step minimises: an objective, a penalty, and what a client's two models learn from each other."""
 
     objective: Objective
     penalty: Penalty = NoPenalty()
+    mutual: Mutual | None = None
 
     @property
     def in_batch(self) -> bool:
         """Whether no class matters but those of the batch."""
-        return self.objective.in_batch and self.penalty.is_idle
+        return self.objective.in_batch and self.penalty.is_idle and self.mutual is None
 
-    def frozen(self, model: AdaptedClip, batch: Batch, num_clients: int) -> tuple[Tensor, Tensor] | None:
+    def frozen(self, model: AdaptedClip, batch: Batch, num_clients: int) -> Features | None:
         """What the penalty compares with: features of images and classes while no adapter is bound."""
         if self.penalty.is_idle:
             return None
         with torch.no_grad():
             return model.image_features(batch.stem, num_clients), model.frozen_class_features()
 
-    def of(
-        self, batch: Batch, images: Tensor, classes: Tensor, scale: Tensor, frozen: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """Each client's loss `(K,)`, from features with adapters and those without."""
-        losses = self.objective.loss(images, classes, batch.labels, batch.example_mask, scale)
-        if frozen is None:
-            return losses
-        return losses + self.penalty.loss(images, classes, *frozen, batch.example_mask, scale)
+    def of(self, batch: Batch, models: Sequence[Features], scale: Tensor, frozen: Features | None) -> Tensor:
+        """Each client's loss `(K,)`, summed over its models, from features with adapters and those without."""
+        losses = torch.zeros(len(batch.labels), device=batch.labels.device)
+        for images, classes in models:
+            losses = losses + self.objective.loss(images, classes, batch.labels, batch.example_mask, scale)
+            if frozen is not None:
+                losses = losses + self.penalty.loss(images, classes, *frozen, batch.example_mask, scale)
+        if self.mutual is not None:
+            one, two = (scale * torch.bmm(images, classes.transpose(1, 2)) for images, classes in models)
+            for own, other in ((one, two), (two, one)):
+                learned = divergence(own, other.detach(), batch.example_mask, self.mutual.temperature)
+                losses = losses + self.mutual.weight * learned
+        return losses
 
 
 class FlatStack:
@@ -103,6 +114,12 @@ class FlatStack:
         """The same of the trained tensors alone."""
         return {name: tensor for name, tensor in self.state(matrix).items() if name in self._trained}
 
+    def columns(self, names: Collection[str]) -> Tensor:
+        """The columns of the trained tensors called so."""
+        sizes = [shape.numel() for shape in self._shapes.values()][: len(self._trained)]
+        is_meant = torch.tensor([name in names for name in self._trained], dtype=torch.bool)
+        return is_meant.repeat_interleave(torch.tensor(sizes)).nonzero().flatten().to(self.matrix.device)
+
     def leaves(self, matrix: Tensor) -> tuple[State, list[Tensor]]:
         """The same, detached; and those that are trained, as leaves of the autograd graph that share its memory."""
         state = {name: tensor.detach() for name, tensor in self.state(matrix).items()}
@@ -120,10 +137,12 @@ def gradient_function(
     dropout: Sequence[torch.Generator] | None,
     *,
     batch_size: int,
+    beside: StateLike | None = None,
 ) -> Compute:
     """What computes each client's loss, and its gradient with respect to all of its parameters that are trained.
 
-    Clients don't depend on each other, so as many go through the model at once as is fastest.
+    Clients don't depend on each other, so as many go through the model at once as is fastest. `beside` are tensors
+    `(1, ...)` that are bound with every client's own.
     """
 
     at_once = clients_at_once(model, batch_size=batch_size)
@@ -136,9 +155,13 @@ def gradient_function(
         place = parameters.data_ptr(), number
         state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
         frozen = loss.frozen(model, batch, number)
-        with model.adapter.bind(state, None if dropout is None else dropout[first : first + number]):
-            images, classes = model.image_features(batch.stem, number), model.class_features(number, batch.classes)
-            losses = loss.of(batch, images, classes, model.logit_scale(), frozen)
+        models = []
+        for view in model.adapter.views({**state, **(beside or {})}):
+            with model.adapter.bind(view, None if dropout is None else dropout[first : first + number]):
+                images = model.image_features(batch.stem, number)
+                models.append((images, model.class_features(number, batch.classes)))
+                scale = model.logit_scale()
+        losses = loss.of(batch, models, scale, frozen)
         return losses.detach(), _rows(losses, leaves)
 
     def compute_in_parts(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -152,7 +175,8 @@ def gradient_function(
         losses, gradients = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(gradients)
 
-    can_record = model.device.type == "cuda" and dropout is None and not model.adapter.is_large
+    # A residual changes its shape from round to round: no recording would be used for long.
+    can_record = model.device.type == "cuda" and dropout is None and not model.adapter.is_large and not beside
     if can_record and model.speed.cuda_graphs:
         return _Recorder.of(model).wrap(compute_in_parts, loss)
     return compute_in_parts

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flora import tree
@@ -87,6 +88,8 @@ def train_block(
     kept: Sequence[StateLike | None] = (),
     trained: Collection[str] | None = None,
     server_memory: StateLike | None = None,
+    beside: StateLike | None = None,
+    anchor: StateLike | None = None,
 ) -> BlockResult:
     """Train K clients from `adapters` `(K, ...)`; the order of clients is the block's.
 
@@ -94,7 +97,8 @@ def train_block(
     depends on another. Clients that have taken all their steps are no longer touched. Results are on the CPU.
     `rngs`, one a client, are what dropout and augmentation are drawn from. `kept`, one a client, is what they carry
     from their last round; None is a fresh start. `trained` are the names of the tensors to train; None: all.
-    `server_memory` is what the correction remembers at the server.
+    `server_memory` is what the correction remembers at the server. `beside` are tensors `(1, ...)` that all clients
+    share and nobody trains. `anchor` `(K, ...)` is what the correction measures distances from, in place of `adapters`.
     """
     flat = FlatStack(adapters, model.device, trained)
     is_trained = slice(0, flat.num_trained)
@@ -102,10 +106,13 @@ def train_block(
     for row, own in enumerate(kept):
         for name in state.keys() & (own or {}).keys():
             state[name][row] = own[name].to(model.device)  # type: ignore[index]
-    drift = _Drift(local.correction, flat.matrix[:, is_trained], kept, server_memory or {})
+    beside = {name: tensor.to(model.device) for name, tensor in (beside or {}).items()}
+    origin = flat if anchor is None else FlatStack(anchor, model.device, trained)
+    drift = _Drift(local.correction, origin.matrix[:, is_trained], kept, server_memory or {})
+    gates = flat.columns(model.adapter.gates)
     dropout = [rng.child("dropout").torch() for rng in rngs] if model.adapter.has_dropout else None
-    loss = Loss(local.objective, local.penalty)
-    gradients_of = gradient_function(model, loss, flat, dropout, batch_size=block.indices.shape[2])
+    loss = Loss(local.objective, local.penalty, model.adapter.mutual)
+    gradients_of = gradient_function(model, loss, flat, dropout, batch_size=block.indices.shape[2], beside=beside)
     batches = _Batches(model, block, features, in_batch=loss.in_batch, rngs=rngs)
     totals = torch.zeros(len(block.clients), device=model.device)
     failed = torch.full((len(block.clients),), -1, device=model.device)
@@ -121,6 +128,8 @@ def train_block(
             if local.clip_norm is not None:
                 gradients = clip_rows(gradients, local.clip_norm)
             local.optimizer.step(parameters[:, is_trained], gradients, active_state, learning_rate)
+            if len(gates):
+                parameters[:, gates] = F.softshrink(parameters[:, gates], learning_rate * model.adapter.threshold)
             totals[:num_active] += losses
     remembered, sent = drift.finish(flat.matrix[:, is_trained], block.num_steps, learning_rate)
     keep = local.optimizer_state == "kept"

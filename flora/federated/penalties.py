@@ -97,8 +97,13 @@ class Distillation(Penalty):
         example_mask: Tensor,
         logit_scale: Tensor,
     ) -> Tensor:
-        scale = logit_scale / self.temperature
-        own = (scale * torch.bmm(image_features, class_features.transpose(1, 2))).log_softmax(dim=-1)
-        frozen = (scale * frozen_images @ frozen_classes.T).log_softmax(dim=-1)
-        divergence = F.kl_div(own, frozen, reduction="none", log_target=True).sum(dim=-1)
-        return self.weight * self.temperature**2 * masked_mean(divergence, example_mask)
+        own = logit_scale * torch.bmm(image_features, class_features.transpose(1, 2))
+        frozen = logit_scale * frozen_images @ frozen_classes.T
+        return self.weight * divergence(own, frozen, example_mask, self.temperature)
+
+
+def divergence(own: Tensor, other: Tensor, example_mask: Tensor, temperature: float) -> Tensor:
+    """Each client's mean of T^2 KL(other's probabilities || own ones), `(K,)`, from logits `(K, B, C)`."""
+    own, other = ((logits / temperature).log_softmax(dim=-1) for logits in (own, other))
+    each = F.kl_div(own, other, reduction="none", log_target=True).sum(dim=-1)
+    return temperature**2 * masked_mean(each, example_mask)

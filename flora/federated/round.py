@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,11 +16,11 @@ from flora.errors import UserError
 from flora.federated.aggregation import Strategy
 from flora.federated.combiners import Combiner, Mean
 from flora.federated.communication import payload_bytes
-from flora.federated.corrections import NoCorrection
 from flora.federated.features import Features
 from flora.federated.local import CORRECTION, BlockResult, LocalTraining, train_block
-from flora.federated.low_rank import aggregation_error
+from flora.federated.low_rank import aggregation_error, is_residual, rank_first, rank_padded
 from flora.federated.memory import available_memory_bytes, client_bytes, is_out_of_memory, release_cached_memory
+from flora.federated.personal import OWN, NoPersonalization, Personalization
 from flora.federated.sampling import Sampler
 from flora.federated.screening import Screening, refusal, screen
 from flora.federated.server_optimizers import ServerOptimizer, ServerSgd
@@ -48,6 +48,8 @@ class Federation:
     rng: Rng
     combiner: Combiner = field(default_factory=Mean)
     server_optimizer: ServerOptimizer = field(default_factory=ServerSgd)
+    personal: Personalization = field(default_factory=NoPersonalization)
+    ranks: np.ndarray | None = None
     screening: Screening = field(default_factory=Screening)
     hooks: Hooks = field(default_factory=Hooks)
     log: Callable[[str], object] = lambda line: None
@@ -60,19 +62,54 @@ class Federation:
         """The learning rate of a round, counted from 1."""
         return self.local.learning_rate * self.local.schedule.factor(round, self.num_rounds)
 
-    def trained(self, adapter: StateLike, round: int) -> StateLike:
-        """The part of an adapter that clients train, and send, in a round."""
-        return {name: tensor for name, tensor in adapter.items() if self.strategy.trains(name, round)}
-
-    def initial_strategy(self, adapter: State) -> State:
-        """What the server remembers between rounds, at the start: its optimiser's state, a correction's memory."""
-        size = tree.count(self.trained(adapter, round=1))
-        memory = tree.below(CORRECTION, self.local.correction.memory(size))
-        return {**self.server_optimizer.init(adapter), **memory}
+    def initial_state(self, adapter: State) -> ServerState:
+        """The server before the first round, from the adapter that clients start with."""
+        memory = self.local.correction.memory(tree.count(self.trained(adapter, round=1)))
+        strategy = {**self.server_optimizer.init(adapter), **tree.below(CORRECTION, memory)}
+        return ServerState(0, self.strategy.initial(adapter), strategy)
 
     def client_state(self, adapter: StateLike) -> State:
         """What one client keeps between its rounds: names and shapes."""
-        return self.local.client_state(self.trained(adapter, round=1))
+        own = {name: adapter[name] for name in self.own_names(adapter)}
+        return self.local.client_state(self.trained(adapter, round=1)) | tree.below(OWN, own)
+
+    def stays(self, name: str) -> bool:
+        """Whether clients train this tensor and keep it to themselves."""
+        return self.model.adapter.stays(name) or self.strategy.stays(name)
+
+    def trained(self, adapter: StateLike, round: int) -> StateLike:
+        """The part of an adapter that clients train in a round."""
+        names = (name for name in adapter if not is_residual(name))
+        stays, trains = self.model.adapter.stays, self.strategy.trains
+        return {name: adapter[name] for name in names if stays(name) or trains(name, round)}
+
+    def sent(self, adapter: StateLike, round: int) -> StateLike:
+        """The part of an adapter that clients train in a round and send."""
+        return {name: tensor for name, tensor in self.trained(adapter, round).items() if not self.stays(name)}
+
+    def trained_ever(self, adapter: StateLike) -> StateLike:
+        """The part of an adapter that is trained in some round."""
+        found = self.trained(adapter, round=1).keys() | self.trained(adapter, round=2).keys()
+        return {name: tensor for name, tensor in adapter.items() if name in found}
+
+    def own_names(self, adapter: StateLike) -> list[str]:
+        """The tensors of which each client keeps its own."""
+        keeps_all = self.personal.in_round(self.local) is not None
+        return [name for name in self.trained_ever(adapter) if keeps_all or self.stays(name)]
+
+    def received(self, adapter: State, client: int) -> State:
+        """What of the server's adapter a client can use: the first of its ranks, if it has fewer of them."""
+        return adapter if self.ranks is None else rank_padded(adapter, int(self.ranks[client]))
+
+    def own_adapter(self, state: ServerState, client: int) -> State:
+        """A client's own adapter: the server's, with what the client keeps of it for itself."""
+        own = tree.named_below(OWN, state.clients.get(client, {}))
+        adapter = self.received(state.adapter, client)
+        return {**adapter, **own} if own else adapter
+
+    def payload_bytes(self, state: StateLike, client: int) -> int:
+        """How many bytes the state takes on its way to or from a client."""
+        return payload_bytes(state if self.ranks is None else rank_first(state, int(self.ranks[client])))
 
     def blocks(self, cohort: np.ndarray, rng: Rng) -> list[ClientBlock]:
         """The cohort in blocks, with every batch laid out."""
@@ -99,16 +136,21 @@ class Federation:
         round: int,
         rng: Rng,
         server_memory: StateLike | None = None,
+        anchors: Mapping[int, StateLike] | None = None,
+        names: Collection[str] | None = None,
     ) -> Iterator[tuple[ClientBlock, BlockResult]]:
-        """Train what is to be trained in a round, block by block, each client from its own of `adapters`.
+        """Train the tensors `names`, or what is trained in a round, by blocks, each client from its own of `adapters`.
 
-        `kept` is what clients carry from round to round, `server_memory` what a correction remembers at the server. A
-        block that doesn't fit into memory is cut in two, and so are those after it.
+        `kept` is what clients carry from round to round, `server_memory` what a correction remembers at the server,
+        `anchors` what it measures distances from, in place of `adapters`. A block that doesn't fit into memory is cut
+        in two, and so are those after it.
 
         Raises `UserError` if one client alone doesn't fit.
         """
         waiting = self.blocks(cohort, rng)
-        names = list(self.trained(next(iter(adapters.values())), round))
+        first = next(iter(adapters.values()))
+        names = list(self.trained(first, round)) if names is None else names
+        residual = {name: tensor for name, tensor in first.items() if is_residual(name)}
         while waiting:
             block = waiting.pop(0)
             try:
@@ -124,6 +166,8 @@ class Federation:
                     kept=[kept.get(client) for client in block.clients],
                     trained=names,
                     server_memory=server_memory,
+                    beside=tree.expand(residual, 1),
+                    anchor=_stacked([anchors[client] for client in block.clients]) if anchors else None,
                 )
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -153,10 +197,13 @@ class Federation:
 
 
 def _stacked(adapters: Sequence[StateLike]) -> StateLike:
-    """The adapters `(K, ...)`, without a copy where all clients start from one."""
-    if all(adapter is adapters[0] for adapter in adapters):
-        return tree.expand(adapters[0], len(adapters))
-    return tree.stack(adapters)
+    """The adapters `(K, ...)` without their residuals, and without a copy where all clients start from one."""
+    is_one = all(adapter is adapters[0] for adapter in adapters)
+    parts = [
+        {name: tensor for name, tensor in adapter.items() if not is_residual(name)}
+        for adapter in (adapters[:1] if is_one else adapters)
+    ]
+    return tree.expand(parts[0], len(adapters)) if is_one else tree.stack(parts)
 
 
 @dataclass(frozen=True)
@@ -187,15 +234,17 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     cohort = federation.sampler.sample(federation.sizes, rng.child("cohort"))
     updates: list[ClientUpdate] = []
     kept = dict(state.clients)
-    start = federation.trained(state.adapter, round)
-    broadcast = dict.fromkeys(cohort.tolist(), state.adapter)
+    begin = {client: _start(federation, state, client) for client in cohort.tolist()}
     memory = tree.named_below(CORRECTION, state.strategy)
-    for block, result in federation.train(cohort, broadcast, state.clients, round=round, rng=rng, server_memory=memory):
-        updates += _updates(federation, block, result, start)
-        kept.update((client, own) for client, own in zip(block.clients, result.kept, strict=True) if own)
+    for block, result in federation.train(cohort, begin, state.clients, round=round, rng=rng, server_memory=memory):
+        for place, client in enumerate(block.clients):
+            update, own = _update(federation, state, block, result, place)
+            updates.append(update)
+            if own:
+                kept[client] = own
     # In the order of ids, so that sums don't depend on how the cohort was cut into blocks.
     updates = [federation.hooks.update(round, update) for update in sorted(updates, key=lambda update: update.client)]
-    accepted, rejections = screen(updates, start, federation.screening)
+    accepted, rejections = screen(updates, federation.sent(state.adapter, round), federation.screening)
     learning_rate = federation.learning_rate(round)
     if rejections and federation.screening.policy == "abort":
         raise refusal(round, rejections[0], learning_rate)
@@ -204,10 +253,18 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         kept.pop(rejection.client, None)
         if rejection.client in state.clients:
             kept[rejection.client] = state.clients[rejection.client]
+    for client, own in _train_own(federation, state, begin, round, rng.child("personal")):
+        kept[client] = {**kept.get(client, {}), **own}
     adapter, strategy, error = state.adapter, state.strategy, None
     if accepted:
-        adapter, strategy, error = _next(federation, state, accepted, start)
-    sent = {name: tensor for name, tensor in state.adapter.items() if federation.strategy.broadcasts(name)}
+        adapter, strategy, error = _next(federation, state, accepted)
+    if federation.strategy.restarts:
+        adapter = {**adapter, **federation.model.adapter.initial_state(rng.child("adapter"))}
+    sent = {
+        name: tensor
+        for name, tensor in state.adapter.items()
+        if federation.strategy.broadcasts(name) and not federation.stays(name)
+    }
     if federation.local.correction.is_broadcast:
         sent |= tree.below(CORRECTION, memory)
     weights = np.array([update.num_examples for update in accepted])
@@ -219,15 +276,67 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         train_loss=float((losses * weights).sum() / weights.sum()) if accepted else None,
         aggregation_error=error,
         learning_rate=learning_rate,
-        uplink_bytes=sum(payload_bytes(update.delta | tree.below(CORRECTION, update.extra)) for update in updates),
-        downlink_bytes=len(updates) * payload_bytes(sent),
+        uplink_bytes=sum(
+            federation.payload_bytes(update.delta | tree.below(CORRECTION, update.extra), update.client)
+            for update in updates
+        ),
+        downlink_bytes=sum(federation.payload_bytes(sent, update.client) for update in updates),
         train_seconds=time.perf_counter() - started,
         rejections=tuple(rejections),
     )
 
 
+def _start(federation: Federation, state: ServerState, client: int) -> State:
+    """What a client trains from: the server's adapter, with what the strategy or the adapter leaves with clients."""
+    if federation.personal.in_round(federation.local) is not None:  # what it keeps is another adapter
+        return federation.received(state.adapter, client)
+    return federation.own_adapter(state, client)
+
+
+def _update(
+    federation: Federation, state: ServerState, block: ClientBlock, result: BlockResult, place: int
+) -> tuple[ClientUpdate, State]:
+    """What one client of a block sends, and what it keeps."""
+    client, num_steps = block.clients[place], block.num_steps[place]
+    trained = {name: tensor[place] for name, tensor in result.adapters.items()}
+    # Copies, so that no client keeps its whole block in memory.
+    own = {name: tensor.clone() for name, tensor in trained.items() if federation.stays(name)}
+    failed_step = int(result.failed_steps[place])
+    if failed_step < 0 and not tree.is_finite(own):
+        failed_step = num_steps - 1
+    update = ClientUpdate(
+        client=client,
+        num_examples=int(federation.sizes[client]),
+        delta={name: tensor - state.adapter[name] for name, tensor in trained.items() if name not in own},
+        loss=float(result.losses[place]),
+        num_steps=num_steps,
+        extra=result.sent[place],
+        failed_step=failed_step if failed_step >= 0 else None,
+    )
+    return update, result.kept[place] | tree.below(OWN, own)
+
+
+def _train_own(
+    federation: Federation, state: ServerState, begin: Mapping[int, State], round: int, rng: Rng
+) -> Iterator[tuple[int, State]]:
+    """What the cohort's clients keep of adapters that they train for themselves, drawn to what they `begin` from."""
+    local = federation.personal.in_round(federation.local)
+    if local is None:
+        return
+    apart = dataclasses.replace(federation, local=local)
+    names = federation.own_names(state.adapter)
+    own = {client: federation.own_adapter(state, client) for client in begin}
+    cohort = np.array(list(begin))
+    for block, result in apart.train(cohort, own, {}, round=round, rng=rng, anchors=begin):
+        for place, client in enumerate(block.clients):
+            ended = {name: tensor[place].clone() for name, tensor in result.adapters.items()}
+            if result.failed_steps[place] < 0 and tree.is_finite(ended):
+                after = {**own[client], **ended}
+                yield client, tree.below(OWN, {name: after[name] for name in names})
+
+
 def _next(
-    federation: Federation, state: ServerState, updates: Sequence[ClientUpdate], start: StateLike
+    federation: Federation, state: ServerState, updates: Sequence[ClientUpdate]
 ) -> tuple[State, State, float | None]:
     """The next adapter and strategy state, and what averaging got wrong, from updates that may be averaged."""
     weights = federation.strategy.weights(updates)
@@ -243,47 +352,11 @@ def _next(
         )
         delta, strategy = tree.unflatten(vector, delta), {**strategy, **tree.below(CORRECTION, memory)}
     adapter, strategy = federation.server_optimizer.step(state.adapter, delta, strategy)
-    ends: list[State] = [{**state.adapter, **tree.add(start, update.delta)} for update in updates]
-    adapter = federation.strategy.settle(adapter, ends, weights)
-    return adapter, strategy, aggregation_error(ends, weights, adapter)
-
-
-def _updates(federation: Federation, block: ClientBlock, result: BlockResult, start: StateLike) -> list[ClientUpdate]:
-    trained = tree.unstack(result.adapters)
-    return [
-        ClientUpdate(
-            client=client,
-            num_examples=int(federation.sizes[client]),
-            delta=tree.subtract(trained[place], start),
-            loss=float(result.losses[place]),
-            num_steps=block.num_steps[place],
-            extra=result.sent[place],
-            failed_step=int(result.failed_steps[place]) if result.failed_steps[place] >= 0 else None,
-        )
-        for place, client in enumerate(block.clients)
+    ends: list[State] = [
+        {**state.adapter, **{name: state.adapter[name] + own for name, own in update.delta.items()}}
+        for update in updates
     ]
-
-
-def train_alone(
-    federation: Federation, adapter: State, clients: np.ndarray, *, advance: Callable[[int], object]
-) -> State:
-    """What each of `clients` reaches without the others: as many rounds from `adapter`, on its own data only.
-
-    Returns their adapters `(len(clients), ...)`, in the order of `clients`. Nothing is averaged, nor corrected. A
-    client whose round ends in numbers that are not finite stays where it was before. `advance` is told of each round
-    done.
-    """
-    local = dataclasses.replace(federation.local, correction=NoCorrection())
-    federation = dataclasses.replace(federation, local=local)
-    alone: dict[int, State] = dict.fromkeys(clients.tolist(), adapter)
-    kept: dict[int, State] = {}
-    for round in range(1, federation.num_rounds + 1):
-        rng = federation.rng.child("alone", round)
-        for block, result in federation.train(clients, alone, kept, round=round, rng=rng):
-            for place, (client, own) in enumerate(zip(block.clients, tree.unstack(result.adapters), strict=True)):
-                if result.failed_steps[place] < 0 and tree.is_finite(own):
-                    alone[client] = {**alone[client], **own}
-                    if result.kept[place]:
-                        kept[client] = result.kept[place]
-        advance(1)
-    return tree.stack([alone[client] for client in clients.tolist()])
+    adapter = federation.strategy.settle(adapter, ends, weights)
+    if federation.strategy.has_personal:  # no product is the server's alone
+        return adapter, strategy, None
+    return adapter, strategy, aggregation_error(ends, weights, adapter, state.adapter)
