@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONFIG = $(if $(wildcard $(EXPERIMENT)),$(EXPERIMENT),experiments/$(EXPERIMENT).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install experiment paper check list benchmark test stress lint types format clean
+.PHONY: help install experiment paper averaging check list benchmark test stress lint types format clean
 
 help: ## show this help
 	@echo "usage: make TARGET [EXPERIMENT=name] [ARGS=\"key=value ...\"]"
@@ -52,8 +52,14 @@ paper: $(VENV)/.installed-report ## run and tabulate experiments/paper: DATASETS
 	$(BIN)/python -m flora.sweep $(paper_files) data.name=$(call or_all,$(DATASETS),$(ALL_DATASETS)) \
 	  partition=$(call or_all,$(PARTITIONS),$(ALL_PARTITIONS)) seed=$(SEEDS) --output $(OUTPUT) $(ARGS)
 
+STRATEGIES ?= all
+averaging_files = $(patsubst %,experiments/averaging/%.yaml,$(subst $(comma), ,$(call or_all,$(STRATEGIES),*)))
+
+averaging: $(VENV)/.installed-report ## run and tabulate experiments/averaging: STRATEGIES= SEEDS= ARGS=
+	$(BIN)/python -m flora.sweep $(averaging_files) seed=$(SEEDS) --reference fedavg --output runs/averaging $(ARGS)
+
 check: $(VENV)/.installed ## validate every experiment without running one
-	$(BIN)/python -m flora.simulate --check experiments/*.yaml experiments/paper/*.yaml $(ARGS)
+	$(BIN)/python -m flora.simulate --check experiments/*.yaml experiments/paper/*.yaml experiments/averaging/*.yaml $(ARGS)
 
 list: $(VENV)/.installed ## print every component with its options
 	@$(BIN)/python -m flora.simulate --list

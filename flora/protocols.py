@@ -93,6 +93,20 @@ _SMALL = Protocol(
     },
 )
 
+_AVERAGING = Protocol(
+    about="what the README's table compares ways of averaging with: twenty unlike clients, twenty rounds",
+    values={
+        "rounds": 20,
+        "split": "sample",
+        "adapter": "lora",
+        "clients": {"number": 20},
+        "local": {"learning_rate": 3e-3, "batch_size": 16, "schedule": "cosine"},
+        "evaluation": {"every": 5},
+        "checkpoints": {"every": None},
+    },
+    options={"split": {"sample": {"num_train": 4000, "num_test": 2000}}},
+)
+
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
         "standard": Protocol(
@@ -103,6 +117,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
         ),
         "paper": _PAPER,
         "small": _SMALL,
+        "averaging": _AVERAGING,
     }
 )
 DEFAULT = "standard"

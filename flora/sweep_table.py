@@ -32,19 +32,30 @@ class Point:
 class Outcome:
     """What one finished run came to. Bytes are sent up and down by all clients, None where there is only one.
 
-    `memory_bytes` is what it held at most, above what its process held before.
+    `clients` and `personal` are means over clients of the server's adapter and of their own ones on their own held-out
+    examples, `..._worst` those of the worst tenth; `aggregation_error` is the mean over rounds. `memory_bytes` is what
+    it held at most, above what its process held before.
     """
 
     points: tuple[Point, ...]
     zero_shot: float
     last: float
     best: float
+    new: float | None
+    harmonic: float | None
+    clients: float | None
+    clients_worst: float | None
+    personal: float | None
+    personal_worst: float | None
     alone: float | None
+    aggregation_error: float | None
     bytes_to_arrive: int | None
     rounds_to_arrive: int
     uplink_bytes: float | None
+    downlink_bytes: float | None
     step_seconds: float
     train_seconds: float
+    round_seconds: float
     memory_bytes: int
     parameters: int
 
@@ -163,6 +174,7 @@ def _outcome(summary: dict[str, Any], records: Sequence[dict[str, Any]]) -> Outc
         sent += (record["uplink_bytes"] + record["downlink_bytes"]) * travels
         if record["accuracy"] is not None:
             points.append(Point(record["round"], sent, record["accuracy"]))
+    client_rounds = sum(record["num_clients"] for record in records)
     last = summary["last_accuracy"]
     (arrived, *_) = (point for point in points if point.accuracy >= ARRIVED * last)
     return Outcome(
@@ -170,12 +182,21 @@ def _outcome(summary: dict[str, Any], records: Sequence[dict[str, Any]]) -> Outc
         zero_shot=summary["zero_shot_accuracy"],
         last=last,
         best=summary["best_accuracy"],
+        new=summary.get("new_accuracy"),
+        harmonic=summary.get("harmonic_mean"),
+        clients=summary["client_accuracy_mean"],
+        clients_worst=summary["client_accuracy_worst_decile"],
+        personal=summary.get("personal_accuracy_mean"),
+        personal_worst=summary.get("personal_accuracy_worst_decile"),
         alone=summary["alone_accuracy_mean"],
+        aggregation_error=summary.get("aggregation_error_mean"),
         bytes_to_arrive=arrived.sent_bytes if travels else None,
         rounds_to_arrive=arrived.round,
         uplink_bytes=summary["uplink_bytes_per_client_round"] if travels else None,
+        downlink_bytes=summary["total_downlink_bytes"] / client_rounds if travels and client_rounds else None,
         step_seconds=summary["train_seconds"] / max(sum(record["num_steps"] for record in records), 1),
         train_seconds=summary["train_seconds"],
+        round_seconds=summary["train_seconds"] / max(summary["rounds"], 1),
         memory_bytes=summary["peak_memory_bytes"] - summary.get("memory_before_bytes", 0),
         parameters=summary["trainable_parameters"],
     )
@@ -222,7 +243,14 @@ def to_overview(rows: Sequence[Row]) -> str:
 
 def _accuracy(row: Row, field: str) -> str:
     mean, deviation = row.mean(field), row.deviation(field)
+    if mean is None:
+        return "-"
     return percent(mean) if deviation is None else f"{percent(mean).removesuffix(' %')} ± {percent(deviation)}"
+
+
+def _number(row: Row, field: str) -> str:
+    mean = row.mean(field)
+    return "-" if mean is None else f"{mean:.2g}"
 
 
 def _size(row: Row, field: str) -> str:
@@ -240,12 +268,21 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "zero-shot": lambda row: _accuracy(row, "zero_shot"),
     "last round": lambda row: _accuracy(row, "last"),
     "best round": lambda row: _accuracy(row, "best"),
-    "one client alone": lambda row: _accuracy(row, "alone") if row.mean("alone") is not None else "-",
+    "classes set aside": lambda row: _accuracy(row, "new"),
+    "harmonic mean": lambda row: _accuracy(row, "harmonic"),
+    "on clients' own data": lambda row: _accuracy(row, "clients"),
+    "worst tenth": lambda row: _accuracy(row, "clients_worst"),
+    "personal adapters": lambda row: _accuracy(row, "personal"),
+    "worst tenth of these": lambda row: _accuracy(row, "personal_worst"),
+    "one client alone": lambda row: _accuracy(row, "alone"),
+    "aggregation error": lambda row: _number(row, "aggregation_error"),
     "trained": lambda row: f"{row.mean('parameters') or 0:,.0f}",
     "up per client and round": lambda row: _size(row, "uplink_bytes"),
+    "down": lambda row: _size(row, "downlink_bytes"),
     f"sent until {ARRIVED:.0%} of the last": lambda row: _size(row, "bytes_to_arrive"),
     "rounds until then": lambda row: f"{row.mean('rounds_to_arrive') or 0:.1f}",
     "ms per client step": lambda row: f"{1000 * (row.mean('step_seconds') or 0):.3g}",
+    "s per round": lambda row: _number(row, "round_seconds"),
     "training, s": lambda row: f"{row.mean('train_seconds') or 0:.3g}",
     "memory": lambda row: _size(row, "memory_bytes"),
     "x less step time": lambda row: _ratio(row, "step_time"),

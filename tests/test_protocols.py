@@ -96,7 +96,9 @@ def test_overrides_from_the_command_line_win(tmp_path: Any) -> None:
 def test_an_unknown_protocol_is_one_line(tmp_path: Any, protocol: Any) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump({**GIVEN, "protocol": protocol}))
-    with pytest.raises(ConfigError, match=r"x\.yaml: protocol: expected (one of standard, paper, small|text), got"):
+    with pytest.raises(
+        ConfigError, match=r"x\.yaml: protocol: expected (one of standard, paper, small, averaging|text), got"
+    ):
         load_config(path)
 
 

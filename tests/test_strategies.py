@@ -6,6 +6,7 @@ import dataclasses
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import adapt
@@ -21,7 +22,7 @@ from flora.experiment import check_experiment
 from flora.federated.aggregation import FedAvg, FfaLora, FlexLora, LoraFair, RoLora, Strategy
 from flora.federated.combiners import BoundedMean, Combiner, Mean, Median, MultiKrum, TrimmedMean
 from flora.federated.local import LocalTraining
-from flora.federated.low_rank import aggregation_error, layers
+from flora.federated.low_rank import aggregation_error, layers, product_of, residual_of
 from flora.federated.optimizers import Adam, Sgd
 from flora.federated.round import Federation, RoundResult, run_round
 from flora.federated.server_optimizers import (
@@ -32,8 +33,10 @@ from flora.federated.server_optimizers import (
     ServerSgd,
     ServerYogi,
 )
-from flora.records import ServerState
-from flora.registry import OptionError
+from flora.hooks import Hooks
+from flora.records import ClientData, ClientUpdate, ServerState
+from flora.registry import OptionError, components
+from flora.rng import Rng
 from flora.tree import State
 
 COMBINERS = [Mean(), Median(), TrimmedMean(), MultiKrum(), BoundedMean(max_norm=1e6)]
@@ -395,3 +398,99 @@ def test_full_fine_tuning_has_no_low_rank_error(tiny_model: str) -> None:
     adapted = adapt(tiny_model, FullFineTuning())
     _, result = run_round(federation(adapted, LOCAL), start(adapted))
     assert result.aggregation_error is None
+
+
+# Every strategy
+
+ALL = {name: cls() for name, cls in components(Strategy).items()}
+PRODUCTS = {name: strategy for name, strategy in ALL.items() if not strategy.has_personal}
+
+
+def multiplied(state: State, layer: str) -> torch.Tensor:
+    """B A and the residual of a layer, multiplied out."""
+    pairs = [product_of(state, layer), *residual_of(state, layer)]
+    return torch.stack([left @ right for left, right in pairs]).sum(dim=0)
+
+
+def after_round(model: str, strategy: Strategy, sizes: list[np.ndarray], cohort: int | None = None) -> tuple[Any, ...]:
+    """Federation, state before and after a round, and its result, of clients with these examples, all in one batch."""
+    adapted = adapt(model, Lora(rank=2))
+    local = dataclasses.replace(LOCAL, batch_size=100)
+    parts = dataclasses.replace(federation(adapted, local, cohort=cohort), strategy=strategy)
+    none = np.array([], dtype=np.int64)
+    parts = dataclasses.replace(parts, clients=[ClientData(examples, none) for examples in sizes])
+    state = parts.initial_state(adapted.initial_adapter(Rng(1)))
+    state, _ = run_round(parts, state)  # so that neither factor begins at zero
+    return parts, state, *run_round(parts, state)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_one_client_ends_at_the_server(tiny_model: str, name: str) -> None:
+    strategy, examples = PRODUCTS[name], np.arange(9)
+    parts, before, after, result = after_round(tiny_model, strategy, [examples])
+    rng = parts.rng.child("round", 2)
+    ((_, trained),) = parts.train(np.array([0]), {0: before.adapter}, {}, round=2, rng=rng)
+    client = {**before.adapter, **{key: tensor[0] for key, tensor in trained.adapters.items()}}
+    for layer in layers(before.adapter):
+        there, here = multiplied(after.adapter, layer), multiplied(client, layer)
+        # LoRA-FAIR's penalty on its own term is all that could keep it away.
+        torch.testing.assert_close(there, here, atol=1e-6, rtol=0)
+        assert (here - multiplied(before.adapter, layer)).abs().max() > 1e-5
+    assert result.aggregation_error == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_equal_clients_have_no_error(tiny_model: str, name: str) -> None:
+    _, before, after, result = after_round(tiny_model, PRODUCTS[name], [np.arange(9)] * 4)
+    _, _, alone, _ = after_round(tiny_model, PRODUCTS[name], [np.arange(9)])
+    assert result.num_clients == 4
+    assert result.aggregation_error == pytest.approx(0, abs=1e-5)
+    for layer in layers(before.adapter):
+        torch.testing.assert_close(
+            multiplied(after.adapter, layer), multiplied(alone.adapter, layer), atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_order_of_clients_decides_nothing(name: str) -> None:
+    strategy = ALL[name]
+    clients, weights = low_rank_clients(4), [1.0, 2.0, 3.0, 4.0]
+    found = []
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+        some, own = [clients[place] for place in order], [weights[place] for place in order]
+        server = strategy.initial({"x.lora_A": clients[0]["x.lora_A"], "x.lora_B": torch.zeros(5, 2)})
+        settled = strategy.settle({**server, **tree.weighted_mean(some, own)}, some, own)
+        found.append(multiplied(settled, "x"))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("combiner", ROBUST)
+def test_a_poisoned_client_in_a_round(tiny_model: str, combiner: Combiner) -> None:
+    """One of five sends noise of a thousand times its update; what the server does is still within the honest range."""
+    adapted = adapt(tiny_model, Lora(rank=2))
+    honest: list[ClientUpdate] = []
+
+    def poison(round: int, update: ClientUpdate) -> ClientUpdate:
+        if update.client:
+            honest.append(update)
+            return update
+        generator = torch.Generator().manual_seed(0)
+        noise = {key: torch.randn(tensor.shape, generator=generator) for key, tensor in update.delta.items()}
+        factor = 1000 * tree.norm(update.delta) / tree.norm(noise)
+        return dataclasses.replace(update, delta=tree.scale(noise, factor))
+
+    bounded = isinstance(combiner, BoundedMean)
+    combiner = BoundedMean(max_norm=0.1) if bounded else combiner
+    parts = dataclasses.replace(federation(adapted, LOCAL), combiner=combiner, hooks=Hooks(update=poison))
+    before = start(adapted)
+    after, _ = run_round(parts, before)
+    moved = tree.subtract(after.adapter, before.adapter)
+    if bounded:
+        assert tree.norm(moved) <= 0.1 + 1e-6
+    else:
+        for key, tensor in moved.items():
+            numbers = torch.stack([update.delta[key] for update in honest])
+            assert (tensor <= numbers.max(dim=0).values + 1e-5).all()
+            assert (tensor >= numbers.min(dim=0).values - 1e-5).all()
+    plain, _ = run_round(dataclasses.replace(parts, combiner=Mean()), before)
+    assert tree.norm(tree.subtract(plain.adapter, before.adapter)) > 20 * tree.norm(moved)
