@@ -112,16 +112,7 @@ class CheckpointFolder:
         """
         path = self._folder(round)
         manifest = self.manifest(round)
-        parts: dict[str, State] = {}
-        for name in PARTS:
-            file = path / f"{name}.safetensors"
-            content = _read(file)
-            if hashlib.sha256(content).hexdigest() != manifest["sha256"].get(name):
-                raise DamagedError(f"{file}: its contents are not those that were written (SHA-256)")
-            try:
-                parts[name] = safetensors.torch.load(content)
-            except safetensors.SafetensorError as error:
-                raise DamagedError(f"{file}: {error}") from None
+        parts = {name: self._part(round, name, manifest) for name in PARTS}
         clients = _by_client(parts["clients"], path / "clients.safetensors")
         comparisons: list[tuple[str, State, StateLike]] = [
             ("adapter", parts["adapter"], like.adapter),
@@ -139,6 +130,11 @@ class CheckpointFolder:
             state=ServerState(round, adapter, strategy, clients),
             **{key: manifest[key] for key in MANIFEST_TYPES if key not in ("format", "round", "sha256")},
         )
+
+    def client(self, round: int, client: int) -> State:
+        """What one client keeps, as the checkpoint of `round` has it; empty if it keeps nothing. Raises as `load`."""
+        flat = self._part(round, "clients", self.manifest(round))
+        return _by_client(flat, self._folder(round) / "clients.safetensors").get(client, {})
 
     def tidy(self, round: int, *, keep: int, set_aside: Path) -> None:
         """Make room for a run that goes on after `round`: later checkpoints are moved to `set_aside`.
@@ -179,6 +175,17 @@ class CheckpointFolder:
         if manifest["round"] != round:
             raise DamagedError(f"{file}: it belongs to round {manifest['round']}")
         return manifest
+
+    def _part(self, round: int, name: str, manifest: Mapping[str, Any]) -> State:
+        """One of a checkpoint's files, verified."""
+        file = self._folder(round) / f"{name}.safetensors"
+        content = _read(file)
+        if hashlib.sha256(content).hexdigest() != manifest["sha256"].get(name):
+            raise DamagedError(f"{file}: its contents are not those that were written (SHA-256)")
+        try:
+            return safetensors.torch.load(content)
+        except safetensors.SafetensorError as error:
+            raise DamagedError(f"{file}: {error}") from None
 
     def _folder(self, round: int) -> Path:
         return self.path / f"round-{round:04d}"

@@ -14,11 +14,13 @@ import safetensors.torch
 import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
+from flora.checkpoints import CheckpointFolder
 from flora.config import load_config
 from flora.errors import UserError
+from flora.federated.personal import OWN
 from flora.rng import Rng
 from flora.run_directory import ADAPTER_FORMAT
-from flora.tree import State, fits
+from flora.tree import State, fits, named_below
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -37,10 +39,11 @@ def read_adapter(path: Path) -> State:
         raise UserError(f"{path}: damaged: {error}") from None
 
 
-def merged_weights(run: Path) -> State:
+def merged_weights(run: Path, client: int | None = None) -> State:
     """The state dict of a finished run's backbone with its adapter merged in, fp32 on the CPU.
 
-    Raises `UserError` if the run's files are missing or don't belong together.
+    That is the server's adapter, or a client's own. Raises `UserError` if the run's files are missing or don't belong
+    together, or if the client has none.
     """
     config = load_config(run / "config.yaml")
     adapter = read_adapter(run / "adapter.safetensors")
@@ -54,7 +57,19 @@ def merged_weights(run: Path) -> State:
     expected = config.server.strategy.initial(attached.initial_state(Rng(0)))
     if expected.keys() != adapter.keys() or not all(fits(adapter[name], expected[name]) for name in expected):
         raise UserError(f"{run / 'adapter.safetensors'}: doesn't fit the adapter that config.yaml describes")
+    if client is not None:
+        adapter = dict(attached.views({**adapter, **_own_tensors(run, client)})[-1])
     return attached.merged_state_dict(state_dict, adapter)
+
+
+def _own_tensors(run: Path, client: int) -> State:
+    """What of its adapter a client kept for itself until the run's last checkpoint."""
+    checkpoints = CheckpointFolder(run / "checkpoints")
+    rounds = checkpoints.rounds()
+    own = named_below(OWN, checkpoints.client(rounds[0], client)) if rounds else {}
+    if not own:
+        raise UserError(f"{run}: client {client} has kept no adapter of its own in this run")
+    return own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,12 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flora.export", description=__doc__)
     parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/quickstart")
     parser.add_argument("file", type=Path, help="the .safetensors file to write; it must not exist")
+    parser.add_argument("--client", type=int, help="merge this client's own adapter in place of the server's")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the numbers (default: fp32)")
     options = parser.parse_args(argv)
     try:
         if options.file.suffix != ".safetensors":
             raise UserError(f"{options.file}: expected a name that ends in .safetensors")
-        weights = {name: tensor.to(DTYPES[options.dtype]) for name, tensor in merged_weights(options.run).items()}
+        merged = merged_weights(options.run, options.client)
+        weights = {name: tensor.to(DTYPES[options.dtype]) for name, tensor in merged.items()}
         with options.file.open("xb") as file:
             file.write(safetensors.torch.save(weights))
     except UserError as error:

@@ -22,7 +22,7 @@ from flora.checkpoints import Checkpoint, CheckpointFolder
 from flora.config import ConfigError, ExperimentConfig, config_to_dict, load_config
 from flora.errors import DivergedError, UserError
 from flora.experiment import Experiment, build_experiment, check_experiment, choose_device
-from flora.federated.apart import has_own_adapters, own_adapters, train_alone
+from flora.federated.apart import clients_with_own_adapters, own_adapters, train_alone
 from flora.federated.evaluation import (
     class_accuracy,
     client_accuracies,
@@ -269,7 +269,7 @@ def _stop_if_diverged(records: Sequence[RoundRecord]) -> None:
 class ClientResults:
     """Accuracies on each client's held-out examples, `(num_clients,)`, NaN where it has none.
 
-    `server` is the server's adapter, `own` each client's own, if they have any.
+    `server` is the server's adapter, `own` each client's own, if they have any: the server's for who has none.
     """
 
     server: np.ndarray
@@ -337,18 +337,18 @@ def _measure_clients(experiment: Experiment, state: ServerState) -> ClientResult
     """Accuracy on each client's held-out examples."""
     sizes, federation = experiment.held_out_sizes, experiment.federation
     size = experiment.config.evaluation.batch_size
-    has_own = has_own_adapters(federation, state)
-    nothing = np.full(len(sizes), np.nan)
-    if not len(experiment.held_out):
-        return ClientResults(nothing, nothing if has_own else None)
-    server = evaluate(federation.model, tree.expand(state.adapter, 1), experiment.held_out, batch_size=size)[0]
-    own = nothing.copy() if has_own else None
-    if own is not None:
-        ends = np.cumsum(sizes)
-        for clients, adapters in own_adapters(federation, state, np.flatnonzero(sizes)):
-            examples = [np.arange(ends[client] - sizes[client], ends[client]) for client in clients]
-            own[clients] = own_accuracies(federation.model, adapters, experiment.held_out, examples, batch_size=size)
-    return ClientResults(client_accuracies(server, sizes), own)
+    with_own = clients_with_own_adapters(federation, state)
+    server = np.full(len(sizes), np.nan)
+    if len(experiment.held_out):
+        stack = tree.expand(state.adapter, 1)
+        server = client_accuracies(evaluate(federation.model, stack, experiment.held_out, batch_size=size)[0], sizes)
+    if with_own is None:
+        return ClientResults(server, None)
+    own, ends = server.copy(), np.cumsum(sizes)
+    for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
+        examples = [np.arange(ends[client] - sizes[client], ends[client]) for client in clients]
+        own[clients] = own_accuracies(federation.model, adapters, experiment.held_out, examples, batch_size=size)
+    return ClientResults(server, own)
 
 
 def _measure_alone(experiment: Experiment, log: Callable[[str], object]) -> dict[int, float]:

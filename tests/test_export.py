@@ -68,3 +68,42 @@ def test_half_precision_and_what_is_refused(
         assert message in captured.err
         assert captured.err.count("\n") == 1
     assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"server": {"strategy": "fedsa_lora"}},
+        {"personal": "ditto"},
+        {"adapter": {"name": "dual_lora", "rank": 2, "local_rank": 5}},
+        {"server": {"strategy": "fedex_lora"}},
+    ],
+)
+def test_a_clients_own_adapter(
+    raw_config: dict[str, Any], tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = {**raw_config, "clients": {"number": 4, "holdout_fraction": 0.5}, **changes}
+    result = simulate(parse_config(raw))
+    server, own = tmp_path / "server.safetensors", tmp_path / "own.safetensors"
+    assert export.main([str(result.directory), str(server)]) == 0
+    if "fedex" in str(changes):
+        assert export.main([str(result.directory), str(own), "--client", "1"]) == 2
+        assert capsys.readouterr().err == f"{result.directory}: client 1 has kept no adapter of its own in this run\n"
+        return
+    assert export.main([str(result.directory), str(own), "--client", "1"]) == 0
+    assert export.main([str(result.directory), str(tmp_path / "x.safetensors"), "--client", "4"]) == 2
+    assert "client 4 has kept no adapter of its own" in capsys.readouterr().err
+    # The exported weights, as a frozen model of no rounds, are as accurate on the client's examples as the run says.
+    weights = {"model": raw["backbone"]["model"], "weights": str(own)}
+    zero = simulate(parse_config({**raw, "adapter": "lora", "server": {}, "personal": "none", "name": "zero",
+                                  "backbone": weights, "rounds": 0}))  # fmt: skip
+    rows = [
+        dict(zip(*(line.split(",") for line in (head, line)), strict=True))
+        for head, line in (
+            ((run.directory / "clients.csv").read_text().splitlines()[0],
+             (run.directory / "clients.csv").read_text().splitlines()[2])
+            for run in (result, zero)
+        )
+    ]  # fmt: skip
+    assert rows[0]["personal_accuracy"] == rows[1]["accuracy"] != ""
+    assert server.read_bytes() != own.read_bytes()

@@ -23,7 +23,7 @@ from flora.data.batching import client_batches
 from flora.errors import UserError
 from flora.experiment import check_experiment
 from flora.federated.aggregation import FedAvg, FedSaLora, FfaLora, OneFactorStays, PLora, RoLora, Strategy
-from flora.federated.apart import has_own_adapters, own_adapters
+from flora.federated.apart import clients_with_own_adapters, own_adapters
 from flora.federated.evaluation import evaluate, own_accuracies
 from flora.federated.local import LocalTraining
 from flora.federated.optimizers import AdamW, Cosine, Sgd
@@ -283,7 +283,9 @@ def test_own_accuracies_equal_one_by_one(tiny_model: str) -> None:
 def test_own_adapters(tiny_model: str, per_block: int) -> None:
     parts = parts_of(adapt(tiny_model, Lora(rank=2)), FedSaLora(), cohort=2, per_block=per_block)
     state = rounds(parts, 1)[1]
-    assert has_own_adapters(parts, state) and not has_own_adapters(parts_of(parts.model), state)
+    with_own = clients_with_own_adapters(parts, state)
+    assert with_own is not None and with_own.tolist() == sorted(state.clients) and len(with_own) == 2
+    assert clients_with_own_adapters(parts_of(parts.model), state) is None
     found = {}
     for clients, stack in own_adapters(parts, state, np.arange(5)):
         found |= dict(zip(clients, tree.unstack(stack), strict=True))

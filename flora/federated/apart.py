@@ -10,6 +10,7 @@ import numpy as np
 from flora import tree
 from flora.federated.corrections import NoCorrection
 from flora.federated.low_rank import is_residual
+from flora.federated.personal import OWN
 from flora.federated.round import Federation
 from flora.records import ServerState
 from flora.tree import State, StateLike
@@ -40,10 +41,16 @@ def train_alone(
     return tree.stack([alone[client] for client in clients.tolist()])
 
 
-def has_own_adapters(federation: Federation, state: ServerState) -> bool:
-    """Whether clients end with adapters of their own."""
-    at_end = federation.personal.at_end(federation.local)
-    return bool(federation.own_names(state.adapter)) or at_end is not None
+def clients_with_own_adapters(federation: Federation, state: ServerState) -> np.ndarray | None:
+    """The clients whose adapters are not the server's, in order; None if no client can ever have its own.
+
+    These are all where clients train on after the last round, else those that ever took part.
+    """
+    if federation.personal.at_end(federation.local) is not None:
+        return np.arange(len(federation.clients))
+    if not federation.own_names(state.adapter):
+        return None
+    return np.array(sorted(client for client, kept in state.clients.items() if tree.named_below(OWN, kept)), dtype=int)
 
 
 def own_adapters(
@@ -51,8 +58,8 @@ def own_adapters(
 ) -> Iterator[tuple[list[int], StateLike]]:
     """The adapters of `clients` by blocks: who is in it, and what each would answer with, to be bound, `(K, ...)`.
 
-    Who never took part has the server's. Where clients train on after the last round, that is done here, after
-    whatever round it is; one that diverges then keeps what it had.
+    Where clients train on after the last round, that is done here, after whatever round it is; one that diverges then
+    keeps what it had.
     """
     local = federation.personal.at_end(federation.local)
     size = federation.clients_per_block
