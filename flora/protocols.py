@@ -100,7 +100,7 @@ _AVERAGING = Protocol(
         "split": "sample",
         "adapter": "lora",
         "clients": {"number": 20},
-        "local": {"learning_rate": 3e-3, "batch_size": 16, "schedule": "cosine"},
+        "local": {"learning_rate": 3e-2, "batch_size": 16, "schedule": "cosine"},
         "evaluation": {"every": 5},
         "checkpoints": {"every": None},
     },
