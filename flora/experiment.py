@@ -135,6 +135,8 @@ def _check_ranks(config: ExperimentConfig) -> None:
         raise OptionError(
             "clients.ranks", f"expected {config.clients.number_training} numbers, one for each client, got {len(ranks)}"
         )
+    if (config.server.combiner, config.server.optimizer) != (Mean(), ServerSgd()):
+        raise OptionError("clients.ranks", "expected server.combiner mean and server.optimizer sgd with its defaults")
     highest = max(ranks) if isinstance(ranks, tuple) else ranks.highest
     if highest > config.adapter.rank:
         raise OptionError("clients.ranks", f"expected at most adapter.rank, {config.adapter.rank}, got {highest}")

@@ -13,8 +13,9 @@ from flora.records import ClientUpdate
 class Hooks:
     """What `simulate` calls on its way. Each may raise, which ends the run as any error at that place would.
 
-    `before_block(round, clients)` comes before a block of clients trains, `update(round, update)` may replace what a
-    client sends, and `before_write(path)` comes before a file of the run directory is written, renamed or taken away.
+    `before_block(round, clients)` comes before a block of clients trains (and again where clients train adapters of
+    their own, in the round or after the last one), `update(round, update)` may replace what a client sends, and
+    `before_write(path)` comes before a file of the run directory is written, renamed or taken away.
     """
 
     before_block: Callable[[int, tuple[int, ...]], object] = lambda round, clients: None

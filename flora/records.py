@@ -23,7 +23,8 @@ class ServerState:
     """All that the server knows between two rounds; with the configuration, all that a resumed run needs.
 
     `round` rounds are done. `adapter` and `strategy` are state dicts on the CPU without a client axis. `clients` keeps,
-    by client id, what a client carries from one round to the next: its optimiser's state, a correction's memory.
+    by client id, what a client carries from one round to the next: its optimiser's state, a correction's memory, the
+    tensors that are its own.
     """
 
     round: int

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from conftest import adapt, random_adapters, random_pixels
@@ -9,7 +12,7 @@ from conftest import adapt, random_adapters, random_pixels
 from flora.clip.adapters import TARGETS, FullFineTuning, Lora
 from flora.clip.towers import AdaptedClip, SpeedOptions
 from flora.federated import gradients
-from flora.federated.gradients import Batch, FlatStack, Loss, gradient_function
+from flora.federated.gradients import Batch, Compute, FlatStack, Loss, gradient_function
 from flora.federated.objectives import Contrastive, CrossEntropy, Objective
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -113,3 +116,48 @@ def test_what_cannot_be_recorded_runs_as_it_is(tiny_model: str, monkeypatch: pyt
 def test_large_adapters_and_dropout_are_not_recorded(tiny_model: str) -> None:
     assert FullFineTuning().attach(adapt(tiny_model).clip).is_large
     assert not Lora().attach(adapt(tiny_model).clip).is_large
+
+
+def test_a_recorded_step_is_replayed_for_its_own_layout_alone(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where A and B are equally large, who trains one and who trains the other have steps of the same shapes."""
+    replays = []
+
+    class Replay:
+        """What a CUDA graph does: the recorded step, on copies of the inputs."""
+
+        def __init__(self, compute: Compute, inputs: Sequence[torch.Tensor]) -> None:
+            self._compute, self._inputs = compute, [each.clone() for each in inputs]
+
+        def replay(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            for own, given in zip(self._inputs, inputs, strict=True):
+                own.copy_(given)
+            replays.append(len(inputs))
+            return self._compute(self._inputs[0], Batch(*self._inputs[1:]))
+
+    def record(self: Any, key: object, compute: Compute, inputs: Sequence[torch.Tensor]) -> None:
+        self.recordings[key] = Replay(compute, inputs)
+
+    model, stack = adapt(tiny_model), random_adapters(adapt(tiny_model), 2)
+    kinds = [[name for name in stack if name.endswith(end)] for end in ("lora_B", "lora_A", "")]
+
+    def found() -> list[torch.Tensor]:
+        gradients_of = []
+        for names in kinds:
+            flat = FlatStack(stack, model.device, names)
+            compute = gradient_function(model, Loss(CrossEntropy()), flat, None, batch_size=4)
+            gradients_of += [compute(flat.matrix, batch_of(model, seed))[1].clone() for seed in range(6)]
+        return gradients_of
+
+    plain = found()
+    monkeypatch.setattr(gradients, "_can_record", lambda model: True)
+    monkeypatch.setattr(gradients._Recorder, "_record", record)
+    for ours, expected in zip(found(), plain, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    assert len(replays) == 3 * 2
+
+
+def test_columns_by_name() -> None:
+    stack = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 2, 2), "c": torch.zeros(2, 1)}
+    flat = FlatStack(stack, torch.device("cpu"), ["b", "c"])
+    assert flat.columns(["c"]).tolist() == [4] and flat.columns(["b"]).tolist() == [0, 1, 2, 3]
+    assert flat.columns([]).tolist() == [] and flat.columns(["a"]).tolist() == []

@@ -395,3 +395,42 @@ def test_adamw_and_dropout_go_with_everything(tiny_model: str) -> None:
 
 def own_or_nothing(state: ServerState, client: int) -> State:
     return tree.named_below(OWN, state.clients.get(client, {}))
+
+
+@pytest.mark.parametrize("changes", [
+    {"server": {"strategy": "rolora"}, "personal": "ditto"},
+    {"personal": "ditto", "local": {"optimizer_state": "kept"}, "server": {"screening": {"max_norm_ratio": 1}}},
+    {"personal": {"name": "ditto", "weight": 1e30},
+     "local": {"optimizer_state": "kept", "optimizer": {"name": "sgd", "momentum": 0.9}}},
+])  # fmt: skip
+def test_whoever_lacks_a_part_of_what_clients_keep_goes_on_without(
+    raw_config: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    raw = {**raw_config, "rounds": 4, **changes, "local": {**raw_config["local"], **changes.get("local", {})}}
+    whole = simulate(parse_config({**raw, "name": "whole"}))
+    parts = simulate(parse_config({**raw, "name": "parts", "rounds": 2}))
+    rest = resume(parts.directory, ["rounds=4"])
+    assert "warning" not in (rest.directory / "log.txt").read_text()
+    assert (rest.directory / "clients.csv").read_bytes() == (whole.directory / "clients.csv").read_bytes()
+    diverges = "weight" in str(changes)
+    assert ("own adapter diverged, and stays as it was" in (whole.directory / "log.txt").read_text()) == diverges
+
+
+def test_steps_of_own_adapters_are_counted(raw_config: dict[str, Any]) -> None:
+    plain, ditto = (
+        simulate(parse_config({**raw_config, "name": name, "personal": name})).records[-1] for name in ("none", "ditto")
+    )
+    assert ditto.num_steps == 2 * plain.num_steps
+
+
+def test_running_out_of_memory_is_learned_once(tiny_model: str) -> None:
+    lines: list[str] = []
+    parts = parts_of(adapt(tiny_model, Lora(rank=2)), personal=Ditto(), per_block=5)
+
+    def before(round: int, clients: tuple[int, ...]) -> None:
+        if len(clients) > 2:
+            raise torch.OutOfMemoryError("simulated")
+
+    parts = dataclasses.replace(parts, hooks=Hooks(before_block=before), log=lines.append)
+    rounds(parts, 2)
+    assert len(lines) == 2 and parts.clients_per_block == 2  # 5 to 3, then 3 to 2

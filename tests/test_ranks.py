@@ -23,6 +23,7 @@ from flora.federated.low_rank import aggregation_error, layers, rank_first, rank
 from flora.federated.optimizers import AdamW, Sgd
 from flora.federated.ranks import Drawn
 from flora.federated.round import Federation, RoundResult, run_round
+from flora.federated.screening import Screening
 from flora.records import ServerState
 from flora.registry import OptionError
 from flora.rng import Rng
@@ -136,6 +137,9 @@ def test_drawn_ranks() -> None:
         Drawn(values=(1, 2), shares=(1.0,))
     with pytest.raises(OptionError, match=r"shares: expected numbers of at least 0, not all of them 0"):
         Drawn(values=(1, 2), shares=(0.0, 0.0))
+    with pytest.raises(OptionError, match=r"shares: expected numbers of at least 0, not all of them 0"):
+        Drawn(values=(1, 2), shares=(1e308, 1e308))
+    assert Drawn(values=(2, 8), shares=(1.0, 0.0)).highest == 2
     with pytest.raises(OptionError, match=r"values: expected at least one rank"):
         Drawn(values=())
 
@@ -157,6 +161,8 @@ def test_drawn_ranks() -> None:
          "clients.ranks: expected adapter lora, got linear_head"),
         ({"clients": {"number": 2, "ranks": [1, 2]}, "local": {"correction": "feddyn"}},
          "local.correction: expected none or fedprox, because clients have ranks of their own"),
+        ({"clients": {"number": 2, "ranks": [1, 2]}, "server": {"strategy": "hetlora", "combiner": "median"}},
+         "clients.ranks: expected server.combiner mean and server.optimizer sgd with its defaults"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_is_one_line(raw_config: dict[str, Any], changes: dict[str, Any], message: str) -> None:
@@ -176,3 +182,21 @@ def test_ranks_from_a_config(raw_config: dict[str, Any]) -> None:
     listed = simulate(parse_config({**raw, "name": "listed", "clients": {"number": 4, "ranks": [2, 2, 2, 2]}}))
     plain = simulate(parse_config({**raw_config, "name": "plain"}))
     assert all(torch.equal(listed.adapter[name], plain.adapter[name]) for name in plain.adapter)
+
+
+def test_screening_looks_at_what_a_client_did(tiny_model: str) -> None:
+    """What a client of a lower rank lacks is no part of its update: at a small rate it would be most of it."""
+    local = dataclasses.replace(LOCAL, learning_rate=1e-3)
+    parts = dataclasses.replace(parts_of(tiny_model, FlexLora(), local), screening=Screening(max_norm_ratio=20.0))
+    for result in rounds(parts, 2)[1]:
+        assert not result.rejections
+
+
+def test_ranks_that_nobody_in_the_cohort_has_stay_alive(tiny_model: str) -> None:
+    parts = dataclasses.replace(parts_of(tiny_model, HetLora()), ranks=np.array([1, 2, 1, 2, 1]))
+    start = parts.model.initial_adapter(Rng(1))
+    state, _ = rounds(parts, 2)
+    for layer in layers(start):
+        rows, first = state.adapter[f"{layer}.lora_A"], start[f"{layer}.lora_A"]
+        assert torch.equal(rows[2:], first[2:]) and not torch.equal(rows[:2], first[:2])
+        assert rows[1].norm() < first[1].norm()  # three clients of five count as zeros there

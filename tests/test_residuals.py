@@ -19,7 +19,14 @@ from flora.clip.adapters import TARGETS, Lora
 from flora.clip.lora import Dropout, LowRank
 from flora.config import parse_config
 from flora.federated.aggregation import FedExLora, FloraStacking, WithResidual
-from flora.federated.low_rank import aggregation_error, layers, product_of, residual_of
+from flora.federated.communication import payload_bytes
+from flora.federated.low_rank import (
+    aggregation_error,
+    layers,
+    product_of,
+    residual_of,
+    residuals_at_their_smallest,
+)
 from flora.federated.round import RoundResult, run_round
 from flora.records import ServerState
 from flora.rng import Rng
@@ -205,3 +212,13 @@ def test_a_run_goes_on_with_its_residual(raw_config: dict[str, Any], tmp_path: P
     assert any(tensor.numel() for key, tensor in whole.adapter.items() if "residual" in key)
     trained = sum(tensor.numel() for key, tensor in whole.adapter.items() if "lora" in key)
     assert whole.summary.trainable_parameters == trained
+
+
+def test_a_residual_travels_as_the_shorter_of_its_factors_and_their_product() -> None:
+    def state(rank: int) -> State:
+        return {"x.residual_A": torch.zeros(rank, 30), "x.residual_B": torch.zeros(20, rank), "x.lora_A": torch.ones(1)}
+
+    thin, wide = (residuals_at_their_smallest(state(rank)) for rank in (12, 13))  # 12 * 50 = 20 * 30
+    assert tree.count(thin) == 601 and set(thin) == set(state(1))
+    assert tree.count(wide) == 601 and set(wide) == {"x.residual_B", "x.lora_A"}
+    assert payload_bytes(wide) < payload_bytes(state(13))

@@ -118,7 +118,9 @@ class BaseToNew(Splitter):
         num_base = (number + 1) // 2
         train, test = (part.subset(part.labels < num_base) for part in (data.train, data.test))
         new = data.test.subset(data.test.labels >= num_base)
-        _require("split", len(train), min(len(test), len(new)))
+        _require("split", len(train), len(test))
+        if not len(new):
+            raise UserError("split: no test image is of a new class")
         new = replace(new, labels=new.labels - num_base)
         return ImageData(train, test, data.class_names[:num_base], new, data.class_names[num_base:])
 

@@ -155,8 +155,8 @@ class RoLora(LoraStrategy):
 class HetLora(LoraStrategy):
     """A and B each by itself; a client of a lower rank gets the first rows of A, and has zeros in place of the others.
 
-    The zeros count in the mean (HetLoRA, arXiv:2401.06432). Differs from the paper: weights are as in FedAvg, and
-    clients keep their ranks.
+    The zeros count in the mean (HetLoRA, arXiv:2401.06432). Differs from the paper: weights are as in FedAvg, clients
+    keep their ranks, and rows that nobody in the cohort has stay as they are.
     """
 
     takes_ranks = True
@@ -206,7 +206,8 @@ class LoraFair(LoraStrategy):
 class WithResidual(LoraStrategy):
     """What A and B can't hold goes into a residual beside the frozen weight: low-rank factors that clients don't train.
 
-    After each round they are compressed again. They are sent whole, since who missed a round needs it.
+    After each round they are compressed again. They are sent whole, since who missed a round needs that: as their dense
+    product once it is smaller than they are.
     """
 
     replaces_mean = True

@@ -9,6 +9,7 @@ import numpy as np
 
 from flora import tree
 from flora.federated.corrections import NoCorrection
+from flora.federated.local import LocalTraining
 from flora.federated.low_rank import is_residual
 from flora.federated.personal import OWN
 from flora.federated.round import Federation
@@ -26,12 +27,11 @@ def train_alone(
     done.
     """
     local = dataclasses.replace(federation.local, correction=NoCorrection())
-    federation = dataclasses.replace(federation, local=local)
     alone: dict[int, State] = {client: federation.received(adapter, client) for client in clients.tolist()}
     kept: dict[int, State] = {}
     for round in range(1, federation.num_rounds + 1):
         rng = federation.rng.child("alone", round)
-        for block, result in federation.train(clients, alone, kept, round=round, rng=rng):
+        for block, result in federation.train(clients, alone, kept, round=round, rng=rng, local=local):
             for place, (client, own) in enumerate(zip(block.clients, tree.unstack(result.adapters), strict=True)):
                 if result.failed_steps[place] < 0 and tree.is_finite(own):
                     alone[client] = {**alone[client], **own}
@@ -67,21 +67,26 @@ def own_adapters(
         block = clients[start : start + size].tolist()
         own = {client: federation.own_adapter(state, client) for client in block}
         if local is not None:
-            own = _trained_on(dataclasses.replace(federation, local=local), state, own)
+            own = _trained_on(federation, state, own, local)
         residual = {name: tensor.unsqueeze(0) for name, tensor in state.adapter.items() if is_residual(name)}
         names = [name for name in state.adapter if name not in residual]
         stack = tree.stack([{name: own[client][name] for name in names} for client in block])
         yield block, federation.model.adapter.views({**stack, **residual})[-1]
 
 
-def _trained_on(federation: Federation, state: ServerState, own: dict[int, State]) -> dict[int, State]:
+def _trained_on(
+    federation: Federation, state: ServerState, own: dict[int, State], local: LocalTraining
+) -> dict[int, State]:
     """Where clients come to from adapters of their own, each on its examples."""
     ended = dict(own)
     rng = federation.rng.child("personal", state.round)
     names = federation.trained_ever(state.adapter)
-    for block, result in federation.train(np.array(list(own)), own, {}, round=state.round, rng=rng, names=names):
+    cohort = np.array(list(own))
+    for block, result in federation.train(cohort, own, {}, round=state.round, rng=rng, names=names, local=local):
         for place, client in enumerate(block.clients):
             after = {name: tensor[place] for name, tensor in result.adapters.items()}
             if result.failed_steps[place] < 0 and tree.is_finite(after):
                 ended[client] = {**own[client], **after}
+            else:
+                federation.log(f"client {client}'s own adapter diverged after the last round, and stays as it was")
     return ended

@@ -38,7 +38,7 @@ class Correction(Component):
     ) -> Tensor:
         """The corrected gradients `(K, P)` at `parameters` `(K, P)`.
 
-        `start` `(K, P)` is where the round began; `own` is what the clients remember, `(K, P)`, `server` what the
+        `start` `(K, P)` is what the server sent; `own` is what the clients remember, `(K, P)`, `server` what the
         server does, `(1, P)`.
         """
 
@@ -78,7 +78,7 @@ class NoCorrection(Correction):
 class FedProx(Correction):
     """The gradient of mu / 2 |w - w_broadcast|^2, the square included (arXiv:1812.06127, equation 2)."""
 
-    mu: float = option("weight of the squared distance from where the round began", 0.01, at_least=0)
+    mu: float = option("weight of the squared distance from what the server sent", 0.01, at_least=0)
 
     def correct(
         self, gradients: Tensor, parameters: Tensor, start: Tensor, own: StateLike, server: StateLike

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -114,11 +115,20 @@ class FlatStack:
         """The same of the trained tensors alone."""
         return {name: tensor for name, tensor in self.state(matrix).items() if name in self._trained}
 
+    @property
+    def layout(self) -> tuple[int, tuple[str, ...]]:
+        """What the columns mean: how many tensors are trained, and the names of all in their order."""
+        return len(self._trained), tuple(self._shapes)
+
     def columns(self, names: Collection[str]) -> Tensor:
         """The columns of the trained tensors called so."""
-        sizes = [shape.numel() for shape in self._shapes.values()][: len(self._trained)]
-        is_meant = torch.tensor([name in names for name in self._trained], dtype=torch.bool)
-        return is_meant.repeat_interleave(torch.tensor(sizes)).nonzero().flatten().to(self.matrix.device)
+        ends = list(itertools.accumulate(shape.numel() for shape in self._shapes.values()))
+        ranges = [
+            torch.arange(end - self._shapes[name].numel(), end)
+            for name, end in zip(self._trained, ends, strict=False)
+            if name in names
+        ]
+        return torch.cat(ranges).to(self.matrix.device) if ranges else torch.empty(0, dtype=torch.int64)
 
     def leaves(self, matrix: Tensor) -> tuple[State, list[Tensor]]:
         """The same, detached; and those that are trained, as leaves of the autograd graph that share its memory."""
@@ -175,11 +185,14 @@ def gradient_function(
         losses, gradients = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(gradients)
 
-    # A residual changes its shape from round to round: no recording would be used for long.
-    can_record = model.device.type == "cuda" and dropout is None and not model.adapter.is_large and not beside
-    if can_record and model.speed.cuda_graphs:
-        return _Recorder.of(model).wrap(compute_in_parts, loss)
+    if _can_record(model) and dropout is None and not beside:
+        return _Recorder.of(model).wrap(compute_in_parts, (loss, flat.layout))
     return compute_in_parts
+
+
+def _can_record(model: AdaptedClip) -> bool:
+    """Whether steps are recorded; not with a residual beside, whose shape changes from round to round."""
+    return model.device.type == "cuda" and model.speed.cuda_graphs and not model.adapter.is_large
 
 
 def _rows(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
@@ -216,12 +229,14 @@ class _Recorder:
     def of(model: AdaptedClip) -> _Recorder:
         return _RECORDERS.setdefault(model, _Recorder())
 
-    def wrap(self, compute: Compute, loss: Loss) -> Compute:
+    def wrap(self, compute: Compute, kind: object) -> Compute:
+        """`compute`, replayed where a step of the same kind and shapes is recorded."""
+
         def recorded(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             if batch.classes is not None or not self.works:
                 return compute(parameters, batch)
             inputs = (parameters, batch.stem, batch.labels, batch.example_mask)
-            key = (loss, *((each.shape, each.dtype) for each in inputs))
+            key = (kind, *((each.shape, each.dtype) for each in inputs))
             if key in self.recordings:
                 return self.recordings[key].replay(inputs)
             self.counts[key] = self.counts.get(key, 0) + 1

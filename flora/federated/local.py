@@ -147,7 +147,7 @@ def train_block(
 
 
 class _Drift:
-    """A correction at work on a block: where its K clients began, and what they and the server remember."""
+    """A correction at work on a block: what K clients got from the server, and what they and the server remember."""
 
     def __init__(
         self, correction: Correction, start: Tensor, kept: Sequence[StateLike | None], server_memory: StateLike

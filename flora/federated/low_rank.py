@@ -41,6 +41,19 @@ def rank_first(state: StateLike, rank: int) -> State:
     return {name: tensor[cut[factor_of(name) or ""]] if factor_of(name) else tensor for name, tensor in state.items()}
 
 
+def residuals_at_their_smallest(state: StateLike) -> State:
+    """The state with each residual's dense product in its place, where that is smaller: a layout alone, no numbers."""
+    smallest = dict(state)
+    for name, right in state.items():
+        if name.endswith(".residual_A"):
+            layer = name.removesuffix(".residual_A")
+            left = state[f"{layer}.residual_B"]
+            if left.numel() + right.numel() > len(left) * right.shape[1]:
+                del smallest[name]
+                smallest[f"{layer}.residual_B"] = torch.empty(len(left), right.shape[1], device="meta")
+    return smallest
+
+
 def rank_padded(state: StateLike, rank: int) -> State:
     """The same with zeros in place of what is left out. Where both factors are zero, their gradients are."""
     padded = {name: tensor.clone() if factor_of(name) else tensor for name, tensor in state.items()}

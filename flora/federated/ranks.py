@@ -42,13 +42,16 @@ class Drawn(Ranks):
             raise OptionError(
                 "shares", f"expected {len(self.values)} numbers, one for each value, got {len(self.shares)}"
             )
-        if not all(0 <= share < float("inf") for share in self.shares) or not sum(self.shares) > 0:
+        if min(self.shares) < 0 or not 0 < sum(self.shares) < float("inf"):
             raise OptionError("shares", f"expected numbers of at least 0, not all of them 0, got {list(self.shares)}")
 
     @property
     def highest(self) -> int:
-        return max(self.values)
+        return max(value for value, share in zip(self.values, self._shares(), strict=True) if share)
 
     def draw(self, num_clients: int, rng: Rng) -> np.ndarray:
+        return rng.numpy().choice(self.values, num_clients, p=self._shares())
+
+    def _shares(self) -> np.ndarray:
         shares = np.array(self.shares or [1.0] * len(self.values))
-        return rng.numpy().choice(self.values, num_clients, p=shares / shares.sum())
+        return shares / shares.sum()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,13 @@ from flora.federated.combiners import Combiner, Mean
 from flora.federated.communication import payload_bytes
 from flora.federated.features import Features
 from flora.federated.local import CORRECTION, BlockResult, LocalTraining, train_block
-from flora.federated.low_rank import aggregation_error, is_residual, rank_first, rank_padded
+from flora.federated.low_rank import (
+    aggregation_error,
+    is_residual,
+    rank_first,
+    rank_padded,
+    residuals_at_their_smallest,
+)
 from flora.federated.memory import available_memory_bytes, client_bytes, is_out_of_memory, release_cached_memory
 from flora.federated.personal import OWN, NoPersonalization, Personalization
 from flora.federated.sampling import Sampler
@@ -58,9 +63,10 @@ class Federation:
     def __post_init__(self) -> None:
         self.sizes = np.array([len(client.train) for client in self.clients])
 
-    def learning_rate(self, round: int) -> float:
+    def learning_rate(self, round: int, local: LocalTraining | None = None) -> float:
         """The learning rate of a round, counted from 1."""
-        return self.local.learning_rate * self.local.schedule.factor(round, self.num_rounds)
+        local = local or self.local
+        return local.learning_rate * local.schedule.factor(round, self.num_rounds)
 
     def initial_state(self, adapter: State) -> ServerState:
         """The server before the first round, from the adapter that clients start with."""
@@ -109,20 +115,21 @@ class Federation:
 
     def payload_bytes(self, state: StateLike, client: int) -> int:
         """How many bytes the state takes on its way to or from a client."""
+        state = residuals_at_their_smallest(state)
         return payload_bytes(state if self.ranks is None else rank_first(state, int(self.ranks[client])))
 
-    def blocks(self, cohort: np.ndarray, rng: Rng) -> list[ClientBlock]:
+    def blocks(self, cohort: np.ndarray, rng: Rng, local: LocalTraining) -> list[ClientBlock]:
         """The cohort in blocks, with every batch laid out."""
         return list(
             client_blocks(
                 cohort.tolist(),
                 [self.clients[client].train for client in cohort],
                 rng,
-                batch_size=self.local.batch_size,
+                batch_size=local.batch_size,
                 # One width for all blocks: a client's dropout masks must not depend on its neighbours.
-                width=int(min(self.local.batch_size, self.sizes.max())),
-                epochs=self.local.epochs,
-                steps=self.local.steps,
+                width=int(min(local.batch_size, self.sizes.max())),
+                epochs=local.epochs,
+                steps=local.steps,
                 clients_per_block=self.clients_per_block,
             )
         )
@@ -138,16 +145,18 @@ class Federation:
         server_memory: StateLike | None = None,
         anchors: Mapping[int, StateLike] | None = None,
         names: Collection[str] | None = None,
+        local: LocalTraining | None = None,
     ) -> Iterator[tuple[ClientBlock, BlockResult]]:
         """Train the tensors `names`, or what is trained in a round, by blocks, each client from its own of `adapters`.
 
-        `kept` is what clients carry from round to round, `server_memory` what a correction remembers at the server,
-        `anchors` what it measures distances from, in place of `adapters`. A block that doesn't fit into memory is cut
-        in two, and so are those after it.
+        `local` says how, in place of the federation's own. `kept` is what clients carry from round to round,
+        `server_memory` what a correction remembers at the server, `anchors` what it measures distances from, in place
+        of `adapters`. A block that doesn't fit into memory is cut in two, and so are those after it.
 
         Raises `UserError` if one client alone doesn't fit.
         """
-        waiting = self.blocks(cohort, rng)
+        local = local or self.local
+        waiting = self.blocks(cohort, rng, local)
         first = next(iter(adapters.values()))
         names = list(self.trained(first, round)) if names is None else names
         residual = {name: tensor for name, tensor in first.items() if is_residual(name)}
@@ -160,8 +169,8 @@ class Federation:
                     block,
                     adapters=_stacked([adapters[client] for client in block.clients]),
                     features=self.features,
-                    local=self.local,
-                    learning_rate=self.learning_rate(round),
+                    local=local,
+                    learning_rate=self.learning_rate(round, local),
                     rngs=[rng.child("client", client) for client in block.clients],
                     kept=[kept.get(client) for client in block.clients],
                     trained=names,
@@ -238,7 +247,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     memory = tree.named_below(CORRECTION, state.strategy)
     for block, result in federation.train(cohort, begin, state.clients, round=round, rng=rng, server_memory=memory):
         for place, client in enumerate(block.clients):
-            update, own = _update(federation, state, block, result, place)
+            update, own = _update(federation, begin[block.clients[place]], block, result, place)
             updates.append(update)
             if own:
                 kept[client] = own
@@ -253,11 +262,13 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         kept.pop(rejection.client, None)
         if rejection.client in state.clients:
             kept[rejection.client] = state.clients[rejection.client]
-    for client, own in _train_own(federation, state, begin, round, rng.child("personal")):
+    num_steps = sum(update.num_steps for update in updates)
+    for client, own, own_steps in _train_own(federation, state, begin, round, rng.child("personal")):
         kept[client] = {**kept.get(client, {}), **own}
+        num_steps += own_steps
     adapter, strategy, error = state.adapter, state.strategy, None
     if accepted:
-        adapter, strategy, error = _next(federation, state, accepted)
+        adapter, strategy, error = _next(federation, state, accepted, begin)
     if federation.strategy.restarts:
         adapter = {**adapter, **federation.model.adapter.initial_state(rng.child("adapter"))}
     sent = {
@@ -271,7 +282,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     losses = np.array([update.loss for update in accepted])
     return ServerState(round, adapter, strategy, kept), RoundResult(
         num_clients=len(updates),
-        num_steps=sum(update.num_steps for update in updates),
+        num_steps=num_steps,
         num_examples=sum(update.num_examples for update in updates),
         train_loss=float((losses * weights).sum() / weights.sum()) if accepted else None,
         aggregation_error=error,
@@ -294,9 +305,9 @@ def _start(federation: Federation, state: ServerState, client: int) -> State:
 
 
 def _update(
-    federation: Federation, state: ServerState, block: ClientBlock, result: BlockResult, place: int
+    federation: Federation, begin: State, block: ClientBlock, result: BlockResult, place: int
 ) -> tuple[ClientUpdate, State]:
-    """What one client of a block sends, and what it keeps."""
+    """What one client of a block sends, which began with `begin`, and what it keeps."""
     client, num_steps = block.clients[place], block.num_steps[place]
     trained = {name: tensor[place] for name, tensor in result.adapters.items()}
     # Copies, so that no client keeps its whole block in memory.
@@ -307,7 +318,7 @@ def _update(
     update = ClientUpdate(
         client=client,
         num_examples=int(federation.sizes[client]),
-        delta={name: tensor - state.adapter[name] for name, tensor in trained.items() if name not in own},
+        delta={name: tensor - begin[name] for name, tensor in trained.items() if name not in own},
         loss=float(result.losses[place]),
         num_steps=num_steps,
         extra=result.sent[place],
@@ -318,29 +329,35 @@ def _update(
 
 def _train_own(
     federation: Federation, state: ServerState, begin: Mapping[int, State], round: int, rng: Rng
-) -> Iterator[tuple[int, State]]:
-    """What the cohort's clients keep of adapters that they train for themselves, drawn to what they `begin` from."""
+) -> Iterator[tuple[int, State, int]]:
+    """What clients keep of adapters that they train for themselves, drawn to what they `begin` from, and their steps.
+
+    One that diverges stays as it was.
+    """
     local = federation.personal.in_round(federation.local)
     if local is None:
         return
-    apart = dataclasses.replace(federation, local=local)
     names = federation.own_names(state.adapter)
     own = {client: federation.own_adapter(state, client) for client in begin}
     cohort = np.array(list(begin))
-    for block, result in apart.train(cohort, own, {}, round=round, rng=rng, anchors=begin):
+    for block, result in federation.train(cohort, own, {}, round=round, rng=rng, anchors=begin, local=local):
         for place, client in enumerate(block.clients):
-            ended = {name: tensor[place].clone() for name, tensor in result.adapters.items()}
-            if result.failed_steps[place] < 0 and tree.is_finite(ended):
-                after = {**own[client], **ended}
-                yield client, tree.below(OWN, {name: after[name] for name in names})
+            ended = {name: tensor[place] for name, tensor in result.adapters.items()}
+            if result.failed_steps[place] >= 0 or not tree.is_finite(ended):
+                federation.log(f"round {round}: client {client}'s own adapter diverged, and stays as it was")
+                ended = {}
+            after = {**own[client], **ended}
+            # Copies, so that no client keeps its whole block in memory, nor another's tensors.
+            yield client, tree.below(OWN, {name: after[name].clone() for name in names}), block.num_steps[place]
 
 
 def _next(
-    federation: Federation, state: ServerState, updates: Sequence[ClientUpdate]
+    federation: Federation, state: ServerState, updates: Sequence[ClientUpdate], begin: Mapping[int, State]
 ) -> tuple[State, State, float | None]:
     """The next adapter and strategy state, and what averaging got wrong, from updates that may be averaged."""
     weights = federation.strategy.weights(updates)
-    delta, strategy = federation.combiner.combine([update.delta for update in updates], weights), state.strategy
+    deltas, ends = _in_server_terms(federation, state.adapter, updates, begin)
+    delta, strategy = federation.combiner.combine(deltas, weights), state.strategy
     memory = tree.named_below(CORRECTION, strategy)
     if memory:
         vector, memory = federation.local.correction.at_server(
@@ -352,11 +369,26 @@ def _next(
         )
         delta, strategy = tree.unflatten(vector, delta), {**strategy, **tree.below(CORRECTION, memory)}
     adapter, strategy = federation.server_optimizer.step(state.adapter, delta, strategy)
-    ends: list[State] = [
-        {**state.adapter, **{name: state.adapter[name] + own for name, own in update.delta.items()}}
-        for update in updates
-    ]
     adapter = federation.strategy.settle(adapter, ends, weights)
     if federation.strategy.has_personal:  # no product is the server's alone
         return adapter, strategy, None
     return adapter, strategy, aggregation_error(ends, weights, adapter, state.adapter)
+
+
+def _in_server_terms(
+    federation: Federation, adapter: State, updates: Sequence[ClientUpdate], begin: Mapping[int, State]
+) -> tuple[list[State], list[State]]:
+    """What clients changed of the server's adapter, and the adapters that they ended with.
+
+    A client of a lower rank has zeros where it has no ranks. What is beyond the ranks of the whole cohort stays as it
+    is: where A and B were both zero, nothing would ever change again.
+    """
+    if federation.ranks is None:
+        deltas = [update.delta for update in updates]
+        return deltas, [{**adapter, **{name: adapter[name] + own for name, own in delta.items()}} for delta in deltas]
+    ends = [
+        {**adapter, **{name: begin[update.client][name] + own for name, own in update.delta.items()}}
+        for update in updates
+    ]
+    shared = rank_padded(adapter, int(federation.ranks[[update.client for update in updates]].max()))
+    return [{name: end[name] - shared[name] for name in updates[0].delta} for end in ends], ends
