@@ -15,8 +15,9 @@ from flora.clip.towers import AdaptedClip
 from flora.federated.aggregation import FedAvg
 from flora.federated.evaluation import evaluate
 from flora.federated.features import StoredFeatures
+from flora.federated.federation import Federation
 from flora.federated.local import LocalTraining
-from flora.federated.round import Federation, run_round
+from flora.federated.round import run_round
 from flora.federated.sampling import Uniform
 from flora.records import ClientData, ServerState
 from flora.rng import Rng

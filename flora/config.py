@@ -28,8 +28,10 @@ from flora.errors import UserError
 from flora.federated.aggregation import FedAvg, Strategy
 from flora.federated.cache import CacheOptions
 from flora.federated.combiners import Combiner, Mean
+from flora.federated.communication import CommunicationOptions
 from flora.federated.evaluation import EvaluationOptions
 from flora.federated.local import LocalTraining
+from flora.federated.network import Network, Patience
 from flora.federated.personal import NoPersonalization, Personalization
 from flora.federated.ranks import Ranks
 from flora.federated.sampling import Sampler, Uniform
@@ -74,6 +76,7 @@ class ServerOptions(Options):
     combiner: Combiner = option("how the cohort's deltas become one", Mean())
     optimizer: ServerOptimizer = option("how the server steps along that delta", ServerSgd())
     screening: Screening = option("what becomes of updates that must not be averaged", Screening())
+    patience: Patience = option("for whom the server waits, where there is a network", Patience())
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class ExperimentConfig(Options):
     local: LocalTraining = option("what a client does in a round", LocalTraining())
     personal: Personalization = option("what each client trains for itself alone", NoPersonalization())
     server: ServerOptions = option("what the server does with the updates", ServerOptions())
+    network: Network | None = option("lines, machines and hours of the clients; none: all at once, always", None)
+    communication: CommunicationOptions = option("how what travels is written", CommunicationOptions())
     cache: CacheOptions = option("where image features are kept between runs", CacheOptions())
     speed: SpeedOptions = option("exact ways to be faster", SpeedOptions())
     evaluation: EvaluationOptions = option("when and how results are measured", EvaluationOptions())

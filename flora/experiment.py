@@ -26,8 +26,9 @@ from flora.federated.features import (
     load_features,
     move_if_they_fit,
 )
+from flora.federated.federation import Federation
 from flora.federated.memory import choose_clients_per_block
-from flora.federated.round import Federation
+from flora.federated.network import Patience
 from flora.federated.server_optimizers import ServerSgd
 from flora.hooks import Hooks
 from flora.records import ClientData, ServerState
@@ -72,6 +73,7 @@ def check_experiment(config: ExperimentConfig) -> None:
         config.local.correction.check_fits(config.local.optimizer)
     _check_combination(config)
     _check_ranks(config)
+    _check_network(config)
     if config.split.sets_classes_aside and config.adapter.knows_classes:
         raise OptionError(
             "split", f"base_to_new needs an adapter without weights for each class, got {name_of(config.adapter)}"
@@ -105,6 +107,12 @@ def _check_combination(config: ExperimentConfig) -> None:
     if (strategy.alternates or strategy.restarts) and local.optimizer_state == "kept":
         reason = "trains other tensors from round to round" if strategy.alternates else "starts anew each round"
         raise OptionError("local.optimizer_state", f"expected fresh, because the strategy {reason}")
+    if config.communication.error_feedback and strategy.alternates:
+        raise OptionError(
+            "communication.error_feedback", "expected false, because other tensors are sent from round to round"
+        )
+    if strategy.keeps_residual and not config.communication.broadcast.is_identity:
+        raise OptionError("communication.broadcast", "expected none, because the strategy sends a residual")
     has_personal = strategy.has_personal or config.adapter.has_personal
     if remembers and (strategy.alternates or has_personal or config.clients.ranks is not None):
         reason = "the strategy trains other tensors from round to round"
@@ -116,6 +124,23 @@ def _check_combination(config: ExperimentConfig) -> None:
         if has_personal:
             reason = "some of the adapter's tensors stay with their clients anyway"
         raise OptionError("personal", f"{name_of(config.personal)} can't be used, because {reason}")
+
+
+def _check_network(config: ExperimentConfig) -> None:
+    """Raise `OptionError` if what needs a network has none, or the server waits for a buffer and can't."""
+    if config.network is None and config.server.patience != Patience():
+        raise OptionError("server.patience", "expected a network: without one all clients deliver at once")
+    if not config.server.strategy.buffer_size:
+        return
+    name = name_of(config.server.strategy)
+    if config.network is None:
+        raise OptionError("network", f"missing: {name} needs to know who is how fast")
+    if config.server.patience != Patience():
+        raise OptionError("server.patience", f"expected the defaults: {name} waits for its buffer alone")
+    if config.local.correction.memory(1) or config.communication.error_feedback:
+        raise OptionError("server.strategy", f"{name} can't be used with what clients remember of their updates")
+    if config.adapter.has_personal or config.personal.in_round(config.local) is not None:
+        raise OptionError("server.strategy", f"{name} can't be used with adapters of the clients' own")
 
 
 def _check_ranks(config: ExperimentConfig) -> None:
@@ -137,6 +162,8 @@ def _check_ranks(config: ExperimentConfig) -> None:
         )
     if (config.server.combiner, config.server.optimizer) != (Mean(), ServerSgd()):
         raise OptionError("clients.ranks", "expected server.combiner mean and server.optimizer sgd with its defaults")
+    if not config.communication.is_exact:
+        raise OptionError("clients.ranks", "expected communication.broadcast and communication.upload to lose nothing")
     highest = max(ranks) if isinstance(ranks, tuple) else ranks.highest
     if highest > config.adapter.rank:
         raise OptionError("clients.ranks", f"expected at most adapter.rank, {config.adapter.rank}, got {highest}")
@@ -203,6 +230,10 @@ def build_experiment(
         combiner=config.server.combiner,
         server_optimizer=config.server.optimizer,
         personal=config.personal,
+        communication=config.communication,
+        network=config.network,
+        profiles=None if config.network is None else config.network.profiles(len(clients), rng.child("network")),
+        patience=config.server.patience,
         ranks=_ranks(config, len(clients), rng.child("ranks")),
         num_rounds=config.rounds,
         clients_per_block=clients_per_block,

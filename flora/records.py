@@ -37,6 +37,7 @@ class ServerState:
 class ClientUpdate:
     """What one client sends after local training: `delta` = local - broadcast, without a client axis.
 
+    It is what the server reads, after `num_bytes` of it have travelled.
     `failed_step` is the first of its steps, counted from 0, at which loss or gradient was not finite; `extra` is what
     it sends beside the delta.
     """
@@ -46,6 +47,7 @@ class ClientUpdate:
     delta: State
     loss: float
     num_steps: int
+    num_bytes: int = 0
     failed_step: int | None = None
     extra: State = field(default_factory=dict)
 
@@ -83,7 +85,10 @@ class RoundRecord:
 
     `client_accuracy_...` is the server's adapter on clients' own held-out examples, `personal_accuracy_...` that of
     each client's own adapter. `new_accuracy` is on classes that nobody trains on, if some are set aside; `accuracy`
-    is on the others then, and `harmonic_mean` that of both.
+    is on the others then, and `harmonic_mean` that of both. `broadcast_accuracy` is that of what clients would read of
+    the next broadcast, if that is quantised, and `model_privacy_gap` by how much the server's own adapter is better.
+    `simulated_seconds` is how long the round took on the network's clock; `num_dropped` clients were lost on the way,
+    `num_late` delivered when the round was over; `mean_staleness` is how many rounds old the updates were.
     """
 
     round: int
@@ -112,11 +117,20 @@ class RoundRecord:
     personal_accuracy_best_decile: float | None = None
     new_accuracy: float | None = None
     harmonic_mean: float | None = None
+    broadcast_accuracy: float | None = None
+    model_privacy_gap: float | None = None
+    simulated_seconds: float | None = None
+    num_dropped: int = 0
+    num_late: int = 0
+    mean_staleness: float | None = None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """`summary.json`. The result is the LAST round; the best round is chosen on the test set and only shown."""
+    """`summary.json`. The result is the LAST round; the best round is chosen on the test set and only shown.
+
+    `seconds_to_accuracy` says of each tenth of accuracy that was reached after how many simulated seconds that was.
+    """
 
     name: str
     rounds: int
@@ -139,7 +153,13 @@ class Summary:
     zero_shot_new_accuracy: float | None
     new_accuracy: float | None
     harmonic_mean: float | None
+    broadcast_accuracy: float | None
+    model_privacy_gap: float | None
     aggregation_error_mean: float | None
+    simulated_seconds: float | None
+    seconds_to_accuracy: dict[str, float] | None
+    num_dropped: int
+    num_late: int
     total_uplink_bytes: int
     total_downlink_bytes: int
     uplink_bytes_per_client_round: float

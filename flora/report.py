@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ COPIED = (
     ),
     "new_accuracy",
     "harmonic_mean",
+    "broadcast_accuracy",
+    "model_privacy_gap",
 )
 
 
@@ -28,6 +31,7 @@ def summarise(records: Sequence[RoundRecord], *, alone: Sequence[float], **measu
     last = records[-1]
     uplink = sum(record.uplink_bytes for record in records)
     client_rounds = sum(record.num_clients for record in records)
+    clock = list(itertools.accumulate(record.simulated_seconds or 0.0 for record in records))
     errors = [record.aggregation_error for record in records if record.aggregation_error is not None]
     assert records[0].accuracy is not None and last.accuracy is not None  # rounds 0 and last are always evaluated
     return Summary(
@@ -41,6 +45,10 @@ def summarise(records: Sequence[RoundRecord], *, alone: Sequence[float], **measu
         num_alone=len(alone),
         **{name: getattr(last, name) for name in COPIED},
         zero_shot_new_accuracy=records[0].new_accuracy,
+        simulated_seconds=None if records[-1].simulated_seconds is None else clock[-1],
+        seconds_to_accuracy=_seconds_to_accuracy(records, clock) if records[-1].simulated_seconds is not None else None,
+        num_dropped=sum(record.num_dropped for record in records),
+        num_late=sum(record.num_late for record in records),
         aggregation_error_mean=sum(errors) / len(errors) if errors else None,
         total_uplink_bytes=uplink,
         total_downlink_bytes=sum(record.downlink_bytes for record in records),
@@ -52,6 +60,20 @@ def summarise(records: Sequence[RoundRecord], *, alone: Sequence[float], **measu
     )
 
 
+def _seconds_to_accuracy(records: Sequence[RoundRecord], clock: Sequence[float]) -> dict[str, float]:
+    """When each tenth of accuracy was first reached, above that of the frozen model."""
+    reached: dict[str, float] = {}
+    for tenth in range(1, 11):
+        times = [
+            seconds
+            for record, seconds in zip(records, clock, strict=True)
+            if record.accuracy is not None and record.accuracy >= tenth / 10
+        ]
+        if times and times[0] > 0:
+            reached[f"{tenth / 10:.1f}"] = times[0]
+    return reached
+
+
 def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
     """The table and the final line that a run ends with."""
     rows = [
@@ -59,6 +81,9 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
         ("last round", f"{percent(summary.last_accuracy)}   (the result)"),
         ("best round", f"{percent(summary.best_accuracy)}   (round {summary.best_round}; chosen on the test set)"),
     ]
+    if summary.broadcast_accuracy is not None:
+        gap = f"(what clients read; {100 * (summary.model_privacy_gap or 0):.1f} points less than the server has)"
+        rows.append(("last broadcast", f"{percent(summary.broadcast_accuracy)}   {gap}"))
     if summary.new_accuracy is not None:
         frozen = f"(zero-shot {percent(summary.zero_shot_new_accuracy)}; nobody trained on them)"
         rows.append(("classes set aside", f"{percent(summary.new_accuracy)}   {frozen}"))
@@ -79,6 +104,11 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
         ("training, evaluation", f"{summary.train_seconds:.1f} s, {summary.eval_seconds:.1f} s"),
         ("whole run", f"{summary.wall_seconds:.1f} s, peak memory {size(summary.peak_memory_bytes)}"),
     ]
+    if summary.simulated_seconds is not None:
+        *_, (accuracy, seconds) = (summary.seconds_to_accuracy or {"": 0.0}).items()
+        reached = f"; {percent(float(accuracy))} after {duration(seconds)}" if accuracy else ""
+        lost = f"{summary.num_dropped} dropped out, {summary.num_late} late"
+        rows.insert(-2, ("simulated time", f"{duration(summary.simulated_seconds)}   ({lost}{reached})"))
     if summary.num_rejected:
         rows.insert(-3, ("updates left out", f"{summary.num_rejected}   (rounds.jsonl says why)"))
     width = max(len(title) for title, _ in rows)
@@ -116,6 +146,14 @@ def describe(component: Component) -> str:
 def percent(fraction: float | None) -> str:
     """0.847 as "84.7 %"; a dash for None."""
     return "-" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the largest unit of which there is one: "3.5 h"."""
+    for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def size(num_bytes: float) -> str:

@@ -31,8 +31,9 @@ from flora.federated.evaluation import (
     own_accuracies,
     spread,
 )
+from flora.federated.federation import Federation
 from flora.federated.memory import peak_memory_bytes
-from flora.federated.round import Federation, RoundResult, run_round
+from flora.federated.round import RoundResult, run_round
 from flora.federated.screening import refusal
 from flora.hooks import Hooks
 from flora.interrupts import Interrupted, Interrupts
@@ -308,6 +309,10 @@ def _measure(
         num_examples=result.num_examples if result else 0,
         aggregation_error=result.aggregation_error if result else None,
         rejected_clients=result.rejections if result else (),
+        simulated_seconds=result.simulated_seconds if result else None,
+        num_dropped=result.num_dropped if result else 0,
+        num_late=result.num_late if result else 0,
+        mean_staleness=result.mean_staleness if result else None,
         **results,
     ), clients
 
@@ -320,6 +325,10 @@ def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any
     evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
     by_class = class_accuracy(evaluation, experiment.test.labels.cpu().numpy(), experiment.class_names)
     results = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "class_accuracy": by_class}
+    if state.round and not experiment.federation.communication.broadcast.is_identity:
+        read, _ = experiment.federation.broadcast(state)
+        accuracy = evaluate(model, tree.expand(read, 1), experiment.test, batch_size=size)[0].accuracy
+        results |= {"broadcast_accuracy": accuracy, "model_privacy_gap": evaluation.accuracy - accuracy}
     if experiment.new is not None:
         new_model, features = experiment.new
         accuracy = evaluate(new_model, stack, features, batch_size=size)[0].accuracy

@@ -20,9 +20,10 @@ from flora.errors import UserError
 from flora.experiment import check_experiment
 from flora.federated.aggregation import FedAvg
 from flora.federated.features import LiveFeatures, live_features
+from flora.federated.federation import Federation
 from flora.federated.local import LocalTraining
 from flora.federated.optimizers import Sgd
-from flora.federated.round import Federation, run_round
+from flora.federated.round import run_round
 from flora.federated.sampling import Uniform
 from flora.records import ClientData, ServerState
 from flora.rng import Rng

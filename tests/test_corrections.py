@@ -19,9 +19,10 @@ from flora.experiment import check_experiment
 from flora.federated.apart import train_alone
 from flora.federated.communication import payload_bytes
 from flora.federated.corrections import Correction, FedDyn, FedProx, NoCorrection, Scaffold
+from flora.federated.federation import Federation
 from flora.federated.local import LocalTraining
 from flora.federated.optimizers import Sgd
-from flora.federated.round import Federation, run_round
+from flora.federated.round import run_round
 from flora.hooks import Hooks
 from flora.records import ServerState
 from flora.simulate import resume, simulate

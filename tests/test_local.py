@@ -17,11 +17,12 @@ from flora.data.batching import client_batches
 from flora.federated.aggregation import FedAvg
 from flora.federated.apart import train_alone
 from flora.federated.features import StoredFeatures
+from flora.federated.federation import Federation
 from flora.federated.gradients import FlatStack
 from flora.federated.local import LocalTraining
 from flora.federated.objectives import Contrastive, CrossEntropy, MultiPositive
 from flora.federated.optimizers import Adam, AdamW, Cosine, Sgd
-from flora.federated.round import Federation, run_round
+from flora.federated.round import run_round
 from flora.federated.sampling import Uniform
 from flora.records import ClientData, ServerState
 from flora.rng import Rng

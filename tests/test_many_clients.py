@@ -16,8 +16,9 @@ from flora.config import parse_config
 from flora.experiment import deal_out
 from flora.federated.aggregation import FedAvg
 from flora.federated.features import StoredFeatures
+from flora.federated.federation import Federation
 from flora.federated.local import LocalTraining
-from flora.federated.round import Federation, run_round
+from flora.federated.round import run_round
 from flora.federated.sampling import Uniform
 from flora.records import ServerState
 from flora.rng import Rng

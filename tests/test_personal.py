@@ -25,10 +25,11 @@ from flora.experiment import check_experiment
 from flora.federated.aggregation import FedAvg, FedSaLora, FfaLora, OneFactorStays, PLora, RoLora, Strategy
 from flora.federated.apart import clients_with_own_adapters, own_adapters
 from flora.federated.evaluation import evaluate, own_accuracies
+from flora.federated.federation import Federation
 from flora.federated.local import LocalTraining
 from flora.federated.optimizers import AdamW, Cosine, Sgd
 from flora.federated.personal import OWN, Ditto, FineTuning, NoPersonalization, Personalization
-from flora.federated.round import Federation, run_round
+from flora.federated.round import run_round
 from flora.hooks import Hooks
 from flora.records import ClientUpdate, ServerState
 from flora.rng import Rng
@@ -95,7 +96,7 @@ def test_one_factor_stays_as_in_a_plain_loop(tiny_model: str, strategy: OneFacto
     names = set(server)
     for round in (1, 2, 3):
         rng = parts.rng.child("round", round)
-        cohort = parts.sampler.sample(parts.sizes, rng.child("cohort")).tolist()
+        cohort = parts.sampler.sample(parts.sizes, 3, rng.child("cohort")).tolist()
         ends = {
             client: plain_training(parts, {**server, **kept.get(client, {})}, client, rng, names) for client in cohort
         }
@@ -156,7 +157,7 @@ def test_ditto_as_in_a_plain_loop_and_the_server_as_without(tiny_model: str, str
         assert all(torch.equal(server[name], without[round - 1].adapter[name]) for name in server)  # bit for bit
         rng = parts.rng.child("round", round)
         names = {name for name in server if strategy.trains(name, round)}
-        for client in parts.sampler.sample(parts.sizes, rng.child("cohort")).tolist():
+        for client in parts.sampler.sample(parts.sizes, 3, rng.child("cohort")).tolist():
             start = {**server, **kept.get(client, {})}
             kept[client] = plain_training(parts, start, client, rng.child("personal"), names, server, 0.7)
         assert set(states[round].clients) == set(kept)

@@ -18,11 +18,12 @@ from flora.errors import UserError
 from flora.experiment import check_experiment
 from flora.federated.aggregation import FlexLora, FloraStacking, HetLora, Strategy
 from flora.federated.communication import payload_bytes
+from flora.federated.federation import Federation
 from flora.federated.local import LocalTraining
 from flora.federated.low_rank import aggregation_error, layers, rank_first, rank_padded
 from flora.federated.optimizers import AdamW, Sgd
 from flora.federated.ranks import Drawn
-from flora.federated.round import Federation, RoundResult, run_round
+from flora.federated.round import RoundResult, run_round
 from flora.federated.screening import Screening
 from flora.records import ServerState
 from flora.registry import OptionError

@@ -69,17 +69,20 @@ def test_tree_arithmetic() -> None:
 @pytest.mark.parametrize("sampler", [Uniform(fraction=0.3), BySize(fraction=0.3), Uniform(number=3)])
 def test_a_cohort_is_sorted_distinct_and_seeded(sampler) -> None:  # type: ignore[no-untyped-def]
     sizes = np.arange(1, 11)
-    cohorts = [sampler.sample(sizes, Rng(0).child("round", round)) for round in range(50)]
+    cohorts = [
+        sampler.sample(sizes, sampler.size_in(1, len(sizes)), Rng(0).child("round", round)) for round in range(50)
+    ]
     assert all(len(set(cohort)) == 3 and list(cohort) == sorted(cohort) for cohort in cohorts)
     assert all(cohort.min() >= 0 and cohort.max() < 10 for cohort in cohorts)
     assert len({tuple(cohort) for cohort in cohorts}) > 10
-    again = [sampler.sample(sizes, Rng(0).child("round", round)) for round in range(50)]
+    number = sampler.size_in(1, len(sizes))
+    again = [sampler.sample(sizes, number, Rng(0).child("round", round)) for round in range(50)]
     assert all(np.array_equal(left, right) for left, right in zip(cohorts, again, strict=True))
 
 
 def test_by_size_prefers_large_clients() -> None:
     sizes = np.array([1, 1, 1, 97])
-    picks = [BySize(number=1).sample(sizes, Rng(0).child(draw))[0] for draw in range(200)]
+    picks = [BySize(number=1).sample(sizes, 1, Rng(0).child(draw))[0] for draw in range(200)]
     assert np.mean(np.array(picks) == 3) > 0.9
 
 

@@ -21,10 +21,11 @@ from flora.errors import UserError
 from flora.experiment import check_experiment
 from flora.federated.aggregation import FedAvg, FfaLora, FlexLora, LoraFair, RoLora, Strategy
 from flora.federated.combiners import BoundedMean, Combiner, Mean, Median, MultiKrum, TrimmedMean
+from flora.federated.federation import Federation
 from flora.federated.local import LocalTraining
 from flora.federated.low_rank import aggregation_error, layers, product_of, residual_of
 from flora.federated.optimizers import Adam, Sgd
-from flora.federated.round import Federation, RoundResult, run_round
+from flora.federated.round import RoundResult, run_round
 from flora.federated.server_optimizers import (
     Adaptive,
     ServerAdagrad,

@@ -46,6 +46,11 @@ class Strategy(Component):
 
     weighting: str = option("what a client's weight is", "examples", choices=("examples", "uniform"))
 
+    @property
+    def buffer_size(self) -> int:
+        """How many updates the server waits for, whoever sends them; 0: it waits for the cohort."""
+        return 0
+
     def check_fits(self, adapter: Adapter) -> None:
         """Raise `OptionError` if the strategy is for other adapters."""
 
@@ -78,6 +83,22 @@ class Strategy(Component):
 @dataclass(frozen=True)
 class FedAvg(Strategy):
     """All tensors, A and B each by itself (FedIT, arXiv:2305.05644; arXiv:2404.15182)."""
+
+
+@register("fedbuff")
+@dataclass(frozen=True)
+class FedBuff(Strategy):
+    """Asynchronous: the server steps when `buffer` updates have come in, however old they are (arXiv:2106.06639).
+
+    Needs a network, whose clock says when that is. The cohort's size is how many clients are at work at any time.
+    """
+
+    weighting: str = option("what a client's weight is", "uniform", choices=("examples", "uniform"))
+    buffer: int = option("updates in a step of the server", 10, at_least=1)
+
+    @property
+    def buffer_size(self) -> int:
+        return self.buffer
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import numpy as np
 
 from flora import tree
 from flora.federated.corrections import NoCorrection
+from flora.federated.federation import Federation
 from flora.federated.local import LocalTraining
 from flora.federated.low_rank import is_residual
 from flora.federated.personal import OWN
-from flora.federated.round import Federation
 from flora.records import ServerState
 from flora.tree import State, StateLike
 

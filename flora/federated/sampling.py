@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -32,9 +33,16 @@ class Sampler(Component):
             return self.number
         return max(1, round((self.fraction or 1.0) * num_clients))
 
+    def size_in(self, round: int, num_clients: int) -> int:
+        """How many of `num_clients` that can be asked take part in a round, counted from 1."""
+        return max(1, min(self.number or _rounded((self.fraction or 1.0) * num_clients), num_clients))
+
     @abstractmethod
-    def sample(self, sizes: np.ndarray, rng: Rng) -> np.ndarray:
-        """The ids of a cohort, distinct and sorted; `sizes` `(num_clients,)` are the clients' numbers of examples."""
+    def sample(self, sizes: np.ndarray, number: int, rng: Rng) -> np.ndarray:
+        """The ids of a cohort of `number`, distinct and sorted.
+
+        `sizes` `(num_clients,)` are the clients' numbers of examples.
+        """
 
 
 @register("uniform")
@@ -42,8 +50,8 @@ class Sampler(Component):
 class Uniform(Sampler):
     """Every client is as likely as any other (arXiv:1602.05629, algorithm 1)."""
 
-    def sample(self, sizes: np.ndarray, rng: Rng) -> np.ndarray:
-        return np.sort(rng.numpy().choice(len(sizes), self.cohort_size(len(sizes)), replace=False))
+    def sample(self, sizes: np.ndarray, number: int, rng: Rng) -> np.ndarray:
+        return np.sort(rng.numpy().choice(len(sizes), number, replace=False))
 
 
 @register("by_size")
@@ -51,6 +59,26 @@ class Uniform(Sampler):
 class BySize(Sampler):
     """Drawn one by one, each client with a probability in proportion to its examples."""
 
-    def sample(self, sizes: np.ndarray, rng: Rng) -> np.ndarray:
-        probabilities = sizes / sizes.sum()
-        return np.sort(rng.numpy().choice(len(sizes), self.cohort_size(len(sizes)), replace=False, p=probabilities))
+    def sample(self, sizes: np.ndarray, number: int, rng: Rng) -> np.ndarray:
+        return np.sort(rng.numpy().choice(len(sizes), number, replace=False, p=sizes / sizes.sum()))
+
+
+@register("decaying")
+@dataclass(frozen=True)
+class Decaying(Uniform):
+    """Uniform, of ever fewer clients: C exp(-beta (t - 1)) in round t (dynamic sampling, arXiv:2003.09603, equation 3).
+
+    C is `number`, or `fraction` of all. The numbers are rounded, and not below `minimum`, nor above C.
+    """
+
+    beta: float = option("how fast the cohort shrinks; 0: it doesn't", 0.1, at_least=0)
+    minimum: int = option("clients that take part in the end at least", 2, at_least=1)
+
+    def size_in(self, round: int, num_clients: int) -> int:
+        first = super().size_in(round, num_clients)
+        return max(_rounded(first * math.exp(-self.beta * (round - 1))), min(self.minimum, first))
+
+
+def _rounded(number: float) -> int:
+    # `round` is the name of an argument where this is needed.
+    return round(number)

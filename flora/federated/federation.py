@@ -1,0 +1,293 @@
+"""All that rounds need: the model, the clients and their data, what they train, send and keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from flora import tree
+from flora.clip.towers import AdaptedClip
+from flora.data.batching import ClientBlock, client_blocks, count_steps
+from flora.errors import UserError
+from flora.federated import pending
+from flora.federated.aggregation import Strategy
+from flora.federated.combiners import Combiner, Mean
+from flora.federated.communication import FEEDBACK, CommunicationOptions, payload_bytes
+from flora.federated.features import Features
+from flora.federated.local import CORRECTION, BlockResult, LocalTraining, train_block
+from flora.federated.low_rank import is_residual, rank_first, rank_padded, residuals_at_their_smallest
+from flora.federated.memory import available_memory_bytes, client_bytes, is_out_of_memory, release_cached_memory
+from flora.federated.network import Network, Patience, Profiles, Trip, trip
+from flora.federated.personal import OWN, NoPersonalization, Personalization
+from flora.federated.sampling import Sampler
+from flora.federated.screening import Screening
+from flora.federated.server_optimizers import ServerOptimizer, ServerSgd
+from flora.hooks import Hooks
+from flora.records import ClientData, ServerState
+from flora.rng import Rng
+from flora.tree import State, StateLike
+
+# Where the server's state has the seconds that have passed on the simulated clock.
+CLOCK = "network.clock"
+
+
+@dataclass(eq=False)
+class Federation:
+    """All that rounds need: the model, the clients with their data, and what is done with them.
+
+    Nothing of it changes but `clients_per_block`, which is lowered when a block doesn't fit into memory.
+    """
+
+    model: AdaptedClip
+    features: Features
+    clients: Sequence[ClientData]
+    local: LocalTraining
+    sampler: Sampler
+    strategy: Strategy
+    num_rounds: int
+    clients_per_block: int
+    rng: Rng
+    combiner: Combiner = field(default_factory=Mean)
+    server_optimizer: ServerOptimizer = field(default_factory=ServerSgd)
+    personal: Personalization = field(default_factory=NoPersonalization)
+    communication: CommunicationOptions = field(default_factory=CommunicationOptions)
+    ranks: np.ndarray | None = None
+    network: Network | None = None
+    profiles: Profiles | None = None
+    patience: Patience = field(default_factory=Patience)
+    screening: Screening = field(default_factory=Screening)
+    hooks: Hooks = field(default_factory=Hooks)
+    log: Callable[[str], object] = lambda line: None
+    sizes: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = np.array([len(client.train) for client in self.clients])
+
+    def learning_rate(self, round: int, local: LocalTraining | None = None) -> float:
+        """The learning rate of a round, counted from 1."""
+        local = local or self.local
+        return local.learning_rate * local.schedule.factor(round, self.num_rounds)
+
+    def initial_state(self, adapter: State) -> ServerState:
+        """The server before the first round, from the adapter that clients start with."""
+        memory = self.local.correction.memory(tree.count(self.trained(adapter, round=1)))
+        strategy = {**self.server_optimizer.init(adapter), **tree.below(CORRECTION, memory)}
+        if self.network is not None:
+            strategy[CLOCK] = torch.zeros(1, dtype=torch.float64)
+        return ServerState(0, self.strategy.initial(adapter), strategy)
+
+    def client_state(self, adapter: StateLike) -> State:
+        """What one client keeps between its rounds: names and shapes."""
+        own = {name: adapter[name] for name in self.own_names(adapter)}
+        state = self.local.client_state(self.trained(adapter, round=1)) | tree.below(OWN, own)
+        if self.communication.error_feedback:
+            state |= tree.below(FEEDBACK, self.sent(adapter, round=1))
+        return state | (pending.like(self.sent(adapter, round=1)) if self.strategy.buffer_size else {})
+
+    def stays(self, name: str) -> bool:
+        """Whether clients train this tensor and keep it to themselves."""
+        return self.model.adapter.stays(name) or self.strategy.stays(name)
+
+    def trained(self, adapter: StateLike, round: int) -> StateLike:
+        """The part of an adapter that clients train in a round."""
+        names = (name for name in adapter if not is_residual(name))
+        stays, trains = self.model.adapter.stays, self.strategy.trains
+        return {name: adapter[name] for name in names if stays(name) or trains(name, round)}
+
+    def sent(self, adapter: StateLike, round: int) -> StateLike:
+        """The part of an adapter that clients train in a round and send."""
+        return {name: tensor for name, tensor in self.trained(adapter, round).items() if not self.stays(name)}
+
+    def trained_ever(self, adapter: StateLike) -> StateLike:
+        """The part of an adapter that is trained in some round."""
+        found = self.trained(adapter, round=1).keys() | self.trained(adapter, round=2).keys()
+        return {name: tensor for name, tensor in adapter.items() if name in found}
+
+    def own_names(self, adapter: StateLike) -> list[str]:
+        """The tensors of which each client keeps its own."""
+        keeps_all = self.personal.in_round(self.local) is not None
+        return [name for name in self.trained_ever(adapter) if keeps_all or self.stays(name)]
+
+    def received(self, adapter: State, client: int) -> State:
+        """What of the server's adapter a client can use: the first of its ranks, if it has fewer of them."""
+        return adapter if self.ranks is None else rank_padded(adapter, int(self.ranks[client]))
+
+    def own_adapter(self, state: ServerState, client: int) -> State:
+        """A client's own adapter: the server's, with what the client keeps of it for itself."""
+        own = tree.named_below(OWN, state.clients.get(client, {}))
+        adapter = self.received(state.adapter, client)
+        return {**adapter, **own} if own else adapter
+
+    def trip(self, state: ServerState, rng: Rng, *, downlink_bytes: Callable[[int], int]) -> Trip:
+        """Who is asked in the round after `state`, and what becomes of them; `downlink_bytes` is what each gets."""
+        round = state.round + 1
+        if self.network is None or self.profiles is None:
+            number = self.sampler.size_in(round, len(self.clients))
+            return Trip(self.sampler.sample(self.sizes, number, rng.child("cohort")))
+        own = rng.child("network")
+        present = self.network.available(self.profiles, float(state.strategy[CLOCK]), own.child("available"))
+        if not len(present):
+            return Trip(present, seconds=self.network.wait_seconds)
+        needed = self.sampler.size_in(round, len(present))
+        number = min(math.ceil(needed * self.patience.over_selection), len(present))
+        asked = present[self.sampler.sample(self.sizes[present], number, rng.child("cohort"))]
+        return trip(
+            self.network,
+            self.profiles,
+            self.patience,
+            asked=asked,
+            num_needed=needed,
+            num_steps=[self.num_steps(client) for client in asked],
+            downlink_bytes=[downlink_bytes(client) for client in asked],
+            uplink_bytes=[self.uplink_bytes(state.adapter, round, client) for client in asked],
+            rng=own.child("dropout"),
+        )
+
+    def num_steps(self, client: int) -> int:
+        """How many steps a client takes in a round, those for itself alone included."""
+        locals = [self.local, self.personal.in_round(self.local)]
+        return sum(
+            count_steps(int(self.sizes[client]), batch_size=each.batch_size, epochs=each.epochs, steps=each.steps)
+            for each in locals
+            if each is not None
+        )
+
+    def uplink_bytes(self, adapter: StateLike, round: int, client: int) -> int:
+        """How many bytes a client sends in a round, whatever the numbers are."""
+        fresh = self.local.correction.memory(tree.count(self.trained(adapter, round)))
+        extra = tree.below(CORRECTION, self.local.correction.sent(fresh, fresh) if fresh else {})
+        zeros = tree.scale(self.sent(adapter, round), 0.0)
+        return self.upload(zeros, {}, extra, client, self.rng)[2]
+
+    def broadcast(self, state: ServerState) -> tuple[State, StateLike | bytes]:
+        """The adapter as clients have it for the round after `state`, and what of it travels."""
+        sends = self.strategy.broadcasts
+        sent = {name: own for name, own in state.adapter.items() if sends(name) and not self.stays(name)}
+        compressor = self.communication.broadcast
+        if compressor.is_identity:
+            return state.adapter, sent
+        payload = compressor.encode(sent, self.rng.child("round", state.round + 1, "broadcast"))
+        return {**state.adapter, **compressor.decode(payload, sent)}, payload
+
+    def upload(
+        self, delta: State, lost: StateLike, extra: StateLike, client: int, rng: Rng
+    ) -> tuple[State, State, int]:
+        """What the server reads of a client's delta, what is lost of it, and how many bytes travel.
+
+        `lost` is what was lost before, and is sent with it; `extra` travels as it is.
+        """
+        compressor = self.communication.upload
+        if compressor.is_identity or not tree.is_finite(delta):
+            return delta, {}, self.payload_bytes({**delta, **extra}, client)
+        meant = tree.add(delta, lost) if lost else delta
+        payload = compressor.encode(meant, rng)
+        read = compressor.decode(payload, meant)
+        num_bytes = len(payload) + (payload_bytes(extra) if extra else 0)
+        return read, tree.subtract(meant, read) if self.communication.error_feedback else {}, num_bytes
+
+    def payload_bytes(self, state: StateLike, client: int) -> int:
+        """How many bytes the state takes on its way to or from a client."""
+        state = residuals_at_their_smallest(state)
+        return payload_bytes(state if self.ranks is None else rank_first(state, int(self.ranks[client])))
+
+    def blocks(self, cohort: np.ndarray, rng: Rng, local: LocalTraining) -> list[ClientBlock]:
+        """The cohort in blocks, with every batch laid out."""
+        return list(
+            client_blocks(
+                cohort.tolist(),
+                [self.clients[client].train for client in cohort],
+                rng,
+                batch_size=local.batch_size,
+                # One width for all blocks: a client's dropout masks must not depend on its neighbours.
+                width=int(min(local.batch_size, self.sizes.max())),
+                epochs=local.epochs,
+                steps=local.steps,
+                clients_per_block=self.clients_per_block,
+            )
+        )
+
+    def train(
+        self,
+        cohort: np.ndarray,
+        adapters: Mapping[int, StateLike],
+        kept: Mapping[int, State],
+        *,
+        round: int,
+        rng: Rng,
+        server_memory: StateLike | None = None,
+        anchors: Mapping[int, StateLike] | None = None,
+        names: Collection[str] | None = None,
+        local: LocalTraining | None = None,
+    ) -> Iterator[tuple[ClientBlock, BlockResult]]:
+        """Train the tensors `names`, or what is trained in a round, by blocks, each client from its own of `adapters`.
+
+        `local` says how, in place of the federation's own. `kept` is what clients carry from round to round,
+        `server_memory` what a correction remembers at the server, `anchors` what it measures distances from, in place
+        of `adapters`. A block that doesn't fit into memory is cut in two, and so are those after it.
+
+        Raises `UserError` if one client alone doesn't fit.
+        """
+        if not len(cohort):
+            return
+        local = local or self.local
+        waiting = self.blocks(cohort, rng, local)
+        first = next(iter(adapters.values()))
+        names = list(self.trained(first, round)) if names is None else names
+        residual = {name: tensor for name, tensor in first.items() if is_residual(name)}
+        while waiting:
+            block = waiting.pop(0)
+            try:
+                self.hooks.before_block(round, block.clients)
+                result = train_block(
+                    self.model,
+                    block,
+                    adapters=_stacked([adapters[client] for client in block.clients]),
+                    features=self.features,
+                    local=local,
+                    learning_rate=self.learning_rate(round, local),
+                    rngs=[rng.child("client", client) for client in block.clients],
+                    kept=[kept.get(client) for client in block.clients],
+                    trained=names,
+                    server_memory=server_memory,
+                    beside=tree.expand(residual, 1),
+                    anchor=_stacked([anchors[client] for client in block.clients]) if anchors else None,
+                )
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                result = None
+            if result is None:  # outside of the handler, which keeps the failed step's tensors alive
+                waiting[:0] = self._smaller(block)
+                continue
+            yield block, result
+
+    def _smaller(self, block: ClientBlock) -> list[ClientBlock]:
+        """A block that did not fit, in parts; from now on blocks are no larger than half of it."""
+        release_cached_memory(self.model.device)
+        number = len(block.clients)
+        if number == 1:
+            need = client_bytes(self.model, batch_size=self.local.batch_size)
+            free = available_memory_bytes(self.model.device)
+            raise UserError(
+                f"out of memory with one client in a step, which needs about {need / 1e9:.1f} GB where "
+                f"{free / 1e9:.1f} GB are free; lower local.batch_size or the number of prompts"
+            )
+        size = min(self.clients_per_block, -(-number // 2))
+        if size < self.clients_per_block:
+            self.clients_per_block = size
+            self.log(f"out of memory: from now on {size} clients in one step, with the same results up to 1e-5")
+        return [block.part(start, min(start + size, number)) for start in range(0, number, size)]
+
+
+def _stacked(adapters: Sequence[StateLike]) -> StateLike:
+    """The adapters `(K, ...)` without their residuals, and without a copy where all clients start from one."""
+    is_one = all(adapter is adapters[0] for adapter in adapters)
+    parts = [
+        {name: tensor for name, tensor in adapter.items() if not is_residual(name)}
+        for adapter in (adapters[:1] if is_one else adapters)
+    ]
+    return tree.expand(parts[0], len(adapters)) if is_one else tree.stack(parts)

@@ -1,0 +1,239 @@
+"""Who can be reached, how fast each client is, and how long a round takes: a simulated clock.
+
+Nothing here touches what clients train: its random numbers have streams of their own.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+from flora.errors import UserError
+from flora.registry import Component, OptionError, Options, option, register
+from flora.rng import Rng
+
+DAY_SECONDS = 86_400
+
+
+@dataclass(frozen=True, eq=False)
+class Profiles:
+    """What each client has, all `(num_clients,)`: megabits and seconds, the speed of its machine, probabilities.
+
+    `compute_speed` 1 takes `Network.step_seconds` a step. `availability` is the probability that a client can be asked
+    when a round begins, `dropout` that it is gone before it has sent anything. `time_zone_hours` shifts the day curve.
+    """
+
+    download_mbps: np.ndarray
+    upload_mbps: np.ndarray
+    latency_seconds: np.ndarray
+    compute_speed: np.ndarray
+    availability: np.ndarray
+    dropout: np.ndarray
+    time_zone_hours: np.ndarray
+
+
+COLUMNS = tuple(each.name for each in fields(Profiles))
+# What a client has where nothing else is said: a fixed line that is never down.
+USUAL = {"download_mbps": 100.0, "upload_mbps": 20.0, "latency_seconds": 0.02, "compute_speed": 1.0,
+         "availability": 1.0, "dropout": 0.0, "time_zone_hours": 0.0}  # fmt: skip
+# Typical rates that users get, not those of the standards.
+PRESETS: dict[str, dict[str, float]] = {
+    "fibre": {"download_mbps": 500.0, "upload_mbps": 250.0, "latency_seconds": 0.005},
+    "broadband": {},
+    "4g": {"download_mbps": 30.0, "upload_mbps": 8.0, "latency_seconds": 0.05, "availability": 0.9, "dropout": 0.05},
+    "3g": {"download_mbps": 3.0, "upload_mbps": 0.8, "latency_seconds": 0.15, "availability": 0.8, "dropout": 0.1},
+    "phones": {"download_mbps": 30.0, "upload_mbps": 8.0, "latency_seconds": 0.05, "compute_speed": 0.2,
+               "availability": 0.3, "dropout": 0.1},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Network(Component):
+    """What lies between the server and its clients."""
+
+    step_seconds: float = option("seconds of a local step on a machine of speed 1", 0.1, at_least=0)
+    day_curve: tuple[float, ...] | None = option(
+        "24 factors of the availability, by the hour of the simulated day; none: it is always the same",
+        None,
+        at_least=0,
+        at_most=1,
+    )
+    wait_seconds: float = option("how long the server waits where nobody can be asked", 600.0, above=0)
+
+    def check(self) -> None:
+        if self.day_curve is not None and len(self.day_curve) != 24:
+            raise OptionError("day_curve", f"expected 24 numbers, one an hour, got {len(self.day_curve)}")
+
+    @abstractmethod
+    def profiles(self, num_clients: int, rng: Rng) -> Profiles:
+        """What each client has. Raises `UserError` if a file doesn't say."""
+
+    def available(self, profiles: Profiles, clock: float, rng: Rng) -> np.ndarray:
+        """The clients that can be asked at a time, in seconds since the beginning, which is midnight."""
+        chance = profiles.availability
+        if self.day_curve is not None:
+            hours = (clock / 3600 + profiles.time_zone_hours) % 24
+            chance = chance * np.array(self.day_curve)[hours.astype(int) % 24]
+        return np.flatnonzero(rng.numpy().random(len(chance)) < chance)
+
+
+@register("preset")
+@dataclass(frozen=True)
+class Preset(Network):
+    """All clients have the same line, and machines of the same speed."""
+
+    kind: str = option("which line", "broadband", choices=tuple(PRESETS))
+
+    def profiles(self, num_clients: int, rng: Rng) -> Profiles:
+        return Profiles(**{name: np.full(num_clients, {**USUAL, **PRESETS[self.kind]}[name]) for name in COLUMNS})
+
+
+@register("drawn")
+@dataclass(frozen=True)
+class DrawnNetwork(Network):
+    """Rates and speeds are log-normal around their medians, each client's drawn once."""
+
+    download_mbps: float = option("median of the rate down", 100.0, above=0)
+    upload_mbps: float = option("median of the rate up", 20.0, above=0)
+    latency_seconds: float = option("latency one way", 0.02, at_least=0)
+    compute_speed: float = option("median of the machines' speed", 1.0, above=0)
+    spread: float = option("standard deviation of the rates' and the speeds' natural logarithms", 0.5, at_least=0)
+    availability: float = option("probability that a client can be asked", 1.0, above=0, at_most=1)
+    dropout: float = option("probability that a client is gone before it has sent anything", 0.0, at_least=0, below=1)
+
+    def profiles(self, num_clients: int, rng: Rng) -> Profiles:
+        def drawn(name: str) -> np.ndarray:
+            return getattr(self, name) * np.exp(self.spread * rng.child(name).numpy().standard_normal(num_clients))
+
+        spread = {name: drawn(name) for name in ("download_mbps", "upload_mbps", "compute_speed")}
+        same = {name: getattr(self, name, USUAL[name]) for name in COLUMNS if name not in spread}
+        return Profiles(**spread, **{name: np.full(num_clients, value) for name, value in same.items()})
+
+
+@register("csv")
+@dataclass(frozen=True)
+class CsvNetwork(Network):
+    """A file with a row for each client, in the order of their ids, and any of these columns: those of `Profiles`."""
+
+    path: str = option("the CSV file, with a head", "")
+
+    def check(self) -> None:
+        super().check()
+        if not self.path:
+            raise OptionError("path", "missing: the CSV file, with a head")
+
+    def profiles(self, num_clients: int, rng: Rng) -> Profiles:
+        try:
+            with Path(self.path).open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                rows, head = list(reader), reader.fieldnames or []
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a CSV file"
+            raise UserError(f"network.path: {self.path!r}: {reason}") from None
+        unknown = [name for name in head if name not in COLUMNS]
+        if unknown or not head:
+            found = repr(unknown[0]) if unknown else "none"
+            raise UserError(f"network.path: {self.path}: expected columns of {', '.join(COLUMNS)}, got {found}")
+        if len(rows) != num_clients:
+            raise UserError(f"network.path: {self.path}: expected {num_clients} rows, one a client, got {len(rows)}")
+        columns = {name: np.full(num_clients, value) for name, value in USUAL.items()}
+        for name in head:
+            columns[name] = np.array([_number(self.path, line, name, row[name]) for line, row in enumerate(rows, 2)])
+        return Profiles(**columns)
+
+
+def _number(path: str, line: int, name: str, text: str | None) -> float:
+    """A cell's value. Raises `UserError` naming the line if it is none that the column may have."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    lowest, highest = {"availability": (0.0, 1.0), "dropout": (0.0, 1.0), "time_zone_hours": (-24.0, 24.0)}.get(
+        name, (0.0, math.inf)
+    )
+    is_rate = name in ("download_mbps", "upload_mbps", "compute_speed")
+    if not lowest <= value <= highest or not math.isfinite(value) or (is_rate and value == 0):
+        allowed = "a number above 0" if is_rate else f"a number from {lowest:g} to {highest:g}"
+        raise UserError(f"network.path: {path}: line {line}: {name}: expected {allowed}, got {text!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Patience(Options):
+    """For whom the server waits."""
+
+    deadline_seconds: float | None = option("a round ends then at the latest; none: when all have sent", None, above=0)
+    over_selection: float = option(
+        "as many times more clients are asked than are needed; the first ones count", 1.0, at_least=1
+    )
+
+
+def _nobody() -> np.ndarray:
+    return np.array([], dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Trip:
+    """How a round goes: who delivers in time, who too late, who is lost on the way, how long the server waits.
+
+    Ids are sorted. Without a network all who are asked deliver, and no time passes.
+    """
+
+    clients: np.ndarray
+    late: np.ndarray = field(default_factory=_nobody)
+    dropped: np.ndarray = field(default_factory=_nobody)
+    seconds: float | None = None
+
+    @property
+    def asked(self) -> list[int]:
+        """All who got the server's adapter."""
+        return [*self.clients.tolist(), *self.late.tolist(), *self.dropped.tolist()]
+
+
+def trip(
+    network: Network,
+    profiles: Profiles,
+    patience: Patience,
+    *,
+    asked: np.ndarray,
+    num_needed: int,
+    num_steps: Sequence[int],
+    downlink_bytes: Sequence[int],
+    uplink_bytes: Sequence[int],
+    rng: Rng,
+) -> Trip:
+    """What becomes of the clients `asked`, of whom the first `num_needed` to deliver count.
+
+    A client takes its download, its steps and its upload one after the other, and the latency twice.
+    """
+    takes = durations(network, profiles, asked, num_steps, downlink_bytes, uplink_bytes)
+    stays = rng.numpy().random(len(asked)) >= profiles.dropout[asked]
+    in_time = stays & (takes <= (patience.deadline_seconds or math.inf))
+    order = np.flatnonzero(in_time)[np.argsort(takes[in_time], kind="stable")][:num_needed]
+    late = np.setdiff1d(np.flatnonzero(stays), order)
+    if len(order) == num_needed:
+        seconds = takes[order[-1]]
+    else:  # without a deadline the server notices who is gone when the others have sent
+        seconds = patience.deadline_seconds or (takes[stays] if stays.any() else takes).max()
+    return Trip(np.sort(asked[order]), np.sort(asked[late]), asked[~stays], float(seconds))
+
+
+def durations(
+    network: Network,
+    profiles: Profiles,
+    clients: np.ndarray,
+    num_steps: Sequence[int],
+    downlink_bytes: Sequence[int],
+    uplink_bytes: Sequence[int],
+) -> np.ndarray:
+    """How many seconds each of `clients` takes from being asked to having delivered."""
+    down = np.asarray(downlink_bytes) * 8e-6 / profiles.download_mbps[clients]
+    up = np.asarray(uplink_bytes) * 8e-6 / profiles.upload_mbps[clients]
+    work = np.asarray(num_steps) * network.step_seconds / profiles.compute_speed[clients]
+    return 2 * profiles.latency_seconds[clients] + down + work + up
