@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONFIG = $(if $(wildcard $(EXPERIMENT)),$(EXPERIMENT),experiments/$(EXPERIMENT).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install experiment paper averaging check list benchmark test stress lint types format clean
+.PHONY: help install experiment paper averaging communication check list benchmark test stress lint types format clean
 
 help: ## show this help
 	@echo "usage: make TARGET [EXPERIMENT=name] [ARGS=\"key=value ...\"]"
@@ -58,8 +58,16 @@ averaging_files = $(patsubst %,experiments/averaging/%.yaml,$(subst $(comma), ,$
 averaging: $(VENV)/.installed-report ## run and tabulate experiments/averaging: STRATEGIES= SEEDS= ARGS=
 	$(BIN)/python -m flora.sweep $(averaging_files) seed=$(SEEDS) --reference fedavg --output runs/averaging $(ARGS)
 
+COMMUNICATION ?= all
+communication_files = $(patsubst %,experiments/communication/%.yaml,$(subst $(comma), ,$(call or_all,$(COMMUNICATION),*)))
+
+communication: $(VENV)/.installed-report ## run and tabulate experiments/communication: COMMUNICATION= DATASETS= SEEDS=
+	$(BIN)/python -m flora.sweep $(communication_files) data.name=$(call or_all,$(DATASETS),$(ALL_DATASETS)) \
+	  seed=$(SEEDS) --reference fedavg --output runs/communication $(ARGS)
+
 check: $(VENV)/.installed ## validate every experiment without running one
-	$(BIN)/python -m flora.simulate --check experiments/*.yaml experiments/paper/*.yaml experiments/averaging/*.yaml $(ARGS)
+	$(BIN)/python -m flora.simulate --check experiments/*.yaml experiments/paper/*.yaml experiments/averaging/*.yaml \
+	  experiments/communication/*.yaml $(ARGS)
 
 list: $(VENV)/.installed ## print every component with its options
 	@$(BIN)/python -m flora.simulate --list

@@ -82,7 +82,8 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
         ("best round", f"{percent(summary.best_accuracy)}   (round {summary.best_round}; chosen on the test set)"),
     ]
     if summary.broadcast_accuracy is not None:
-        gap = f"(what clients read; {100 * (summary.model_privacy_gap or 0):.1f} points less than the server has)"
+        points = 100 * (summary.model_privacy_gap or 0)
+        gap = f"(what clients read; {abs(points):.1f} points {'less' if points >= 0 else 'more'} than the server has)"
         rows.append(("last broadcast", f"{percent(summary.broadcast_accuracy)}   {gap}"))
     if summary.new_accuracy is not None:
         frozen = f"(zero-shot {percent(summary.zero_shot_new_accuracy)}; nobody trained on them)"
