@@ -126,6 +126,7 @@ class CheckpointFolder:
         # Safetensors orders names in its own way; what is flattened in the order of names must find its places.
         adapter = {key: parts["adapter"][key] for key in like.adapter}
         strategy = {key: parts["strategy"][key] for key in like.strategy}
+        clients = {client: {key: own[key] for key in client_like if key in own} for client, own in clients.items()}
         return Checkpoint(
             state=ServerState(round, adapter, strategy, clients),
             **{key: manifest[key] for key in MANIFEST_TYPES if key not in ("format", "round", "sha256")},

@@ -107,9 +107,14 @@ def _check_combination(config: ExperimentConfig) -> None:
     if (strategy.alternates or strategy.restarts) and local.optimizer_state == "kept":
         reason = "trains other tensors from round to round" if strategy.alternates else "starts anew each round"
         raise OptionError("local.optimizer_state", f"expected fresh, because the strategy {reason}")
-    if config.communication.error_feedback and strategy.alternates:
+    if config.communication.error_feedback and (strategy.alternates or strategy.replaces_mean):
         raise OptionError(
-            "communication.error_feedback", "expected false, because other tensors are sent from round to round"
+            "communication.error_feedback",
+            "expected false, because what is lost of one round's factors is no part of the next one's",
+        )
+    if local.correction.reads_deltas and not config.communication.upload.is_identity:
+        raise OptionError(
+            "communication.upload", f"expected none, because {name_of(local.correction)} reads the deltas themselves"
         )
     if strategy.keeps_residual and not config.communication.broadcast.is_identity:
         raise OptionError("communication.broadcast", "expected none, because the strategy sends a residual")
@@ -137,8 +142,19 @@ def _check_network(config: ExperimentConfig) -> None:
         raise OptionError("network", f"missing: {name} needs to know who is how fast")
     if config.server.patience != Patience():
         raise OptionError("server.patience", f"expected the defaults: {name} waits for its buffer alone")
-    if config.local.correction.memory(1) or config.communication.error_feedback:
-        raise OptionError("server.strategy", f"{name} can't be used with what clients remember of their updates")
+    if config.server.strategy.buffer_size > config.clients.number_training:
+        raise OptionError(
+            "server.strategy.buffer",
+            f"expected at most {config.clients.number_training}, the clients there are, "
+            f"got {config.server.strategy.buffer_size}",
+        )
+    local, feedback = config.local, config.communication.error_feedback
+    if local.correction.memory(1) or local.optimizer_state == "kept" or feedback:
+        raise OptionError(
+            "server.strategy",
+            f"{name} can't be used where clients remember what belongs to their last update: expected no error "
+            "feedback, local.optimizer_state fresh, local.correction none or fedprox",
+        )
     if config.adapter.has_personal or config.personal.in_round(config.local) is not None:
         raise OptionError("server.strategy", f"{name} can't be used with adapters of the clients' own")
 
@@ -184,6 +200,9 @@ def build_experiment(
     """
     check_experiment(config)
     rng = Rng(config.seed)
+    profiles = None
+    if config.network is not None:
+        profiles = config.network.profiles(config.clients.number_training, rng.child("network"))
     device = choose_device(config.device)
     data = config.split.split(config.data.load(rng.child("data")), rng.child("split"))
     with _below("prompts"):
@@ -192,6 +211,8 @@ def build_experiment(
     clip = config.backbone.load(device, rng.child("backbone"))
     backbone_parameters = parameter_count(clip.model)
     digests = {"backbone_sha256": state_digest(clip.model.state_dict()), "data_sha256": _data_digest(data)}
+    if profiles is not None:
+        digests["network_sha256"] = profiles.digest()
     log(f"{clip.architecture.name}: {backbone_parameters:,} frozen parameters on {device}, {config.backbone.precision}")
     adapter = config.adapter.attach(clip)
     templates = config.adapter.templates(config.prompts.templates or config.data.templates)
@@ -232,7 +253,7 @@ def build_experiment(
         personal=config.personal,
         communication=config.communication,
         network=config.network,
-        profiles=None if config.network is None else config.network.profiles(len(clients), rng.child("network")),
+        profiles=profiles,
         patience=config.server.patience,
         ranks=_ranks(config, len(clients), rng.child("ranks")),
         num_rounds=config.rounds,

@@ -57,6 +57,8 @@ def merged_weights(run: Path, client: int | None = None) -> State:
     expected = config.server.strategy.initial(attached.initial_state(Rng(0)))
     if expected.keys() != adapter.keys() or not all(fits(adapter[name], expected[name]) for name in expected):
         raise UserError(f"{run / 'adapter.safetensors'}: doesn't fit the adapter that config.yaml describes")
+    if client is not None and not config.communication.broadcast.is_identity:
+        raise UserError(f"{run}: its broadcast is quantised: no client has the server's adapter as this run keeps it")
     if client is not None:
         adapter = dict(attached.views({**adapter, **_own_tensors(run, client)})[-1])
     return attached.merged_state_dict(state_dict, adapter)

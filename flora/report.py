@@ -30,7 +30,7 @@ def summarise(records: Sequence[RoundRecord], *, alone: Sequence[float], **measu
     best_accuracy, negative_round = max(evaluated)
     last = records[-1]
     uplink = sum(record.uplink_bytes for record in records)
-    client_rounds = sum(record.num_clients for record in records)
+    client_rounds = sum(record.num_clients + record.num_late for record in records)
     clock = list(itertools.accumulate(record.simulated_seconds or 0.0 for record in records))
     errors = [record.aggregation_error for record in records if record.aggregation_error is not None]
     assert records[0].accuracy is not None and last.accuracy is not None  # rounds 0 and last are always evaluated

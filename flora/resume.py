@@ -30,6 +30,7 @@ CHANGEABLE = (
     "data.root",
     "data.path",
     "data.download",
+    "network.path",
     "backbone.model",
     "backbone.weights",
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from flora.curves import Curve
 from flora.errors import UserError
-from flora.report import percent, size
+from flora.report import duration, percent, size
 
 # A run has arrived once its accuracy is at this share of its last one.
 ARRIVED = 0.95
@@ -49,6 +49,10 @@ class Outcome:
     personal_worst: float | None
     alone: float | None
     aggregation_error: float | None
+    broadcast: float | None
+    privacy_gap: float | None
+    simulated_seconds: float | None
+    seconds_to_arrive: float | None
     bytes_to_arrive: int | None
     rounds_to_arrive: int
     uplink_bytes: float | None
@@ -190,6 +194,14 @@ def _outcome(summary: dict[str, Any], records: Sequence[dict[str, Any]]) -> Outc
         personal_worst=summary.get("personal_accuracy_worst_decile"),
         alone=summary["alone_accuracy_mean"],
         aggregation_error=summary.get("aggregation_error_mean"),
+        broadcast=summary.get("broadcast_accuracy"),
+        privacy_gap=summary.get("model_privacy_gap"),
+        simulated_seconds=summary.get("simulated_seconds"),
+        seconds_to_arrive=sum(
+            record.get("simulated_seconds") or 0.0 for record in records if record["round"] <= arrived.round
+        )
+        if summary.get("simulated_seconds") is not None
+        else None,
         bytes_to_arrive=arrived.sent_bytes if travels else None,
         rounds_to_arrive=arrived.round,
         uplink_bytes=summary["uplink_bytes_per_client_round"] if travels else None,
@@ -253,6 +265,11 @@ def _number(row: Row, field: str) -> str:
     return "-" if mean is None else f"{mean:.2g}"
 
 
+def _duration(row: Row, field: str) -> str:
+    mean = row.mean(field)
+    return "-" if mean is None else duration(mean)
+
+
 def _size(row: Row, field: str) -> str:
     mean = row.mean(field)
     return "-" if mean is None else size(mean)
@@ -275,7 +292,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "personal adapters": lambda row: _accuracy(row, "personal"),
     "worst tenth of these": lambda row: _accuracy(row, "personal_worst"),
     "one client alone": lambda row: _accuracy(row, "alone"),
+    "last broadcast": lambda row: _accuracy(row, "broadcast"),
+    "model privacy gap": lambda row: _accuracy(row, "privacy_gap"),
     "aggregation error": lambda row: _number(row, "aggregation_error"),
+    "simulated time": lambda row: _duration(row, "simulated_seconds"),
+    f"simulated until {ARRIVED:.0%} of the last": lambda row: _duration(row, "seconds_to_arrive"),
     "trained": lambda row: f"{row.mean('parameters') or 0:,.0f}",
     "up per client and round": lambda row: _size(row, "uplink_bytes"),
     "down": lambda row: _size(row, "downlink_bytes"),

@@ -19,6 +19,7 @@ from flora.config import parse_config
 from flora.errors import UserError
 from flora.experiment import check_experiment
 from flora.federated.aggregation import FedAvg, FedExLora, FedSaLora, FfaLora, FlexLora, Strategy
+from flora.federated.apart import own_adapters
 from flora.federated.communication import FEEDBACK, CommunicationOptions, payload_bytes
 from flora.federated.compressors import (
     Compressor,
@@ -249,7 +250,13 @@ def test_a_run_goes_on_with_its_feedback(raw_config: dict[str, Any]) -> None:
         ({"communication": {"error_feedback": True}},
          "communication.error_feedback: expected an upload that loses something"),
         ({"communication": {"upload": "top_k", "error_feedback": True}, "server": {"strategy": "rolora"}},
-         "communication.error_feedback: expected false, because other tensors are sent from round to round"),
+         "communication.error_feedback: expected false, because what is lost of one round's factors is no part of "
+         "the next one's"),
+        ({"communication": {"upload": "top_k", "error_feedback": True}, "server": {"strategy": "flora_stacking"}},
+         "communication.error_feedback: expected false, because what is lost of one round's factors is no part of "
+         "the next one's"),
+        ({"communication": {"upload": "top_k"}, "local": {"correction": "feddyn"}},
+         "communication.upload: expected none, because feddyn reads the deltas themselves"),
         ({"communication": {"upload": "top_k"}, "server": {"strategy": "hetlora"},
           "clients": {"number": 2, "ranks": [1, 2]}},
          "clients.ranks: expected communication.broadcast and communication.upload to lose nothing"),
@@ -276,3 +283,14 @@ def test_the_gap_is_that_of_the_adapter_that_is_sent_next(tiny_model: str) -> No
     assert all(torch.equal(read[name], again[name]) for name in again)
     found = evaluate(parts.model, tree.expand(read, 1), parts.features, batch_size=50)[0]
     assert 0 <= found.accuracy <= 1 and isinstance(NoCompression().is_identity, bool)
+
+
+def test_own_adapters_are_what_clients_can_have(tiny_model: str) -> None:
+    """With a factor that stays, the other one is as the client reads it, not as the server keeps it."""
+    parts = parts_of(tiny_model, strategy=FedSaLora(), broadcast=UniformQuantizer(bits=2))
+    state = rounds(parts, 2)[0][-1]
+    read, _ = parts.broadcast(state)
+    ((clients, stack),) = own_adapters(dataclasses.replace(parts, clients_per_block=5), state, np.arange(5))
+    for place in range(len(clients)):
+        assert torch.equal(stack["text.0.q.lora_A"][place], read["text.0.q.lora_A"])
+    assert not torch.equal(read["text.0.q.lora_A"], state.adapter["text.0.q.lora_A"])

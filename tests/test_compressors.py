@@ -31,9 +31,8 @@ ALL = [
     NoCompression(),
     *(cls(bits=bits, scales=scales, rounding=rounding) for cls in (UniformQuantizer, NormalFloat)
       for bits in (1, 3, 4, 8, 32) for scales in ("tensor", "rank") for rounding in ("nearest", "stochastic")),
-    *(cls(fraction=fraction, scope=scope) for cls in (TopK, TopComponents)
-      for fraction in (1e-6, 0.01, 0.3, 1.0) for scope in ("tensor", "global")),
-    *(RandomMask(fraction=fraction) for fraction in (1e-6, 0.3, 1.0)),
+    *(TopK(fraction=fraction, scope=scope) for fraction in (1e-6, 0.01, 0.3, 1.0) for scope in ("tensor", "global")),
+    *(cls(fraction=fraction) for cls in (RandomMask, TopComponents) for fraction in (1e-6, 0.3, 1.0)),
 ]  # fmt: skip
 MASKS = [TopK, TopComponents, RandomMask]
 
@@ -215,6 +214,12 @@ def test_places_take_the_shorter_way(size: int, fraction: float) -> None:
     assert len(TopK(fraction=fraction).encode(state, Rng(0))) <= expected + 1 + 4 * number
     assert len(RandomMask(fraction=fraction).encode(state, Rng(0))) == 8 + 4 * number
     assert int(sent(TopK(fraction=fraction), state)["w"].count_nonzero()) == number
+
+
+@pytest.mark.parametrize("compressor", ALL, ids=str)
+def test_the_length_does_not_depend_on_the_numbers(compressor: Compressor) -> None:
+    lengths = {len(compressor.encode(state, SEED)) for state in (some(), some(1, scale=1e-3), tree.scale(some(), 0.0))}
+    assert len(lengths) == 1
 
 
 def test_random_masks_differ_from_seed_to_seed() -> None:

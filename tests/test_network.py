@@ -141,14 +141,16 @@ def test_a_csv_file(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("upload\n1\n1\n", "expected columns of download_mbps, upload_mbps, latency_seconds, compute_speed, "
-                           "availability, dropout, time_zone_hours, got 'upload'"),
+                           "availability, dropout, time_zone_hours, each once, got 'upload'"),
+        ("dropout,dropout\n0,0\n0,0\n", "each once, got 'dropout'"),
         ("", "got none"),
         ("upload_mbps\n1\n", "expected 2 rows, one a client, got 1"),
-        ("upload_mbps\n1\n0\n", "line 3: upload_mbps: expected a number above 0, got '0'"),
-        ("upload_mbps\nfast\n1\n", "line 2: upload_mbps: expected a number above 0, got 'fast'"),
+        ("upload_mbps\n1\n0\n", "line 3: upload_mbps: expected a number from 1e-06 to 1e+06, got '0'"),
+        ("upload_mbps\n\nfast\n1\n", "line 3: upload_mbps: expected a number from 1e-06 to 1e+06, got 'fast'"),
+        ("upload_mbps\n1,5\n2\n", "line 2: more cells than the head has"),
         ("dropout\n0\n1.5\n", "line 3: dropout: expected a number from 0 to 1, got '1.5'"),
-        ("dropout,availability\n0,1\n0\n", "line 3: availability: expected a number from 0 to 1, got None"),
-        ("latency_seconds\n0\ninf\n", "line 3: latency_seconds: expected a number from 0 to inf, got 'inf'"),
+        ("dropout,availability\n0,1\n0\n", "line 3: fewer cells than the head has"),
+        ("latency_seconds\n0\ninf\n", "line 3: latency_seconds: expected a number from 0 to 1e+06, got 'inf'"),
         (None, "No such file or directory"),
         (b"\xff\xfe", "not a CSV file"),
     ],
@@ -261,3 +263,22 @@ def test_what_can_not_be_is_one_line(raw_config: dict[str, Any], changes: dict[s
 def test_durations_as_words() -> None:
     assert [duration(seconds) for seconds in (0.25, 59, 90, 7200, 180_000)] == [
         "0.2 s", "59.0 s", "1.5 min", "2.0 h", "2.1 days"]  # fmt: skip
+
+
+def test_a_run_goes_on_over_the_network_that_it_began_with(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    path, moved = tmp_path / "clients.csv", tmp_path / "moved.csv"
+    path.write_text("upload_mbps\n" + "1\n" * 4)
+    moved.write_text(path.read_text())
+    raw = {**raw_config, "network": {"name": "csv", "path": str(path)}}
+    run = simulate(parse_config(raw)).directory
+    path.write_text("upload_mbps\n" + "1\n" * 3 + "2\n")
+    with pytest.raises(UserError, match="the network is not what this run began with"):
+        resume(run, ["rounds=3"])
+    assert resume(run, ["rounds=3", f"network.path={moved}"]).summary.rounds == 3
+
+
+def test_the_cohorts_share_is_of_all_clients(raw_config: dict[str, Any]) -> None:
+    raw = {**raw_config, "clients": {"number": 12, "cohort": {"name": "uniform", "fraction": 0.25}}, "rounds": 8,
+           "partition": "iid", "network": {"name": "drawn", "availability": 0.4}}  # fmt: skip
+    found = [record.num_clients for record in simulate(parse_config(raw)).records[1:]]
+    assert set(found) <= {0, 1, 2, 3} and found.count(3) >= 4

@@ -346,6 +346,7 @@ def outcome(last: float, **changes: Any) -> Outcome:
         "zero_shot": 0.25, "last": last, "best": 0.9, "alone": None, "bytes_to_arrive": 1000, "rounds_to_arrive": 3,
         "uplink_bytes": 50.0, "step_seconds": 0.01, "train_seconds": 2.0, "memory_bytes": 10**9, "parameters": 1234,
         "new": None, "harmonic": None, "clients": 0.5, "clients_worst": 0.25, "personal": None, "personal_worst": None,
+        "broadcast": None, "privacy_gap": None, "simulated_seconds": 90.0, "seconds_to_arrive": 30.0,
         "aggregation_error": 0.125, "downlink_bytes": 60.0, "round_seconds": 0.5,
     }  # fmt: skip
     return Outcome(**{**values, **changes})
@@ -358,9 +359,10 @@ def test_means_and_deviations_by_hand() -> None:
     assert row.mean("alone") is None
     text = to_markdown([row, Row({"method": "c"}, ())])
     assert "| a\\|b | 3 | 25.0 ± 0.0 % | 60.0 ± 10.0 % |" in text
-    assert text.splitlines()[-1] == "| c | 0 |" + " - |" * 15  # what no run has is no column
+    assert text.splitlines()[-1] == "| c | 0 |" + " - |" * 17  # what no run has is no column
     named = dict(zip(*(line.split(" | ") for line in to_markdown([row]).splitlines()[:3:2]), strict=True))
     assert (named["worst tenth"], named["aggregation error"], named["s per round"]) == ("25.0 ± 0.0 %", "0.12", "0.5")
+    assert named["simulated time"] == "1.5 min"
     assert "60.0 ± 10.0 %" in to_text([row])
     assert to_csv([row]).splitlines()[1].startswith("a|b,3,0.25,0.0,")
 
@@ -371,6 +373,7 @@ def test_what_a_run_needed_to_arrive(tmp_path: Path) -> None:
         "uplink_bytes_per_client_round": 10, "train_seconds": 6.0, "peak_memory_bytes": 7, "trainable_parameters": 8,
         "memory_before_bytes": 3, "num_clients": 4, "rounds": 4, "total_downlink_bytes": 20,
         "client_accuracy_mean": 0.5, "client_accuracy_worst_decile": 0.25, "personal_accuracy_mean": 0.75,
+        "simulated_seconds": 40.0,
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     accuracies = [0.1, None, 0.75, 0.76, 0.8]
@@ -382,6 +385,7 @@ def test_what_a_run_needed_to_arrive(tmp_path: Path) -> None:
             "downlink_bytes": 5 * (round > 0),
             "num_steps": round,
             "num_clients": round and 2,
+            "simulated_seconds": 10.0 if round else None,
         }
         for round, accuracy in enumerate(accuracies)
     ]
@@ -390,6 +394,7 @@ def test_what_a_run_needed_to_arrive(tmp_path: Path) -> None:
     assert (found.rounds_to_arrive, found.bytes_to_arrive) == (3, 45)  # 95 % of 80 % are 76 %
     assert found.step_seconds == pytest.approx(0.6)
     assert found.memory_bytes == 4
+    assert (found.simulated_seconds, found.seconds_to_arrive, found.privacy_gap) == (40.0, 30.0, None)
     assert (found.clients_worst, found.personal, found.personal_worst, found.new) == (0.25, 0.75, None, None)
     assert (found.downlink_bytes, found.round_seconds) == (20 / 8, 1.5)
     assert found.points == (Point(0, 0, 0.1), Point(2, 30, 0.75), Point(3, 45, 0.76), Point(4, 60, 0.8))

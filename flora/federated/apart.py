@@ -58,9 +58,11 @@ def own_adapters(
 ) -> Iterator[tuple[list[int], StateLike]]:
     """The adapters of `clients` by blocks: who is in it, and what each would answer with, to be bound, `(K, ...)`.
 
+    What is the server's of them is as clients would read it of the next broadcast.
     Where clients train on after the last round, that is done here, after whatever round it is; one that diverges then
     keeps what it had.
     """
+    state = dataclasses.replace(state, adapter=federation.broadcast(state)[0])
     local = federation.personal.at_end(federation.local)
     size = federation.clients_per_block
     for start in range(0, len(clients), size):

@@ -16,7 +16,7 @@ from flora.federated.network import Network, Profiles, Trip, durations
 from flora.records import ServerState
 from flora.rng import Rng
 
-# Times in a row that the server waits for somebody to ask before it goes on with what it has.
+# Times in a row that the server waits for somebody to ask, before it goes on with what it has.
 MAX_WAITS = 100
 
 
@@ -26,14 +26,14 @@ def deliver_buffered(federation: Federation, state: ServerState, rng: Rng) -> De
     As many clients as the cohort has are at work at any time: whoever delivers, or drops out, is replaced at once by
     one that can be asked then, with the server's adapter as it is then. What a client will send is computed when it is
     asked, since nothing that happens later changes it, and lies in what the server keeps for it until it arrives. An
-    update that is t rounds old counts 1 / sqrt(1 + t). Nobody is asked twice between two steps of the server.
+    update that is t rounds old counts 1 / sqrt(1 + t). Nobody delivers twice between two steps of the server.
     """
     round, clock = state.round + 1, float(state.strategy[CLOCK])
     received, downlink_bytes = broadcast(federation, state)
     there = dataclasses.replace(state, adapter=received)
     work = _Work(federation, state, rng, downlink_bytes)
     now = work.until_full(clock, federation.strategy.buffer_size)
-    begin = {client: start_of(federation, there, client) for client in sorted(work.asked.keys() - work.gone)}
+    begin = {client: start_of(federation, there, client) for client in sorted(work.training)}
     fresh, kept = trained(federation, there, begin, rng)
     known = {update.client: (round, update) for update in fresh}
     known |= {
@@ -41,11 +41,10 @@ def deliver_buffered(federation: Federation, state: ServerState, rng: Rng) -> De
         for client, own in state.clients.items()
         if pending.is_on_its_way(own)
     }
-    before = {client: pending.without(own) if client in work.done else own for client, own in state.clients.items()}
+    before = {client: pending.without(own) for client, own in state.clients.items()}
     clients = {**before, **kept}
-    for client in work.asked.keys() - work.done:
-        arrival = work.asked[client]
-        own = pending.gone(arrival) if client in work.gone else pending.write(*known[client], arrival)
+    for arrival, client, is_gone in work.queue:
+        own = pending.gone(arrival) if is_gone else pending.write(*known[client], arrival)
         clients[client] = {**clients.get(client, {}), **own}
     arrived = sorted(work.arrived)
     staleness = [round - known[client][0] for client in arrived]
@@ -59,7 +58,11 @@ def deliver_buffered(federation: Federation, state: ServerState, rng: Rng) -> De
         there=there,
         before={client: own for client, own in before.items() if own},
         kept={client: own for client, own in clients.items() if own},
-        trip=Trip(np.array(arrived, dtype=np.int64), dropped=np.array(sorted(work.dropped)), seconds=now - clock),
+        trip=Trip(
+            np.array(arrived, dtype=np.int64),
+            dropped=np.array(sorted(work.dropped), dtype=np.int64),
+            seconds=now - clock,
+        ),
         uplink_bytes=sum(update.num_bytes for update in updates),
         downlink_bytes=sum(downlink_bytes(client) for client in work.asked),
         staleness=staleness,
@@ -67,7 +70,11 @@ def deliver_buffered(federation: Federation, state: ServerState, rng: Rng) -> De
 
 
 class _Work:
-    """Who is at work, and until when. `asked` are those of this round, `gone` those of them that will not deliver."""
+    """Who is at work, until when, and whether it is gone by then: the `queue`.
+
+    `asked` lists who was asked in this round, `training` those of them that deliver, in this round or later; `arrived`
+    and `dropped` say whose time has come.
+    """
 
     def __init__(
         self, federation: Federation, state: ServerState, rng: Rng, downlink_bytes: Callable[[int], int]
@@ -78,28 +85,23 @@ class _Work:
         self._federation, self._state, self._rng, self._downlink_bytes = federation, state, rng, downlink_bytes
         self._at_work = federation.sampler.size_in(state.round + 1, len(federation.clients))
         self._num_draws = 0
-        self._queue: list[tuple[float, int, bool]] = []
+        self.queue: list[tuple[float, int, bool]] = []
         for client, own in state.clients.items():
             if pending.is_on_its_way(own) or pending.is_gone(own):
-                self._queue.append((pending.arrival(own), client, pending.is_gone(own)))
-        heapq.heapify(self._queue)
-        self.asked: dict[int, float] = {}
-        self.gone: set[int] = set()
+                self.queue.append((pending.arrival(own), client, pending.is_gone(own)))
+        heapq.heapify(self.queue)
+        self.asked: list[int] = []
+        self.training: set[int] = set()
         self.arrived: list[int] = []
         self.dropped: list[int] = []
-
-    @property
-    def done(self) -> set[int]:
-        """Who is no longer at work."""
-        return {*self.arrived, *self.dropped}
 
     def until_full(self, now: float, size: int) -> float:
         """Let time pass until `size` updates have arrived; when that is."""
         self._ask(now)
         num_waits = 0
         while len(self.arrived) < size and num_waits < MAX_WAITS:
-            if self._queue:
-                now, client, is_gone = heapq.heappop(self._queue)
+            if self.queue:
+                (now, client, is_gone), num_waits = heapq.heappop(self.queue), 0
                 (self.dropped if is_gone else self.arrived).append(client)
             else:
                 now, num_waits = now + self._network.wait_seconds, num_waits + 1
@@ -109,12 +111,12 @@ class _Work:
 
     def _ask(self, now: float) -> None:
         """Fill up those at work with clients that can be asked now."""
-        number, draw, federation = self._at_work - len(self._queue), self._num_draws, self._federation
+        number, draw, federation = self._at_work - len(self.queue), self._num_draws, self._federation
         if number <= 0:
             return
         self._num_draws += 1
         own = self._rng.child("network", draw)
-        busy = {*self.done, *(client for _, client, _ in self._queue)}
+        busy = {*self.arrived, *(client for _, client, _ in self.queue)}
         present = self._network.available(self._profiles, now, own.child("available"))
         free = present[~np.isin(present, list(busy))]
         if not len(free):
@@ -131,6 +133,6 @@ class _Work:
         )
         is_gone = own.child("dropout").numpy().random(len(chosen)) < self._profiles.dropout[chosen]
         for client, seconds, gone in zip(chosen.tolist(), takes.tolist(), is_gone.tolist(), strict=True):
-            self.asked[client] = now + seconds
-            self.gone |= {client} if gone else set()
-            heapq.heappush(self._queue, (now + seconds, client, gone))
+            self.asked.append(client)
+            self.training |= set() if gone else {client}
+            heapq.heappush(self.queue, (now + seconds, client, gone))

@@ -169,21 +169,16 @@ class Mask(Compressor):
     fraction: float = option("share of the numbers that are sent, at least one of them", 0.1, above=0, at_most=1)
 
 
+@register("top_k")
 @dataclass(frozen=True)
-class SelectiveMask(Mask):
-    """What is sent is chosen by what the numbers are, so the places travel, too: as a bitmap or one by one."""
+class TopK(Mask):
+    """The largest numbers (selective masking, arXiv:2003.09603, algorithm 4), and their places."""
 
     scope: str = option("the share of each tensor, or of all tensors together", "tensor", choices=("tensor", "global"))
 
     def groups(self, state: StateLike) -> list[Tensor]:
         """The state's numbers as vectors, of each of which the share is sent."""
         return [tree.flatten(state)] if self.scope == "global" else [tensor.flatten() for tensor in state.values()]
-
-
-@register("top_k")
-@dataclass(frozen=True)
-class TopK(SelectiveMask):
-    """The largest numbers (selective masking, arXiv:2003.09603, algorithm 4)."""
 
     def encode(self, state: StateLike, rng: Rng) -> bytes:
         parts = []
@@ -222,38 +217,26 @@ class RandomMask(Mask):
 
 @register("top_components")
 @dataclass(frozen=True)
-class TopComponents(SelectiveMask):
-    """Whole rank-one components, a row of A with its column of B, of the largest norm; of other matrices rows."""
+class TopComponents(Mask):
+    """Of each layer the rank-one components of the largest norm, a row of A with its column of B; else rows."""
 
     def encode(self, state: StateLike, rng: Rng) -> bytes:
-        units = _units(state)
-        norms = [
-            torch.stack([_rows(name, state[name], "rank").double().square().sum(dim=1) for name in names]).sum(dim=0)
-            for names in units.values()
-        ]
-        parts, chosen = [], []
-        for group in [torch.cat(norms)] if self.scope == "global" else norms:
-            places = _largest(group, _share(self.fraction, len(group)))
-            parts.append(write_places(places, len(group)))
-            chosen.append(torch.zeros(len(group), dtype=torch.bool).index_fill(0, places, True))
-        masks = torch.cat(chosen).split([len(each) for each in norms])
-        for names, mask in zip(units.values(), masks, strict=True):
-            parts += [_bytes_of(_rows(name, state[name], "rank")[mask]) for name in names]
+        parts = []
+        for names in _units(state).values():
+            rows = [_rows(name, state[name], "rank") for name in names]
+            norms = torch.stack([each.double().square().sum(dim=1) for each in rows]).sum(dim=0)
+            places = _largest(norms, _share(self.fraction, len(norms)))
+            parts += [write_places(places, len(norms)), *(_bytes_of(each[places]) for each in rows)]
         return b"".join(parts)
 
     def decode(self, payload: bytes, like: StateLike) -> State:
-        units, reader = _units(like), _Reader(payload)
-        sizes = [len(_rows(names[0], like[names[0]], "rank")) for names in units.values()]
-        masks = []
-        for size in [sum(sizes)] if self.scope == "global" else sizes:
-            places = reader.places(_share(self.fraction, size), size)
-            masks.append(torch.zeros(size, dtype=torch.bool).index_fill(0, places, True))
-        decoded: State = {}
-        for names, mask in zip(units.values(), torch.cat(masks).split(sizes), strict=True):
-            for name in names:
-                rows = torch.zeros_like(_rows(name, like[name], "rank"))
-                rows[mask] = reader.floats(int(mask.sum()) * rows.shape[1]).view(-1, rows.shape[1])
-                decoded[name] = _from_rows(name, rows, like[name])
+        reader, decoded = _Reader(payload), {}
+        for names in _units(like).values():
+            rows = [torch.zeros_like(_rows(name, like[name], "rank")) for name in names]
+            places = reader.places(_share(self.fraction, len(rows[0])), len(rows[0]))
+            for name, each in zip(names, rows, strict=True):
+                each[places] = reader.floats(len(places) * each.shape[1]).view(len(places), -1)
+                decoded[name] = _from_rows(name, each, like[name])
         return {name: decoded[name] for name in like}
 
 

@@ -24,6 +24,8 @@ class Correction(Component):
 
     is_broadcast: ClassVar[bool] = False
     """Whether clients need what the server remembers."""
+    reads_deltas: ClassVar[bool] = False
+    """Whether what clients and the server remember are made of the same deltas, so that nothing of them may be lost."""
 
     def check_fits(self, optimizer: Optimizer) -> None:
         """Raise `OptionError` if it makes no sense with the optimiser."""
@@ -133,6 +135,7 @@ class FedDyn(Correction):
     the next adapter is the mean minus h / alpha.
     """
 
+    reads_deltas = True
     alpha: float = option("weight of the dynamic term", 0.01, above=0)
 
     def memory(self, size: int) -> State:

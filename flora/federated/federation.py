@@ -39,7 +39,8 @@ CLOCK = "network.clock"
 class Federation:
     """All that rounds need: the model, the clients with their data, and what is done with them.
 
-    Nothing of it changes but `clients_per_block`, which is lowered when a block doesn't fit into memory.
+    Nothing of it changes but `clients_per_block`, which is lowered when a block doesn't fit into memory, and what is
+    remembered because it is the same again.
     """
 
     model: AdaptedClip
@@ -63,6 +64,7 @@ class Federation:
     hooks: Hooks = field(default_factory=Hooks)
     log: Callable[[str], object] = lambda line: None
     sizes: np.ndarray = field(init=False)
+    _uplink_bytes: dict[tuple[int, int | None], int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sizes = np.array([len(client.train) for client in self.clients])
@@ -132,8 +134,9 @@ class Federation:
         present = self.network.available(self.profiles, float(state.strategy[CLOCK]), own.child("available"))
         if not len(present):
             return Trip(present, seconds=self.network.wait_seconds)
-        needed = self.sampler.size_in(round, len(present))
-        number = min(math.ceil(needed * self.patience.over_selection), len(present))
+        needed = min(self.sampler.size_in(round, len(self.clients)), len(present))
+        # 50 * 1.1 is a little more than 55 in floating point.
+        number = min(math.ceil(needed * self.patience.over_selection - 1e-9), len(present))
         asked = present[self.sampler.sample(self.sizes[present], number, rng.child("cohort"))]
         return trip(
             self.network,
@@ -158,6 +161,14 @@ class Federation:
 
     def uplink_bytes(self, adapter: StateLike, round: int, client: int) -> int:
         """How many bytes a client sends in a round, whatever the numbers are."""
+        kind = round, None if self.ranks is None else int(self.ranks[client])
+        if kind not in self._uplink_bytes:
+            self._uplink_bytes = {kind: self._count_uplink_bytes(adapter, round, client)} | {
+                other: known for other, known in self._uplink_bytes.items() if other[0] == round
+            }
+        return self._uplink_bytes[kind]
+
+    def _count_uplink_bytes(self, adapter: StateLike, round: int, client: int) -> int:
         fresh = self.local.correction.memory(tree.count(self.trained(adapter, round)))
         extra = tree.below(CORRECTION, self.local.correction.sent(fresh, fresh) if fresh else {})
         zeros = tree.scale(self.sent(adapter, round), 0.0)

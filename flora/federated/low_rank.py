@@ -70,9 +70,9 @@ def aggregation_error(
 ) -> float | None:
     """|sum p_k B_k A_k - B A|_F / |sum p_k B_k A_k|_F over all layers: what averaging the factors gets wrong.
 
-    `clients` are the adapters that clients ended with, p_k their share of the `weights`, `server` has B and A. By how
-    much a residual has grown since `before` counts as a part of B A. None if there are no low-rank layers, or if the
-    mean product is zero.
+    `clients` are the adapters that clients ended with, as the server reads them, p_k their share of the `weights`;
+    `server` has B and A. By how much a residual has grown since `before` counts as a part of B A. None if there are no
+    low-rank layers, or if the mean product is zero.
     """
     wrong = mean = 0.0
     for layer in layers(server):

@@ -6,11 +6,13 @@ Nothing here touches what clients train: its random numbers have streams of thei
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,11 @@ class Profiles:
     dropout: np.ndarray
     time_zone_hours: np.ndarray
 
+    def digest(self) -> str:
+        """The SHA-256 of all numbers."""
+        columns = [np.asarray(getattr(self, name), dtype=np.float64) for name in COLUMNS]
+        return hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
+
 
 COLUMNS = tuple(each.name for each in fields(Profiles))
 # What a client has where nothing else is said: a fixed line that is never down.
@@ -57,14 +64,14 @@ PRESETS: dict[str, dict[str, float]] = {
 class Network(Component):
     """What lies between the server and its clients."""
 
-    step_seconds: float = option("seconds of a local step on a machine of speed 1", 0.1, at_least=0)
+    step_seconds: float = option("seconds of a local step on a machine of speed 1", 0.1, at_least=0, at_most=1e6)
     day_curve: tuple[float, ...] | None = option(
         "24 factors of the availability, by the hour of the simulated day; none: it is always the same",
         None,
         at_least=0,
         at_most=1,
     )
-    wait_seconds: float = option("how long the server waits where nobody can be asked", 600.0, above=0)
+    wait_seconds: float = option("how long the server waits where nobody can be asked", 600.0, above=0, at_most=1e9)
 
     def check(self) -> None:
         if self.day_curve is not None and len(self.day_curve) != 24:
@@ -99,11 +106,13 @@ class Preset(Network):
 class DrawnNetwork(Network):
     """Rates and speeds are log-normal around their medians, each client's drawn once."""
 
-    download_mbps: float = option("median of the rate down", 100.0, above=0)
-    upload_mbps: float = option("median of the rate up", 20.0, above=0)
-    latency_seconds: float = option("latency one way", 0.02, at_least=0)
-    compute_speed: float = option("median of the machines' speed", 1.0, above=0)
-    spread: float = option("standard deviation of the rates' and the speeds' natural logarithms", 0.5, at_least=0)
+    download_mbps: float = option("median of the rate down", 100.0, at_least=1e-3, at_most=1e6)
+    upload_mbps: float = option("median of the rate up", 20.0, at_least=1e-3, at_most=1e6)
+    latency_seconds: float = option("latency one way", 0.02, at_least=0, at_most=1e6)
+    compute_speed: float = option("median of the machines' speed", 1.0, at_least=1e-6, at_most=1e6)
+    spread: float = option(
+        "standard deviation of the rates' and the speeds' natural logarithms", 0.5, at_least=0, at_most=5
+    )
     availability: float = option("probability that a client can be asked", 1.0, above=0, at_most=1)
     dropout: float = option("probability that a client is gone before it has sent anything", 0.0, at_least=0, below=1)
 
@@ -130,36 +139,45 @@ class CsvNetwork(Network):
 
     def profiles(self, num_clients: int, rng: Rng) -> Profiles:
         try:
-            with Path(self.path).open(newline="", encoding="utf-8") as file:
+            with Path(self.path).open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file)
-                rows, head = list(reader), reader.fieldnames or []
+                rows, head = [(reader.line_num, row) for row in reader], list(reader.fieldnames or [])
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             reason = error.strerror if isinstance(error, OSError) else "not a CSV file"
             raise UserError(f"network.path: {self.path!r}: {reason}") from None
-        unknown = [name for name in head if name not in COLUMNS]
+        unknown = [name for place, name in enumerate(head) if name not in COLUMNS or name in head[:place]]
         if unknown or not head:
             found = repr(unknown[0]) if unknown else "none"
-            raise UserError(f"network.path: {self.path}: expected columns of {', '.join(COLUMNS)}, got {found}")
+            raise UserError(
+                f"network.path: {self.path}: expected columns of {', '.join(COLUMNS)}, each once, got {found}"
+            )
         if len(rows) != num_clients:
             raise UserError(f"network.path: {self.path}: expected {num_clients} rows, one a client, got {len(rows)}")
         columns = {name: np.full(num_clients, value) for name, value in USUAL.items()}
         for name in head:
-            columns[name] = np.array([_number(self.path, line, name, row[name]) for line, row in enumerate(rows, 2)])
+            columns[name] = np.array([_number(self.path, line, name, row) for line, row in rows])
         return Profiles(**columns)
 
 
-def _number(path: str, line: int, name: str, text: str | None) -> float:
+# What a cell may be: from, to.
+LIMITS = {"availability": (0.0, 1.0), "dropout": (0.0, 1.0), "time_zone_hours": (-24.0, 24.0),
+          "latency_seconds": (0.0, 1e6)}  # fmt: skip
+RATE_LIMITS = (1e-6, 1e6)
+
+
+def _number(path: str, line: int, name: str, row: Mapping[str | None, Any]) -> float:
     """A cell's value. Raises `UserError` naming the line if it is none that the column may have."""
+    text = row[name]
+    if None in row or text is None:
+        found = "more" if None in row else "fewer"
+        raise UserError(f"network.path: {path}: line {line}: {found} cells than the head has")
     try:
-        value = float(text or "")
+        value = float(text)
     except ValueError:
         value = math.nan
-    lowest, highest = {"availability": (0.0, 1.0), "dropout": (0.0, 1.0), "time_zone_hours": (-24.0, 24.0)}.get(
-        name, (0.0, math.inf)
-    )
-    is_rate = name in ("download_mbps", "upload_mbps", "compute_speed")
-    if not lowest <= value <= highest or not math.isfinite(value) or (is_rate and value == 0):
-        allowed = "a number above 0" if is_rate else f"a number from {lowest:g} to {highest:g}"
+    lowest, highest = LIMITS.get(name, RATE_LIMITS)
+    if not lowest <= value <= highest:
+        allowed = f"a number from {lowest:g} to {highest:g}"
         raise UserError(f"network.path: {path}: line {line}: {name}: expected {allowed}, got {text!r}")
     return value
 
@@ -170,7 +188,7 @@ class Patience(Options):
 
     deadline_seconds: float | None = option("a round ends then at the latest; none: when all have sent", None, above=0)
     over_selection: float = option(
-        "as many times more clients are asked than are needed; the first ones count", 1.0, at_least=1
+        "as many times more clients are asked than are needed; the first ones count", 1.0, at_least=1, at_most=1000
     )
 
 
@@ -192,7 +210,7 @@ class Trip:
 
     @property
     def asked(self) -> list[int]:
-        """All who got the server's adapter."""
+        """All who were asked, where the server waits for a cohort."""
         return [*self.clients.tolist(), *self.late.tolist(), *self.dropped.tolist()]
 
 

@@ -78,7 +78,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         )
     if accepted:
         adapter, strategy, error = _next(federation, state, accepted, found.begin)
-    if federation.strategy.restarts:
+    if federation.strategy.restarts and accepted:
         adapter = {**adapter, **federation.model.adapter.initial_state(rng.child("adapter"))}
     if trip.seconds is not None:
         strategy = {**strategy, CLOCK: strategy[CLOCK] + trip.seconds}
