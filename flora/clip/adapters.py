@@ -192,6 +192,11 @@ class AttachedLora(AttachedAdapter):
             for block in blocks:
                 for target, layer in self._adapt(transformer.resblocks[block]).items():
                     self.layers[f"{tower}.{block}.{target}"] = layer.to(clip.device)
+        # Made once, because they are needed at every step.
+        self._names = [
+            tuple(f"{name}.{factor}" for factor in ("lora_A", "lora_B", "residual_A", "residual_B"))
+            for name in self.layers
+        ]
 
     def _adapt(self, block: Any) -> dict[str, LowRank]:
         """Put LoRA layers in the place of the block's chosen ones; return them by target."""
@@ -232,11 +237,11 @@ class AttachedLora(AttachedAdapter):
         fraction = self.options.dropout
         dropout = Dropout(fraction, generators) if generators is not None and fraction > 0 else None
         try:
-            for name, layer in self.layers.items():
+            for layer, (lora_A, lora_B, residual_A, residual_B) in zip(self.layers.values(), self._names, strict=True):
                 residual = None
-                if f"{name}.residual_A" in stack:  # of all clients, so its leading axis is 1
-                    residual = stack[f"{name}.residual_A"][0], stack[f"{name}.residual_B"][0]
-                layer.attach(stack[f"{name}.lora_A"], stack[f"{name}.lora_B"], dropout, residual)
+                if residual_A in stack:  # of all clients, so its leading axis is 1
+                    residual = stack[residual_A][0], stack[residual_B][0]
+                layer.attach(stack[lora_A], stack[lora_B], dropout, residual)
             yield
         finally:
             for layer in self.layers.values():

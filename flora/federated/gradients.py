@@ -166,7 +166,7 @@ def gradient_function(
         state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
         frozen = loss.frozen(model, batch, number)
         models = []
-        for view in model.adapter.views({**state, **(beside or {})}):
+        for view in model.adapter.views({**state, **beside} if beside else state):
             with model.adapter.bind(view, None if dropout is None else dropout[first : first + number]):
                 images = model.image_features(batch.stem, number)
                 models.append((images, model.class_features(number, batch.classes)))
