@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import adapt
-from test_local import SIZES, federation
+from test_local import SIZES, federation, rounds
 from test_strategies import LOCAL
 
 from flora import tree
@@ -21,11 +21,9 @@ from flora.federated import pending
 from flora.federated.aggregation import FedAvg, FedBuff
 from flora.federated.federation import CLOCK, Federation
 from flora.federated.network import Preset, Profiles
-from flora.federated.round import RoundResult, run_round
 from flora.federated.sampling import Uniform
 from flora.hooks import Hooks
-from flora.records import ClientUpdate, ServerState
-from flora.rng import Rng
+from flora.records import ClientUpdate
 from flora.simulate import resume, simulate
 
 SMALL = dataclasses.replace(LOCAL, learning_rate=0.02, epochs=1)
@@ -53,15 +51,6 @@ def parts_of(
             time_zone_hours=np.zeros(5),
         ),
     )
-
-
-def rounds(parts: Federation, number: int) -> tuple[list[ServerState], list[RoundResult]]:
-    states, results = [parts.initial_state(parts.model.initial_adapter(Rng(1)))], []
-    for _ in range(number):
-        state, result = run_round(parts, states[-1])
-        states.append(state)
-        results.append(result)
-    return states, results
 
 
 def test_a_buffer_of_all_clients_is_fedavg_bit_for_bit(tiny_model: str) -> None:

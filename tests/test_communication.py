@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import adapt
-from test_local import SIZES, assert_states_close, federation
+from test_local import SIZES, assert_states_close, federation, rounds
 from test_strategies import LOCAL
 
 from flora import tree
@@ -33,9 +33,7 @@ from flora.federated.compressors import (
 from flora.federated.corrections import Scaffold
 from flora.federated.evaluation import evaluate
 from flora.federated.federation import Federation
-from flora.federated.round import run_round
 from flora.federated.sampling import Decaying, Uniform
-from flora.records import ServerState
 from flora.registry import OptionError
 from flora.rng import Rng
 from flora.simulate import resume, simulate
@@ -51,15 +49,6 @@ def parts_of(
     adapted = adapt(model, Lora(rank=2))
     parts = federation(adapted, local, per_block=per_block, cohort=cohort)
     return dataclasses.replace(parts, strategy=strategy or FedAvg(), communication=CommunicationOptions(**options))
-
-
-def rounds(parts: Federation, number: int) -> tuple[list[ServerState], list[Any]]:
-    states, results = [parts.initial_state(parts.model.initial_adapter(Rng(1)))], []
-    for _ in range(number):
-        state, result = run_round(parts, states[-1])
-        states.append(state)
-        results.append(result)
-    return states, results
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from flora.federated.gradients import FlatStack
 from flora.federated.local import LocalTraining
 from flora.federated.objectives import Contrastive, CrossEntropy, MultiPositive
 from flora.federated.optimizers import Adam, AdamW, Cosine, Sgd
-from flora.federated.round import run_round
+from flora.federated.round import RoundResult, run_round
 from flora.federated.sampling import Uniform
 from flora.records import ClientData, ServerState
 from flora.rng import Rng
@@ -63,6 +63,16 @@ def run(model: AdaptedClip, local: LocalTraining, rounds: int = 2, **options: in
     for _ in range(rounds):
         state, _ = run_round(parts, state)
     return state
+
+
+def rounds(parts: Federation, number: int) -> tuple[list[ServerState], list[RoundResult]]:
+    """All states, the first one included, and what each round did."""
+    states, results = [parts.initial_state(parts.model.initial_adapter(Rng(1)))], []
+    for _ in range(number):
+        state, result = run_round(parts, states[-1])
+        states.append(state)
+        results.append(result)
+    return states, results
 
 
 def assert_states_close(left: tree.State, right: tree.State, atol: float = 1e-5) -> None:
