@@ -12,7 +12,7 @@ CONFIG = $(if $(wildcard $(EXPERIMENT)),$(EXPERIMENT),experiments/$(EXPERIMENT).
 help: ## show this help
 	@echo "usage: make TARGET [EXPERIMENT=name] [ARGS=\"key=value ...\"]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "experiments: $(basename $(notdir $(wildcard experiments/*.yaml)))"
 
