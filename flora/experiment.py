@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.clip.adapters import Lora
+from flora.checks import below, check_experiment
 from flora.clip.backbone import parameter_count
 from flora.clip.towers import AdaptedClip
 from flora.config import ExperimentConfig
 from flora.data.datasets import ImageData
 from flora.errors import UserError
-from flora.federated.combiners import Mean
 from flora.federated.features import (
     Features,
     Progress,
@@ -28,11 +26,9 @@ from flora.federated.features import (
 )
 from flora.federated.federation import Federation
 from flora.federated.memory import choose_clients_per_block
-from flora.federated.network import Patience
-from flora.federated.server_optimizers import ServerSgd
 from flora.hooks import Hooks
 from flora.records import ClientData, ServerState
-from flora.registry import OptionError, name_of
+from flora.registry import OptionError
 from flora.rng import Rng
 from flora.tree import State, state_digest
 
@@ -62,129 +58,6 @@ class Experiment:
         return self.federation.initial_state(self.initial_adapter)
 
 
-def check_experiment(config: ExperimentConfig) -> None:
-    """What can be checked without the model's weights or an image. Raises `UserError` naming the setting."""
-    architecture = config.backbone.architecture()
-    with _below("adapter"):
-        config.adapter.check_fits(architecture)
-    with _below("server"):
-        config.server.strategy.check_fits(config.adapter)
-    with _below("local"):
-        config.local.correction.check_fits(config.local.optimizer)
-    _check_combination(config)
-    _check_ranks(config)
-    _check_network(config)
-    if config.split.sets_classes_aside and config.adapter.knows_classes:
-        raise OptionError(
-            "split", f"base_to_new needs an adapter without weights for each class, got {name_of(config.adapter)}"
-        )
-    with _below("clients.cohort"):
-        config.clients.cohort.cohort_size(config.clients.number_training)
-    if config.cache.enabled and config.local.augmentation.changes_images:
-        raise OptionError(
-            "cache.enabled",
-            "expected false or null where local.augmentation changes images: their features can't be kept",
-        )
-    if config.evaluation.num_alone > config.clients.number_training:
-        raise OptionError(
-            "evaluation.num_alone",
-            f"expected at most {config.clients.number_training}, the clients there are, "
-            f"got {config.evaluation.num_alone}",
-        )
-
-
-def _check_combination(config: ExperimentConfig) -> None:
-    """Raise `OptionError` if the strategy doesn't go with what else clients and the server do."""
-    strategy, local, server = config.server.strategy, config.local, config.server
-    plain = (server.combiner, server.optimizer) == (Mean(), ServerSgd())
-    remembers = bool(local.correction.memory(1))
-    if strategy.replaces_mean and (not plain or remembers):
-        raise OptionError(
-            "server.strategy",
-            f"{name_of(strategy)} replaces the plain mean: expected combiner mean, optimizer sgd with "
-            "its defaults, and no correction that the server remembers",
-        )
-    if (strategy.alternates or strategy.restarts) and local.optimizer_state == "kept":
-        reason = "trains other tensors from round to round" if strategy.alternates else "starts anew each round"
-        raise OptionError("local.optimizer_state", f"expected fresh, because the strategy {reason}")
-    if config.communication.error_feedback and (strategy.alternates or strategy.replaces_mean):
-        raise OptionError(
-            "communication.error_feedback",
-            "expected false, because what is lost of one round's factors is no part of the next one's",
-        )
-    if local.correction.reads_deltas and not config.communication.upload.is_identity:
-        raise OptionError(
-            "communication.upload", f"expected none, because {name_of(local.correction)} reads the deltas themselves"
-        )
-    if strategy.keeps_residual and not config.communication.broadcast.is_identity:
-        raise OptionError("communication.broadcast", "expected none, because the strategy sends a residual")
-    has_personal = strategy.has_personal or config.adapter.has_personal
-    if remembers and (strategy.alternates or has_personal or config.clients.ranks is not None):
-        reason = "the strategy trains other tensors from round to round"
-        if not strategy.alternates:
-            reason = "some tensors stay with their clients" if has_personal else "clients have ranks of their own"
-        raise OptionError("local.correction", f"expected none or fedprox, because {reason}")
-    if config.personal.in_round(local) is not None and (has_personal or strategy.keeps_residual):
-        reason = "the strategy restarts or corrects the adapter by a residual"
-        if has_personal:
-            reason = "some of the adapter's tensors stay with their clients anyway"
-        raise OptionError("personal", f"{name_of(config.personal)} can't be used, because {reason}")
-
-
-def _check_network(config: ExperimentConfig) -> None:
-    """Raise `OptionError` if what needs a network has none, or the server waits for a buffer and can't."""
-    if config.network is None and config.server.patience != Patience():
-        raise OptionError("server.patience", "expected a network: without one all clients deliver at once")
-    if not config.server.strategy.buffer_size:
-        return
-    name = name_of(config.server.strategy)
-    if config.network is None:
-        raise OptionError("network", f"missing: {name} needs to know who is how fast")
-    if config.server.patience != Patience():
-        raise OptionError("server.patience", f"expected the defaults: {name} waits for its buffer alone")
-    if config.server.strategy.buffer_size > config.clients.number_training:
-        raise OptionError(
-            "server.strategy.buffer",
-            f"expected at most {config.clients.number_training}, the clients there are, "
-            f"got {config.server.strategy.buffer_size}",
-        )
-    local, feedback = config.local, config.communication.error_feedback
-    if local.correction.memory(1) or local.optimizer_state == "kept" or feedback:
-        raise OptionError(
-            "server.strategy",
-            f"{name} can't be used where clients remember what belongs to their last update: expected no error "
-            "feedback, local.optimizer_state fresh, local.correction none or fedprox",
-        )
-    if config.adapter.has_personal or config.personal.in_round(config.local) is not None:
-        raise OptionError("server.strategy", f"{name} can't be used with adapters of the clients' own")
-
-
-def _check_ranks(config: ExperimentConfig) -> None:
-    """Raise `OptionError` if clients have ranks and the adapter or the strategy can't have them."""
-    ranks, strategy = config.clients.ranks, config.server.strategy
-    if ranks is None:
-        return
-    if not isinstance(config.adapter, Lora):
-        raise OptionError("clients.ranks", f"expected adapter lora, got {name_of(config.adapter)}")
-    if not strategy.takes_ranks:
-        raise OptionError(
-            "clients.ranks",
-            f"{name_of(strategy)} has no rule for factors of different sizes: expected server.strategy "
-            "hetlora, flexlora or flora_stacking",
-        )
-    if isinstance(ranks, tuple) and len(ranks) != config.clients.number_training:
-        raise OptionError(
-            "clients.ranks", f"expected {config.clients.number_training} numbers, one for each client, got {len(ranks)}"
-        )
-    if (config.server.combiner, config.server.optimizer) != (Mean(), ServerSgd()):
-        raise OptionError("clients.ranks", "expected server.combiner mean and server.optimizer sgd with its defaults")
-    if not config.communication.is_exact:
-        raise OptionError("clients.ranks", "expected communication.broadcast and communication.upload to lose nothing")
-    highest = max(ranks) if isinstance(ranks, tuple) else ranks.highest
-    if highest > config.adapter.rank:
-        raise OptionError("clients.ranks", f"expected at most adapter.rank, {config.adapter.rank}, got {highest}")
-
-
 def build_experiment(
     config: ExperimentConfig,
     *,
@@ -205,7 +78,7 @@ def build_experiment(
         profiles = config.network.profiles(config.clients.number_training, rng.child("network"))
     device = choose_device(config.device)
     data = config.split.split(config.data.load(rng.child("data")), rng.child("split"))
-    with _below("prompts"):
+    with below("prompts"):
         all_names = config.prompts.rename((*data.class_names, *data.new_class_names))
     class_names, new_names = all_names[: len(data.class_names)], all_names[len(data.class_names) :]
     clip = config.backbone.load(device, rng.child("backbone"))
@@ -386,12 +259,3 @@ def _check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[st
 def _clients_per_block(config: ExperimentConfig, model: AdaptedClip) -> int:
     chosen = choose_clients_per_block(model, batch_size=config.local.batch_size)
     return min(chosen, model.adapter.max_clients_per_block or chosen)
-
-
-@contextmanager
-def _below(section: str) -> Iterator[None]:
-    """Give the options named in an `OptionError` their full dotted names."""
-    try:
-        yield
-    except OptionError as error:
-        raise OptionError(f"{section}.{error.option}", error.message) from None

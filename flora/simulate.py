@@ -9,36 +9,28 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from flora import report, tree
 from flora.checkpoints import Checkpoint, CheckpointFolder
+from flora.checks import check_experiment
 from flora.config import ConfigError, ExperimentConfig, config_to_dict, load_config
 from flora.errors import DivergedError, UserError
-from flora.experiment import Experiment, build_experiment, check_experiment, choose_device
-from flora.federated.apart import clients_with_own_adapters, own_adapters, train_alone
-from flora.federated.evaluation import (
-    class_accuracy,
-    client_accuracies,
-    evaluate,
-    harmonic_mean,
-    own_accuracies,
-    spread,
-)
+from flora.experiment import Experiment, build_experiment, choose_device
 from flora.federated.federation import Federation
 from flora.federated.memory import peak_memory_bytes
-from flora.federated.round import RoundResult, run_round
+from flora.federated.round import run_round
 from flora.federated.screening import refusal
 from flora.hooks import Hooks
 from flora.interrupts import Interrupted, Interrupts
 from flora.listing import list_components
-from flora.records import Evaluation, RoundRecord, ServerState, Summary
+from flora.measure import ClientResults, client_columns, measure, measure_alone, measure_clients
+from flora.records import RoundRecord, ServerState, Summary
 from flora.resume import Start, find_start, finished_rounds, recorded_clients_per_block, resumed_config
 from flora.run_directory import RunDirectory, environment
 from flora.tree import State
@@ -182,13 +174,13 @@ def _run(
     try:
         _stop_if_diverged(records)
         if not records:
-            record, clients = _measure(experiment, state, None)
+            record, clients = measure(experiment, state, None)
             records.append(record)
             directory.append_round(record)
         with _bar("rounds", config.rounds, "round", initial=state.round) as bar:
             while state.round < config.rounds:
                 state, result = run_round(federation, state)
-                record, clients = _measure(experiment, state, result)
+                record, clients = measure(experiment, state, result)
                 records.append(record)
                 directory.append_round(record)
                 recorded = state
@@ -196,7 +188,7 @@ def _run(
                 _stop_if_diverged(records)
                 bar.update()
                 bar.set_postfix(_postfix(record, records))
-        alone = _measure_alone(experiment, log=directory.log)
+        alone = _alone(experiment, log=directory.log)
     except BaseException as error:
         # Whatever it is that ends the run, nothing of what it has done is lost, if it can still be written.
         with suppress(UserError):
@@ -206,8 +198,8 @@ def _run(
                 federation.log(f"to go on: {_program()} --resume {shlex.quote(str(directory.path))}")
         raise
     if clients is None:  # the run was stopped behind its last round
-        clients = _measure_clients(experiment, state)
-    directory.write_clients(_client_columns(experiment, clients, alone))
+        clients = measure_clients(experiment, state)
+    directory.write_clients(client_columns(experiment, clients, alone))
     directory.write_adapter(state.adapter, config)
     summary = report.summarise(
         records,
@@ -266,138 +258,15 @@ def _stop_if_diverged(records: Sequence[RoundRecord]) -> None:
         raise DivergedError(f"{first} (no update could be used in {MAX_LOST_ROUNDS} rounds in a row)")
 
 
-@dataclass(frozen=True, eq=False)
-class ClientResults:
-    """Accuracies on each client's held-out examples, `(num_clients,)`, NaN where it has none.
-
-    `server` is the server's adapter, `own` each client's own, if they have any: the server's for who has none.
-    """
-
-    server: np.ndarray
-    own: np.ndarray | None
-
-
-def _measure(
-    experiment: Experiment, state: ServerState, result: RoundResult | None
-) -> tuple[RoundRecord, ClientResults | None]:
-    """The record of the round that led to `state` (no result: round 0), evaluated if due; the clients' accuracies."""
-    config, started = experiment.config.evaluation, time.perf_counter()
-    due = state.round % config.every == 0 or state.round == experiment.config.rounds
-    results: dict[str, Any] = {}
-    clients: ClientResults | None = None
-    if due:
-        results = _measure_server(experiment, state)
-        every = config.clients_every or experiment.config.rounds
-        last = state.round == experiment.config.rounds
-        if last or (state.round and state.round % every == 0):
-            clients = _measure_clients(experiment, state)
-    if clients is not None:
-        results |= _figures("client", clients.server) | _figures("personal", clients.own)
-    return RoundRecord(
-        round=state.round,
-        accuracy=results.pop("accuracy", None),
-        loss=results.pop("loss", None),
-        train_loss=result.train_loss if result else None,
-        num_clients=result.num_clients if result else 0,
-        uplink_bytes=result.uplink_bytes if result else 0,
-        downlink_bytes=result.downlink_bytes if result else 0,
-        train_seconds=result.train_seconds if result else 0.0,
-        eval_seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(experiment.federation.model.device),
-        learning_rate=result.learning_rate if result else None,
-        num_steps=result.num_steps if result else 0,
-        num_examples=result.num_examples if result else 0,
-        aggregation_error=result.aggregation_error if result else None,
-        rejected_clients=result.rejections if result else (),
-        simulated_seconds=result.simulated_seconds if result else None,
-        num_dropped=result.num_dropped if result else 0,
-        num_late=result.num_late if result else 0,
-        mean_staleness=result.mean_staleness if result else None,
-        **results,
-    ), clients
-
-
-def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any]:
-    """What a round's record says of the server's adapter on the common test images."""
-    # Round 0 is the frozen model: some adapters change it from the start.
-    stack = tree.expand(state.adapter, 1) if state.round else None
-    model, size = experiment.federation.model, experiment.config.evaluation.batch_size
-    evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
-    by_class = class_accuracy(evaluation, experiment.test.labels.cpu().numpy(), experiment.class_names)
-    results = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "class_accuracy": by_class}
-    if state.round and not experiment.federation.communication.broadcast.is_identity:
-        read, _ = experiment.federation.broadcast(state)
-        accuracy = evaluate(model, tree.expand(read, 1), experiment.test, batch_size=size)[0].accuracy
-        results |= {"broadcast_accuracy": accuracy, "model_privacy_gap": evaluation.accuracy - accuracy}
-    if experiment.new is not None:
-        new_model, features = experiment.new
-        accuracy = evaluate(new_model, stack, features, batch_size=size)[0].accuracy
-        results |= {"new_accuracy": accuracy, "harmonic_mean": harmonic_mean(evaluation.accuracy, accuracy)}
-    return results
-
-
-def _figures(whose: str, accuracies: np.ndarray | None) -> dict[str, float]:
-    """The spread of accuracies over clients, as fields of a record."""
-    found = None if accuracies is None else spread(accuracies)
-    return {f"{whose}_accuracy_{name}": each for name, each in asdict(found).items()} if found else {}
-
-
-def _measure_clients(experiment: Experiment, state: ServerState) -> ClientResults:
-    """Accuracy on each client's held-out examples."""
-    sizes, federation = experiment.held_out_sizes, experiment.federation
-    size = experiment.config.evaluation.batch_size
-    with_own = clients_with_own_adapters(federation, state)
-    server = np.full(len(sizes), np.nan)
-    if len(experiment.held_out):
-        stack = tree.expand(state.adapter, 1)
-        server = client_accuracies(evaluate(federation.model, stack, experiment.held_out, batch_size=size)[0], sizes)
-    if with_own is None:
-        return ClientResults(server, None)
-    own, ends = server.copy(), np.cumsum(sizes)
-    for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
-        examples = [np.arange(ends[client] - sizes[client], ends[client]) for client in clients]
-        own[clients] = own_accuracies(federation.model, adapters, experiment.held_out, examples, batch_size=size)
-    return ClientResults(server, own)
-
-
-def _measure_alone(experiment: Experiment, log: Callable[[str], object]) -> dict[int, float]:
-    """Test accuracy, by client, of `evaluation.num_alone` clients that train without the others."""
-    number, federation = experiment.config.evaluation.num_alone, experiment.federation
-    if not number:
+def _alone(experiment: Experiment, log: Callable[[str], object]) -> dict[int, float]:
+    """Test accuracy, by client, of those that also train without the others, if there are to be any."""
+    if not experiment.config.evaluation.num_alone:
         return {}
-    chosen = np.unique(np.linspace(0, len(federation.clients) - 1, number).round().astype(int))
     started = time.perf_counter()
     with _bar("alone", experiment.config.rounds, "round") as bar:
-        adapters = train_alone(federation, experiment.initial_adapter, chosen, advance=bar.update)
-    results: list[Evaluation] = []
-    for start in range(0, len(chosen), federation.clients_per_block):
-        block = {name: tensor[start : start + federation.clients_per_block] for name, tensor in adapters.items()}
-        size = max(1, experiment.config.evaluation.batch_size // len(next(iter(block.values()))))
-        own = federation.model.adapter.views(block)[-1]
-        results += evaluate(federation.model, own, experiment.test, batch_size=size)
-    log(f"{len(chosen)} clients trained alone in {time.perf_counter() - started:.1f} s")
-    return {int(client): result.accuracy for client, result in zip(chosen, results, strict=True)}
-
-
-def _client_columns(experiment: Experiment, results: ClientResults, alone: dict[int, float]) -> dict[str, list[Any]]:
-    federation = experiment.federation
-    clients = federation.clients
-
-    def cells(accuracies: np.ndarray) -> list[str]:
-        return ["" if np.isnan(accuracy) else f"{accuracy:.6f}" for accuracy in accuracies]
-
-    columns: dict[str, list[Any]] = {
-        "client": list(range(len(clients))),
-        "num_train": [len(client.train) for client in clients],
-        "num_held_out": [len(client.held_out) for client in clients],
-        "accuracy": cells(results.server),
-        "alone_accuracy": [f"{alone[index]:.6f}" if index in alone else "" for index in range(len(clients))],
-    }
-    if results.own is not None:
-        columns["personal_accuracy"] = cells(results.own)
-    if federation.ranks is not None:
-        columns["rank"] = federation.ranks.tolist()
-    return columns
+        alone = measure_alone(experiment, advance=bar.update)
+    log(f"{len(alone)} clients trained alone in {time.perf_counter() - started:.1f} s")
+    return alone
 
 
 def _bar(title: str, total: int, unit: str, initial: int = 0) -> Any:

@@ -17,10 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from flora.checks import check_experiment
 from flora.config import ExperimentConfig, load_config
 from flora.curves import draw_curves
 from flora.errors import UserError
-from flora.experiment import check_experiment
 from flora.interrupts import Interrupted, Interrupts
 from flora.registry import suggest
 from flora.simulate import Parser

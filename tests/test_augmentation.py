@@ -11,13 +11,13 @@ import torch
 from conftest import CLASSES, adapt
 from PIL import Image
 
+from flora.checks import check_experiment
 from flora.clip.adapters import TARGETS, Lora
 from flora.clip.towers import AdaptedClip
 from flora.config import parse_config
 from flora.data.augmentation import CropFlip, NoAugmentation
 from flora.data.datasets import ImageArrays, ImageFiles, Split
 from flora.errors import UserError
-from flora.experiment import check_experiment
 from flora.federated.aggregation import FedAvg
 from flora.federated.features import LiveFeatures, live_features
 from flora.federated.federation import Federation

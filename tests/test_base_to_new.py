@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import Patterns, load_plain
 
+from flora.checks import check_experiment
 from flora.config import parse_config
 from flora.data.splits import BaseToNew, Sample, Validation
 from flora.errors import UserError
-from flora.experiment import check_experiment
 from flora.federated.evaluation import harmonic_mean
 from flora.registry import OptionError
 from flora.rng import Rng

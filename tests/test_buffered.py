@@ -13,10 +13,10 @@ from test_local import SIZES, federation, rounds
 from test_strategies import LOCAL
 
 from flora import tree
+from flora.checks import check_experiment
 from flora.clip.adapters import Lora
 from flora.config import parse_config
 from flora.errors import UserError
-from flora.experiment import check_experiment
 from flora.federated import pending
 from flora.federated.aggregation import FedAvg, FedBuff
 from flora.federated.federation import CLOCK, Federation

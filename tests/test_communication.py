@@ -14,10 +14,10 @@ from test_local import SIZES, assert_states_close, federation, rounds
 from test_strategies import LOCAL
 
 from flora import tree
+from flora.checks import check_experiment
 from flora.clip.adapters import Lora
 from flora.config import parse_config
 from flora.errors import UserError
-from flora.experiment import check_experiment
 from flora.federated.aggregation import FedAvg, FedExLora, FedSaLora, FfaLora, FlexLora, Strategy
 from flora.federated.apart import own_adapters
 from flora.federated.communication import FEEDBACK, CommunicationOptions, payload_bytes

@@ -12,10 +12,10 @@ from conftest import adapt, comparable
 from test_local import assert_states_close, federation, start
 
 from flora import tree
+from flora.checks import check_experiment
 from flora.clip.adapters import Lora
 from flora.config import parse_config
 from flora.errors import UserError
-from flora.experiment import check_experiment
 from flora.federated.apart import train_alone
 from flora.federated.communication import payload_bytes
 from flora.federated.corrections import Correction, FedDyn, FedProx, NoCorrection, Scaffold

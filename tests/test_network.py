@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from flora.checks import check_experiment
 from flora.config import parse_config
 from flora.errors import UserError
-from flora.experiment import check_experiment
 from flora.federated.network import (
     PRESETS,
     CsvNetwork,

@@ -15,13 +15,13 @@ from test_local import LABELS, SIZES, assert_states_close, federation
 from test_strategies import LOCAL, changed
 
 from flora import tree
+from flora.checks import check_experiment
 from flora.clip.adapters import Adapter, Lora
 from flora.clip.dual import DualLora
 from flora.clip.towers import AdaptedClip
 from flora.config import parse_config
 from flora.data.batching import client_batches
 from flora.errors import UserError
-from flora.experiment import check_experiment
 from flora.federated.aggregation import FedAvg, FedSaLora, FfaLora, OneFactorStays, PLora, RoLora, Strategy
 from flora.federated.apart import clients_with_own_adapters, own_adapters
 from flora.federated.evaluation import evaluate, own_accuracies

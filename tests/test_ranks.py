@@ -12,10 +12,10 @@ from conftest import adapt
 from test_local import SIZES, assert_states_close, federation
 from test_strategies import LOCAL
 
+from flora.checks import check_experiment
 from flora.clip.adapters import Lora
 from flora.config import config_to_dict, parse_config
 from flora.errors import UserError
-from flora.experiment import check_experiment
 from flora.federated.aggregation import FlexLora, FloraStacking, HetLora, Strategy
 from flora.federated.communication import payload_bytes
 from flora.federated.federation import Federation

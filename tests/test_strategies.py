@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from test_local import assert_states_close, federation, start
 
 from flora import tree
+from flora.checks import check_experiment
 from flora.clip.adapters import FullFineTuning, Lora
 from flora.config import parse_config
 from flora.errors import UserError
-from flora.experiment import check_experiment
 from flora.federated.aggregation import FedAvg, FfaLora, FlexLora, LoraFair, RoLora, Strategy
 from flora.federated.combiners import BoundedMean, Combiner, Mean, Median, MultiKrum, TrimmedMean
 from flora.federated.federation import Federation
