@@ -78,9 +78,7 @@ def build_experiment(
         profiles = config.network.profiles(config.clients.number_training, rng.child("network"))
     device = choose_device(config.device)
     data = config.split.split(config.data.load(rng.child("data")), rng.child("split"))
-    with below("prompts"):
-        all_names = config.prompts.rename((*data.class_names, *data.new_class_names))
-    class_names, new_names = all_names[: len(data.class_names)], all_names[len(data.class_names) :]
+    class_names, new_names = _class_names(config, data)
     clip = config.backbone.load(device, rng.child("backbone"))
     backbone_parameters = parameter_count(clip.model)
     digests = {"backbone_sha256": state_digest(clip.model.state_dict()), "data_sha256": _data_digest(data)}
@@ -89,25 +87,20 @@ def build_experiment(
     log(f"{clip.architecture.name}: {backbone_parameters:,} frozen parameters on {device}, {config.backbone.precision}")
     adapter = config.adapter.attach(clip)
     templates = config.adapter.templates(config.prompts.templates or config.data.templates)
-    model = AdaptedClip(clip, adapter, class_names=class_names, templates=templates, speed=config.speed)
-    new_model = None
-    if data.new is not None:
-        new_model = AdaptedClip(clip, adapter, class_names=new_names, templates=templates, speed=config.speed)
+    model, *new_model = (
+        AdaptedClip(clip, adapter, class_names=names, templates=templates, speed=config.speed)
+        for names in (class_names, new_names)
+        if names
+    )
     if not model.text.is_cut_at_end:
         log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
     (train, test, *new), unreadable = _features(config, data, model, progress=progress, log=log)
     labels = train.labels.numpy()
-    limit, asked = adapter.max_clients_per_block, config.clients.per_block
-    if limit is not None and asked is not None and asked > limit:
-        raise OptionError("clients.per_block", f"expected at most {limit} with this adapter, got {asked}")
-    clients_per_block = asked or clients_per_block or _clients_per_block(config, model)
+    clients_per_block = _clients_per_block(config, model, clients_per_block)
     log(f"clients in one step: up to {clients_per_block}")
     if all(isinstance(each, StoredFeatures) for each in (train, test, *new)):
         model.release_stems()
     train, test, *new = move_if_they_fit([train, test, *new], device)
-    if unreadable:
-        number = len(data.train) + len(data.test) + (len(data.new) if data.new else 0)
-        log(f"left out: {len(unreadable):,} of {number:,} images can't be read")
     _check_classes(labels, test.labels.cpu().numpy(), class_names)
     groups = None if data.train.groups is None else data.train.groups[train.positions]
     clients = deal_out(config, labels, groups, rng)
@@ -147,7 +140,7 @@ def build_experiment(
         backbone_parameters=backbone_parameters,
         unreadable=tuple(unreadable),
         digests=digests,
-        new=None if new_model is None else (new_model, new[0]),
+        new=(new_model[0], new[0]) if new else None,
     )
 
 
@@ -195,6 +188,9 @@ def _features(
         )
         features.update(zip(stored, loaded, strict=True))
         problems += found
+    if problems:
+        number = sum(len(split) for split in splits.values())
+        log(f"left out: {len(problems):,} of {number:,} images can't be read")
     return [features[name] for name in splits], problems
 
 
@@ -256,6 +252,19 @@ def _check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[st
         raise UserError("data: there are no test images")
 
 
-def _clients_per_block(config: ExperimentConfig, model: AdaptedClip) -> int:
+def _class_names(config: ExperimentConfig, data: ImageData) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the classes are called in prompts: those that are trained on, and those that are set aside."""
+    with below("prompts"):
+        names = config.prompts.rename((*data.class_names, *data.new_class_names))
+    return names[: len(data.class_names)], names[len(data.class_names) :]
+
+
+def _clients_per_block(config: ExperimentConfig, model: AdaptedClip, recorded: int | None) -> int:
+    """As many as are asked for, or as `recorded` of the run so far, or as fit. Raises `OptionError` for too many."""
+    limit, asked = model.adapter.max_clients_per_block, config.clients.per_block
+    if limit is not None and asked is not None and asked > limit:
+        raise OptionError("clients.per_block", f"expected at most {limit} with this adapter, got {asked}")
+    if asked or recorded:
+        return asked or recorded or 1
     chosen = choose_clients_per_block(model, batch_size=config.local.batch_size)
-    return min(chosen, model.adapter.max_clients_per_block or chosen)
+    return min(chosen, limit or chosen)

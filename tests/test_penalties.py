@@ -17,7 +17,7 @@ from flora.clip.baselines import LinearHead
 from flora.federated.local import LocalTraining
 from flora.federated.objectives import Contrastive, CrossEntropy, Objective
 from flora.federated.optimizers import Sgd
-from flora.federated.penalties import Anchor, Distillation, NoPenalty, Penalty
+from flora.federated.penalties import Anchor, Distillation, NoPenalty, Penalty, Seen
 from flora.federated.round import run_round
 
 MASK = torch.tensor([[True, True, False]])
@@ -31,21 +31,20 @@ def unit(*rows: list[float]) -> torch.Tensor:
 def test_anchor_by_hand() -> None:
     images, frozen = unit([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]), unit([1.0, 0.0], [0.0, 1.0])
     classes = torch.stack([frozen, unit([0.0, 1.0], [0.0, -1.0])])  # as they were; at 90 and 180 degrees
-    found = Anchor(weight=3.0).loss(images.expand(2, -1, -1), classes, images, frozen, MASK, SCALE)
+    found = Anchor(weight=3.0).loss(Seen(images.expand(2, -1, -1), classes, images, frozen, MASK, SCALE))
     assert found.tolist() == pytest.approx([0.0, 3.0 * (1 + 2) / 2])
 
 
 def test_distillation_by_hand() -> None:
     images, classes = unit([1.0, 0.0], [0.0, 1.0], [5.0, 1.0]), unit([1.0, 0.0], [0.0, 1.0])
-    same = Distillation().loss(images.unsqueeze(0), classes.unsqueeze(0), images.unsqueeze(0), classes, MASK, SCALE)
+    seen = Seen(images.unsqueeze(0), classes.unsqueeze(0), images.unsqueeze(0), classes, MASK, SCALE)
+    same = Distillation().loss(seen)
     assert same.tolist() == pytest.approx([0.0])
     # The adapted model has swapped the two classes; at temperature 4 the logits are 1/2 and 0.
     swapped = classes.flip(0).unsqueeze(0)
     p = math.exp(0.5) / (math.exp(0.5) + 1)
     divergence = p * math.log(p / (1 - p)) + (1 - p) * math.log((1 - p) / p)
-    found = Distillation(weight=0.5, temperature=4.0).loss(
-        images.unsqueeze(0), swapped, images.unsqueeze(0), classes, MASK, SCALE
-    )
+    found = Distillation(weight=0.5, temperature=4.0).loss(seen._replace(classes=swapped))
     assert found.tolist() == pytest.approx([0.5 * 16 * divergence], rel=1e-5)
 
 

@@ -14,7 +14,7 @@ from flora.clip.adapters import Mutual
 from flora.clip.towers import AdaptedClip
 from flora.federated.memory import clients_at_once
 from flora.federated.objectives import Objective
-from flora.federated.penalties import NoPenalty, Penalty, divergence
+from flora.federated.penalties import NoPenalty, Penalty, Seen, divergence
 from flora.tree import State, StateLike
 
 # Steps of one shape that run as they are before one is recorded: a recording costs about as much as ten of them.
@@ -75,7 +75,7 @@ class Loss:
         for images, classes in models:
             losses = losses + self.objective.loss(images, classes, batch.labels, batch.example_mask, scale)
             if frozen is not None:
-                losses = losses + self.penalty.loss(images, classes, *frozen, batch.example_mask, scale)
+                losses = losses + self.penalty.loss(Seen(images, classes, *frozen, batch.example_mask, scale))
         if self.mutual is not None:
             one, two = (scale * torch.bmm(images, classes.transpose(1, 2)) for images, classes in models)
             for own, other in ((one, two), (two, one)):

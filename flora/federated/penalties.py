@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,21 @@ from flora.federated.objectives import masked_mean
 from flora.registry import Component, option, register
 
 
+class Seen(NamedTuple):
+    """What K clients make of a step's batch: unit features, but for the rows of a linear head.
+
+    `images` `(K, B, d)` and `classes` `(K, C, d)` are with adapters, `frozen_images` `(K, B, d)` and `frozen_classes`
+    `(C, d)` without. `example_mask` `(K, B)` is True for real examples.
+    """
+
+    images: Tensor
+    classes: Tensor
+    frozen_images: Tensor
+    frozen_classes: Tensor
+    example_mask: Tensor
+    logit_scale: Tensor
+
+
 @dataclass(frozen=True)
 class Penalty(Component):
     """What is added to each client's loss."""
@@ -21,21 +36,8 @@ class Penalty(Component):
     is_idle: ClassVar[bool] = False
 
     @abstractmethod
-    def loss(
-        self,
-        image_features: Tensor,
-        class_features: Tensor,
-        frozen_images: Tensor,
-        frozen_classes: Tensor,
-        example_mask: Tensor,
-        logit_scale: Tensor,
-    ) -> Tensor:
-        """Each client's penalty, `(K,)`.
-
-        `image_features` `(K, B, d)` and `class_features` `(K, C, d)` are with adapters, `frozen_images` `(K, B, d)`
-        and `frozen_classes` `(C, d)` without. All but the rows of a linear head are unit vectors. `example_mask`
-        `(K, B)` is True for real examples.
-        """
+    def loss(self, seen: Seen) -> Tensor:
+        """Each client's penalty, `(K,)`."""
 
 
 @register("none")
@@ -45,16 +47,8 @@ class NoPenalty(Penalty):
 
     is_idle = True
 
-    def loss(
-        self,
-        image_features: Tensor,
-        class_features: Tensor,
-        frozen_images: Tensor,
-        frozen_classes: Tensor,
-        example_mask: Tensor,
-        logit_scale: Tensor,
-    ) -> Tensor:
-        return torch.zeros(len(image_features), device=image_features.device)
+    def loss(self, seen: Seen) -> Tensor:
+        return torch.zeros(len(seen.images), device=seen.images.device)
 
 
 @register("anchor")
@@ -68,16 +62,8 @@ class Anchor(Penalty):
 
     weight: float = option("weight beside the objective", 1.0, above=0)
 
-    def loss(
-        self,
-        image_features: Tensor,
-        class_features: Tensor,
-        frozen_images: Tensor,
-        frozen_classes: Tensor,
-        example_mask: Tensor,
-        logit_scale: Tensor,
-    ) -> Tensor:
-        return self.weight * (1 - F.cosine_similarity(class_features, frozen_classes, dim=-1)).mean(dim=-1)
+    def loss(self, seen: Seen) -> Tensor:
+        return self.weight * (1 - F.cosine_similarity(seen.classes, seen.frozen_classes, dim=-1)).mean(dim=-1)
 
 
 @register("distillation")
@@ -88,18 +74,10 @@ class Distillation(Penalty):
     weight: float = option("weight beside the objective", 1.0, above=0)
     temperature: float = option("what logits are divided by: higher looks at all classes", 2.0, above=0)
 
-    def loss(
-        self,
-        image_features: Tensor,
-        class_features: Tensor,
-        frozen_images: Tensor,
-        frozen_classes: Tensor,
-        example_mask: Tensor,
-        logit_scale: Tensor,
-    ) -> Tensor:
-        own = logit_scale * torch.bmm(image_features, class_features.transpose(1, 2))
-        frozen = logit_scale * frozen_images @ frozen_classes.T
-        return self.weight * divergence(own, frozen, example_mask, self.temperature)
+    def loss(self, seen: Seen) -> Tensor:
+        own = seen.logit_scale * torch.bmm(seen.images, seen.classes.transpose(1, 2))
+        frozen = seen.logit_scale * seen.frozen_images @ seen.frozen_classes.T
+        return self.weight * divergence(own, frozen, seen.example_mask, self.temperature)
 
 
 def divergence(own: Tensor, other: Tensor, example_mask: Tensor, temperature: float) -> Tensor:
