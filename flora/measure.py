@@ -137,6 +137,7 @@ def measure_alone(experiment: Experiment, *, advance: Callable[[int], object]) -
 
 
 def client_columns(experiment: Experiment, results: ClientResults, alone: dict[int, float]) -> dict[str, list[Any]]:
+    """The columns of `clients.csv` by name, with an entry for each client; a missing result is empty text."""
     federation = experiment.federation
     clients = federation.clients
 

@@ -47,8 +47,8 @@ class RoundResult:
 def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, RoundResult]:
     """The round after `state`. Nothing but `state` and the federation's seed decides what comes out.
 
-    Updates that are not fit to be averaged are left out; without any, adapter and strategy stay as they are. Raises
-    `UserError` for the first of them where `screening` says so.
+    Updates that are not fit to be averaged are left out; without any fit one, adapter and strategy stay as they are,
+    but for the network's clock. Raises `UserError` for the first of them where `screening` says so.
     """
     started = time.perf_counter()
     round = state.round + 1

@@ -34,8 +34,8 @@ class Sampler(Component):
         return max(1, round((self.fraction or 1.0) * num_clients))
 
     def size_in(self, round: int, num_clients: int) -> int:
-        """How many of `num_clients` that can be asked take part in a round, counted from 1."""
-        return max(1, min(self.number or _rounded((self.fraction or 1.0) * num_clients), num_clients))
+        """How many of `num_clients` take part in a round, counted from 1. Raises as `cohort_size`."""
+        return self.cohort_size(num_clients)
 
     @abstractmethod
     def sample(self, sizes: np.ndarray, number: int, rng: Rng) -> np.ndarray:
@@ -75,10 +75,5 @@ class Decaying(Uniform):
     minimum: int = option("clients that take part in the end at least", 2, at_least=1)
 
     def size_in(self, round: int, num_clients: int) -> int:
-        first = super().size_in(round, num_clients)
-        return max(_rounded(first * math.exp(-self.beta * (round - 1))), min(self.minimum, first))
-
-
-def _rounded(number: float) -> int:
-    # `round` is the name of an argument where this is needed.
-    return round(number)
+        first = self.cohort_size(num_clients)
+        return max(math.floor(first * math.exp(-self.beta * (round - 1)) + 0.5), min(self.minimum, first))
