@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from flora.clip.adapters import Lora
 from flora.config import ExperimentConfig
+from flora.federated.aggregation import Strategy
 from flora.federated.combiners import Mean
 from flora.federated.network import Patience
 from flora.federated.server_optimizers import ServerSgd
@@ -55,8 +56,13 @@ def _check_combination(config: ExperimentConfig) -> None:
             f"{name_of(strategy)} replaces the plain mean: expected combiner mean, optimizer sgd with "
             "its defaults, and no correction that the server remembers",
         )
-    if (strategy.alternates or strategy.restarts) and local.optimizer_state == "kept":
-        reason = "trains other tensors from round to round" if strategy.alternates else "starts anew each round"
+    reasons = (
+        (strategy.alternates, "trains other tensors from round to round"),
+        (strategy.restarts, "starts anew each round"),
+        (strategy.changes_basis, "gives A and B another basis each round"),
+    )
+    reason = next((reason for applies, reason in reasons if applies), None)
+    if reason is not None and local.optimizer_state == "kept":
         raise OptionError("local.optimizer_state", f"expected fresh, because the strategy {reason}")
     if config.communication.error_feedback and (strategy.alternates or strategy.replaces_mean):
         raise OptionError(
@@ -75,11 +81,37 @@ def _check_combination(config: ExperimentConfig) -> None:
         if not strategy.alternates:
             reason = "some tensors stay with their clients" if has_personal else "clients have ranks of their own"
         raise OptionError("local.correction", f"expected none or fedprox, because {reason}")
-    if config.personal.in_round(local) is not None and (has_personal or strategy.keeps_residual):
+    if remembers:
+        _check_memory(config)
+    trains_own = config.personal.in_round(local) is not None
+    if trains_own and (has_personal or strategy.keeps_residual or strategy.changes_basis):
         reason = "the strategy restarts or corrects the adapter by a residual"
+        if strategy.changes_basis:
+            reason = "the strategy gives A and B another basis each round, and a distance from them means nothing"
         if has_personal:
             reason = "some of the adapter's tensors stay with their clients anyway"
         raise OptionError("personal", f"{name_of(config.personal)} can't be used, because {reason}")
+
+
+def _check_memory(config: ExperimentConfig) -> None:
+    """Raise `OptionError` if the server does what a correction that it remembers doesn't go with."""
+    name, server = name_of(config.local.correction), config.server
+    if server.screening.policy == "clip":
+        raise OptionError(
+            "server.screening.policy", f"expected skip or abort, because {name} remembers what clip takes away"
+        )
+    if server.combiner != Mean():
+        raise OptionError(
+            "server.combiner",
+            f"expected mean, because {name} remembers the mean over all clients, those that "
+            f"{name_of(server.combiner)} leaves out or scales down included",
+        )
+    if type(server.strategy).weights is not Strategy.weights:
+        raise OptionError(
+            "local.correction",
+            f"expected none or fedprox, because {name} needs the weights of all clients, and "
+            f"{name_of(server.strategy)} has `weights` of its own: give it a `weight` instead",
+        )
 
 
 def _check_network(config: ExperimentConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,19 @@ from flora.checks import check_experiment
 from flora.clip.adapters import Lora
 from flora.config import parse_config
 from flora.errors import UserError
+from flora.federated.aggregation import FedAvg, Strategy
 from flora.federated.apart import train_alone
 from flora.federated.communication import payload_bytes
 from flora.federated.corrections import Correction, FedDyn, FedProx, NoCorrection, Scaffold
 from flora.federated.federation import Federation
 from flora.federated.local import LocalTraining
 from flora.federated.optimizers import Sgd
-from flora.federated.round import run_round
+from flora.federated.round import _next, run_round
+from flora.federated.sampling import Uniform
 from flora.hooks import Hooks
-from flora.records import ServerState
+from flora.records import ClientData, ClientUpdate, ServerState
+from flora.registry import register
+from flora.rng import Rng
 from flora.simulate import resume, simulate
 from flora.tree import State
 
@@ -44,8 +50,11 @@ def prepared(model: str, correction: Correction, **options: Any) -> tuple[Federa
     return parts, parts.initial_state(first.adapter)
 
 
-def trained(model: str, correction: Correction, rounds: int = ROUNDS, **options: Any) -> ServerState:
+def trained(
+    model: str, correction: Correction, rounds: int = ROUNDS, *, weighting: str = "examples", **options: Any
+) -> ServerState:
     parts, state = prepared(model, correction, **options)
+    parts.strategy = FedAvg(weighting=weighting)
     for _ in range(rounds):
         state, _ = run_round(parts, state)
     return state
@@ -83,8 +92,16 @@ def test_fedprox_equals_a_plain_loop(tiny_model: str) -> None:
     assert_states_close(trained(tiny_model, FedProx(mu=0.7)).adapter, tree.unflatten(x, state.adapter))
 
 
-def test_scaffold_equals_a_plain_loop(tiny_model: str) -> None:
+def shares(parts: Federation, weighting: str) -> torch.Tensor:
+    """Each client's share of all clients' weight."""
+    sizes = torch.tensor([float(len(client.train)) for client in parts.clients])
+    return sizes / sizes.sum() if weighting == "examples" else torch.full_like(sizes, 1 / len(sizes))
+
+
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+def test_scaffold_equals_a_plain_loop(tiny_model: str, weighting: str) -> None:
     parts, state = prepared(tiny_model, Scaffold())
+    share = shares(parts, weighting)[:, None]
     x = tree.flatten(state.adapter)
     c, own = torch.zeros_like(x), [torch.zeros_like(x) for _ in range(5)]
     for _ in range(ROUNDS):
@@ -97,17 +114,19 @@ def test_scaffold_equals_a_plain_loop(tiny_model: str) -> None:
             ends.append(w)
             changes.append(after - own[client])
             own[client] = after
-        x, c = mean(parts, ends), c + torch.stack(changes).sum(dim=0) / 5
-    found = trained(tiny_model, Scaffold())
+        x, c = (torch.stack(ends) * share).sum(dim=0), c + (torch.stack(changes) * share).sum(dim=0)
+    found = trained(tiny_model, Scaffold(), weighting=weighting)
     assert_states_close(found.adapter, tree.unflatten(x, state.adapter))
     torch.testing.assert_close(found.strategy["correction.control"], c, atol=1e-3, rtol=1e-3)
     for client in range(5):
         torch.testing.assert_close(found.clients[client]["correction.control"], own[client], atol=1e-3, rtol=1e-3)
 
 
-def test_feddyn_equals_a_plain_loop(tiny_model: str) -> None:
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+def test_feddyn_equals_a_plain_loop(tiny_model: str, weighting: str) -> None:
     alpha = 0.5
     parts, state = prepared(tiny_model, FedDyn(alpha=alpha))
+    share = shares(parts, weighting)[:, None]
     x = tree.flatten(state.adapter)
     h, own = torch.zeros_like(x), [torch.zeros_like(x) for _ in range(5)]
     for _ in range(ROUNDS):
@@ -118,11 +137,62 @@ def test_feddyn_equals_a_plain_loop(tiny_model: str) -> None:
                 w = w - RATE * (gradient(parts, client, w, state.adapter) - own[client] + alpha * (w - x))
             own[client] = own[client] - alpha * (w - x)
             ends.append(w)
-        h = h - alpha * (torch.stack(ends) - x).sum(dim=0) / 5
-        x = mean(parts, ends) - h / alpha
-    found = trained(tiny_model, FedDyn(alpha=alpha))
+        h = h - alpha * ((torch.stack(ends) - x) * share).sum(dim=0)
+        x = (torch.stack(ends) * share).sum(dim=0) - h / alpha
+    found = trained(tiny_model, FedDyn(alpha=alpha), weighting=weighting)
     assert_states_close(found.adapter, tree.unflatten(x, state.adapter), atol=1e-4)
     torch.testing.assert_close(found.strategy["correction.gradient"], h, atol=1e-4, rtol=1e-3)
+
+
+# Three clients of 1, 2 and 9 examples, whose losses are |x - 0|^2 / 2, |x - 1|^2 / 2 and |x - 8|^2 / 2.
+EXAMPLES, OPTIMA = (1, 2, 9), (0.0, 1.0, 8.0)
+
+
+def quadratic_end(correction: Correction, weighting: str, cohorts: list[list[int]]) -> float:
+    """Where the server comes to on the quadratic clients, which take 5 steps at rate 0.1 in each round."""
+    clients = [ClientData(np.arange(number), np.arange(0)) for number in EXAMPLES]
+    parts = Federation(
+        model=None,  # type: ignore[arg-type]
+        features=None,  # type: ignore[arg-type]
+        clients=clients,
+        local=local(correction),
+        sampler=Uniform(),
+        strategy=FedAvg(weighting=weighting),
+        num_rounds=len(cohorts),
+        clients_per_block=1,
+        rng=Rng(0),
+    )
+    state = ServerState(0, {"x": torch.zeros(1)}, tree.below("correction.", correction.memory(1)))
+    kept = {client: correction.memory(1) for client in range(3)}
+    for cohort in cohorts:
+        server, start = tree.named_below("correction.", state.strategy), state.adapter["x"]
+        updates = []
+        for client in cohort:
+            x = start.clone()
+            for _ in range(5):
+                rows = [x.unsqueeze(0), start.unsqueeze(0)]
+                own, common = (tree.expand(memory, 1) for memory in (kept[client], server))
+                x = x - 0.1 * correction.correct(rows[0] - OPTIMA[client], *rows, own, common)[0]
+            moved, steps = (x - start).unsqueeze(0), torch.tensor([[5]])
+            after = {name: row[0] for name, row in correction.remember(moved, own, common, steps, 0.1).items()}
+            sent, kept[client] = correction.sent(kept[client], after), after
+            updates.append(ClientUpdate(client, EXAMPLES[client], {"x": x - start}, 0.0, 5, extra=sent))
+        adapter, strategy, _ = _next(parts, state, updates, {})
+        state = ServerState(state.round + 1, adapter, strategy)
+    return float(state.adapter["x"])
+
+
+ALL = [[0, 1, 2]] * 300
+SOME = [[0, 1], [1, 2], [0, 2], [2], [0], [1]] * 200
+
+
+@pytest.mark.parametrize(("weighting", "optimum"), [("examples", 74 / 12), ("uniform", 3.0)])
+@pytest.mark.parametrize("cohorts", [ALL, SOME], ids=["all", "some"])
+@pytest.mark.parametrize("correction", [Scaffold(), FedDyn(alpha=0.5)], ids=["scaffold", "feddyn"])
+def test_the_fixed_point_is_the_optimum_of_the_weighting(
+    correction: Correction, cohorts: list[list[int]], weighting: str, optimum: float
+) -> None:
+    assert quadratic_end(correction, weighting, cohorts) == pytest.approx(optimum, abs=1e-3)
 
 
 CORRECTIONS = [FedProx(mu=0.5), Scaffold(), FedDyn(alpha=0.5)]
@@ -190,6 +260,15 @@ def test_a_corrected_run_that_stopped_goes_on(raw_config: dict[str, Any], tmp_pa
     assert whole["checkpoints/round-0004/strategy.safetensors"] == parts["checkpoints/round-0004/strategy.safetensors"]
 
 
+@register("by_loss")
+@dataclass(frozen=True)
+class ByLoss(Strategy):
+    """Weighs clients by what is known after their training alone."""
+
+    def weights(self, updates: Sequence[ClientUpdate]) -> list[float]:
+        return [update.loss for update in updates]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -199,6 +278,17 @@ def test_a_corrected_run_that_stopped_goes_on(raw_config: dict[str, Any], tmp_pa
          "local.optimizer: scaffold reads gradients off a client's way: expected sgd without momentum"),
         ({"local": {"correction": "feddyn"}, "server": {"strategy": "rolora"}},
          "local.correction: expected none or fedprox, because the strategy trains other tensors from round to round"),
+        ({"local": {"correction": "feddyn"}, "server": {"screening": {"policy": "clip", "max_norm_ratio": 2}}},
+         "server.screening.policy: expected skip or abort, because feddyn remembers what clip takes away"),
+        ({"local": {"correction": "scaffold", "optimizer": "sgd"},
+          "server": {"screening": {"policy": "clip", "max_norm_ratio": 2}}},
+         "server.screening.policy: expected skip or abort, because scaffold remembers what clip takes away"),
+        ({"local": {"correction": "feddyn"}, "server": {"combiner": "median"}},
+         "server.combiner: expected mean, because feddyn remembers the mean over all clients, those that median leaves "
+         "out or scales down included"),
+        ({"local": {"correction": "feddyn"}, "server": {"strategy": "by_loss"}},
+         "local.correction: expected none or fedprox, because feddyn needs the weights of all clients, and by_loss has "
+         "`weights` of its own: give it a `weight` instead"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_one_line(

@@ -37,6 +37,7 @@ GOOD = [update(1, 3.0, 4.0), update(2, 0.0, 5.0), update(3, 6.0, 8.0)]
         (update(0, math.inf, 0.0), "not finite"),
         (update(0, 1.0, 0.0, loss=math.nan), "not finite"),
         (update(0, 1.0, 0.0, failed_step=2), "not finite"),
+        (update(0, 1.0, 0.0, extra={"control": torch.tensor([math.inf])}), "not finite"),
         (update(0, 1.0), "wrong names, shapes or types"),
         (update(0, 1.0, 2.0, delta={"b": torch.zeros(2)}), "wrong names, shapes or types"),
         (update(0, 1.0, 2.0, delta={"a": torch.zeros(2, dtype=torch.int64)}), "wrong names, shapes or types"),

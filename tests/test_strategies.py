@@ -19,13 +19,14 @@ from flora.checks import check_experiment
 from flora.clip.adapters import FullFineTuning, Lora
 from flora.config import parse_config
 from flora.errors import UserError
-from flora.federated.aggregation import FedAvg, FfaLora, FlexLora, LoraFair, RoLora, Strategy
+from flora.federated.aggregation import FedAvg, FfaLora, FlexLora, HetLora, LoraFair, RoLora, Strategy
 from flora.federated.combiners import BoundedMean, Combiner, Mean, Median, MultiKrum, TrimmedMean
 from flora.federated.federation import Federation
 from flora.federated.local import LocalTraining
 from flora.federated.low_rank import aggregation_error, layers, product_of, residual_of
 from flora.federated.optimizers import Adam, Sgd
-from flora.federated.round import RoundResult, run_round
+from flora.federated.round import RoundResult, _End, _next, run_round
+from flora.federated.sampling import Uniform
 from flora.federated.server_optimizers import (
     Adaptive,
     ServerAdagrad,
@@ -207,6 +208,66 @@ def test_aggregation_error_equals_dense_products(seed: int, number: int, rank: i
     assert aggregation_error(clients, weights, server) == pytest.approx((wrong / mean) ** 0.5, rel=1e-9)
 
 
+LEFT = {"x.lora_A": torch.tensor([[1.0, 0.0], [0.0, 1.0]]), "x.lora_B": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}
+
+
+def errors(changes: list[State], **options: Any) -> list[float | None]:
+    """The error of three rounds that begin with `LEFT`, in each of which clients of equal weight change the same."""
+    clients = [ClientData(np.arange(1), np.arange(0)) for _ in changes]
+    parts = Federation(
+        model=None,  # type: ignore[arg-type]
+        features=None,  # type: ignore[arg-type]
+        clients=clients,
+        local=LOCAL,
+        sampler=Uniform(),
+        num_rounds=3,
+        clients_per_block=1,
+        rng=Rng(0),
+        **options,
+    )
+    state = ServerState(0, LEFT, parts.server_optimizer.init(LEFT))
+    found = []
+    for round in range(1, 4):
+        begin = {client: parts.received(state.adapter, client) for client in range(len(changes))}
+        updates = [ClientUpdate(client, 1, delta, 0.0, 1) for client, delta in enumerate(changes)]
+        adapter, strategy, error = _next(parts, state, updates, begin)
+        state = ServerState(round, adapter, strategy)
+        found.append(error)
+    return found
+
+
+SERVER_OPTIMIZERS = [ServerSgd(), ServerSgd(learning_rate=0.1, momentum=0.9), ServerAdam(), ServerYogi()]
+
+
+@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
+@pytest.mark.parametrize("combiner", [Mean(), Median()])
+def test_what_the_server_does_afterwards_is_no_error_of_averaging(
+    optimizer: ServerOptimizer, combiner: Combiner
+) -> None:
+    b_alone = [{"x.lora_B": torch.tensor([[float(client), 0.0], [0.0, 3.0]])} for client in range(3)]
+    found = errors(b_alone, strategy=FfaLora(), server_optimizer=optimizer, combiner=combiner)
+    assert found == pytest.approx([0.0] * 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
+def test_the_error_of_a_round_by_hand(optimizer: ServerOptimizer) -> None:
+    one = {"x.lora_A": torch.tensor([[1.0, 0.0], [0.0, 0.0]]), "x.lora_B": torch.tensor([[1.0, 0.0], [0.0, 0.0]])}
+    found = errors([one, tree.scale(one, 0.0)], strategy=FedAvg(), server_optimizer=optimizer)
+    # From I and I one client comes to diag(2, 1) twice, the other stays. The mean product is diag(2.5, 1), of norm
+    # sqrt(7.25), the product of the means diag(2.25, 1), whatever the server makes of them.
+    assert found[0] == pytest.approx(0.25 / 7.25**0.5, rel=1e-6)
+
+
+def test_ranks_that_nobody_in_the_cohort_holds_are_no_error() -> None:
+    same = {"x.lora_A": torch.tensor([[1.0, 0.5], [0.0, 0.0]]), "x.lora_B": torch.tensor([[0.5, 0.0], [1.0, 0.0]])}
+    assert errors([same] * 2, strategy=HetLora(), ranks=np.array([1, 1])) == pytest.approx([0.0] * 3, abs=1e-6)
+    other = {"x.lora_A": torch.tensor([[-1.0, 0.0], [0.0, 0.0]]), "x.lora_B": torch.tensor([[-1.0, 0.0], [0.0, 0.0]])}
+    # From the first rank of I and I: one client comes to [2, 0.5] and [1.5, 1], the other to zeros. The mean product is
+    # half of the first one's, the product of the means a quarter: it lacks half of what there is.
+    found = errors([same, other], strategy=HetLora(), ranks=np.array([1, 1]))
+    assert found[0] == pytest.approx(0.5, rel=1e-6)
+
+
 def low_rank_clients(number: int, rank: int = 2, seed: int = 0) -> list[State]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"x.lora_A": (rank, 6), "x.lora_B": (5, rank)}
@@ -371,6 +432,11 @@ def test_one_client_is_left_as_it_is(tiny_model: str) -> None:
          "server.strategy: ffa_lora treats A and B differently: expected adapter lora, got full"),
         ({"server": {"strategy": "rolora"}, "local": {"optimizer_state": "kept"}},
          "local.optimizer_state: expected fresh, because the strategy trains other tensors from round to round"),
+        ({"server": {"strategy": "flexlora"}, "local": {"optimizer_state": "kept"}},
+         "local.optimizer_state: expected fresh, because the strategy gives A and B another basis each round"),
+        ({"server": {"strategy": "flexlora"}, "personal": "ditto"},
+         "personal: ditto can't be used, because the strategy gives A and B another basis each round, and a distance "
+         "from them means nothing"),
         ({"server": {"strategy": "flexlora", "optimizer": "adam"}},
          "server.strategy: flexlora replaces the plain mean: expected combiner mean, optimizer sgd with its defaults, "
          "and no correction that the server remembers"),
@@ -395,7 +461,15 @@ def test_options_are_checked(raw_config: dict[str, Any]) -> None:
         TrimmedMean(fraction=0.5)
 
 
-def test_full_fine_tuning_has_no_low_rank_error(tiny_model: str) -> None:
+def test_full_fine_tuning_has_no_low_rank_error_and_makes_no_clients_adapter(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(end: _End, name: str) -> torch.Tensor:
+        raise AssertionError(f"{name} is made")
+
+    monkeypatch.setattr(_End, "__getitem__", refuse)
+    with pytest.raises(AssertionError, match=r"lora_. is made"):
+        rounds(tiny_model, FedAvg(), 1)
     adapted = adapt(tiny_model, FullFineTuning())
     _, result = run_round(federation(adapted, LOCAL), start(adapted))
     assert result.aggregation_error is None

@@ -35,6 +35,9 @@ class Strategy(Component):
     """Whether the tensors that are trained differ from round to round."""
     restarts: ClassVar[bool] = False
     """Whether what clients train starts anew each round, at random from a seed that all know."""
+    changes_basis: ClassVar[bool] = False
+    """Whether each round's A and B are other factors of the product than before, so that a number at a place of them,
+    or a direction, means nothing in the next round."""
     takes_ranks: ClassVar[bool] = False
     """Whether clients may have ranks of their own."""
     keeps_residual: ClassVar[bool] = False
@@ -76,7 +79,11 @@ class Strategy(Component):
 
     def weights(self, updates: Sequence[ClientUpdate]) -> list[float]:
         """How much each update counts."""
-        return [float(update.num_examples) if self.weighting == "examples" else 1.0 for update in updates]
+        return [self.weight(update.num_examples) for update in updates]
+
+    def weight(self, num_examples: int) -> float:
+        """How much a client of so many examples counts."""
+        return float(num_examples) if self.weighting == "examples" else 1.0
 
 
 @register("fedavg")
@@ -193,6 +200,7 @@ class FlexLora(LoraStrategy):
     """
 
     replaces_mean = True
+    changes_basis = True
     takes_ranks = True
 
     def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:

@@ -18,6 +18,25 @@ from flora.registry import Component, OptionError, option, register
 from flora.tree import State, StateLike
 
 
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """What a correction reads at the server: what each client of a cohort moved `(P,)` and sent, and its weight.
+
+    `total_weight` is that of all clients, those outside the cohort included. With it a sum over cohorts of what each
+    client changed is, at any time, the weighted mean of what all clients have come to.
+    """
+
+    moved: Sequence[Tensor]
+    sent: Sequence[StateLike]
+    weights: Sequence[float]
+    total_weight: float
+
+    def share_of_all(self, vectors: Sequence[Tensor]) -> Tensor:
+        """sum w_k v_k / W `(P,)` in double precision, where W is the weight of all clients, not of the cohort."""
+        rows = torch.stack(list(vectors)).double()
+        return (rows * torch.tensor(self.weights, dtype=torch.float64).unsqueeze(1)).sum(dim=0) / self.total_weight
+
+
 @dataclass(frozen=True)
 class Correction(Component):
     """What is added to each client's gradient, before it is clipped."""
@@ -54,13 +73,8 @@ class Correction(Component):
         """What a client sends beside its delta, from what it remembered before and after the round."""
         return {}
 
-    def at_server(
-        self, delta: Tensor, server: StateLike, moved: Sequence[Tensor], sent: Sequence[StateLike], num_clients: int
-    ) -> tuple[Tensor, State]:
-        """The delta `(P,)` to step along, and what the server remembers then.
-
-        `delta` is the combined one, `moved` and `sent` are those of the cohort, `num_clients` is how many there are.
-        """
+    def at_server(self, delta: Tensor, server: StateLike, cohort: Cohort) -> tuple[Tensor, State]:
+        """The delta `(P,)` to step along, from the combined one, and what the server remembers then."""
         return delta, dict(server)
 
 
@@ -94,7 +108,8 @@ class Scaffold(Correction):
     """Gradient - c_k + c, with control variates c_k of the clients and c of the server (arXiv:1910.06378).
 
     After S steps c_k becomes c_k - c + (w_broadcast - w_k) / (S learning_rate), its option II, and the server adds
-    the cohort's changes over the number of all clients. Both controls travel, so bytes double either way.
+    the cohort's changes, each by its client's share of all clients' weight: c is the weighted mean of all c_k, so that
+    what it comes to rest at is the optimum of `weighting`. Both controls travel, so bytes double either way.
     """
 
     is_broadcast = True
@@ -119,10 +134,8 @@ class Scaffold(Correction):
     def sent(self, before: StateLike, after: StateLike) -> State:
         return {"control": after["control"] - before["control"]}
 
-    def at_server(
-        self, delta: Tensor, server: StateLike, moved: Sequence[Tensor], sent: Sequence[StateLike], num_clients: int
-    ) -> tuple[Tensor, State]:
-        change = torch.stack([each["control"] for each in sent]).double().sum(dim=0) / num_clients
+    def at_server(self, delta: Tensor, server: StateLike, cohort: Cohort) -> tuple[Tensor, State]:
+        change = cohort.share_of_all([each["control"] for each in cohort.sent])
         return delta, {"control": (server["control"].double() + change).float()}
 
 
@@ -131,8 +144,9 @@ class Scaffold(Correction):
 class FedDyn(Correction):
     """Gradient - h_k + alpha (w - w_broadcast), and a server that steps past the mean (arXiv:2111.04263, algorithm 1).
 
-    After a round h_k loses alpha times the client's way, the server's h alpha times the mean way over all clients, and
-    the next adapter is the mean minus h / alpha.
+    After a round h_k loses alpha times the client's way, the server's h alpha times the mean way over all clients, by
+    their weights, and the next adapter is the mean minus h / alpha. So h is the weighted mean of all h_k, and what it
+    comes to rest at is the optimum of `weighting` (the paper's, whose clients weigh the same, with uniform).
     """
 
     reads_deltas = True
@@ -151,9 +165,7 @@ class FedDyn(Correction):
     ) -> State:
         return {"gradient": own["gradient"] - self.alpha * moved}
 
-    def at_server(
-        self, delta: Tensor, server: StateLike, moved: Sequence[Tensor], sent: Sequence[StateLike], num_clients: int
-    ) -> tuple[Tensor, State]:
-        way = torch.stack(list(moved)).double().sum(dim=0) / num_clients
+    def at_server(self, delta: Tensor, server: StateLike, cohort: Cohort) -> tuple[Tensor, State]:
+        way = cohort.share_of_all(cohort.moved)
         gradient = server["gradient"].double() - self.alpha * way
         return (delta.double() - gradient / self.alpha).float(), {"gradient": gradient.float()}

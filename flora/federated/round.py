@@ -7,21 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from flora import tree
 from flora.federated.buffered import deliver_buffered
+from flora.federated.corrections import Cohort
 from flora.federated.delivery import Delivery, deliver
 from flora.federated.federation import CLOCK, Federation
 from flora.federated.local import CORRECTION
-from flora.federated.low_rank import (
-    aggregation_error,
-    rank_padded,
-)
+from flora.federated.low_rank import aggregation_error, layers, rank_padded
 from flora.federated.personal import OWN
 from flora.federated.screening import refusal, screen
 from flora.records import ClientUpdate, Rejection, ServerState
 from flora.rng import Rng
-from flora.tree import State
+from flora.tree import State, StateLike
 
 
 @dataclass(frozen=True)
@@ -130,39 +129,57 @@ def _next(
 ) -> tuple[State, State, float | None]:
     """The next adapter and strategy state, and what averaging got wrong, from updates that may be averaged."""
     weights = federation.strategy.weights(updates)
-    deltas, ends = _in_server_terms(federation, state.adapter, updates, begin)
+    shared, ends = _in_server_terms(federation, state.adapter, updates, begin)
+    deltas = [update.delta for update in updates]
+    if federation.ranks is not None:
+        deltas = [{name: end[name] - shared[name] for name in updates[0].delta} for end in ends]
     delta, strategy = federation.combiner.combine(deltas, weights), state.strategy
     memory = tree.named_below(CORRECTION, strategy)
     if memory:
-        vector, memory = federation.local.correction.at_server(
-            tree.flatten(delta),
-            memory,
-            [tree.flatten(update.delta) for update in updates],
-            [update.extra for update in updates],
-            len(federation.clients),
+        cohort = Cohort(
+            moved=[tree.flatten(update.delta) for update in updates],
+            sent=[update.extra for update in updates],
+            weights=weights,
+            total_weight=sum(map(federation.strategy.weight, federation.sizes.tolist())),
         )
+        vector, memory = federation.local.correction.at_server(tree.flatten(delta), memory, cohort)
         delta, strategy = tree.unflatten(vector, delta), {**strategy, **tree.below(CORRECTION, memory)}
     adapter, strategy = federation.server_optimizer.step(state.adapter, delta, strategy)
     adapter = federation.strategy.settle(adapter, ends, weights)
     if federation.strategy.has_personal:  # no product is the server's alone
         return adapter, strategy, None
-    return adapter, strategy, aggregation_error(ends, weights, adapter, state.adapter)
+    averaged = adapter
+    if not federation.strategy.replaces_mean and layers(adapter):
+        mean = tree.weighted_mean(deltas, weights)
+        averaged = {**shared, **tree.add({name: shared[name] for name in mean}, mean)}
+    return adapter, strategy, aggregation_error(ends, weights, averaged, state.adapter)
 
 
 def _in_server_terms(
     federation: Federation, adapter: State, updates: Sequence[ClientUpdate], begin: Mapping[int, State]
-) -> tuple[list[State], list[State]]:
-    """What clients changed of the server's adapter, and the adapters that they ended with.
+) -> tuple[StateLike, list[StateLike]]:
+    """What of the server's adapter the cohort can have, and the adapters that clients ended with.
 
     A client of a lower rank has zeros where it has no ranks. What is beyond the ranks of the whole cohort stays as it
     is: where A and B were both zero, nothing would ever change again.
     """
     if federation.ranks is None:
-        deltas = [update.delta for update in updates]
-        return deltas, [{**adapter, **{name: adapter[name] + own for name, own in delta.items()}} for delta in deltas]
-    ends = [
-        {**adapter, **{name: begin[update.client][name] + own for name, own in update.delta.items()}}
-        for update in updates
-    ]
+        return adapter, [_End(adapter, update.delta) for update in updates]
     shared = rank_padded(adapter, int(federation.ranks[[update.client for update in updates]].max()))
-    return [{name: end[name] - shared[name] for name in updates[0].delta} for end in ends], ends
+    return shared, [_End(begin[update.client], update.delta) for update in updates]
+
+
+class _End(Mapping[str, Tensor]):
+    """The adapter that a client ended with. Its tensors are made when they are read: mostly nobody does."""
+
+    def __init__(self, begin: StateLike, delta: StateLike) -> None:
+        self._begin, self._delta = begin, delta
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._begin[name] + self._delta[name] if name in self._delta else self._begin[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._begin)
+
+    def __len__(self) -> int:
+        return len(self._begin)

@@ -88,6 +88,8 @@ def _fault(update: ClientUpdate, adapter: StateLike) -> str | None:
     expected = {name: (tensor.shape, tensor.dtype) for name, tensor in adapter.items()}
     if {name: (tensor.shape, tensor.dtype) for name, tensor in update.delta.items()} != expected:
         return "wrong names, shapes or types"
-    if update.failed_step is not None or not math.isfinite(update.loss) or not tree.is_finite(update.delta):
+    if update.failed_step is not None or not math.isfinite(update.loss):
+        return NOT_FINITE
+    if not tree.is_finite(update.delta) or not tree.is_finite(update.extra):
         return NOT_FINITE
     return None
