@@ -42,20 +42,27 @@ def test_contrastive_is_clips_loss_in_which_a_same_class_image_is_a_negative() -
     torch.testing.assert_close(loss[0], expected)
 
 
-def test_multi_positive_shares_the_target_among_the_images_of_a_class() -> None:
-    images, classes, labels = inputs([[0, 2, 2, 1]])
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    loss = MultiPositive().loss(images, classes, labels, mask, torch.tensor(10.0))
-    logits = 10 * images[0] @ classes[0][labels[0]].T
-    target = torch.tensor([[1, 0, 0, 0], [0, 0.5, 0.5, 0], [0, 0.5, 0.5, 0], [0, 0, 0, 1.0]])
-    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    torch.testing.assert_close(loss[0], expected)
-    distinct = torch.tensor([[3, 2, 0, 1]])
-    both = [
-        objective.loss(images, classes, distinct, mask, torch.tensor(10.0))
-        for objective in (MultiPositive(), Contrastive())
-    ]
-    torch.testing.assert_close(*both)
+def test_multi_positive_counts_each_text_once_by_hand() -> None:
+    # Two images of class 0 and one of class 2, on the axes; class 1 is not in the batch, and counts nowhere.
+    images = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]], dtype=torch.float64)
+    classes = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    labels, mask = torch.tensor([[0, 0, 2]]), torch.ones(1, 3, dtype=torch.bool)
+    loss = MultiPositive().loss(images, classes, labels, mask, torch.tensor(2.0, dtype=torch.float64))
+    e = math.exp(2)
+    # Logits of the images to the texts of 0 and 2: (2, 0), (0, 2), (0, 2).
+    of_images = [-math.log(e / (e + 1)), -math.log(1 / (1 + e)), -math.log(e / (1 + e))]
+    # Logits of text 0 to the images: (2, 0, 0), the first two its own; of text 2: (0, 2, 2), the last its own.
+    of_texts = [-(math.log(e / (e + 2)) + math.log(1 / (e + 2))) / 2, -math.log(e / (1 + 2 * e))]
+    assert loss.item() == pytest.approx((sum(of_images) / 3 + sum(of_texts) / 2) / 2, rel=1e-12)
+
+
+def test_multi_positive_is_contrastive_only_where_no_class_comes_twice() -> None:
+    images, classes, labels = (each.double() if each.is_floating_point() else each for each in inputs([[0, 2, 2, 1]]))
+    mask, scale = torch.ones(1, 4, dtype=torch.bool), torch.tensor(10.0, dtype=torch.float64)
+    for labels, is_same in ((labels, False), (torch.tensor([[3, 2, 0, 1]]), True)):
+        left, right = (each.loss(images, classes, labels, mask, scale) for each in (MultiPositive(), Contrastive()))
+        assert (abs(left - right).item() < 1e-9) == is_same
+        assert is_same or abs(left - right).item() > 1e-2
 
 
 @pytest.mark.parametrize("objective", ALL)

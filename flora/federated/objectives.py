@@ -87,15 +87,27 @@ class Contrastive(Objective):
 @register("multi_positive")
 @dataclass(frozen=True)
 class MultiPositive(Objective):
-    """The symmetric loss over the batch with all pairs of one class as positives (UniCL, arXiv:2204.03610)."""
+    """The symmetric loss between the batch's images and its classes' texts, each text once (UniCL, arXiv:2204.03610).
+
+    An image's one positive is its class's text, among those of the batch's classes; a text's positives are all images
+    of its class, over which -log p is averaged; then each direction is averaged over its rows. Differs from the paper,
+    which has a text for each image: of classes with one text each its loss is `contrastive`'s, since the same text in
+    two places adds to the denominators alone.
+    """
 
     in_batch: ClassVar[bool] = True
 
     def loss(
         self, image_features: Tensor, class_features: Tensor, labels: Tensor, example_mask: Tensor, logit_scale: Tensor
     ) -> Tensor:
-        both = _in_batch_log_probabilities(image_features, class_features, labels, example_mask, logit_scale)
-        positive = (labels.unsqueeze(2) == labels.unsqueeze(1)) & example_mask.unsqueeze(1)
-        count = positive.sum(dim=-1).clamp(min=1)
-        losses = [-torch.where(positive, log_p, 0.0).sum(dim=-1) / count for log_p in both]
-        return masked_mean((losses[0] + losses[1]) / 2, example_mask)
+        classes = torch.arange(class_features.shape[1], device=labels.device)
+        is_own = (labels.unsqueeze(2) == classes) & example_mask.unsqueeze(2)  # (K, B, C)
+        counts = is_own.sum(dim=1)
+        logits = logit_scale * torch.bmm(image_features, class_features.transpose(1, 2))
+        # A finite number, as above.
+        lowest = torch.finfo(logits.dtype).min / 2
+        to_texts = logits.masked_fill((counts == 0).unsqueeze(1), lowest).log_softmax(dim=2)
+        to_images = logits.masked_fill(~example_mask.unsqueeze(2), lowest).log_softmax(dim=1)
+        of_images = -torch.where(is_own, to_texts, 0.0).sum(dim=2)
+        of_texts = -torch.where(is_own, to_images, 0.0).sum(dim=1) / counts.clamp(min=1)
+        return (masked_mean(of_images, example_mask) + masked_mean(of_texts, counts > 0)) / 2
