@@ -121,6 +121,28 @@ def test_tolerance_says_what_is_left_out() -> None:
         assert len(strategy.settle(strategy.initial(clients[0]), clients, [1.0])["x.residual_A"]) == rank
 
 
+@pytest.mark.parametrize("tolerance", [0.0, 1e-8])
+def test_what_rounding_adds_to_a_residual_is_no_rank(tolerance: float) -> None:
+    """K clients of rank r differ from their means by a product of rank (K - 1) r; of 30 x 40, a few of rank 2 fit."""
+    generator = torch.Generator().manual_seed(0)
+    for number in (2, 3, 5):
+        shapes = {"x.lora_A": (2, 40), "x.lora_B": (30, 2)}
+        clients = [{name: torch.randn(s, generator=generator) for name, s in shapes.items()} for _ in range(number)]
+        weights = [1.0 + place for place in range(number)]
+        strategy = FedExLora(tolerance=tolerance)
+        after = settled(strategy, begun(strategy, clients[0]), clients, weights)
+        assert len(after["x.residual_A"]) == 2 * (number - 1)
+
+
+def test_the_bytes_of_a_residual_do_not_depend_on_the_block(tiny_model: str) -> None:
+    found = [
+        [result.downlink_bytes for result in rounds(tiny_model, FedExLora(), 2, per_block=number)[1]]
+        for number in (1, 2, 5)
+    ]
+    assert found[0] == found[1] == found[2]
+    assert found[0][1] > found[0][0]
+
+
 def test_a_residual_is_added_without_dropout() -> None:
     layer = LowRank(2, 2, scaling=0.5)
     x, frozen = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2, 2)

@@ -242,8 +242,9 @@ class WithResidual(LoraStrategy):
     replaces_mean = True
     keeps_residual = True
     tolerance: float = option(
-        "singular values of the residual at most this share of the largest product in it are left out",
-        1e-8,
+        "singular values of the residual at most this share of the largest product in it are left out, and those that "
+        "the numbers' precision can't tell from zero (a share of 5e-7 in fp32)",
+        0.0,
         at_least=0,
         below=1,
     )
@@ -257,7 +258,11 @@ class WithResidual(LoraStrategy):
 
     def grown(self, adapter: StateLike, layer: str, products: Sequence[Pair]) -> State:
         """The layer's residual and `products` as one residual."""
-        return _residual(layer, nearest([*residual_of(adapter, layer), *products], tolerance=self.tolerance))
+        # The means are rounded to half an eps. Their product's share of that noise, and its growth over rounds, must not
+        # pass for ranks: they would differ with the order of sums, and travel.
+        noise = 4 * torch.finfo(adapter[f"{layer}.lora_A"].dtype).eps
+        products = [*residual_of(adapter, layer), *products]
+        return _residual(layer, nearest(products, tolerance=max(self.tolerance, noise)))
 
 
 @register("flora_stacking")
