@@ -12,6 +12,7 @@ from flora.federated.combiners import Mean
 from flora.federated.network import Patience
 from flora.federated.server_optimizers import ServerSgd
 from flora.registry import OptionError, name_of
+from flora.rng import Rng
 
 
 def check_experiment(config: ExperimentConfig) -> None:
@@ -130,6 +131,14 @@ def _check_network(config: ExperimentConfig) -> None:
             "server.strategy.buffer",
             f"expected at most {config.clients.number_training}, the clients there are, "
             f"got {config.server.strategy.buffer_size}",
+        )
+    profiles = config.network.profiles(config.clients.number_training, Rng(config.seed).child("network"))
+    number = len(config.network.can_ever_deliver(profiles))
+    if config.server.strategy.buffer_size > number:
+        raise OptionError(
+            "server.strategy.buffer",
+            f"expected at most {number}, the clients that can ever deliver (the others have a network.dropout of 1 or "
+            f"an availability of 0), got {config.server.strategy.buffer_size}",
         )
     local, feedback = config.local, config.communication.error_feedback
     if local.correction.memory(1) or local.optimizer_state == "kept" or feedback:

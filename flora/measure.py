@@ -41,15 +41,13 @@ def measure(
 ) -> tuple[RoundRecord, ClientResults | None]:
     """The record of the round that led to `state` (no result: round 0), evaluated if due; the clients' accuracies."""
     config, started = experiment.config.evaluation, time.perf_counter()
-    due = state.round % config.every == 0 or state.round == experiment.config.rounds
+    is_last = state.round == experiment.config.rounds
     results: dict[str, Any] = {}
     clients: ClientResults | None = None
-    if due:
+    if is_last or state.round % config.every == 0:
         results = _measure_server(experiment, state)
-        every = config.clients_every or experiment.config.rounds
-        last = state.round == experiment.config.rounds
-        if last or (state.round and state.round % every == 0):
-            clients = measure_clients(experiment, state)
+    if is_last or (config.clients_every and state.round and state.round % config.clients_every == 0):
+        clients = measure_clients(experiment, state)
     if clients is not None:
         results |= _figures("client", clients.server) | _figures("personal", clients.own)
     return RoundRecord(
@@ -78,8 +76,7 @@ def measure(
 
 def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any]:
     """What a round's record says of the server's adapter on the common test images."""
-    # Round 0 is the frozen model: some adapters change it from the start.
-    stack = tree.expand(state.adapter, 1) if state.round else None
+    stack = _server_stack(state)
     model, size = experiment.federation.model, experiment.config.evaluation.batch_size
     evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
     by_class = class_accuracy(evaluation, experiment.test.labels.cpu().numpy(), experiment.class_names)
@@ -95,6 +92,11 @@ def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any
     return results
 
 
+def _server_stack(state: ServerState) -> tree.State | None:
+    """The server's adapter `(1, ...)`; None in round 0, which is the frozen model: some adapters change it at once."""
+    return tree.expand(state.adapter, 1) if state.round else None
+
+
 def _figures(whose: str, accuracies: np.ndarray | None) -> dict[str, float]:
     """The spread of accuracies over clients, as fields of a record."""
     found = None if accuracies is None else spread(accuracies)
@@ -108,8 +110,8 @@ def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults
     with_own = clients_with_own_adapters(federation, state)
     server = np.full(len(sizes), np.nan)
     if len(experiment.held_out):
-        stack = tree.expand(state.adapter, 1)
-        server = client_accuracies(evaluate(federation.model, stack, experiment.held_out, batch_size=size)[0], sizes)
+        evaluation = evaluate(federation.model, _server_stack(state), experiment.held_out, batch_size=size)[0]
+        server = client_accuracies(evaluation, sizes)
     if with_own is None:
         return ClientResults(server, None)
     own, ends = server.copy(), np.cumsum(sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,32 @@ def test_a_server_that_nobody_answers_goes_on(tiny_model: str) -> None:
     states, results = rounds(parts, 1)
     assert results[0].num_clients == 0 and results[0].num_dropped >= 5 and results[0].train_loss is None
     assert all(torch.equal(states[0].adapter[name], states[1].adapter[name]) for name in states[0].adapter)
+
+
+def test_a_buffer_that_hardly_ever_fills_ends_in_one_line(tiny_model: str) -> None:
+    parts = parts_of(tiny_model, 2, dropout=[0.0, *[1.0] * 4])
+    with pytest.raises(UserError) as caught:
+        rounds(parts, 1)
+    assert str(caught.value) == (
+        "round 1: 10,000 clients in a row dropped out, and the buffer has 1 of 2 updates: lower server.strategy.buffer "
+        "or network.dropout"
+    )
+
+
+def test_a_buffer_larger_than_the_clients_that_can_deliver_is_refused(
+    raw_config: dict[str, Any], tmp_path: Path
+) -> None:
+    profiles = tmp_path / "profiles.csv"
+    profiles.write_text("dropout,availability\n0,1\n1,1\n0.5,0\n0,0.1\n")
+    raw = {**raw_buffered(raw_config), "clients": {"number": 4}, "network": {"name": "csv", "path": str(profiles)}}
+    check_experiment(parse_config(raw))
+    raw["server"] = {"strategy": {"name": "fedbuff", "buffer": 3}}
+    with pytest.raises(UserError) as caught:
+        check_experiment(parse_config(raw))
+    assert str(caught.value) == (
+        "server.strategy.buffer: expected at most 2, the clients that can ever deliver (the others have a "
+        "network.dropout of 1 or an availability of 0), got 3"
+    )
 
 
 def test_an_update_that_is_left_out_is_not_waited_for_again(tiny_model: str) -> None:

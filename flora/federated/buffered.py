@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from flora import tree
+from flora.errors import UserError
 from flora.federated import pending
 from flora.federated.delivery import Delivery, broadcast, start_of, trained
 from flora.federated.federation import CLOCK, Federation
@@ -18,6 +19,8 @@ from flora.rng import Rng
 
 # Times in a row that the server waits for somebody to ask, before it goes on with what it has.
 MAX_WAITS = 100
+# Clients in a row that drop out before one update arrives, after which a run is given up.
+MAX_DROPPED = 10_000
 
 
 def deliver_buffered(federation: Federation, state: ServerState, rng: Rng) -> Delivery:
@@ -96,13 +99,22 @@ class _Work:
         self.dropped: list[int] = []
 
     def until_full(self, now: float, size: int) -> float:
-        """Let time pass until `size` updates have arrived; when that is."""
+        """Let time pass until `size` updates have arrived; when that is.
+
+        Raises `UserError` if everybody drops out for so long that it will hardly ever be.
+        """
         self._ask(now)
-        num_waits = 0
+        num_waits = num_dropped = 0
         while len(self.arrived) < size and num_waits < MAX_WAITS:
             if self.queue:
                 (now, client, is_gone), num_waits = heapq.heappop(self.queue), 0
                 (self.dropped if is_gone else self.arrived).append(client)
+                num_dropped = num_dropped + 1 if is_gone else 0
+                if num_dropped == MAX_DROPPED:
+                    raise UserError(
+                        f"round {self._state.round + 1}: {num_dropped:,} clients in a row dropped out, and the buffer "
+                        f"has {len(self.arrived)} of {size} updates: lower server.strategy.buffer or network.dropout"
+                    )
             else:
                 now, num_waits = now + self._network.wait_seconds, num_waits + 1
             if len(self.arrived) < size:

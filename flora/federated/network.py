@@ -89,6 +89,11 @@ class Network(Component):
             chance = chance * np.array(self.day_curve)[hours.astype(int) % 24]
         return np.flatnonzero(rng.numpy().random(len(chance)) < chance)
 
+    def can_ever_deliver(self, profiles: Profiles) -> np.ndarray:
+        """The clients that can be asked at some hour, and are not always gone before they have sent anything."""
+        chance = profiles.availability * max(self.day_curve or (1.0,))
+        return np.flatnonzero((chance > 0) & (profiles.dropout < 1))
+
 
 @register("preset")
 @dataclass(frozen=True)
