@@ -14,6 +14,7 @@ from flora.checks import below, check_experiment
 from flora.clip.backbone import parameter_count
 from flora.clip.towers import AdaptedClip
 from flora.config import ExperimentConfig
+from flora.counts import part_of
 from flora.data.datasets import ImageData
 from flora.errors import UserError
 from flora.federated.features import (
@@ -211,7 +212,7 @@ def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:
     """Split a client's examples: it tests on round(n * fraction) of them (at least one if n > 1 and fraction > 0)."""
     count = 0
     if fraction > 0 and len(examples) > 1:
-        count = min(max(round(len(examples) * fraction), 1), len(examples) - 1)
+        count = min(max(round(part_of(fraction, len(examples))), 1), len(examples) - 1)
     order = rng.numpy().permutation(examples)
     return ClientData(train=np.sort(order[count:]), held_out=np.sort(order[:count]))
 

@@ -18,7 +18,7 @@ def client_accuracies(raw: dict[str, Any]) -> list[str]:
 
 
 def test_without_rounds_clients_meet_the_frozen_model(raw_config: dict[str, Any]) -> None:
-    """CLIP-Adapter's random start changes the model at once, LoRA's start doesn't: both must report the same frozen model."""
+    """CLIP-Adapter's random start changes the model at once, LoRA's doesn't: both must report the same model."""
     raw = {**raw_config, "rounds": 0, "data": {"name": "patterns", "num_train": 240, "num_classes": 8}}
     lora = client_accuracies({**raw, "name": "lora"})
     assert any(float(cell) not in (0.0, 1.0) for cell in lora)

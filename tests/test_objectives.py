@@ -59,8 +59,8 @@ def test_multi_positive_counts_each_text_once_by_hand() -> None:
 def test_multi_positive_is_contrastive_only_where_no_class_comes_twice() -> None:
     images, classes, labels = (each.double() if each.is_floating_point() else each for each in inputs([[0, 2, 2, 1]]))
     mask, scale = torch.ones(1, 4, dtype=torch.bool), torch.tensor(10.0, dtype=torch.float64)
-    for labels, is_same in ((labels, False), (torch.tensor([[3, 2, 0, 1]]), True)):
-        left, right = (each.loss(images, classes, labels, mask, scale) for each in (MultiPositive(), Contrastive()))
+    for own, is_same in ((labels, False), (torch.tensor([[3, 2, 0, 1]]), True)):
+        left, right = (each.loss(images, classes, own, mask, scale) for each in (MultiPositive(), Contrastive()))
         assert (abs(left - right).item() < 1e-9) == is_same
         assert is_same or abs(left - right).item() > 1e-2
 

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from PIL import Image
 
+from flora.counts import part_of
 from flora.registry import Component, option
 from flora.rng import Rng
 
@@ -177,7 +178,7 @@ def stratified_split(labels: np.ndarray, test_fraction: float, rng: Rng) -> tupl
     train, test = [], []
     for label in np.unique(labels):
         members = rng.child("class", int(label)).numpy().permutation(np.flatnonzero(labels == label))
-        num_test = round(len(members) * test_fraction)
+        num_test = round(part_of(test_fraction, len(members)))
         if len(members) > 1:
             num_test = min(max(num_test, 1), len(members) - 1)
         test.append(members[:num_test])

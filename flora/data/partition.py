@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
+from flora.counts import part_of
 from flora.errors import UserError
 from flora.registry import Component, OptionError, option, register
 from flora.rng import Rng
@@ -175,14 +177,14 @@ class Dirichlet(Partitioner):
         _require_examples(labels, num_clients, self.minimum_examples)
         classes = _classes(labels)
         owner = np.empty(len(labels), np.int64)
+        full = math.inf if self.cap is None else math.ceil(part_of(self.cap, len(labels)))
         for draw in range(MAX_DRAWS):
             sizes = np.zeros(num_clients, np.int64)
             for label, members in classes.items():
                 class_rng = rng.child("draw", draw, "class", label)
                 log_weights = self._log_weights(num_clients, class_rng)
-                if self.cap is not None:
-                    # Never all clients: while examples are left, the smallest client has fewer than the mean.
-                    log_weights[sizes * num_clients >= self.cap * len(labels)] = -np.inf
+                # Never all clients: while examples are left, the smallest client has fewer than the mean.
+                log_weights[sizes * num_clients >= full] = -np.inf
                 _deal(owner, members, log_weights, class_rng)
                 sizes += np.bincount(owner[members], minlength=num_clients)
             if sizes.min() >= self.minimum_examples:

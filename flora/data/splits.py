@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from flora.counts import part_of
 from flora.data.datasets import ImageData, ImageSource, Split, stratified_split
 from flora.errors import UserError
 from flora.registry import Component, OptionError, option, register
@@ -50,7 +51,7 @@ class Merged(Splitter):
     def split(self, data: ImageData, rng: Rng) -> ImageData:
         whole = _together(data.train, data.test)
         order = rng.numpy().permutation(len(whole))
-        num_test = round(len(whole) * self.test_fraction)
+        num_test = round(part_of(self.test_fraction, len(whole)))
         _require("split.test_fraction", len(whole) - num_test, num_test)
         test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
         return ImageData(whole.subset(train), whole.subset(test), data.class_names)

@@ -258,8 +258,8 @@ class WithResidual(LoraStrategy):
 
     def grown(self, adapter: StateLike, layer: str, products: Sequence[Pair]) -> State:
         """The layer's residual and `products` as one residual."""
-        # The means are rounded to half an eps. Their product's share of that noise, and its growth over rounds, must not
-        # pass for ranks: they would differ with the order of sums, and travel.
+        # The means are rounded to half an eps. What that makes of their product, and of it over rounds, must not pass
+        # for ranks: they would differ with the order of sums, and travel.
         noise = 4 * torch.finfo(adapter[f"{layer}.lora_A"].dtype).eps
         products = [*residual_of(adapter, layer), *products]
         return _residual(layer, nearest(products, tolerance=max(self.tolerance, noise)))

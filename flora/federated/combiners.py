@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flora import tree
+from flora.counts import part_of
 from flora.registry import Component, option, register
 from flora.tree import State
 
@@ -56,7 +57,7 @@ class TrimmedMean(Combiner):
     fraction: float = option("share of the clients left out at either end", 0.2, at_least=0, below=0.5)
 
     def combine(self, deltas: Sequence[State], weights: Sequence[float]) -> State:
-        return _trimmed_mean(deltas, math.floor(self.fraction * len(deltas)))
+        return _trimmed_mean(deltas, math.floor(part_of(self.fraction, len(deltas))))
 
 
 @register("multi_krum")
@@ -72,7 +73,7 @@ class MultiKrum(Combiner):
 
     def combine(self, deltas: Sequence[State], weights: Sequence[float]) -> State:
         number = len(deltas)
-        num_bad = math.floor(self.fraction * number)
+        num_bad = math.floor(part_of(self.fraction, number))
         if number == 1:
             return dict(deltas[0])
         distances = _squared_distances(deltas)

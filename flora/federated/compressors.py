@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flora import tree
+from flora.counts import part_of
 from flora.federated.low_rank import factor_of
 from flora.registry import Component, OptionError, option, register
 from flora.rng import Rng
@@ -242,7 +243,7 @@ class TopComponents(Mask):
 
 def _share(fraction: float, size: int) -> int:
     """How many of `size` numbers are sent."""
-    return min(max(1, round(fraction * size)), size)
+    return min(max(1, round(part_of(fraction, size))), size)
 
 
 def _largest(sizes: Tensor, number: int) -> Tensor:

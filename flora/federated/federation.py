@@ -11,6 +11,7 @@ import torch
 
 from flora import tree
 from flora.clip.towers import AdaptedClip
+from flora.counts import part_of
 from flora.data.batching import ClientBlock, client_blocks, count_steps
 from flora.errors import UserError
 from flora.federated import pending
@@ -135,8 +136,7 @@ class Federation:
         if not len(present):
             return Trip(present, seconds=self.network.wait_seconds)
         needed = min(self.sampler.size_in(round, len(self.clients)), len(present))
-        # 50 * 1.1 is a little more than 55 in floating point.
-        number = min(math.ceil(needed * self.patience.over_selection - 1e-9), len(present))
+        number = min(math.ceil(part_of(self.patience.over_selection, needed)), len(present))
         asked = present[self.sampler.sample(self.sizes[present], number, rng.child("cohort"))]
         return trip(
             self.network,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flora.counts import part_of
 from flora.registry import Component, OptionError, option, register
 from flora.rng import Rng
 
@@ -31,7 +32,7 @@ class Sampler(Component):
             raise OptionError("number", f"expected at most the number of clients, {num_clients}, got {self.number}")
         if self.number is not None:
             return self.number
-        return max(1, round((self.fraction or 1.0) * num_clients))
+        return max(1, round(part_of(self.fraction or 1.0, num_clients)))
 
     def size_in(self, round: int, num_clients: int) -> int:
         """How many of `num_clients` take part in a round, counted from 1. Raises as `cohort_size`."""

@@ -1,0 +1,13 @@
+"""Shares of a number of things, without the rounding of binary fractions."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+
+def part_of(share: float, number: int) -> Fraction:
+    """Return exactly `share` times `number`, the share being the decimal number that one writes for it.
+
+    0.29 of 100 is 29, of which a product of floating-point numbers falls short: its `math.floor` is 28.
+    """
+    return Fraction(repr(float(share))) * int(number)
