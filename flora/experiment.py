@@ -15,11 +15,11 @@ from flora.clip.backbone import parameter_count
 from flora.clip.towers import AdaptedClip
 from flora.config import ExperimentConfig
 from flora.counts import part_of
-from flora.data.datasets import ImageData
+from flora.data.datasets import ImageData, Progress
+from flora.data.value_range import with_one_range
 from flora.errors import UserError
 from flora.federated.features import (
     Features,
-    Progress,
     StoredFeatures,
     live_features,
     load_features,
@@ -38,7 +38,8 @@ from flora.tree import State, state_digest
 class Experiment:
     """Everything a run needs. `held_out` are the clients' held-out examples, one client after the other.
 
-    `digests` tell other weights and other data from these, wherever they are. `new` is the same model and adapter with
+    `digests` tell other weights and other data from these, wherever they are; `value_range` is what images of more than
+    8 bits were scaled from, if there are any. `new` is the same model and adapter with
     the prompts of classes that were set aside, and their test images, if there are any.
     """
 
@@ -52,6 +53,7 @@ class Experiment:
     backbone_parameters: int
     unreadable: tuple[str, ...]
     digests: dict[str, str]
+    value_range: tuple[float, float] | None
     new: tuple[AdaptedClip, Features] | None
 
     def initial_state(self) -> ServerState:
@@ -78,8 +80,10 @@ def build_experiment(
     if config.network is not None:
         profiles = config.network.profiles(config.clients.number_training, rng.child("network"))
     device = choose_device(config.device)
-    data = config.split.split(config.data.load(rng.child("data")), rng.child("split"))
+    whole = config.data.load(rng.child("data"))
+    data = config.split.split(whole, rng.child("split"))
     class_names, new_names = _class_names(config, data)
+    data, value_range = with_one_range(data, config.data.value_range, whole=whole, progress=progress, log=log)
     clip = config.backbone.load(device, rng.child("backbone"))
     backbone_parameters = parameter_count(clip.model)
     digests = {"backbone_sha256": state_digest(clip.model.state_dict()), "data_sha256": _data_digest(data)}
@@ -141,6 +145,7 @@ def build_experiment(
         backbone_parameters=backbone_parameters,
         unreadable=tuple(unreadable),
         digests=digests,
+        value_range=None if value_range is None else value_range.limits,
         new=(new_model[0], new[0]) if new else None,
     )
 

@@ -40,7 +40,8 @@ class Bounds:
         if self.choices is not None:
             return "one of " + ", ".join(self.choices)
         words = (("above", self.above), ("at least", self.at_least), ("below", self.below), ("at most", self.at_most))
-        return "a number " + " and ".join(f"{word} {limit:g}" for word, limit in words if limit is not None)
+        limits = " and ".join(f"{word} {limit:g}" for word, limit in words if limit is not None)
+        return f"a number {limits}" if limits else "a finite number"
 
     def allow(self, value: Any) -> bool:
         """Whether `value` (or each element of it) lies within the bounds; None always does."""

@@ -159,13 +159,22 @@ class RunDirectory:
     def write_start(
         self, config: ExperimentConfig, *, device: torch.device, clients_per_block: int, clients: Sequence[ClientData],
         labels: np.ndarray, class_names: Sequence[str], digests: Mapping[str, str] | None = None,
+        value_range: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         """Write `environment.json` and `partition.json`; `digests` are those of weights and data, by name.
+
+        `value_range` is what images of more than 8 bits were scaled from, None if there are none.
 
         Raises `UserError` if they are there already, and the weights, the data or the partition are others.
         """
         digests = digests or {}
         before = read_json(self.path / "environment.json")
+        limits = None if value_range is None else list(value_range)
+        if isinstance(before, dict) and before.get("value_range", limits) != limits:
+            raise UserError(
+                f"{self.path}: values of images range over {before['value_range']} then, {limits} now: the data are "
+                "not those that this run began with"
+            )
         for name, digest in digests.items():
             if isinstance(before, dict) and before.get(name, digest) != digest:
                 what = name.removesuffix("_sha256")
@@ -188,7 +197,8 @@ class RunDirectory:
         if earlier is not None and earlier != json.loads(_encode(_json(partition, None))):
             raise UserError(f"{path}: the data are not those that this run began with; if they are, remove this file")
         if not isinstance(before, dict):
-            self._write_json("environment.json", {**environment(device, config.seed, clients_per_block), **digests})
+            found = {**environment(device, config.seed, clients_per_block), "value_range": limits, **digests}
+            self._write_json("environment.json", found)
         self._write_json("partition.json", partition, indent=None)
 
     def append_round(self, record: RoundRecord) -> None:

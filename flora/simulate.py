@@ -154,6 +154,7 @@ def _run_in(
             labels=federation.features.labels.numpy(),
             class_names=experiment.class_names,
             digests=experiment.digests,
+            value_range=experiment.value_range,
         )
         result = _run(experiment, directory, find(experiment, log), started, memory_before)
     finally:

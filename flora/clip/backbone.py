@@ -13,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import safetensors.torch
 import torch
@@ -206,17 +205,17 @@ def _weights_in(folder: Path) -> Path:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image upright (EXIF) and in RGB, whatever its mode.
+    """The image upright (EXIF) and in RGB, whatever its mode; transparency is laid over white.
 
-    16-bit grey is scaled from 0..65535, "I" and "F" from their own range: Pillow's own conversion would clip them
-    to white. Transparency is laid over white.
+    Raises ValueError for an image of more than 8 bits: its own values don't say which of them are black and white.
     """
-    image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (values.min(), values.max())
-        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
-    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        raise ValueError(
+            f"more than 8 bits (Pillow's mode {image.mode}) where only .png, .tif, .tiff, .pgm and .ppm files are "
+            "looked at for them; set data.value_range, or rename or convert it"
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(canvas, image)

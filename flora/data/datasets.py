@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -13,8 +15,12 @@ import numpy as np
 from PIL import Image
 
 from flora.counts import part_of
-from flora.registry import Component, option
+from flora.files import open_regular
+from flora.registry import Component, OptionError, option
 from flora.rng import Rng
+
+Progress = Callable[[str, int], Callable[[int], object]]
+"""`progress(title, total)` starts a bar and returns the function that advances it."""
 
 
 class ImageSource(Protocol):
@@ -48,10 +54,16 @@ class ImageFiles:
         return str(self.paths[index])
 
     def open(self, index: int) -> Image.Image:
+        with self.undecoded(index) as image:
+            image.load()
+            return image
+
+    @contextmanager
+    def undecoded(self, index: int) -> Iterator[Image.Image]:
+        """Image `index`, whose pixels are decoded where they are first asked for. Raises OSError as `open` does."""
         try:
-            with Image.open(self.paths[index]) as image:
-                image.load()
-                return image
+            with open_regular(self.paths[index]) as file, Image.open(file) as image:
+                yield image
         except (OSError, MemoryError):
             raise
         except Exception as error:  # Pillow's decoders raise ValueError, SyntaxError and more on a damaged file.
@@ -160,6 +172,18 @@ class Dataset(Component):
     templates: ClassVar[tuple[str, ...]] = ("a photo of a {}.",)
 
     unreadable: str = option("what to do with an image that can't be read", "error", choices=("error", "skip"))
+    value_range: tuple[float, ...] | None = option(
+        "[LOW, HIGH]: the values of images of more than 8 bits that are black and white; none: what the files' tags "
+        "say, or the range of all values in the data set",
+        None,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the options, those that all data sets have and the data set's own."""
+        super().__post_init__()
+        limits = self.value_range
+        if limits is not None and not (len(limits) == 2 and -math.inf < limits[0] < limits[1] < math.inf):
+            raise OptionError("value_range", f"expected [LOW, HIGH] with LOW below HIGH, got {list(limits)}")
 
     @abstractmethod
     def load(self, rng: Rng) -> ImageData:

@@ -10,25 +10,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from flora.clip.backbone import to_rgb
 from flora.clip.towers import AdaptedClip
 from flora.data.augmentation import Augmentation
-from flora.data.datasets import ImageSource, Split
+from flora.data.datasets import ImageSource, Progress, Split
+from flora.data.value_range import UNREADABLE
 from flora.errors import UserError
 from flora.federated.cache import CacheOptions, Entry, FeatureCache
 from flora.federated.memory import available_memory_bytes
 from flora.rng import Rng
 
-# What Pillow raises for a file that it can't decode, or that would be absurdly large once decoded.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 # Images through the stem at once; fewer where their activations would take more than this.
 STEM_BATCH_SIZE, STEM_BATCH_BYTES = 256, 2**28
-
-Progress = Callable[[str, int], Callable[[int], object]]
-"""`progress(title, total)` starts a bar and returns the function that advances it."""
 
 
 class Features(ABC):
@@ -108,11 +103,11 @@ class LiveFeatures(Features):
 
         def pixels(place: int, stream: Rng | None) -> Tensor:
             try:
-                image = self.split.open(place)
+                image = to_rgb(self.split.open(place))
             except UNREADABLE as error:
                 raise UserError(_unreadable(self.split.name(place), error)) from None
             if stream is not None:
-                image = self.augmentation.apply(to_rgb(image), self.model.clip.architecture.image_size, stream)
+                image = self.augmentation.apply(image, self.model.clip.architecture.image_size, stream)
             return self.model.clip.preprocess(image)
 
         size, stems = _stem_batch_size(self.model), []
