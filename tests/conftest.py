@@ -2,60 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import open_clip
 import pytest
-import torch
+from helpers import write_model
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.clip.adapters import Adapter, Lora
-from flora.clip.backbone import Backbone, FrozenClip
-from flora.clip.towers import AdaptedClip, SpeedOptions
-from flora.data.datasets import Dataset, ImageArrays, ImageData, Split
-from flora.registry import option, register
-from flora.rng import Rng
-
-# The tensors here are tiny: a second thread costs more than it brings.
-torch.set_num_threads(1)
-
-SHARED = Path(__file__).parents[2] / "shared"
-
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
-ALL_ON = SpeedOptions()
-CLASSES = ("cat", "fire truck", "a rather long name for a tree frog")
-
-
-@register("patterns")
-@dataclass(frozen=True)
-class Patterns(Dataset):
-    """Noisy images, 16 px, each class around a pattern of its own."""
-
-    num_train: int = option("training images", 60, at_least=1)
-    num_test: int = option("test images", 30, at_least=1)
-    num_classes: int = option("classes", 3, at_least=1)
-
-    def load(self, rng: Rng) -> ImageData:
-        generator = rng.numpy()
-        centres = generator.uniform(60, 190, (self.num_classes, 16, 16, 3))
-
-        def split(size: int) -> Split:
-            labels = np.arange(size) % self.num_classes
-            pixels = (centres[labels] + generator.normal(0, 25, (size, 16, 16, 3))).clip(0, 255).astype(np.uint8)
-            return Split(ImageArrays(pixels, "patterns"), np.arange(size), labels)
-
-        return ImageData(
-            split(self.num_train), split(self.num_test), tuple(f"thing {i}" for i in range(self.num_classes))
-        )
 
 
 @pytest.fixture(autouse=True)
@@ -72,63 +25,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_model(tmp_path_factory.mktemp("models") / "tiny.json")
 
 
-def write_model(
-    path: Path, *, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **top: Any
-) -> str:
-    """Write a variant of the tiny model's config; return its path."""
-    config = {**TINY, **top}
-    config["text_cfg"] = {**TINY["text_cfg"], **(text or {})}  # type: ignore[dict-item]
-    config["vision_cfg"] = {**TINY["vision_cfg"], **(vision or {})}  # type: ignore[dict-item]
-    path.write_text(json.dumps(config))
-    return str(path)
-
-
-def load_clip(model: str, device: str = "cpu") -> FrozenClip:
-    """A fresh copy of a model with random weights, the same at each call."""
-    return Backbone(model=model, weights="random").load(torch.device(device), Rng(0))
-
-
-def load_plain(model: str) -> FrozenClip:
-    """The same weights in a model that OpenCLIP built and nobody touched: what ours is compared with."""
-    clip, config = load_clip(model), json.loads(Path(model).read_text())
-    plain_class = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    plain = plain_class(**config).eval()
-    plain.load_state_dict(clip.model.state_dict())
-    return dataclasses.replace(clip, model=plain)
-
-
-def adapt(
-    model: str,
-    adapter: Adapter | None = None,
-    *,
-    class_names: tuple[str, ...] = CLASSES,
-    templates: tuple[str, ...] = ("a photo of a {}.",),
-    speed: SpeedOptions = ALL_ON,
-    device: str = "cpu",
-) -> AdaptedClip:
-    """A fresh tiny model with an adapter attached."""
-    clip = load_clip(model, device)
-    attached = (adapter or Lora()).attach(clip)
-    return AdaptedClip(clip, attached, class_names=class_names, templates=templates, speed=speed)
-
-
-def random_adapters(
-    model: AdaptedClip, num_clients: int, *, scale: float = 0.3, seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """K adapters `(K, ...)` in which B is not zero."""
-    generator = torch.Generator().manual_seed(seed)
-    state = model.adapter.initial_state(Rng(seed))
-    return {
-        name: tensor + scale * torch.randn((num_clients, *tensor.shape), generator=generator)
-        for name, tensor in state.items()
-    }
-
-
-def random_pixels(number: int, seed: int = 1) -> torch.Tensor:
-    """Preprocessed images for the tiny model."""
-    return torch.randn(number, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def raw_config(tiny_model: str, tmp_path: Path) -> dict[str, Any]:
     """A config, as YAML would give it, that runs in about a second."""
@@ -143,37 +39,3 @@ def raw_config(tiny_model: str, tmp_path: Path) -> dict[str, Any]:
         "clients": {"number": 4},
         "local": {"learning_rate": 0.01, "batch_size": 8},
     }
-
-
-# What differs between two runs that are the same: time, memory, and what contains or is a digest of it.
-VOLATILE = {
-    "train_seconds",
-    "eval_seconds",
-    "wall_seconds",
-    "peak_memory_bytes",
-    "memory_before_bytes",
-    "records_bytes",
-    "records_sha256",
-}
-
-
-def comparable(directory: Path) -> dict[str, Any]:
-    """All that a run left behind and promises to be the same when it runs again, by file."""
-    files: dict[str, Any] = {}
-    for path in sorted(directory.rglob("*")):
-        name = str(path.relative_to(directory))
-        if path.is_dir() or name in ("log.txt", "environment.json") or name.startswith("set-aside"):
-            continue
-        if path.name == "rounds.jsonl":
-            files[name] = [_steady(json.loads(line)) for line in path.read_text().splitlines()]
-        elif path.name == "manifest.json":
-            files[name] = _steady(json.loads(path.read_text())["manifest"])
-        elif path.name == "summary.json":
-            files[name] = _steady(json.loads(path.read_text()))
-        else:
-            files[name] = path.read_bytes()
-    return files
-
-
-def _steady(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if key not in VOLATILE}

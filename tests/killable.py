@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import conftest  # noqa: F401  (registers the data set, and uses one thread)
+import helpers  # noqa: F401  (registers the data set "patterns", and uses one thread)
 
 from flora.config import parse_config
 from flora.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, adapt
+from helpers import CLASSES, adapt
 from PIL import Image
 
 from flora.checks import check_experiment

@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
-from conftest import SHARED, TINY, load_clip, random_pixels, write_model
+from helpers import SHARED, TINY, load_clip, random_pixels, write_model
 from PIL import Image
 
 from flora.clip import backbone

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Patterns, load_plain
+from helpers import Patterns, load_plain
 
 from flora.checks import check_experiment
 from flora.config import parse_config

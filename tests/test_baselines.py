@@ -8,8 +8,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, adapt, load_clip, load_plain, random_pixels
-from test_local import LABELS, PIXELS, SIZES, assert_states_close, federation, run, start
+from helpers import (
+    CLASSES,
+    LABELS,
+    PIXELS,
+    SIZES,
+    adapt,
+    assert_states_close,
+    federation,
+    load_clip,
+    load_plain,
+    random_pixels,
+    run,
+    start,
+)
 from torch import nn
 
 from flora import tree

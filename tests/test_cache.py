@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapt, write_model
+from helpers import adapt, write_model
 from PIL import Image
 
 from flora.clip.adapters import Lora

@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import load_clip
+from helpers import load_clip
 from PIL import Image
 
 from flora import simulate as program

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapt
-from test_local import SIZES, assert_states_close, federation, rounds
-from test_strategies import LOCAL
+from helpers import LOCAL, SIZES, adapt, assert_states_close, federation, rounds
 
 from flora import tree
 from flora.checks import check_experiment

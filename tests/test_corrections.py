@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapt, comparable
-from test_local import assert_states_close, federation, start
+from helpers import adapt, assert_states_close, comparable, federation, mean, start
 
 from flora import tree
 from flora.checks import check_experiment
@@ -71,11 +70,6 @@ def gradient(parts: Federation, client: int, vector: torch.Tensor, like: State) 
     torch.nn.functional.cross_entropy(logits, parts.features.labels[examples]).backward()
     assert leaf.grad is not None
     return leaf.grad
-
-
-def mean(parts: Federation, vectors: list[torch.Tensor]) -> torch.Tensor:
-    weights = torch.tensor([float(len(client.train)) for client in parts.clients])
-    return (torch.stack(vectors) * weights[:, None] / weights.sum()).sum(dim=0)
 
 
 def test_fedprox_equals_a_plain_loop(tiny_model: str) -> None:

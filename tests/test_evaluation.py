@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, adapt, load_plain, random_adapters, random_pixels
+from helpers import CLASSES, adapt, load_plain, random_adapters, random_pixels
 from PIL import Image
 
 from flora.clip.adapters import TARGETS, Lora

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
-from conftest import Patterns, load_plain
+from helpers import Patterns, load_plain
 
 from flora import export
 from flora.config import parse_config

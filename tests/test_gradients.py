@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapt, random_adapters, random_pixels
+from helpers import adapt, random_adapters, random_pixels
 
 from flora.clip.adapters import TARGETS, FullFineTuning, Lora
 from flora.clip.towers import AdaptedClip, SpeedOptions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ALL_ON, adapt, random_adapters, write_model
+from helpers import ALL_ON, adapt, random_adapters, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,80 +8,30 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, adapt, load_plain, random_pixels
+from helpers import (
+    LABELS,
+    PIXELS,
+    SIZES,
+    TEXTS,
+    adapt,
+    assert_states_close,
+    federation,
+    load_plain,
+    run,
+    start,
+)
 
 from flora import tree
 from flora.clip.adapters import TARGETS, FullFineTuning, Lora
-from flora.clip.towers import AdaptedClip, SpeedOptions
+from flora.clip.towers import SpeedOptions
 from flora.data.batching import client_batches
-from flora.federated.aggregation import FedAvg
 from flora.federated.apart import train_alone
-from flora.federated.features import StoredFeatures
-from flora.federated.federation import Federation
 from flora.federated.gradients import FlatStack
 from flora.federated.local import LocalTraining
 from flora.federated.objectives import Contrastive, CrossEntropy, MultiPositive
 from flora.federated.optimizers import Adam, AdamW, Cosine, Sgd
-from flora.federated.round import RoundResult, run_round
-from flora.federated.sampling import Uniform
-from flora.records import ClientData, ServerState
+from flora.federated.round import run_round
 from flora.rng import Rng
-
-SIZES = (13, 4, 9, 1, 6)
-PIXELS = random_pixels(sum(SIZES))
-LABELS = torch.arange(sum(SIZES)) % len(CLASSES)
-TEXTS = tuple(f"a photo of a {name}." for name in CLASSES)
-
-
-def federation(
-    model: AdaptedClip, local: LocalTraining, *, per_block: int = 1, cohort: int | None = None
-) -> Federation:
-    """Five clients of 13, 4, 9, 1 and 6 examples."""
-    ends = np.cumsum(SIZES)
-    none = np.array([], dtype=np.int64)
-    count = len(LABELS)
-    return Federation(
-        model=model,
-        features=StoredFeatures(model.vision.stem(PIXELS), torch.arange(count), LABELS, np.arange(count)),
-        clients=[ClientData(np.arange(end - size, end), none) for size, end in zip(SIZES, ends, strict=True)],
-        local=local,
-        sampler=Uniform(number=cohort),
-        strategy=FedAvg(),
-        num_rounds=3,
-        clients_per_block=per_block,
-        rng=Rng(7),
-    )
-
-
-def start(model: AdaptedClip) -> ServerState:
-    return ServerState(0, model.initial_adapter(Rng(1)), {})
-
-
-def run(model: AdaptedClip, local: LocalTraining, rounds: int = 2, **options: int) -> ServerState:
-    parts = federation(model, local, **options)
-    state = start(model)
-    for _ in range(rounds):
-        state, _ = run_round(parts, state)
-    return state
-
-
-def rounds(parts: Federation, number: int) -> tuple[list[ServerState], list[RoundResult]]:
-    """All states, the first one included, and what each round did."""
-    states, results = [parts.initial_state(parts.model.initial_adapter(Rng(1)))], []
-    for _ in range(number):
-        state, result = run_round(parts, states[-1])
-        states.append(state)
-        results.append(result)
-    return states, results
-
-
-def assert_states_close(left: tree.State, right: tree.State, atol: float = 1e-5) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        torch.testing.assert_close(
-            left[name], right[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
 
 LOCALS = {
     "sgd, momentum, decay, clipping": LocalTraining(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import CLASSES, adapt, load_plain, random_adapters, random_pixels, write_model
+from helpers import CLASSES, adapt, load_plain, random_adapters, random_pixels, write_model
 from torch import nn
 
 from flora import tree

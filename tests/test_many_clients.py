@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, adapt
+from helpers import CLASSES, adapt
 
 from flora.benchmark import resident_bytes
 from flora.config import parse_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, load_clip, load_plain
+from helpers import CLASSES, load_clip, load_plain
 from hypothesis import given
 from hypothesis import strategies as st
 

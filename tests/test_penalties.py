@@ -7,9 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import adapt
-from test_corrections import mean
-from test_local import assert_states_close, federation, start
+from helpers import adapt, assert_states_close, federation, mean, start
 
 from flora import tree
 from flora.clip.adapters import Adapter, Lora

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, adapt, random_adapters
-from test_local import LABELS, SIZES, assert_states_close, federation
-from test_strategies import LOCAL, changed
+from helpers import CLASSES, LABELS, LOCAL, SIZES, adapt, assert_states_close, changed, federation, random_adapters
 
 from flora import tree
 from flora.checks import check_experiment

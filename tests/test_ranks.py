@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapt
-from test_local import SIZES, assert_states_close, federation
-from test_strategies import LOCAL
+from helpers import LOCAL, SIZES, adapt, assert_states_close, federation
 
 from flora.checks import check_experiment
 from flora.clip.adapters import Lora

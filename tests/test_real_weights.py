@@ -21,7 +21,7 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, random_pixels
+from helpers import TINY, random_pixels
 from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import Tensor, nn

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapt, random_adapters, random_pixels
+from helpers import LOCAL, adapt, assert_states_close, federation, low_rank_clients, random_adapters, random_pixels
 from hypothesis import given
 from hypothesis import strategies as st
-from test_local import assert_states_close, federation
-from test_strategies import LOCAL, low_rank_clients
 
 from flora import tree
 from flora.clip.adapters import TARGETS, Lora

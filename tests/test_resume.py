@@ -17,7 +17,7 @@ from typing import Any
 import killable
 import pytest
 import yaml
-from conftest import comparable
+from helpers import comparable
 
 from flora.config import parse_config
 from flora.errors import UserError
@@ -220,7 +220,7 @@ def test_two_signals_leave_at_once(raw: dict[str, Any], tmp_path: Path) -> None:
     program = f"""
 import sys, time, os, signal
 sys.path[:0] = {sys.path!r}
-import conftest
+import helpers
 from flora.hooks import Hooks
 from flora.interrupts import Interrupts
 from flora.simulate import simulate

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapt
+from helpers import LOCAL, adapt, assert_states_close, changed, federation, low_rank_clients, start
 from hypothesis import given
 from hypothesis import strategies as st
-from test_local import assert_states_close, federation, start
 
 from flora import tree
 from flora.checks import check_experiment
@@ -43,7 +42,6 @@ from flora.tree import State
 
 COMBINERS = [Mean(), Median(), TrimmedMean(), MultiKrum(), BoundedMean(max_norm=1e6)]
 ROBUST = [Median(), TrimmedMean(fraction=0.25), MultiKrum(fraction=0.25), BoundedMean(max_norm=3.0)]
-LOCAL = LocalTraining(learning_rate=0.1, batch_size=4, optimizer=Sgd())
 
 
 def deltas(*rows: list[float]) -> list[State]:
@@ -268,12 +266,6 @@ def test_ranks_that_nobody_in_the_cohort_holds_are_no_error() -> None:
     assert found[0] == pytest.approx(0.5, rel=1e-6)
 
 
-def low_rank_clients(number: int, rank: int = 2, seed: int = 0) -> list[State]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"x.lora_A": (rank, 6), "x.lora_B": (5, rank)}
-    return [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(number)]
-
-
 def product(state: State) -> torch.Tensor:
     return state["x.lora_B"].double() @ state["x.lora_A"].double()
 
@@ -333,11 +325,6 @@ def rounds(
         states.append(state)
         results.append(result)
     return states, results
-
-
-def changed(before: State, after: State) -> set[str]:
-    """Which factors are different."""
-    return {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
 
 
 def test_ffa_lora_trains_and_sends_b_alone(tiny_model: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import comparable
+from helpers import comparable
 
 from flora import sweep, workers
 from flora.config import ExperimentConfig
@@ -136,7 +136,7 @@ def test_a_process_that_is_killed_is_one_line(config_file: str, tmp_path: Path) 
 
 
 def test_the_end_of_the_sweep_is_the_end_of_its_runs(config_file: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import conftest, sys; from flora.sweep import main; sys.exit(main())"]
+    command = [sys.executable, "-c", "import helpers, sys; from flora.sweep import main; sys.exit(main())"]
     folder = tmp_path / "sweep"
     arguments = [config_file, "seed=0,1", "--jobs", "2", "--output", str(folder), "--set", "rounds=100000"]
     process = subprocess.Popen([*command, *arguments], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
@@ -153,7 +153,7 @@ def test_the_end_of_the_sweep_is_the_end_of_its_runs(config_file: str, tmp_path:
 
 
 def test_a_signal_stops_a_sweep(config_file: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import conftest, sys; from flora.sweep import main; sys.exit(main())"]
+    command = [sys.executable, "-c", "import helpers, sys; from flora.sweep import main; sys.exit(main())"]
     folder = tmp_path / "sweep"
     arguments = [config_file, "seed=0,1", "--jobs", "2", "--output", str(folder), "--set", "rounds=100000"]
     process = subprocess.Popen([*command, *arguments], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, adapt, load_clip, load_plain, random_pixels, write_model
+from helpers import CLASSES, adapt, load_clip, load_plain, random_pixels, write_model
 
 from flora.clip.adapters import Lora
 from flora.clip.towers import TextTower, VisionTower
