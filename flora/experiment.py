@@ -14,8 +14,9 @@ from flora.checks import below, check_experiment
 from flora.clip.backbone import parameter_count
 from flora.clip.towers import AdaptedClip
 from flora.config import ExperimentConfig
+from flora.contracts import checked_column, checked_parts, refuse
 from flora.counts import part_of
-from flora.data.datasets import ImageData, Progress
+from flora.data.datasets import ImageData, Progress, checked_images
 from flora.data.value_range import with_one_range
 from flora.errors import UserError
 from flora.federated.features import (
@@ -27,6 +28,7 @@ from flora.federated.features import (
 )
 from flora.federated.federation import Federation
 from flora.federated.memory import choose_clients_per_block
+from flora.federated.network import COLUMNS
 from flora.hooks import Hooks
 from flora.records import ClientData, ServerState
 from flora.registry import OptionError
@@ -78,10 +80,13 @@ def build_experiment(
     rng = Rng(config.seed)
     profiles = None
     if config.network is not None:
-        profiles = config.network.profiles(config.clients.number_training, rng.child("network"))
+        number = config.clients.number_training
+        profiles = config.network.profiles(number, rng.child("network"))
+        for column in COLUMNS:
+            checked_column("network", config.network, getattr(profiles, column), number, what=column)
     device = choose_device(config.device)
-    whole = config.data.load(rng.child("data"))
-    data = config.split.split(whole, rng.child("split"))
+    whole = checked_images("data", config.data, config.data.load(rng.child("data")))
+    data = checked_images("split", config.split, config.split.split(whole, rng.child("split")))
     class_names, new_names = _class_names(config, data)
     data, value_range = with_one_range(data, config.data.value_range, whole=whole, progress=progress, log=log)
     clip = config.backbone.load(device, rng.child("backbone"))
@@ -155,7 +160,12 @@ def _ranks(config: ExperimentConfig, num_clients: int, rng: Rng) -> np.ndarray |
     ranks = config.clients.ranks
     if ranks is None:
         return None
-    return np.array(ranks) if isinstance(ranks, tuple) else ranks.draw(num_clients, rng)
+    if isinstance(ranks, tuple):
+        return np.array(ranks)
+    drawn = checked_column("clients.ranks", ranks, ranks.draw(num_clients, rng), num_clients, what="ranks")
+    if drawn.min() < 1 or drawn.max() > ranks.highest or (drawn % 1).any():
+        refuse("clients.ranks", ranks, f"ranks that are not whole numbers from 1 to {ranks.highest}")
+    return drawn
 
 
 def _features(
@@ -224,7 +234,9 @@ def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:
 
 def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | None, rng: Rng) -> list[ClientData]:
     """Each client's share of the training examples. Raises `UserError` if one would have nothing to train on."""
-    parts = config.partition.split(labels, config.clients.number, rng.child("partition"), groups=groups)
+    number = config.clients.number
+    parts = config.partition.split(labels, number, rng.child("partition"), groups=groups)
+    parts = checked_parts("partition", config.partition, parts, number, len(labels))
     if config.clients.pooled:
         parts = [np.unique(np.concatenate(parts))]
     fraction = config.clients.holdout_fraction

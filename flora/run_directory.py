@@ -208,7 +208,7 @@ class RunDirectory:
         if broken:
             raise DivergedError(
                 f"round {record.round}: {' and '.join(broken)} not finite: the model's outputs are out of range; "
-                "look at backbone.weights, adapter.alpha and local.learning_rate"
+                "look at backbone.weights, adapter.alpha, local.learning_rate and server.optimizer.learning_rate"
             )
         line = json.dumps(fields, allow_nan=False)
         self._append("rounds.jsonl", line, durable=True)

@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from PIL import Image
 
+from flora.contracts import refuse
 from flora.counts import part_of
 from flora.files import open_regular
 from flora.registry import Component, OptionError, option
@@ -163,6 +164,27 @@ class ImageData:
     class_names: tuple[str, ...]
     new: Split | None = None
     new_class_names: tuple[str, ...] = ()
+
+
+def checked_images(setting: str, component: Component, found: object) -> ImageData:
+    """Return `found`, which must be an `ImageData` whose images and classes exist."""
+    if not isinstance(found, ImageData):
+        refuse(setting, component, f"a {type(found).__name__}, expected ImageData")
+    named = (("training", found.train, found.class_names), ("test", found.test, found.class_names),
+             ("new", found.new, found.new_class_names))  # fmt: skip
+    for name, split, class_names in named:
+        if split is None:
+            continue
+        rows = (("labels", split.labels, len(class_names)), ("positions", split.positions, len(split.source)))
+        for what, numbers, below in rows:
+            if len(numbers) != len(split) or (len(numbers) and numbers.dtype.kind not in "iu"):
+                refuse(setting, component, f"{what} of the {name} images that are not a whole number for each image")
+            if len(numbers) and not 0 <= numbers.min() <= numbers.max() < below:
+                wrong = numbers.min() if numbers.min() < 0 else numbers.max()
+                refuse(setting, component, f"{wrong} among the {what} of the {name} images, expected 0 to {below - 1}")
+        if split.groups is not None and len(split.groups) != len(split):
+            refuse(setting, component, f"{len(split.groups)} groups for {len(split)} {name} images")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

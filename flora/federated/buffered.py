@@ -86,7 +86,7 @@ class _Work:
         self._network: Network = federation.network
         self._profiles: Profiles = federation.profiles
         self._federation, self._state, self._rng, self._downlink_bytes = federation, state, rng, downlink_bytes
-        self._at_work = federation.sampler.size_in(state.round + 1, len(federation.clients))
+        self._at_work = federation.cohort_size(state.round + 1)
         self._num_draws = 0
         self.queue: list[tuple[float, int, bool]] = []
         for client, own in state.clients.items():
@@ -129,12 +129,12 @@ class _Work:
         self._num_draws += 1
         own = self._rng.child("network", draw)
         busy = {*self.arrived, *(client for _, client, _ in self.queue)}
-        present = self._network.available(self._profiles, now, own.child("available"))
+        present = federation.available(now, own.child("available"))
         free = present[~np.isin(present, list(busy))]
         if not len(free):
             return
         stream = self._rng.child("cohort", draw) if draw else self._rng.child("cohort")
-        chosen = free[federation.sampler.sample(federation.sizes[free], min(number, len(free)), stream)]
+        chosen = federation.cohort(free, min(number, len(free)), stream)
         takes = durations(
             self._network,
             self._profiles,

@@ -11,6 +11,7 @@ import torch
 
 from flora import tree
 from flora.clip.towers import AdaptedClip
+from flora.contracts import checked_ids, checked_state, refuse
 from flora.counts import part_of
 from flora.data.batching import ClientBlock, client_blocks, count_steps
 from flora.errors import UserError
@@ -18,6 +19,7 @@ from flora.federated import pending
 from flora.federated.aggregation import Strategy
 from flora.federated.combiners import Combiner, Mean
 from flora.federated.communication import FEEDBACK, CommunicationOptions, payload_bytes
+from flora.federated.compressors import Compressor
 from flora.federated.features import Features
 from flora.federated.local import CORRECTION, BlockResult, LocalTraining, train_block
 from flora.federated.low_rank import is_residual, rank_first, rank_padded, residuals_at_their_smallest
@@ -73,7 +75,10 @@ class Federation:
     def learning_rate(self, round: int, local: LocalTraining | None = None) -> float:
         """The learning rate of a round, counted from 1."""
         local = local or self.local
-        return local.learning_rate * local.schedule.factor(round, self.num_rounds)
+        factor = local.schedule.factor(round, self.num_rounds)
+        if not 0 <= factor < math.inf:
+            refuse("local.schedule", local.schedule, f"a factor of {factor} in round {round}")
+        return local.learning_rate * factor
 
     def initial_state(self, adapter: State) -> ServerState:
         """The server before the first round, from the adapter that clients start with."""
@@ -125,19 +130,37 @@ class Federation:
         adapter = self.received(state.adapter, client)
         return {**adapter, **own} if own else adapter
 
+    def cohort_size(self, round: int) -> int:
+        """How many clients take part in a round, counted from 1."""
+        size, most = self.sampler.size_in(round, len(self.clients)), len(self.clients)
+        if not 1 <= size <= most:
+            refuse("clients.cohort", self.sampler, f"a cohort of {size} in round {round}, expected 1 to {most}")
+        return size
+
+    def cohort(self, present: np.ndarray, number: int, rng: Rng) -> np.ndarray:
+        """A cohort of `number` of the clients `present`, sorted."""
+        chosen = self.sampler.sample(self.sizes[present], number, rng)
+        return present[checked_ids("clients.cohort", self.sampler, chosen, len(present), number=number)]
+
+    def available(self, clock: float, rng: Rng) -> np.ndarray:
+        """The clients that can be asked at a time of the network's clock, sorted."""
+        assert self.network is not None and self.profiles is not None
+        found = self.network.available(self.profiles, clock, rng)
+        return checked_ids("network", self.network, found, len(self.clients), what="clients that can be asked")
+
     def trip(self, state: ServerState, rng: Rng, *, downlink_bytes: Callable[[int], int]) -> Trip:
         """Who is asked in the round after `state`, and what becomes of them; `downlink_bytes` is what each gets."""
         round = state.round + 1
         if self.network is None or self.profiles is None:
-            number = self.sampler.size_in(round, len(self.clients))
-            return Trip(self.sampler.sample(self.sizes, number, rng.child("cohort")))
+            everybody = np.arange(len(self.clients))
+            return Trip(self.cohort(everybody, self.cohort_size(round), rng.child("cohort")))
         own = rng.child("network")
-        present = self.network.available(self.profiles, float(state.strategy[CLOCK]), own.child("available"))
+        present = self.available(float(state.strategy[CLOCK]), own.child("available"))
         if not len(present):
             return Trip(present, seconds=self.network.wait_seconds)
-        needed = min(self.sampler.size_in(round, len(self.clients)), len(present))
+        needed = min(self.cohort_size(round), len(present))
         number = min(math.ceil(part_of(self.patience.over_selection, needed)), len(present))
-        asked = present[self.sampler.sample(self.sizes[present], number, rng.child("cohort"))]
+        asked = self.cohort(present, number, rng.child("cohort"))
         return trip(
             self.network,
             self.profiles,
@@ -181,8 +204,9 @@ class Federation:
         compressor = self.communication.broadcast
         if compressor.is_identity:
             return state.adapter, sent
-        payload = compressor.encode(sent, self.rng.child("round", state.round + 1, "broadcast"))
-        return {**state.adapter, **compressor.decode(payload, sent)}, payload
+        rng = self.rng.child("round", state.round + 1, "broadcast")
+        payload, read = _through("communication.broadcast", compressor, sent, rng)
+        return {**state.adapter, **read}, payload
 
     def upload(
         self, delta: State, lost: StateLike, extra: StateLike, client: int, rng: Rng
@@ -195,8 +219,7 @@ class Federation:
         if compressor.is_identity or not tree.is_finite(delta):
             return delta, {}, self.payload_bytes({**delta, **extra}, client)
         meant = tree.add(delta, lost) if lost else delta
-        payload = compressor.encode(meant, rng)
-        read = compressor.decode(payload, meant)
+        payload, read = _through("communication.upload", compressor, meant, rng)
         num_bytes = len(payload) + (payload_bytes(extra) if extra else 0)
         return read, tree.subtract(meant, read) if self.communication.error_feedback else {}, num_bytes
 
@@ -292,6 +315,14 @@ class Federation:
             self.clients_per_block = size
             self.log(f"out of memory: from now on {size} clients in one step, with the same results up to 1e-5")
         return [block.part(start, min(start + size, number)) for start in range(0, number, size)]
+
+
+def _through(setting: str, compressor: Compressor, state: State, rng: Rng) -> tuple[bytes, State]:
+    """What travels of a state that is compressed, and what is read of it."""
+    payload = compressor.encode(state, rng)
+    if not isinstance(payload, bytes):
+        refuse(setting, compressor, f"a {type(payload).__name__} to send, expected bytes")
+    return payload, checked_state(setting, compressor, compressor.decode(payload, state), state)
 
 
 def _stacked(adapters: Sequence[StateLike]) -> StateLike:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flora.clip.adapters import Mutual
 from flora.clip.towers import AdaptedClip
+from flora.contracts import checked_tensor
 from flora.federated.memory import clients_at_once
 from flora.federated.objectives import Objective
 from flora.federated.penalties import NoPenalty, Penalty, Seen, divergence
@@ -73,9 +74,11 @@ class Loss:
         """Each client's loss `(K,)`, summed over its models, from features with adapters and those without."""
         losses = torch.zeros(len(batch.labels), device=batch.labels.device)
         for images, classes in models:
-            losses = losses + self.objective.loss(images, classes, batch.labels, batch.example_mask, scale)
+            loss = self.objective.loss(images, classes, batch.labels, batch.example_mask, scale)
+            losses = losses + checked_tensor("local.objective", self.objective, loss, losses.shape)
             if frozen is not None:
-                losses = losses + self.penalty.loss(Seen(images, classes, *frozen, batch.example_mask, scale))
+                loss = self.penalty.loss(Seen(images, classes, *frozen, batch.example_mask, scale))
+                losses = losses + checked_tensor("local.penalty", self.penalty, loss, losses.shape)
         if self.mutual is not None:
             one, two = (scale * torch.bmm(images, classes.transpose(1, 2)) for images, classes in models)
             for own, other in ((one, two), (two, one)):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flora import tree
 from flora.clip.towers import AdaptedClip
+from flora.contracts import checked_state, checked_tensor
 from flora.data.augmentation import Augmentation, NoAugmentation
 from flora.data.batching import ClientBlock
 from flora.federated.corrections import Correction, NoCorrection
@@ -164,7 +165,8 @@ class _Drift:
         if self._is_idle:
             return gradients
         own = {name: tensor[: len(gradients)] for name, tensor in self._own.items()}
-        return self._correction.correct(gradients, parameters, self._start[: len(gradients)], own, self._server)
+        found = self._correction.correct(gradients, parameters, self._start[: len(gradients)], own, self._server)
+        return checked_tensor("local.correction", self._correction, found, gradients.shape)
 
     def finish(self, end: Tensor, num_steps: Sequence[int], learning_rate: float) -> tuple[list[State], list[State]]:
         """What each client remembers from now on, under names for keeping, and what it sends."""
@@ -172,6 +174,7 @@ class _Drift:
             return [{} for _ in num_steps], [{} for _ in num_steps]
         counts = torch.tensor(num_steps, device=end.device).unsqueeze(1)
         after = self._correction.remember(end - self._start, self._own, self._server, counts, learning_rate)
+        after = checked_state("local.correction", self._correction, after, self._own)
         # Copies, so that no client keeps its whole block in memory.
         old, new = (
             [{name: tensor[row].cpu().clone() for name, tensor in each.items()} for row in range(len(num_steps))]

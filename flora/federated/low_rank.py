@@ -54,6 +54,12 @@ def residuals_at_their_smallest(state: StateLike) -> State:
     return smallest
 
 
+def with_any_residual(state: StateLike) -> State:
+    """The state with residuals of rank 0, as in the initial state, which stand for those of any rank."""
+    empty = {"residual_A": (slice(0, 0),), "residual_B": (..., slice(0, 0))}
+    return {n: tensor[empty[n.rpartition(".")[2]]] if is_residual(n) else tensor for n, tensor in state.items()}
+
+
 def rank_padded(state: StateLike, rank: int) -> State:
     """The same with zeros in place of what is left out. Where both factors are zero, their gradients are."""
     padded = {name: tensor.clone() if factor_of(name) else tensor for name, tensor in state.items()}

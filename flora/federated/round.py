@@ -10,12 +10,14 @@ import numpy as np
 from torch import Tensor
 
 from flora import tree
+from flora.contracts import called, checked_state, checked_tensor, checked_weights
+from flora.errors import DivergedError
 from flora.federated.buffered import deliver_buffered
 from flora.federated.corrections import Cohort
 from flora.federated.delivery import Delivery, deliver
 from flora.federated.federation import CLOCK, Federation
 from flora.federated.local import CORRECTION
-from flora.federated.low_rank import aggregation_error, layers, rank_padded
+from flora.federated.low_rank import aggregation_error, layers, rank_padded, with_any_residual
 from flora.federated.personal import OWN
 from flora.federated.screening import refusal, screen
 from flora.records import ClientUpdate, Rejection, ServerState
@@ -127,32 +129,68 @@ def _train_own(federation: Federation, found: Delivery, round: int, rng: Rng) ->
 def _next(
     federation: Federation, state: ServerState, updates: Sequence[ClientUpdate], begin: Mapping[int, State]
 ) -> tuple[State, State, float | None]:
-    """The next adapter and strategy state, and what averaging got wrong, from updates that may be averaged."""
-    weights = federation.strategy.weights(updates)
+    """The next adapter and strategy state, and what averaging got wrong, from updates that may be averaged.
+
+    Raises `UserError` naming the component that returns what it must not, `DivergedError` for what is not finite.
+    """
+    strategy, combiner, round = federation.strategy, federation.combiner, state.round + 1
+    weights = checked_weights("server.strategy", strategy, strategy.weights(updates), len(updates))
     shared, ends = _in_server_terms(federation, state.adapter, updates, begin)
     deltas = [update.delta for update in updates]
     if federation.ranks is not None:
         deltas = [{name: end[name] - shared[name] for name in updates[0].delta} for end in ends]
-    delta, strategy = federation.combiner.combine(deltas, weights), state.strategy
-    memory = tree.named_below(CORRECTION, strategy)
-    if memory:
-        cohort = Cohort(
-            moved=[tree.flatten(update.delta) for update in updates],
-            sent=[update.extra for update in updates],
-            weights=weights,
-            total_weight=sum(map(federation.strategy.weight, federation.sizes.tolist())),
-        )
-        vector, memory = federation.local.correction.at_server(tree.flatten(delta), memory, cohort)
-        delta, strategy = tree.unflatten(vector, delta), {**strategy, **tree.below(CORRECTION, memory)}
-    adapter, strategy = federation.server_optimizer.step(state.adapter, delta, strategy)
-    adapter = federation.strategy.settle(adapter, ends, weights)
-    if federation.strategy.has_personal:  # no product is the server's alone
-        return adapter, strategy, None
+    delta = checked_state("server.combiner", combiner, combiner.combine(deltas, weights), deltas[0])
+    _require_finite(delta, f"round {round}: what server.combiner {called(combiner)} made of finite updates")
+    delta, memory = _corrected(federation, delta, state.strategy, updates, weights)
+    adapter, memory = _stepped(federation, state, delta, memory)
+    settled = strategy.settle(adapter, ends, weights)
+    adapter = checked_state("server.strategy", strategy, settled, with_any_residual(state.adapter))
+    _require_finite(adapter, f"round {round}: what server.strategy {called(strategy)} made of a finite adapter")
+    if strategy.has_personal:  # no product is the server's alone
+        return adapter, memory, None
     averaged = adapter
-    if not federation.strategy.replaces_mean and layers(adapter):
+    if not strategy.replaces_mean and layers(adapter):
         mean = tree.weighted_mean(deltas, weights)
         averaged = {**shared, **tree.add({name: shared[name] for name in mean}, mean)}
-    return adapter, strategy, aggregation_error(ends, weights, averaged, state.adapter)
+    return adapter, memory, aggregation_error(ends, weights, averaged, state.adapter)
+
+
+def _corrected(
+    federation: Federation, delta: State, memory: State, updates: Sequence[ClientUpdate], weights: Sequence[float]
+) -> tuple[State, State]:
+    """What the correction makes of the combined delta, and of what the server remembers."""
+    before, correction = tree.named_below(CORRECTION, memory), federation.local.correction
+    if not before:
+        return delta, memory
+    cohort = Cohort(
+        moved=[tree.flatten(update.delta) for update in updates],
+        sent=[update.extra for update in updates],
+        weights=weights,
+        total_weight=sum(map(federation.strategy.weight, federation.sizes.tolist())),
+    )
+    flat = tree.flatten(delta)
+    vector, after = correction.at_server(flat, before, cohort)
+    vector = checked_tensor("local.correction", correction, vector, flat.shape)
+    after = checked_state("local.correction", correction, after, before)
+    _require_finite({"": vector, **after}, f"what local.correction {called(correction)} made of a finite mean")
+    return tree.unflatten(vector, delta), {**memory, **tree.below(CORRECTION, after)}
+
+
+def _stepped(federation: Federation, state: ServerState, delta: State, memory: State) -> tuple[State, State]:
+    """The adapter and the server's memory after a step along `delta`."""
+    optimizer = federation.server_optimizer
+    adapter, after = optimizer.step(state.adapter, delta, memory)
+    adapter = checked_state("server.optimizer", optimizer, adapter, state.adapter)
+    after = checked_state("server.optimizer", optimizer, after, memory)
+    made_by = f"the step of server.optimizer {called(optimizer)} at learning rate {optimizer.learning_rate:g}"
+    _require_finite(adapter, f"round {state.round + 1}: {made_by}", "; lower server.optimizer.learning_rate")
+    return adapter, after
+
+
+def _require_finite(state: State, made_by: str, advice: str = "") -> None:
+    """Raise `DivergedError` if a number is not finite: no client's fault, since what they send is screened."""
+    if not tree.is_finite(state):
+        raise DivergedError(f"{made_by} is not finite{advice}")
 
 
 def _in_server_terms(

@@ -76,6 +76,11 @@ def refusal(round: int, rejection: Rejection, learning_rate: float) -> DivergedE
     """The error that ends a run because of a client's update."""
     if rejection.reason != NOT_FINITE:
         return DivergedError(f"round {round}: client {rejection.client}'s update can't be used: {rejection.reason}")
+    if rejection.step == 0 and round > 1:  # before it has taken a step
+        return DivergedError(
+            f"round {round}: client {rejection.client} diverged at step 0 ({rejection.reason}), at the adapter that "
+            f"the server sent: lower server.optimizer.learning_rate, or local.learning_rate ({learning_rate:g})"
+        )
     at = "" if rejection.step is None else f" at step {rejection.step}"
     return DivergedError(
         f"round {round}: client {rejection.client} diverged{at} ({rejection.reason}) at learning rate "
