@@ -22,6 +22,7 @@ from flora.errors import UserError
 from flora.federated.features import (
     Features,
     StoredFeatures,
+    images_digest,
     live_features,
     load_features,
     move_if_they_fit,
@@ -105,6 +106,7 @@ def build_experiment(
     if not model.text.is_cut_at_end:
         log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
     (train, test, *new), unreadable = _features(config, data, model, progress=progress, log=log)
+    digests["images_sha256"] = images_digest([train, test, *new])
     labels = train.labels.numpy()
     clients_per_block = _clients_per_block(config, model, clients_per_block)
     log(f"clients in one step: up to {clients_per_block}")

@@ -159,11 +159,12 @@ class RunDirectory:
     def write_start(
         self, config: ExperimentConfig, *, device: torch.device, clients_per_block: int, clients: Sequence[ClientData],
         labels: np.ndarray, class_names: Sequence[str], digests: Mapping[str, str] | None = None,
-        value_range: Sequence[float] | None = None,
+        value_range: Sequence[float] | None = None, num_test: int = 0,
     ) -> None:  # fmt: skip
         """Write `environment.json` and `partition.json`; `digests` are those of weights and data, by name.
 
-        `value_range` is what images of more than 8 bits were scaled from, None if there are none.
+        `labels` are those of all training images, `num_test` is how many there are to test on, `value_range` is what
+        images of more than 8 bits were scaled from, None if there are none.
 
         Raises `UserError` if they are there already, and the weights, the data or the partition are others.
         """
@@ -178,7 +179,8 @@ class RunDirectory:
         for name, digest in digests.items():
             if isinstance(before, dict) and before.get(name, digest) != digest:
                 what = name.removesuffix("_sha256")
-                raise UserError(f"{self.path}: the {what} is not what this run began with (SHA-256)")
+                verb = "are" if what.endswith("s") else "is"
+                raise UserError(f"{self.path}: the {what} {verb} not what this run began with (SHA-256)")
         rows = []
         for index, client in enumerate(clients):
             counts = np.bincount(labels[client.train], minlength=len(class_names))
@@ -191,7 +193,12 @@ class RunDirectory:
                     "class_counts": present,
                 }
             )
-        partition = {"class_names": list(class_names), "clients": rows}
+        partition = {
+            "class_names": list(class_names),
+            "num_train": len(labels),
+            "num_test": num_test,
+            "clients": rows,
+        }
         path = self.path / "partition.json"
         earlier = read_json(path)
         if earlier is not None and earlier != json.loads(_encode(_json(partition, None))):

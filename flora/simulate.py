@@ -155,6 +155,7 @@ def _run_in(
             class_names=experiment.class_names,
             digests=experiment.digests,
             value_range=experiment.value_range,
+            num_test=len(experiment.test),
         )
         result = _run(experiment, directory, find(experiment, log), started, memory_before)
     finally:

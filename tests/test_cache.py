@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,8 +20,9 @@ from flora.config import parse_config
 from flora.data.datasets import ImageArrays, ImageFiles, Split
 from flora.errors import UserError
 from flora.federated import cache as cache_module
-from flora.federated.cache import CacheOptions
+from flora.federated.cache import CacheOptions, Entry, FeatureCache
 from flora.federated.features import Features, load_features
+from flora.federated.unfinished import Part
 from flora.simulate import simulate
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (23, 18, 18, 3), dtype=np.uint8)
@@ -111,10 +112,16 @@ def flip(entry: Path) -> None:
     (entry / "stem.bin").write_bytes(content)
 
 
+def replace(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 def edit(**changes: Any) -> Callable[[Path], None]:
     def change(entry: Path) -> None:
-        description = json.loads((entry / "entry.json").read_text())
-        (entry / "entry.json").write_text(json.dumps({**description, **changes}))
+        description = json.loads((entry / "entry.json").read_text())["entry"] | changes
+        sha256 = cache_module._digest(description)
+        (entry / "entry.json").write_text(json.dumps({"entry": description, "sha256": sha256}))
 
     return change
 
@@ -125,6 +132,9 @@ DAMAGES = {
     "numbers missing": lambda entry: (entry / "stem.bin").unlink(),
     "description missing": lambda entry: (entry / "entry.json").unlink(),
     "description cut": lambda entry: os.truncate(entry / "entry.json", 60),
+    "description changed": lambda entry: replace(entry / "entry.json", '"float32"', '"int32"'),
+    "digests missing": lambda entry: (entry / "images.bin").unlink(),
+    "a pipe": lambda entry: ((entry / "entry.json").unlink(), os.mkfifo(entry / "entry.json")),
     "description is a list": lambda entry: (entry / "entry.json").write_text("[]"),
     "foreign": edit(key={"weights": "other"}),
     "another format": edit(format="flora-features-0"),
@@ -228,13 +238,165 @@ def test_a_changed_file_of_the_same_size_and_time_is_noticed(tiny_model: str, tm
     assert "to be computed once" in load(adapt(tiny_model), options, parts)[1][0]
 
 
-def test_features_with_an_unreadable_image_are_not_kept(tiny_model: str, tmp_path: Path) -> None:
-    path = tmp_path / "0.png"
-    path.write_text("not yet")
-    other = tmp_path / "1.png"
-    Image.fromarray(PIXELS[0]).save(other)
-    parts = [Split(ImageFiles([path, other]), np.arange(2), np.zeros(2, dtype=np.int64))]
-    options = {"cache": CacheOptions(folder=str(tmp_path / "cache")), "skip_unreadable": True}
-    quiet = {"progress": lambda title, total: lambda done: None, "log": lambda line: None}
-    assert len(load_features(parts, adapt(tiny_model), **options, **quiet)[0][0]) == 1  # type: ignore[arg-type]
-    assert entries(tmp_path / "cache") == []
+def test_whatever_byte_of_an_entry_changes_no_result_does(tmp_path: Path) -> None:
+    key = {"weights": "some"}
+    said: list[str] = []
+    store = FeatureCache(CacheOptions(folder=str(tmp_path)), said.append)
+    stem, problems = torch.arange(6.0).view(3, 2), {1: "1.png: can't be read"}
+
+    def write() -> Entry:
+        with store.create(key, (4, 2), torch.float32, in_memory=True, trust=lambda images: True) as writer:
+            writer.append(Part(4, [0, 2, 3], stem, [bytes([number] * 16) for number in range(3)], problems))
+            return writer.finish()
+
+    def assert_whole(entry: Entry) -> None:
+        assert torch.equal(entry.stem, stem) and entry.readable.tolist() == [0, 2, 3] and entry.problems == problems
+        assert np.array_equal(entry.digests, np.repeat(np.arange(3), 16).reshape(3, 16))
+
+    assert_whole(write())
+    (folder,) = entries(tmp_path)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(whole) == ["entry.json", "images.bin", "stem.bin"]
+    silent = 0
+    for name, content in whole.items():
+        for place in range(len(content)):
+            changed = bytearray(content)
+            changed[place] ^= 1 << place % 8
+            (folder / name).write_bytes(changed)
+            said.clear()
+            entry = store.read(key, in_memory=True)
+            if entry is None:
+                assert "damaged" in said[0] and str(folder) in said[0]
+                folder.mkdir()
+                for other, bytes_ in whole.items():
+                    (folder / other).write_bytes(bytes_)
+            else:
+                assert_whole(entry)
+                silent += 1
+                (folder / name).write_bytes(content)
+    assert silent < 20  # one kind of white space for another
+
+
+class Counted(ImageArrays):
+    """Images that remember which of them were opened; those in `broken` can't be."""
+
+    opened: ClassVar[list[int]] = []
+    broken: ClassVar[set[int]] = set()
+
+    def open(self, index: int) -> Image.Image:
+        self.opened.append(index)
+        if index in self.broken:
+            raise OSError("no")
+        return super().open(index)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Split]:
+    """All images in one split; four of them go through the stem at once."""
+    monkeypatch.setattr("flora.federated.features.STEM_BATCH_SIZE", 4)
+    monkeypatch.setattr(Counted, "opened", [])
+    monkeypatch.setattr(Counted, "broken", set())
+    return [Split(Counted(PIXELS, "noise"), np.arange(23), np.zeros(23, dtype=np.int64))]
+
+
+def load_some(
+    model: Any, options: CacheOptions, parts: list[Split], **changes: Any
+) -> tuple[list[Features], list[str]]:
+    """The features, and what was logged."""
+    lines: list[str] = []
+    arguments = {"skip_unreadable": True, "progress": lambda title, total: lambda done: None, "log": lines.append}
+    return load_features(parts, model, cache=options, **{**arguments, **changes})[0], lines  # type: ignore[return-value]
+
+
+def stop_after(number: int) -> Callable[[str, int], Callable[[int], None]]:
+    """A progress bar at which the user presses Ctrl-C when so many images are done."""
+
+    def progress(title: str, total: int) -> Callable[[int], None]:
+        done = [0]
+
+        def advance(more: int) -> None:
+            done[0] += more
+            if done[0] > number:
+                raise KeyboardInterrupt
+
+        return advance
+
+    return progress
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 1], ids=["in memory", "memory-mapped"])
+@pytest.mark.parametrize("damage", [False, True], ids=["whole", "damaged"])
+def test_a_run_that_was_stopped_among_the_features_is_gone_on_with(
+    tiny_model: str, tmp_path: Path, counted: list[Split], memory_bytes: int | None, damage: bool
+) -> None:
+    Counted.broken.add(5)
+    model = adapt(tiny_model)
+    plain, _ = load_some(model, CacheOptions(folder=None), counted)
+    options = CacheOptions(folder=str(tmp_path), memory_bytes=memory_bytes)
+    with pytest.raises(KeyboardInterrupt):
+        load_some(model, options, counted, progress=stop_after(8))
+    (unfinished,) = entries(tmp_path)
+    if damage:  # a byte of row 4: the second batch
+        content = bytearray((unfinished / "stem.bin").read_bytes())
+        content[4 * 64 + 9] ^= 1
+        (unfinished / "stem.bin").write_bytes(content)
+    Counted.opened.clear()
+    features, said = load_some(model, options, counted)
+    num_kept = 4 if damage else 12
+    assert f"going on after {num_kept} images" in said[1]
+    assert set(Counted.opened) - {5} == set(range(num_kept, 23)) - {5}
+    assert_equal(plain, features)
+    assert features[0].positions.tolist() == [i for i in range(23) if i != 5]
+    assert np.array_equal(features[0].digests, plain[0].digests)
+    again, said = load_some(model, options, counted)
+    assert "22 read from the cache" in said[0]
+    assert_equal(plain, again)
+    assert [path.name.startswith("unfinished") for path in entries(tmp_path)] == [False]
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 1], ids=["in memory", "memory-mapped"])
+def test_two_processes_may_compute_the_same_features(
+    tiny_model: str, tmp_path: Path, counted: list[Split], memory_bytes: int | None
+) -> None:
+    model, options = adapt(tiny_model), CacheOptions(folder=str(tmp_path), memory_bytes=memory_bytes)
+    others = []
+
+    def meanwhile(title: str, total: int) -> Callable[[int], None]:
+        others.extend(load_some(model, options, counted)[0])
+        return lambda done: None
+
+    features, _ = load_some(model, options, counted, progress=meanwhile)
+    assert_equal(features, others)
+    assert len(entries(tmp_path)) == 1
+    assert "read from the cache" in load_some(model, options, counted)[1][0]
+
+
+def test_an_image_that_cannot_be_read_does_not_switch_the_cache_off(
+    tiny_model: str, tmp_path: Path, counted: list[Split]
+) -> None:
+    model, options = adapt(tiny_model), CacheOptions(folder=str(tmp_path))
+    Counted.broken.update({7, 2})
+    first, _ = load_some(model, options, counted)
+    Counted.opened.clear()
+    second, said = load_some(model, options, counted)
+    assert "21 read from the cache" in said[0]
+    assert set(Counted.opened) == {2, 7}  # whether they still can't be
+    assert_equal(first, second)
+    with pytest.raises(UserError, match=r"2 images can't be read: noise\[2\]: .*; noise\[7\]: .*unreadable=skip"):
+        load_some(model, options, counted, skip_unreadable=False)
+    Counted.broken.remove(2)  # a disk that answers again: the file has not changed
+    third, said = load_some(model, options, counted)
+    assert "can be by now" in said[0]
+    assert len(third[0]) == 22
+    assert "22 read from the cache" in load_some(model, options, counted)[1][0]
+
+
+def test_all_images_that_cannot_be_read_are_named(tiny_model: str, tmp_path: Path, counted: list[Split]) -> None:
+    Counted.broken.update({3, 9, 22})
+    options = CacheOptions(folder=str(tmp_path))
+    seen: list[int] = []
+    with pytest.raises(
+        UserError, match=r"3 images .*: noise\[3\].*; noise\[9\].*; noise\[22\]: can't be read .*: no; set"
+    ):
+        load_some(adapt(tiny_model), options, counted, skip_unreadable=False, progress=lambda title, total: seen.append)
+    assert sum(seen) == 23

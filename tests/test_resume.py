@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import killable
+import numpy as np
 import pytest
 import yaml
 from helpers import comparable
+from PIL import Image
 
 from flora.config import parse_config
 from flora.errors import UserError
@@ -422,6 +424,38 @@ def test_other_weights_are_noticed(raw: dict[str, Any]) -> None:
             resume(directory)
     (directory / "environment.json").write_text(json.dumps(environment))
     assert resume(directory).summary.rounds == 4
+
+
+@pytest.mark.parametrize("enabled", [None, False], ids=["kept", "live"])
+def test_other_images_under_the_same_names_and_sizes_are_noticed(
+    raw: dict[str, Any], tmp_path: Path, enabled: bool | None
+) -> None:
+    generator = np.random.default_rng(0)
+    for index in range(40):
+        path = tmp_path / "images" / "ab"[index % 2] / f"{index}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    raw |= {
+        "data": {"name": "image_folder", "root": str(tmp_path / "images"), "unreadable": "skip"},
+        "partition": "iid",
+        "cache": {"enabled": enabled, "folder": str(tmp_path / "cache")},
+    }
+    directory = simulate(parse_config({**raw, "rounds": 1})).directory
+    partition = json.loads((directory / "partition.json").read_text())
+    assert (partition["num_train"], partition["num_test"]) == (32, 8)
+    shutil.move(tmp_path / "images", tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    # Images that have moved are the same, and so are those whose features are kept now and weren't, or were and aren't.
+    resume(directory, [f"data.root={tmp_path / 'elsewhere'}", "rounds=2"])
+    resume(directory, [f"cache.enabled={'false' if enabled is None else 'null'}", "rounds=3"])
+    path = tmp_path / "elsewhere" / "a" / "6.bmp"
+    whole = path.read_bytes()
+    for changed in (whole[:-1] + bytes([whole[-1] ^ 1]), b"no longer an image".ljust(len(whole))):
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match=r"the images are not what this run began with \(SHA-256\)"):
+            resume(directory, ["rounds=4"])
+    path.write_bytes(whole)
+    assert resume(directory, ["rounds=4"]).summary.rounds == 4
 
 
 def test_a_finished_run_without_checkpoints_keeps_its_results(raw: dict[str, Any]) -> None:

@@ -23,6 +23,9 @@ from flora.rng import Rng
 Progress = Callable[[str, int], Callable[[int], object]]
 """`progress(title, total)` starts a bar and returns the function that advances it."""
 
+# What is kept of a SHA-256 that tells an image from others.
+DIGEST_BYTES = 16
+
 
 class ImageSource(Protocol):
     """A numbered collection of images."""
@@ -39,7 +42,13 @@ class ImageSource(Protocol):
         """A digest that changes when one of these images does, found without decoding them."""
 
     def contents(self, indices: np.ndarray) -> str:
-        """A digest that tells other images from these, and is the same wherever they are."""
+        """A digest that tells other images from these, and is the same wherever they are; found without reading them.
+
+        What it overlooks, `digest` doesn't.
+        """
+
+    def digest(self, index: int) -> bytes:
+        """The first `DIGEST_BYTES` of a SHA-256 of image `index`, as it is stored. Raises OSError as `open` does."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,14 @@ class ImageFiles:
                 digest.update(repr(path.name).encode())
         return digest.hexdigest()
 
+    def digest(self, index: int) -> bytes:
+        """Of the file's bytes."""
+        digest = hashlib.sha256()
+        with open_regular(self.paths[index]) as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+        return digest.digest()[:DIGEST_BYTES]
+
 
 @dataclass(frozen=True, eq=False)
 class ImageArrays:
@@ -120,6 +137,10 @@ class ImageArrays:
         """Of the pixels themselves."""
         chosen = self.pixels[indices]
         return hashlib.sha256(repr((chosen.shape, str(chosen.dtype))).encode() + chosen.tobytes()).hexdigest()
+
+    def digest(self, index: int) -> bytes:
+        """Of the pixels."""
+        return hashlib.sha256(self.pixels[index].tobytes()).digest()[:DIGEST_BYTES]
 
 
 @dataclass(frozen=True, eq=False)

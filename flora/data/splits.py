@@ -166,6 +166,9 @@ class _Concatenation:
         first, second = self._parts(indices)
         return _joint(self.first.contents(first), self.second.contents(second), (indices < len(self.first)).tobytes())
 
+    def digest(self, index: int) -> bytes:
+        return self.first.digest(index) if index < len(self.first) else self.second.digest(index - len(self.first))
+
     def _parts(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cut = len(self.first)
         return indices[indices < cut], indices[indices >= cut] - cut

@@ -82,6 +82,10 @@ class EightBitSource:
         """Of the images and of the range."""
         return self._with_range(self.source.contents(indices))
 
+    def digest(self, index: int) -> bytes:
+        """Of the image alone."""
+        return self.source.digest(index)
+
     def _with_range(self, digest: str) -> str:
         return hashlib.sha256(repr((digest, self.value_range)).encode()).hexdigest()
 

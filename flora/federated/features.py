@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,25 +17,32 @@ from torch import Tensor
 from flora.clip.backbone import to_rgb
 from flora.clip.towers import AdaptedClip
 from flora.data.augmentation import Augmentation
-from flora.data.datasets import ImageSource, Progress, Split
+from flora.data.datasets import DIGEST_BYTES, ImageSource, Progress, Split
 from flora.data.value_range import UNREADABLE
 from flora.errors import UserError
 from flora.federated.cache import CacheOptions, Entry, FeatureCache
 from flora.federated.memory import available_memory_bytes
+from flora.federated.unfinished import Part
 from flora.rng import Rng
 
 # Images through the stem at once; fewer where their activations would take more than this.
 STEM_BATCH_SIZE, STEM_BATCH_BYTES = 256, 2**28
+# Unreadable images that an error names.
+MAX_NAMED = 100
+
+T = TypeVar("T")
 
 
 class Features(ABC):
     """Stem outputs and labels of a split's readable examples, whether they were computed before or are computed now.
 
-    Example i of the N has label `labels[i]` (on the CPU) and is example `positions[i]` of the split.
+    Example i of the N has label `labels[i]` (on the CPU) and is example `positions[i]` of the split. `digests`
+    `(N, 16)` uint8 are those of the images as they are stored, if they are known.
     """
 
     labels: Tensor
     positions: np.ndarray
+    digests: np.ndarray | None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,6 +73,7 @@ class StoredFeatures(Features):
     rows: Tensor
     labels: Tensor
     positions: np.ndarray
+    digests: np.ndarray | None = None
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +85,11 @@ class StoredFeatures(Features):
     def subset(self, indices: np.ndarray) -> StoredFeatures:
         chosen = torch.from_numpy(indices)
         return StoredFeatures(
-            self.stem, self.rows[chosen.to(self.device)], self.labels[chosen], self.positions[indices]
+            self.stem,
+            self.rows[chosen.to(self.device)],
+            self.labels[chosen],
+            self.positions[indices],
+            _chosen(self.digests, indices),
         )
 
 
@@ -88,6 +102,7 @@ class LiveFeatures(Features):
     augmentation: Augmentation
     labels: Tensor
     positions: np.ndarray
+    digests: np.ndarray | None = None
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +134,12 @@ class LiveFeatures(Features):
         return torch.cat(stems).to(device)
 
     def subset(self, indices: np.ndarray) -> LiveFeatures:
-        return replace(self, labels=self.labels[torch.from_numpy(indices)], positions=self.positions[indices])
+        labels, digests = self.labels[torch.from_numpy(indices)], _chosen(self.digests, indices)
+        return replace(self, labels=labels, positions=self.positions[indices], digests=digests)
+
+
+def _chosen(digests: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
+    return None if digests is None else digests[indices]
 
 
 def move_if_they_fit(features: Sequence[Features], device: torch.device) -> list[Features]:
@@ -136,6 +156,15 @@ def move_if_they_fit(features: Sequence[Features], device: torch.device) -> list
     ]
 
 
+def images_digest(features: Sequence[Features]) -> str:
+    """A SHA-256 of the images that the features are of, of which split they are, and in which order."""
+    digest = hashlib.sha256()
+    for each in features:
+        assert each.digests is not None
+        digest.update(repr(len(each)).encode() + each.positions.tobytes() + each.digests.tobytes())
+    return digest.hexdigest()
+
+
 def live_features(
     split: Split,
     model: AdaptedClip,
@@ -146,28 +175,27 @@ def live_features(
 ) -> tuple[LiveFeatures, list[str]]:
     """Features of a split that are computed at each use, and a line for each image that can't be read.
 
-    With `skip_unreadable` every image is decoded once, to find those. Raises `UserError` if none can be read.
+    All images are read once, for their digests, and with `skip_unreadable` decoded, to find what to leave out. Raises
+    `UserError` if one can't be read otherwise, or none can.
     """
-    kept, problems = np.arange(len(split)), []
-    if skip_unreadable:
-        advance = progress("checking images", len(split))
 
-        def check(place: int) -> str | None:
-            try:
-                split.open(place)
-            except UNREADABLE as error:
-                return _unreadable(split.name(place), error)
-            return None
+    def look(place: int) -> bytes | str:
+        try:
+            if skip_unreadable:
+                to_rgb(split.open(place))
+            return split.source.digest(int(split.positions[place]))
+        except UNREADABLE as error:
+            return _unreadable(split.name(place), error)
 
-        with _pool() as pool:
-            found = []
-            for line in pool.map(check, range(len(split))):
-                found.append(line)
-                advance(1)
-        problems = [line for line in found if line is not None]
-        kept = np.flatnonzero([line is None for line in found])
-        _check_some_are_left(len(kept), len(split), problems)
-    return LiveFeatures(split, model, augmentation, torch.from_numpy(split.labels[kept]), kept), problems
+    found = _in_threads(look, range(len(split)), progress("checking images", len(split)))
+    problems = [each for each in found if isinstance(each, str)]
+    if problems and not skip_unreadable:
+        raise _refusal(problems)
+    kept = np.flatnonzero([isinstance(each, bytes) for each in found])
+    _check_some_are_left(len(kept), len(split), problems)
+    digests = _as_rows([each for each in found if isinstance(each, bytes)])
+    labels = torch.from_numpy(split.labels[kept])
+    return LiveFeatures(split, model, augmentation, labels, kept, digests), problems
 
 
 def load_features(
@@ -182,16 +210,17 @@ def load_features(
     """Features of each split, from the cache where it has them, and a line for each image that can't be read.
 
     Splits that share a source share its features, so another split of the same images finds them in the cache.
-    Raises `UserError` for the first unreadable image unless `skip_unreadable`, if a split has no readable image, or if
-    the features fit neither into memory nor into the cache.
+    Raises `UserError` that names all unreadable images unless `skip_unreadable`, if a split has no readable image, or
+    if the features fit neither into memory nor into the cache.
     """
     by_source = {id(split.source): split.source for split in splits}
     entries: dict[int, tuple[Entry, np.ndarray]] = {}
     problems: list[str] = []
     for key, source in by_source.items():
         used = np.unique(np.concatenate([split.positions for split in splits if split.source is source]))
-        entry = _entry(source, used, model, cache=cache, skip_unreadable=skip_unreadable, progress=progress, log=log)
-        problems += entry.problems
+        images = _Images(source, used, model)
+        entry = _entry(images, cache=cache, skip_unreadable=skip_unreadable, progress=progress, log=log)
+        problems += entry.problems.values()
         rows = np.full(len(source), -1, dtype=np.int64)
         rows[used[entry.readable]] = np.arange(len(entry.readable))
         entries[key] = entry, rows
@@ -202,7 +231,8 @@ def _of_split(split: Split, entry: Entry, rows: np.ndarray, problems: Sequence[s
     own = rows[split.positions]
     kept = np.flatnonzero(own >= 0)
     _check_some_are_left(len(kept), len(split), problems)
-    return StoredFeatures(entry.stem, torch.from_numpy(own[kept]), torch.from_numpy(split.labels[kept]), kept)
+    labels = torch.from_numpy(split.labels[kept])
+    return StoredFeatures(entry.stem, torch.from_numpy(own[kept]), labels, kept, entry.digests[own[kept]])
 
 
 def _check_some_are_left(num_kept: int, num_images: int, problems: Sequence[str]) -> None:
@@ -211,65 +241,120 @@ def _check_some_are_left(num_kept: int, num_images: int, problems: Sequence[str]
         raise UserError(f"data: none of the {num_images} images of a split can be read; the first: {first}")
 
 
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """The images `used` of a source, and the model whose stem they go through. They are numbered from 0."""
+
+    source: ImageSource
+    used: np.ndarray
+    model: AdaptedClip
+
+    def __len__(self) -> int:
+        return len(self.used)
+
+    def key(self) -> dict[str, Any]:
+        """All that their features depend on."""
+        return {
+            **self.model.vision.stem_key(),
+            "images": self.source.fingerprint(self.used),
+            "num_images": len(self.used),
+        }
+
+    def read(self, number: int) -> tuple[Tensor, bytes] | str:
+        """An image's pixels as they go into the stem, and its digest; a line that says why if it can't be read."""
+        index = int(self.used[number])
+        try:
+            return self.model.clip.preprocess(self.source.open(index)), self.source.digest(index)
+        except UNREADABLE as error:
+            return _unreadable(self.source.name(index), error)
+
+    def are_unreadable(self, numbers: Iterable[int]) -> bool:
+        """Whether none of these images can be read now."""
+        return all(isinstance(self.read(number), str) for number in numbers)
+
+    def computed_parts(self, start: int) -> Iterator[Part]:
+        """What the images from `start` on come to, a batch at a time; the next one is decoded ahead."""
+        size = _stem_batch_size(self.model)
+        batches = [range(first, min(first + size, len(self))) for first in range(start, len(self), size)]
+        pool = _pool()
+        try:
+            ahead = [pool.submit(self.read, number) for number in batches[0]] if batches else []
+            for place, batch in enumerate(batches):
+                current = [future.result() for future in ahead]
+                following = batches[place + 1] if place + 1 < len(batches) else range(0)
+                ahead = [pool.submit(self.read, number) for number in following]
+                yield self._part(batch, current)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _part(self, batch: range, found: Sequence[tuple[Tensor, bytes] | str]) -> Part:
+        good = [(number, *each) for number, each in zip(batch, found, strict=True) if not isinstance(each, str)]
+        if good:
+            rows = self.model.vision.stem(torch.stack([pixels for _, pixels, _ in good]).to(self.model.device)).cpu()
+        else:
+            shape, dtype = self.model.vision.stem_shape()
+            rows = torch.empty((0, *shape), dtype=dtype)
+        return Part(
+            stop=batch.stop,
+            readable=[number for number, _, _ in good],
+            rows=rows,
+            digests=[digest for _, _, digest in good],
+            problems={number: each for number, each in zip(batch, found, strict=True) if isinstance(each, str)},
+        )
+
+
 def _entry(
-    source: ImageSource,
-    used: np.ndarray,
-    model: AdaptedClip,
+    images: _Images,
     *,
     cache: CacheOptions,
     skip_unreadable: bool,
     progress: Progress,
     log: Callable[[str], object],
 ) -> Entry:
-    """The stem's outputs for the images `used` of a source: found, or computed and kept."""
-    key = {**model.vision.stem_key(), "images": source.fingerprint(used), "num_images": len(used)}
-    shape, dtype = model.vision.stem_shape()
-    num_bytes = len(used) * int(np.prod(shape)) * dtype.itemsize
+    """The stem's outputs for images: found, or computed and kept."""
+    key = images.key()
+    shape, dtype = images.model.vision.stem_shape()
+    num_bytes = len(images) * int(np.prod(shape)) * dtype.itemsize
     budget = cache.memory_bytes or available_memory_bytes(torch.device("cpu")) // 2
-    if model.vision.cut == 0 and num_bytes <= budget:
+    if images.model.vision.cut == 0 and num_bytes <= budget:
         cache = CacheOptions(folder=None)  # without a stem there is nothing but the images themselves to keep
     store = FeatureCache(cache, log)
     found = store.read(key, in_memory=num_bytes <= budget)
+    if found is not None and not images.are_unreadable(found.problems):
+        log("image features: images that could not be read can be by now: computed again")
+        store.remove(key)
+        found = None
     if found is not None:
+        if found.problems and not skip_unreadable:
+            raise _refusal(list(found.problems.values()))
         log(f"image features: {len(found.readable):,} read from the cache ({_size(num_bytes)})")
         return found
     place = "in memory" if num_bytes <= budget else "memory-mapped on disk"
-    log(f"image features: {len(used):,} of shape {tuple(shape)}, {_size(num_bytes)} {place}, to be computed once")
-    with store.create(key, (len(used), *shape), dtype, in_memory=num_bytes <= budget) as writer:
-        advance = progress("images", len(used))
-        for indices, pixels, failed in _decoded_batches(source, used, model):
-            if indices:
-                writer.append(indices, model.vision.stem(torch.stack(pixels).to(model.device)).cpu())
-            if failed and not skip_unreadable:
-                raise UserError(f"{failed[0]}; set data.unreadable=skip to leave such images out")
-            writer.problems += failed
-            advance(len(indices) + len(failed))
-        return writer.finish()
+    log(f"image features: {len(images):,} of shape {tuple(shape)}, {_size(num_bytes)} {place}, to be computed once")
+    in_memory = num_bytes <= budget
+    with store.create(key, (len(images), *shape), dtype, in_memory=in_memory, trust=images.are_unreadable) as writer:
+        if writer.next_image:
+            log(f"image features: going on after {writer.next_image:,} images that a run computed before it stopped")
+        advance = progress("images", len(images))
+        advance(writer.next_image)
+        parts = images.computed_parts(writer.next_image)
+        while not (writer.problems and not skip_unreadable):
+            part = next(parts, None)
+            if part is None:
+                return writer.finish()
+            writer.append(part)
+            advance(len(part.readable) + len(part.problems))
+        rest = _in_threads(images.read, range(writer.next_image, len(images)), advance)
+        raise _refusal([*writer.problems.values(), *(each for each in rest if isinstance(each, str))])
 
 
-def _decoded_batches(
-    source: ImageSource, used: np.ndarray, model: AdaptedClip
-) -> Iterator[tuple[list[int], list[Tensor], list[str]]]:
-    """Batches of (places in `used`, pixels, what could not be read), one decoded ahead of the one being used."""
-
-    def decode(place: int) -> Tensor | str:
-        index = int(used[place])
-        try:
-            return model.clip.preprocess(source.open(index))
-        except UNREADABLE as error:
-            return _unreadable(source.name(index), error)
-
-    size = _stem_batch_size(model)
-    batches = [range(start, min(start + size, len(used))) for start in range(0, len(used), size)]
+def _in_threads(read: Callable[[int], T], numbers: range, advance: Callable[[int], object]) -> list[T]:
+    found = []
     with _pool() as pool:
-        ahead = [pool.submit(decode, place) for place in batches[0]] if batches else []
-        for number, batch in enumerate(batches):
-            current = [future.result() for future in ahead]
-            following = batches[number + 1] if number + 1 < len(batches) else range(0)
-            ahead = [pool.submit(decode, place) for place in following]
-            decoded = [(place, item) for place, item in zip(batch, current, strict=True) if isinstance(item, Tensor)]
-            failed = [item for item in current if isinstance(item, str)]
-            yield [place for place, _ in decoded], [pixels for _, pixels in decoded], failed
+        for each in pool.map(read, numbers):
+            found.append(each)
+            advance(1)
+    return found
 
 
 def _pool() -> ThreadPoolExecutor:
@@ -281,8 +366,21 @@ def _stem_batch_size(model: AdaptedClip) -> int:
     return max(1, min(STEM_BATCH_SIZE, STEM_BATCH_BYTES // model.vision.activation_bytes()))
 
 
+def _as_rows(digests: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+
+
 def _unreadable(name: str, error: BaseException) -> str:
     return " ".join(f"{name}: can't be read as an image: {error}".split())
+
+
+def _refusal(problems: Sequence[str]) -> UserError:
+    """The error that names all images that can't be read, or very many of them."""
+    named = "; ".join(problems[:MAX_NAMED]) + (
+        f"; and {len(problems) - MAX_NAMED:,} more" * (len(problems) > MAX_NAMED)
+    )
+    number = f"{len(problems):,} images can't be read: " if len(problems) > 1 else ""
+    return UserError(f"{number}{named}; set data.unreadable=skip to leave such images out")
 
 
 def _size(num_bytes: float) -> str:
