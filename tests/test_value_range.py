@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import adapt
+from helpers import adapt
 from PIL import Image
 
 from flora.clip.backbone import to_rgb
