@@ -51,7 +51,7 @@ class ConfigError(UserError):
 class ClientOptions(Options):
     """The virtual clients."""
 
-    number: int = option("how many virtual clients there are", 10, at_least=1)
+    number: int = option("how many virtual clients there are", 10, at_least=1, at_most=10_000_000)
     pooled: bool = option("one client trains on what all of them would have: centralised training", False)
     cohort: Sampler = option("which of them take part in a round", Uniform())
     holdout_fraction: float = option("share of a client's examples kept for its own test", 0.2, at_least=0, below=1)

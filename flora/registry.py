@@ -40,7 +40,7 @@ class Bounds:
         if self.choices is not None:
             return "one of " + ", ".join(self.choices)
         words = (("above", self.above), ("at least", self.at_least), ("below", self.below), ("at most", self.at_most))
-        limits = " and ".join(f"{word} {limit:g}" for word, limit in words if limit is not None)
+        limits = " and ".join(f"{word} {_number(limit)}" for word, limit in words if limit is not None)
         return f"a number {limits}" if limits else "a finite number"
 
     def allow(self, value: Any) -> bool:
@@ -59,6 +59,10 @@ class Bounds:
             or (self.below is not None and value >= self.below)
             or (self.at_most is not None and value > self.at_most)
         )
+
+
+def _number(limit: float) -> str:
+    return f"{limit:,}" if isinstance(limit, int) and limit >= 10_000 else f"{limit:g}"
 
 
 def option(

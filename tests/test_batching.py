@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora.data.batching import client_blocks
+from flora.data.batching import batch_bytes, client_blocks, count_steps
 from flora.rng import Rng
 
 sizes_strategy = st.lists(st.integers(1, 23), min_size=1, max_size=7)
@@ -70,3 +72,13 @@ def test_steps_in_place_of_epochs() -> None:
         counts = np.bincount(block.indices[:, place][block.example_mask[:, place]].numpy(), minlength=13)
         own = counts[examples[client]]
         assert own.max() - own.min() <= 1  # a new epoch begins only when the last one is through
+
+
+def test_the_bytes_of_a_cohorts_batches_are_counted_before_they_are_made() -> None:
+    examples = [np.arange(size) for size in (13, 4, 9, 1, 6)]
+    options: dict[str, Any] = {"batch_size": 4, "epochs": 2, "steps": None}
+    steps = [count_steps(len(own), **options) for own in examples]
+    for per_block in (1, 2, 5):
+        made = client_blocks(range(5), examples, Rng(0), width=4, clients_per_block=per_block, **options)
+        found = sum(block.indices.nbytes + block.example_mask.nbytes for block in made)
+        assert batch_bytes(steps, width=4, clients_per_block=per_block) == found

@@ -13,6 +13,7 @@ import torch
 
 from flora.config import parse_config
 from flora.errors import UserError
+from flora.federated import federation
 from flora.federated.screening import Screening, screen
 from flora.hooks import Hooks
 from flora.records import ClientUpdate, Rejection, ServerState
@@ -194,6 +195,7 @@ NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     MemoryError(),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    RuntimeError("std::bad_alloc"),
 ]
 
 
@@ -254,6 +256,20 @@ def test_one_client_that_does_not_fit_is_an_error_with_an_estimate(raw_config: d
         UserError, match=r"out of memory with one client in a step, which needs about 0\.0 GB where .* GB"
     ):
         simulate(parse_config(raw_config), hooks=Hooks(before_block=full))
+
+
+def test_batches_that_do_not_fit_are_refused_before_they_are_made(
+    raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(federation, "available_memory_bytes", lambda device: 10**9)
+    raw_config["partition"], raw_config["local"]["steps"] = "iid", 10_000_000
+    with pytest.raises(UserError) as caught:
+        simulate(parse_config(raw_config))
+    # 4 clients, 8 examples a step, 8 bytes for the index of each and one for whether it is real.
+    assert str(caught.value) == (
+        "out of memory: a client takes up to 10,000,000 steps in a round, and the batches of the cohort need 2.9 GB "
+        "where 1.0 GB are free; lower local.epochs or local.steps (personal.epochs, after the last round)"
+    )
 
 
 def test_other_errors_are_not_taken_for_memory(raw_config: dict[str, Any]) -> None:

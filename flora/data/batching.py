@@ -51,6 +51,13 @@ def count_steps(num_examples: int, *, batch_size: int, epochs: int, steps: int |
     return steps if steps is not None else epochs * math.ceil(num_examples / batch_size)
 
 
+def batch_bytes(num_steps: Sequence[int], *, width: int, clients_per_block: int) -> int:
+    """How many bytes the blocks take that `client_blocks` makes of clients with so many steps."""
+    longest_first = sorted(num_steps, reverse=True)
+    blocks = (longest_first[start : start + clients_per_block] for start in range(0, len(num_steps), clients_per_block))
+    return (torch.int64.itemsize + torch.bool.itemsize) * width * sum(block[0] * len(block) for block in blocks)
+
+
 def client_batches(
     examples: np.ndarray, rng: Rng, *, batch_size: int, width: int, num_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:

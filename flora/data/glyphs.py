@@ -33,8 +33,8 @@ class Glyphs(Dataset):
 
     templates: ClassVar[tuple[str, ...]] = ("a photo of the {}.",)
 
-    num_train: int = option("generated training images", 20_000, at_least=1)
-    num_test: int = option("generated test images", 2_000, at_least=1)
+    num_train: int = option("generated training images", 20_000, at_least=1, at_most=10_000_000)
+    num_test: int = option("generated test images", 2_000, at_least=1, at_most=10_000_000)
     characters: str = option("the classes: English letters and digits, each once", CHARACTERS)
 
     def check(self) -> None:

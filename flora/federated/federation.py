@@ -13,7 +13,7 @@ from flora import tree
 from flora.clip.towers import AdaptedClip
 from flora.contracts import checked_ids, checked_state, refuse
 from flora.counts import part_of
-from flora.data.batching import ClientBlock, client_blocks, count_steps
+from flora.data.batching import ClientBlock, batch_bytes, client_blocks
 from flora.errors import UserError
 from flora.federated import pending
 from flora.federated.aggregation import Strategy
@@ -176,11 +176,7 @@ class Federation:
     def num_steps(self, client: int) -> int:
         """How many steps a client takes in a round, those for itself alone included."""
         locals = [self.local, self.personal.in_round(self.local)]
-        return sum(
-            count_steps(int(self.sizes[client]), batch_size=each.batch_size, epochs=each.epochs, steps=each.steps)
-            for each in locals
-            if each is not None
-        )
+        return sum(each.num_steps(int(self.sizes[client])) for each in locals if each is not None)
 
     def uplink_bytes(self, adapter: StateLike, round: int, client: int) -> int:
         """How many bytes a client sends in a round, whatever the numbers are."""
@@ -229,20 +225,33 @@ class Federation:
         return payload_bytes(state if self.ranks is None else rank_first(state, int(self.ranks[client])))
 
     def blocks(self, cohort: np.ndarray, rng: Rng, local: LocalTraining) -> list[ClientBlock]:
-        """The cohort in blocks, with every batch laid out."""
+        """The cohort in blocks, with every batch laid out. Raises `UserError` if these don't fit into memory."""
+        # One width for all blocks: a client's dropout masks must not depend on its neighbours.
+        width = int(min(local.batch_size, self.sizes.max()))
+        self._check_steps([local.num_steps(int(self.sizes[client])) for client in cohort], width)
         return list(
             client_blocks(
                 cohort.tolist(),
                 [self.clients[client].train for client in cohort],
                 rng,
                 batch_size=local.batch_size,
-                # One width for all blocks: a client's dropout masks must not depend on its neighbours.
-                width=int(min(local.batch_size, self.sizes.max())),
+                width=width,
                 epochs=local.epochs,
                 steps=local.steps,
                 clients_per_block=self.clients_per_block,
             )
         )
+
+    def _check_steps(self, num_steps: Sequence[int], width: int) -> None:
+        """Raise `UserError` if the batches of clients with so many steps don't fit into memory."""
+        needed = batch_bytes(num_steps, width=width, clients_per_block=self.clients_per_block)
+        free = available_memory_bytes(torch.device("cpu"))
+        if needed > free:
+            raise UserError(
+                f"out of memory: a client takes up to {max(num_steps):,} steps in a round, and the batches of the "
+                f"cohort need {needed / 1e9:.1f} GB where {free / 1e9:.1f} GB are free; lower local.epochs or "
+                "local.steps (personal.epochs, after the last round)"
+            )
 
     def train(
         self,

@@ -13,7 +13,7 @@ from flora import tree
 from flora.clip.towers import AdaptedClip
 from flora.contracts import checked_state, checked_tensor
 from flora.data.augmentation import Augmentation, NoAugmentation
-from flora.data.batching import ClientBlock
+from flora.data.batching import ClientBlock, count_steps
 from flora.federated.corrections import Correction, NoCorrection
 from flora.federated.features import Features
 from flora.federated.gradients import Batch, FlatStack, Loss, gradient_function
@@ -33,9 +33,11 @@ class LocalTraining(Options):
     """What every client does with its data in a round."""
 
     learning_rate: float = option("step size", 1e-3, above=0)
-    epochs: int = option("passes over a client's examples in a round", 1, at_least=1)
-    steps: int | None = option("steps in a round, the same for every client, in place of `epochs`", None, at_least=1)
-    batch_size: int = option("examples in a step", 32, at_least=1)
+    epochs: int = option("passes over a client's examples in a round", 1, at_least=1, at_most=1_000_000)
+    steps: int | None = option(
+        "steps in a round, the same for every client, in place of `epochs`", None, at_least=1, at_most=10_000_000
+    )
+    batch_size: int = option("examples in a step", 32, at_least=1, at_most=1_000_000)
     optimizer: Optimizer = option("how gradients become steps", AdamW())
     optimizer_state: str = option(
         "whether a client's optimiser starts fresh each round or is kept from its last one",
@@ -52,6 +54,10 @@ class LocalTraining(Options):
     def check(self) -> None:
         if self.steps is not None and self.epochs != 1:
             raise OptionError("steps", "give either `steps` or `epochs`, not both")
+
+    def num_steps(self, num_examples: int) -> int:
+        """How many steps a client of so many examples takes in a round."""
+        return count_steps(num_examples, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps)
 
     def client_state(self, trained: StateLike) -> State:
         """What one client keeps between its rounds when it trains such tensors: names and shapes."""

@@ -12,8 +12,8 @@ import torch
 from flora.clip.towers import AdaptedClip
 
 MAX_CLIENTS_PER_BLOCK = 32
-# How PyTorch's CPU allocator, CUDA and cuBLAS say that memory has run out, where the error's type doesn't.
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# How PyTorch's CPU allocator, C++, CUDA and cuBLAS say that memory has run out, where the error's type doesn't.
+OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 # Tokens times width of a step's residual stream beyond which a CPU gets slower a client, not faster, because what one
 # operation writes is no longer in the caches when the next one reads it (ViT-B/16, 100 classes, two cores: 470 ms a
 # client with one at once, 375 ms with 6, 490 ms with 12).

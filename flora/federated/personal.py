@@ -52,7 +52,7 @@ class Ditto(Personalization):
 class FineTuning(Personalization):
     """After the last round each client goes on from the server's adapter, on its own examples, at `learning_rate`."""
 
-    epochs: int = option("passes over a client's examples", 1, at_least=1)
+    epochs: int = option("passes over a client's examples", 1, at_least=1, at_most=1_000_000)
 
     def at_end(self, local: LocalTraining) -> LocalTraining | None:
         # A schedule has come to its end by then.
