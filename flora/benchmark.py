@@ -200,13 +200,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="write every measurement to this file, too")
     parser.add_argument("--whole", action="store_true", help="time a whole small experiment instead")
     parser.add_argument("--profile", metavar="CONFIG", help="show where the time of a round of an experiment goes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment that --profile names")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse_intermixed_args(argv)
     if options.worker:
         order = json.loads(options.worker)
         setting = Setting(**order["setting"])
@@ -222,8 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             objective=options.objective, device=options.device,
         )  # fmt: skip
         if options.profile:
-            print("\n".join(profile_round(options.profile)))
+            print("\n".join(profile_round(options.profile, options.overrides)))
             return 0
+        if options.overrides:
+            raise UserError(f"{options.overrides[0]}: overrides belong to the CONFIG of --profile; see --help")
         if options.whole:
             print(compare_experiments(setting, repeats=options.repeats))
             return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+from collections.abc import Sequence
 from pathlib import Path
 
 import flora
@@ -15,14 +16,14 @@ NUM_SHOWN = 6
 OWN = str(Path(flora.__path__[0]))
 
 
-def profile_round(path: str) -> list[str]:
+def profile_round(path: str, overrides: Sequence[str] = ()) -> list[str]:
     """Run two rounds of an experiment, the second one under a profiler; return what to print.
 
     Tensor operations are what torch and OpenCLIP do, and the model's own layers in `flora.clip`: an operator such as
     `a * b` counts where it is written. Everything else is bookkeeping. The profiler slows Python code, not products of
     matrices, so bookkeeping's share is an upper bound. Raises `UserError` as a run would.
     """
-    config = load_config(path)
+    config = load_config(path, overrides)
     experiment = build_experiment(config, progress=lambda title, total: lambda done: None, log=lambda line: None)
     state, _ = run_round(experiment.federation, experiment.initial_state())
     profiler = cProfile.Profile()

@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0, 2 for anything the user can mend, 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
-        options = _parser().parse_args(argv)
+        options = _parser().parse_intermixed_args(argv)
         paths = [argument for argument in options.arguments if "=" not in argument or os.path.exists(argument)]
         overrides = [argument for argument in options.arguments if argument not in paths]
         if options.list:
