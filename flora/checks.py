@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from flora.clip.adapters import Lora
@@ -16,7 +16,10 @@ from flora.rng import Rng
 
 
 def check_experiment(config: ExperimentConfig) -> None:
-    """What can be checked without the model's weights or an image. Raises `UserError` naming the setting."""
+    """What can be checked without the model's weights or an image. Raises `UserError` naming the setting.
+
+    Where the data name the clients, `check_clients` is for later.
+    """
     architecture = config.backbone.architecture()
     with below("adapter"):
         config.adapter.check_fits(architecture)
@@ -31,18 +34,44 @@ def check_experiment(config: ExperimentConfig) -> None:
         raise OptionError(
             "split", f"base_to_new needs an adapter without weights for each class, got {name_of(config.adapter)}"
         )
-    with below("clients.cohort"):
-        config.clients.cohort.cohort_size(config.clients.number_training)
     if config.cache.enabled and config.local.augmentation.changes_images:
         raise OptionError(
             "cache.enabled",
             "expected false or null where local.augmentation changes images: their features can't be kept",
         )
-    if config.evaluation.num_alone > config.clients.number_training:
+    number = config.clients.number_training
+    if number is not None and (config.clients.pooled or not config.partition.names_clients):
+        check_clients(config, number)
+
+
+def check_clients(config: ExperimentConfig, number: int, names: Sequence[str] | None = None) -> None:
+    """Raise `UserError` naming the setting if something doesn't go with as many clients, of these names."""
+    with below("clients.cohort"):
+        config.clients.cohort.cohort_size(number)
+    counts = {
+        "evaluation.num_alone": config.evaluation.num_alone,
+        "server.strategy.buffer": config.server.strategy.buffer_size,
+    }
+    for option, count in counts.items():
+        if count > number:
+            raise OptionError(option, f"expected at most {number}, the clients there are, got {count}")
+    ranks = config.clients.ranks
+    if isinstance(ranks, tuple) and len(ranks) != number:
+        raise OptionError("clients.ranks", f"expected {number} numbers, one for each client, got {len(ranks)}")
+    if config.server.strategy.buffer_size and config.network is not None:
+        _check_buffer_fills(config, number, names)
+
+
+def _check_buffer_fills(config: ExperimentConfig, number: int, names: Sequence[str] | None) -> None:
+    """Raise `OptionError` if fewer clients than the server waits for can ever deliver."""
+    assert config.network is not None
+    profiles = config.network.profiles(number, Rng(config.seed).child("network"), names=names)
+    delivering, size = len(config.network.can_ever_deliver(profiles)), config.server.strategy.buffer_size
+    if size > delivering:
         raise OptionError(
-            "evaluation.num_alone",
-            f"expected at most {config.clients.number_training}, the clients there are, "
-            f"got {config.evaluation.num_alone}",
+            "server.strategy.buffer",
+            f"expected at most {delivering}, the clients that can ever deliver (the others have a network.dropout of 1 "
+            f"or an availability of 0), got {size}",
         )
 
 
@@ -126,20 +155,6 @@ def _check_network(config: ExperimentConfig) -> None:
         raise OptionError("network", f"missing: {name} needs to know who is how fast")
     if config.server.patience != Patience():
         raise OptionError("server.patience", f"expected the defaults: {name} waits for its buffer alone")
-    if config.server.strategy.buffer_size > config.clients.number_training:
-        raise OptionError(
-            "server.strategy.buffer",
-            f"expected at most {config.clients.number_training}, the clients there are, "
-            f"got {config.server.strategy.buffer_size}",
-        )
-    profiles = config.network.profiles(config.clients.number_training, Rng(config.seed).child("network"))
-    number = len(config.network.can_ever_deliver(profiles))
-    if config.server.strategy.buffer_size > number:
-        raise OptionError(
-            "server.strategy.buffer",
-            f"expected at most {number}, the clients that can ever deliver (the others have a network.dropout of 1 or "
-            f"an availability of 0), got {config.server.strategy.buffer_size}",
-        )
     local, feedback = config.local, config.communication.error_feedback
     if local.correction.memory(1) or local.optimizer_state == "kept" or feedback:
         raise OptionError(
@@ -163,10 +178,6 @@ def _check_ranks(config: ExperimentConfig) -> None:
             "clients.ranks",
             f"{name_of(strategy)} has no rule for factors of different sizes: expected server.strategy "
             "hetlora, flexlora or flora_stacking",
-        )
-    if isinstance(ranks, tuple) and len(ranks) != config.clients.number_training:
-        raise OptionError(
-            "clients.ranks", f"expected {config.clients.number_training} numbers, one for each client, got {len(ranks)}"
         )
     if (config.server.combiner, config.server.optimizer) != (Mean(), ServerSgd()):
         raise OptionError("clients.ranks", "expected server.combiner mean and server.optimizer sgd with its defaults")

@@ -51,7 +51,12 @@ class ConfigError(UserError):
 class ClientOptions(Options):
     """The virtual clients."""
 
-    number: int = option("how many virtual clients there are", 10, at_least=1, at_most=10_000_000)
+    number: int | None = option(
+        "how many virtual clients there are; none, and the default of `natural`: as many as the data name",
+        10,
+        at_least=1,
+        at_most=10_000_000,
+    )
     pooled: bool = option("one client trains on what all of them would have: centralised training", False)
     cohort: Sampler = option("which of them take part in a round", Uniform())
     holdout_fraction: float = option("share of a client's examples kept for its own test", 0.2, at_least=0, below=1)
@@ -63,8 +68,8 @@ class ClientOptions(Options):
     )
 
     @property
-    def number_training(self) -> int:
-        """How many clients there are to train: one where they are pooled."""
+    def number_training(self) -> int | None:
+        """How many clients there are to train: one where they are pooled, None if that is for the data to say."""
         return 1 if self.pooled else self.number
 
 
@@ -110,6 +115,10 @@ class ExperimentConfig(Options):
     def check(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
             raise OptionError("device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if self.clients.number is None and not self.partition.names_clients:
+            raise OptionError(
+                "clients.number", f"expected a number: {name_of(self.partition)} takes none from the data"
+            )
 
 
 class _Loader(yaml.SafeLoader):
@@ -157,11 +166,24 @@ def parse_config(raw: Mapping[str, Any], *, is_complete: bool = False) -> Experi
     `is_complete` says that those are in it already, as in a run's `config.yaml`: what a later version of the program
     adds to a protocol must not change a run that has begun. Raises `OptionError` naming the dotted key.
     """
-    config: ExperimentConfig = _parse(ExperimentConfig, raw if is_complete else with_protocol(raw), "")
+    if not is_complete:
+        raw = _with_clients_of_the_data(with_protocol(raw), raw)
+    config: ExperimentConfig = _parse(ExperimentConfig, raw, "")
     name = config.name
     if name in (".", "..") or not name.isprintable() or name != name.strip() or "/" in name or "\\" in name:
         raise OptionError("name", f"expected a plain folder name, got {name!r}")
     return config
+
+
+def _with_clients_of_the_data(values: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`values` with `clients.number: null` where the data name the clients and `given` has no number of them."""
+    partition, clients, own = values.get("partition"), values.get("clients") or {}, given.get("clients") or {}
+    name = partition.get("name") if isinstance(partition, Mapping) else partition
+    kind = components(Partitioner).get(name) if isinstance(name, str) else None
+    names_clients = kind is not None and issubclass(kind, Partitioner) and kind.names_clients
+    if not names_clients or not isinstance(own, Mapping) or "number" in own:
+        return values
+    return {**values, "clients": {**clients, "number": None}}
 
 
 def config_to_dict(config: Any) -> Any:

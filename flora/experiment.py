@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.checks import below, check_experiment
+from flora.checks import below, check_clients, check_experiment
 from flora.clip.backbone import parameter_count
 from flora.clip.towers import AdaptedClip
 from flora.config import ExperimentConfig
 from flora.contracts import checked_column, checked_parts, refuse
 from flora.counts import part_of
 from flora.data.datasets import ImageData, Progress, checked_images
+from flora.data.partition import group_names
 from flora.data.value_range import with_one_range
 from flora.errors import UserError
 from flora.federated.features import (
@@ -29,12 +30,15 @@ from flora.federated.features import (
 )
 from flora.federated.federation import Federation
 from flora.federated.memory import choose_clients_per_block
-from flora.federated.network import COLUMNS
+from flora.federated.network import COLUMNS, Profiles
 from flora.hooks import Hooks
 from flora.records import ClientData, ServerState
 from flora.registry import OptionError
 from flora.rng import Rng
 from flora.tree import State, state_digest
+
+# Clients that a line of the log names.
+MAX_NAMED = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,8 @@ class Experiment:
 
     `digests` tell other weights and other data from these, wherever they are; `value_range` is what images of more than
     8 bits were scaled from, if there are any. `new` is the same model and adapter with
-    the prompts of classes that were set aside, and their test images, if there are any.
+    the prompts of classes that were set aside, and their test images, if there are any. `left_out` are the clients that
+    the data name and that have no training image.
     """
 
     config: ExperimentConfig
@@ -58,6 +63,7 @@ class Experiment:
     digests: dict[str, str]
     value_range: tuple[float, float] | None
     new: tuple[AdaptedClip, Features] | None
+    left_out: tuple[str, ...] = ()
 
     def initial_state(self) -> ServerState:
         """The server before the first round."""
@@ -79,22 +85,15 @@ def build_experiment(
     """
     check_experiment(config)
     rng = Rng(config.seed)
-    profiles = None
-    if config.network is not None:
-        number = config.clients.number_training
-        profiles = config.network.profiles(number, rng.child("network"))
-        for column in COLUMNS:
-            checked_column("network", config.network, getattr(profiles, column), number, what=column)
     device = choose_device(config.device)
     whole = checked_images("data", config.data, config.data.load(rng.child("data")))
     data = checked_images("split", config.split, config.split.split(whole, rng.child("split")))
+    roster = _roster(config, data.train.groups, rng)
     class_names, new_names = _class_names(config, data)
     data, value_range = with_one_range(data, config.data.value_range, whole=whole, progress=progress, log=log)
     clip = config.backbone.load(device, rng.child("backbone"))
     backbone_parameters = parameter_count(clip.model)
     digests = {"backbone_sha256": state_digest(clip.model.state_dict()), "data_sha256": _data_digest(data)}
-    if profiles is not None:
-        digests["network_sha256"] = profiles.digest()
     log(f"{clip.architecture.name}: {backbone_parameters:,} frozen parameters on {device}, {config.backbone.precision}")
     adapter = config.adapter.attach(clip)
     templates = config.adapter.templates(config.prompts.templates or config.data.templates)
@@ -115,6 +114,11 @@ def build_experiment(
     train, test, *new = move_if_they_fit([train, test, *new], device)
     _check_classes(labels, test.labels.cpu().numpy(), class_names)
     groups = None if data.train.groups is None else data.train.groups[train.positions]
+    if unreadable:
+        roster = _roster(config, groups, rng)
+    if roster.profiles is not None:
+        digests["network_sha256"] = roster.profiles.digest()
+    left_out = () if roster.names is None else _without_training_images(whole, roster.names, log)
     clients = deal_out(config, labels, groups, rng)
     log(f"{len(labels):,} training and {len(test):,} test images, {len(class_names)} classes, {len(clients)} clients")
     if new:
@@ -131,7 +135,7 @@ def build_experiment(
         personal=config.personal,
         communication=config.communication,
         network=config.network,
-        profiles=profiles,
+        profiles=roster.profiles,
         patience=config.server.patience,
         ranks=_ranks(config, len(clients), rng.child("ranks")),
         num_rounds=config.rounds,
@@ -154,7 +158,49 @@ def build_experiment(
         digests=digests,
         value_range=None if value_range is None else value_range.limits,
         new=(new_model[0], new[0]) if new else None,
+        left_out=left_out,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Roster:
+    """What the data call the clients, if they do, and what lines and machines they have, if that matters."""
+
+    names: tuple[str, ...] | None
+    profiles: Profiles | None
+
+
+def _roster(config: ExperimentConfig, groups: np.ndarray | None, rng: Rng) -> _Roster:
+    """The clients among whom training examples of these `groups` are dealt out.
+
+    Raises `UserError` if the data name as many clients as something in the configuration can't go with.
+    """
+    names = None
+    if config.partition.names_clients and not config.clients.pooled:
+        names = group_names(groups, config.clients.number)
+    number = config.clients.number_training if names is None else len(names)
+    assert number is not None
+    if names is not None:
+        check_clients(config, number, names)
+    profiles = None
+    if config.network is not None:
+        profiles = config.network.profiles(number, rng.child("network"), names=names)
+        for column in COLUMNS:
+            checked_column("network", config.network, getattr(profiles, column), number, what=column)
+    return _Roster(names, profiles)
+
+
+def _without_training_images(data: ImageData, names: Sequence[str], log: Callable[[str], object]) -> tuple[str, ...]:
+    """The clients that the data name and that are not among `names`, those with something to train on; logs them."""
+    groups = [split.groups for split in (data.train, data.test) if split.groups is not None]
+    left_out = np.setdiff1d(np.concatenate(groups), names).tolist()
+    if left_out:
+        shown = ", ".join(left_out[:MAX_NAMED]) + (", ..." if len(left_out) > MAX_NAMED else "")
+        log(
+            f"{len(left_out)} of the {len(left_out) + len(names)} clients that the data name have no training image "
+            f"and take no part: {shown}"
+        )
+    return tuple(left_out)
 
 
 def _ranks(config: ExperimentConfig, num_clients: int, rng: Rng) -> np.ndarray | None:
@@ -236,13 +282,16 @@ def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:
 
 def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | None, rng: Rng) -> list[ClientData]:
     """Each client's share of the training examples. Raises `UserError` if one would have nothing to train on."""
-    number = config.clients.number
+    names = group_names(groups, config.clients.number) if config.partition.names_clients else ()
+    number = config.clients.number or len(names)
     parts = config.partition.split(labels, number, rng.child("partition"), groups=groups)
     parts = checked_parts("partition", config.partition, parts, number, len(labels))
     if config.clients.pooled:
-        parts = [np.unique(np.concatenate(parts))]
+        parts, names = [np.unique(np.concatenate(parts))], ()
     fraction = config.clients.holdout_fraction
     clients = [hold_out(part, fraction, rng.child("holdout", index)) for index, part in enumerate(parts)]
+    if names:
+        clients = [replace(client, name=name) for client, name in zip(clients, names, strict=True)]
     empty = [index for index, client in enumerate(clients) if not len(client.train)]
     if empty:
         raise UserError(

@@ -18,8 +18,9 @@ from flora.checkpoints import CheckpointFolder
 from flora.config import load_config
 from flora.errors import UserError
 from flora.federated.personal import OWN
+from flora.registry import suggest
 from flora.rng import Rng
-from flora.run_directory import ADAPTER_FORMAT
+from flora.run_directory import ADAPTER_FORMAT, read_json
 from flora.tree import State, fits, named_below
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,11 +40,11 @@ def read_adapter(path: Path) -> State:
         raise UserError(f"{path}: damaged: {error}") from None
 
 
-def merged_weights(run: Path, client: int | None = None) -> State:
+def merged_weights(run: Path, client: str | None = None) -> State:
     """The state dict of a finished run's backbone with its adapter merged in, fp32 on the CPU.
 
-    That is the server's adapter, or a client's own. Raises `UserError` if the run's files are missing or don't belong
-    together, or if the client has none.
+    That is the server's adapter, or the own one of a client, given by its name or id. Raises `UserError` if the run's
+    files are missing or don't belong together, or if the client has none.
     """
     config = load_config(run / "config.yaml")
     adapter = read_adapter(run / "adapter.safetensors")
@@ -64,14 +65,28 @@ def merged_weights(run: Path, client: int | None = None) -> State:
     return attached.merged_state_dict(state_dict, adapter)
 
 
-def _own_tensors(run: Path, client: int) -> State:
+def _own_tensors(run: Path, client: str) -> State:
     """What of its adapter a client kept for itself until the run's last checkpoint."""
-    checkpoints = CheckpointFolder(run / "checkpoints")
+    checkpoints, index = CheckpointFolder(run / "checkpoints"), _client_id(run, client)
     rounds = checkpoints.rounds()
-    own = named_below(OWN, checkpoints.client(rounds[0], client)) if rounds else {}
+    own = named_below(OWN, checkpoints.client(rounds[0], index)) if rounds else {}
     if not own:
         raise UserError(f"{run}: client {client} has kept no adapter of its own in this run")
     return own
+
+
+def _client_id(run: Path, client: str) -> int:
+    """The id of the client of this name or, where there is none, of this id. Raises `UserError` if there is neither."""
+    partition = read_json(run / "partition.json")
+    try:
+        names = [each.get("name", str(index)) for index, each in enumerate(partition["clients"])]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{run / 'partition.json'}: missing or damaged") from None
+    if client in names:
+        return names.index(client)
+    if client.isdecimal() and int(client) < len(names):
+        return int(client)
+    raise UserError(f"{run}: there is no client {client!r}; {suggest(client, names)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flora.export", description=__doc__)
     parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/quickstart")
     parser.add_argument("file", type=Path, help="the .safetensors file to write; it must not exist")
-    parser.add_argument("--client", type=int, help="merge this client's own adapter in place of the server's")
+    parser.add_argument(
+        "--client",
+        metavar="NAME",
+        help="merge the own adapter of this client (its name or id) in place of the server's",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the numbers (default: fp32)")
     options = parser.parse_args(argv)
     try:

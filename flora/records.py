@@ -12,10 +12,14 @@ from flora.tree import State
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """One client's share: sorted indices into the training examples, and those it keeps for its own test."""
+    """One client's share: sorted indices into the training examples, and those it keeps for its own test.
+
+    `name` is what the data call it, if they do.
+    """
 
     train: np.ndarray
     held_out: np.ndarray
+    name: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

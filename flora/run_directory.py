@@ -159,12 +159,13 @@ class RunDirectory:
     def write_start(
         self, config: ExperimentConfig, *, device: torch.device, clients_per_block: int, clients: Sequence[ClientData],
         labels: np.ndarray, class_names: Sequence[str], digests: Mapping[str, str] | None = None,
-        value_range: Sequence[float] | None = None, num_test: int = 0,
+        value_range: Sequence[float] | None = None, num_test: int = 0, left_out: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Write `environment.json` and `partition.json`; `digests` are those of weights and data, by name.
 
         `labels` are those of all training images, `num_test` is how many there are to test on, `value_range` is what
-        images of more than 8 bits were scaled from, None if there are none.
+        images of more than 8 bits were scaled from, None if there are none. `left_out` are clients that the data name
+        and that have no training image.
 
         Raises `UserError` if they are there already, and the weights, the data or the partition are others.
         """
@@ -188,6 +189,7 @@ class RunDirectory:
             rows.append(
                 {
                     "client": index,
+                    **({} if client.name is None else {"name": client.name}),
                     "num_train": len(client.train),
                     "num_held_out": len(client.held_out),
                     "class_counts": present,
@@ -199,6 +201,8 @@ class RunDirectory:
             "num_test": num_test,
             "clients": rows,
         }
+        if any(client.name is not None for client in clients):
+            partition["clients_without_training_images"] = list(left_out)
         path = self.path / "partition.json"
         earlier = read_json(path)
         if earlier is not None and earlier != json.loads(_encode(_json(partition, None))):

@@ -156,6 +156,7 @@ def _run_in(
             digests=experiment.digests,
             value_range=experiment.value_range,
             num_test=len(experiment.test),
+            left_out=experiment.left_out,
         )
         result = _run(experiment, directory, find(experiment, log), started, memory_before)
     finally:

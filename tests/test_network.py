@@ -140,7 +140,7 @@ def test_a_csv_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("upload\n1\n1\n", "expected columns of download_mbps, upload_mbps, latency_seconds, compute_speed, "
+        ("upload\n1\n1\n", "expected columns of client, download_mbps, upload_mbps, latency_seconds, compute_speed, "
                            "availability, dropout, time_zone_hours, each once, got 'upload'"),
         ("dropout,dropout\n0,0\n0,0\n", "each once, got 'dropout'"),
         ("", "got none"),

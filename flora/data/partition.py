@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,6 +22,9 @@ MAX_DRAWS = 10
 class Partitioner(Component):
     """How the training examples are dealt out to the clients."""
 
+    names_clients: ClassVar[bool] = False
+    """Whether the clients are those that the data name: `group_names`, in that order."""
+
     @abstractmethod
     def split(
         self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
@@ -30,6 +34,21 @@ class Partitioner(Component):
         `groups` `(N,)` names the client of each example where the data do so; only `natural` reads it.
         Raises `UserError`, saying what would be possible, where the request can't be met.
         """
+
+
+def group_names(groups: np.ndarray | None, number: int | None = None) -> tuple[str, ...]:
+    """The names of the clients that have one of these examples, sorted.
+
+    Raises `UserError` if the data name none, or not `number` where that is given.
+    """
+    if groups is None:
+        raise UserError("partition: the data name no clients, which natural needs; choose another partitioner")
+    names = tuple(np.unique(groups).tolist())
+    if number not in (None, len(names)):
+        raise UserError(
+            f"clients.number: the data name {len(names)} clients, got {number}; null takes them as they are"
+        )
+    return names
 
 
 # A partitioner whose clients share no example fills in `owner` (N,): the client of each example, -1 for one left out.
@@ -422,15 +441,15 @@ class Quantity(Partitioner):
 class Natural(Partitioner):
     """The clients that the data themselves name, in the sorted order of their names.
 
-    Complete: every example belongs to the client that its group names. Nothing is drawn.
+    Complete: every example belongs to the client that its group names. Nothing is drawn. `clients.number` is null, or
+    as many as have a training image.
     """
+
+    names_clients = True
 
     def split(
         self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
     ) -> list[np.ndarray]:
-        if groups is None:
-            raise UserError("partition: the data name no clients, which natural needs; choose another partitioner")
-        names, owner = np.unique(groups, return_inverse=True)
-        if len(names) != num_clients:
-            raise UserError(f"clients.number: the data name {len(names)} clients, got {num_clients}")
-        return _collect(owner, num_clients)
+        names = group_names(groups, num_clients)
+        assert groups is not None  # else there were no names
+        return _collect(np.searchsorted(names, groups), num_clients)

@@ -9,7 +9,7 @@ import csv
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from flora.errors import UserError
-from flora.registry import Component, OptionError, Options, option, register
+from flora.registry import Component, OptionError, Options, option, register, suggest
 from flora.rng import Rng
 
 DAY_SECONDS = 86_400
@@ -46,6 +46,9 @@ class Profiles:
 
 
 COLUMNS = tuple(each.name for each in fields(Profiles))
+# The column of a CSV file that says whose row it is, if it has one.
+CLIENT = "client"
+_Line = tuple[int, dict[str | Any, Any]]  # its number, and its cells by column
 # What a client has where nothing else is said: a fixed line that is never down.
 USUAL = {"download_mbps": 100.0, "upload_mbps": 20.0, "latency_seconds": 0.02, "compute_speed": 1.0,
          "availability": 1.0, "dropout": 0.0, "time_zone_hours": 0.0}  # fmt: skip
@@ -78,8 +81,11 @@ class Network(Component):
             raise OptionError("day_curve", f"expected 24 numbers, one an hour, got {len(self.day_curve)}")
 
     @abstractmethod
-    def profiles(self, num_clients: int, rng: Rng) -> Profiles:
-        """What each client has. Raises `UserError` if a file doesn't say."""
+    def profiles(self, num_clients: int, rng: Rng, *, names: Sequence[str] | None = None) -> Profiles:
+        """What each client has; `names` are the clients', in the order of their ids, where the data name them.
+
+        Raises `UserError` if a file doesn't say.
+        """
 
     def available(self, profiles: Profiles, clock: float, rng: Rng) -> np.ndarray:
         """The clients that can be asked at a time, in seconds since the beginning, which is midnight."""
@@ -102,7 +108,7 @@ class Preset(Network):
 
     kind: str = option("which line", "broadband", choices=tuple(PRESETS))
 
-    def profiles(self, num_clients: int, rng: Rng) -> Profiles:
+    def profiles(self, num_clients: int, rng: Rng, *, names: Sequence[str] | None = None) -> Profiles:
         return Profiles(**{name: np.full(num_clients, {**USUAL, **PRESETS[self.kind]}[name]) for name in COLUMNS})
 
 
@@ -121,7 +127,7 @@ class DrawnNetwork(Network):
     availability: float = option("probability that a client can be asked", 1.0, above=0, at_most=1)
     dropout: float = option("probability that a client is gone before it has sent anything", 0.0, at_least=0, below=1)
 
-    def profiles(self, num_clients: int, rng: Rng) -> Profiles:
+    def profiles(self, num_clients: int, rng: Rng, *, names: Sequence[str] | None = None) -> Profiles:
         def drawn(name: str) -> np.ndarray:
             return getattr(self, name) * np.exp(self.spread * rng.child(name).numpy().standard_normal(num_clients))
 
@@ -133,7 +139,11 @@ class DrawnNetwork(Network):
 @register("csv")
 @dataclass(frozen=True)
 class CsvNetwork(Network):
-    """A file with a row for each client, in the order of their ids, and any of these columns: those of `Profiles`."""
+    """A file with a row for each client, in the order of their ids, and any of these columns: those of `Profiles`.
+
+    With a column `client` the rows may be in any order: it holds the clients' names where the data name them, else
+    their ids. Rows of others are ignored then.
+    """
 
     path: str = option("the CSV file, with a head", "")
 
@@ -142,26 +152,50 @@ class CsvNetwork(Network):
         if not self.path:
             raise OptionError("path", "missing: the CSV file, with a head")
 
-    def profiles(self, num_clients: int, rng: Rng) -> Profiles:
+    def profiles(self, num_clients: int, rng: Rng, *, names: Sequence[str] | None = None) -> Profiles:
+        head, rows = self._read()
+        unknown = [name for place, name in enumerate(head) if name not in (CLIENT, *COLUMNS) or name in head[:place]]
+        if unknown or not head:
+            found = repr(unknown[0]) if unknown else "none"
+            raise self._error(f"expected columns of {', '.join((CLIENT, *COLUMNS))}, each once, got {found}")
+        if CLIENT in head:
+            rows = self._by_client(rows, names or map(str, range(num_clients)))
+        if len(rows) != num_clients:
+            raise self._error(f"expected {num_clients} rows, one a client, got {len(rows)}")
+        columns = {name: np.full(num_clients, value) for name, value in USUAL.items()}
+        for name in head:
+            if name != CLIENT:
+                columns[name] = np.array([_number(self.path, line, name, row) for line, row in rows])
+        return Profiles(**columns)
+
+    def _read(self) -> tuple[list[str], list[_Line]]:
+        """The head and the lines below it."""
         try:
             with Path(self.path).open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file)
-                rows, head = [(reader.line_num, row) for row in reader], list(reader.fieldnames or [])
+                rows = [(reader.line_num, row) for row in reader]
+                return list(reader.fieldnames or []), rows
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             reason = error.strerror if isinstance(error, OSError) else "not a CSV file"
             raise UserError(f"network.path: {self.path!r}: {reason}") from None
-        unknown = [name for place, name in enumerate(head) if name not in COLUMNS or name in head[:place]]
-        if unknown or not head:
-            found = repr(unknown[0]) if unknown else "none"
-            raise UserError(
-                f"network.path: {self.path}: expected columns of {', '.join(COLUMNS)}, each once, got {found}"
-            )
-        if len(rows) != num_clients:
-            raise UserError(f"network.path: {self.path}: expected {num_clients} rows, one a client, got {len(rows)}")
-        columns = {name: np.full(num_clients, value) for name, value in USUAL.items()}
-        for name in head:
-            columns[name] = np.array([_number(self.path, line, name, row) for line, row in rows])
-        return Profiles(**columns)
+
+    def _by_client(self, rows: Sequence[_Line], names: Iterable[str]) -> list[_Line]:
+        """The row of each of the clients `names`, in their order."""
+        found: dict[str, _Line] = {}
+        for line, row in rows:
+            name = (row[CLIENT] or "").strip()
+            if name in found:
+                raise self._error(f"line {line}: client {name!r} is in line {found[name][0]} already")
+            found[name] = line, row
+        ordered = []
+        for name in names:
+            if name not in found:
+                raise self._error(f"no row for client {name!r}; {suggest(name, sorted(found))}")
+            ordered.append(found[name])
+        return ordered
+
+    def _error(self, message: str) -> UserError:
+        return UserError(f"network.path: {self.path}: {message}")
 
 
 # What a cell may be: from, to.
