@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -242,6 +243,88 @@ def test_options_out_of_bounds_are_refused() -> None:
         ImageFolder("x", groups="client")
 
 
+def test_no_folder_is_read_twice_whatever_links_lead_to_it(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "root", count=4)
+    elsewhere = make_folder(tmp_path / "elsewhere", ("more", "others"), count=2)
+    (root / "cat" / "loop").symlink_to(root)  # to all classes
+    (root / "cat" / "self").symlink_to(root / "cat")
+    (root / "cat" / "friends").symlink_to(root / "dog")
+    (root / "dog" / "enemies").symlink_to(root / "cat")  # a cycle with the one before
+    (root / "dog" / "up").symlink_to(tmp_path)
+    (root / "dog" / "more").symlink_to(elsewhere / "more")
+    (root / "dog" / "again").symlink_to(elsewhere)
+    (elsewhere / "others" / "back").symlink_to(root / "cat")
+    (root / "cat" / "broken").symlink_to(root / "cat" / "broken")
+    data = ImageFolder(str(root)).load(Rng(0))
+    found = sorted(path for part in listing(data, root) for path, _, _ in part)
+    own = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(4)]
+    assert found == sorted([*own, *(f"dog/again/{name}/{i}.png" for name in ("more", "others") for i in range(2))])
+    (remark,) = data.remarks
+    assert f"left out: 7 links to folders that are read elsewhere (the first is {root}/cat/friends)" in remark
+
+
+def test_a_link_may_be_a_class_but_not_another_ones(tmp_path: Path) -> None:
+    make_folder(tmp_path / "pool", ("cat", "dog"))
+    root = make_folder(tmp_path / "root", ("ant",))
+    (root / "cat").symlink_to(tmp_path / "pool" / "cat")
+    assert ImageFolder(str(root)).load(Rng(0)).class_names == ("ant", "cat")
+    (root / "aunt").symlink_to(root / "ant")
+    assert f"class 'aunt' has no images ({root}/aunt is a link to a folder that is read elsewhere)" in failure(
+        ImageFolder(str(root))
+    )
+
+
+def test_training_images_are_not_tested_on_through_a_link(tmp_path: Path) -> None:
+    make_folder(tmp_path / "train")
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    assert f"{tmp_path}/test: class 'cat' has no images ({tmp_path}/test/cat is a link to" in failure(
+        ImageFolder(str(tmp_path))
+    )
+
+
+def test_what_is_no_regular_file_is_left_out_and_never_opened(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "root")
+    os.mkfifo(root / "cat" / "x.jpg")
+    (root / "dog" / "y.jpg").symlink_to(root / "cat" / "x.jpg")
+    data = ImageFolder(str(root)).load(Rng(0))
+    assert len(data.train) + len(data.test) == 10
+    assert f"left out: 2 pipes or devices (the first is {root}/cat/x.jpg)" in data.remarks[0]
+    with pytest.raises(OSError, match="not a regular file"):
+        ImageFiles([root / "cat" / "x.jpg"]).open(0)
+    assert "not a regular file" in failure(CsvFile(str(root / "cat" / "x.jpg")))
+
+
+def test_what_systems_put_beside_data_is_no_class(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    for name in ("__MACOSX/cat/._0.png", "@eaDir/0.png", "cat/@eaDir/0.png", ".ipynb_checkpoints/0.png", "cat/._1.png"):
+        save(root / name)
+    (root / "cat" / "Thumbs.db").write_text("")
+    data = ImageFolder(str(root)).load(Rng(0))
+    assert data.class_names == ("cat", "dog") and len(data.train) + len(data.test) == 10 and not data.remarks
+
+
+def test_images_of_types_that_are_not_read_are_said_to_be(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    for name in ("cat/a.HEIC", "cat/b.heic", "dog/c.avif", "dog/d.txt"):
+        (root / name).write_text("")
+    (remark,) = ImageFolder(str(root)).load(Rng(0)).remarks
+    assert remark == (
+        "data.root: left out: images of types that are not read: 1 .avif, 2 .heic; convert them to JPEG or PNG"
+    )
+
+
+def test_clients_that_are_taken_for_classes_are_doubted(tmp_path: Path) -> None:
+    for client in ("photo", "sketch"):
+        make_folder(tmp_path / "pacs" / client)
+    (remark,) = ImageFolder(str(tmp_path / "pacs")).load(Rng(0)).remarks
+    assert "the class folders (photo, sketch ...) hold no images themselves, but folders (cat, dog ...)" in remark
+    assert "set data.groups=folder" in remark
+    assert not ImageFolder(str(tmp_path / "pacs"), groups="folder").load(Rng(0)).remarks
+    for label in ("cat", "dog"):  # as Tiny-ImageNet has them
+        make_folder(tmp_path / "nested" / label, ("images",))
+    assert not ImageFolder(str(tmp_path / "nested")).load(Rng(0)).remarks
+
+
 # --- csv ------------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +380,12 @@ def test_csv_paths_start_from_root_or_are_absolute(tmp_path: Path) -> None:
         ("", "x.csv: the file is empty"),
         ("path,label\n", "x.csv: no rows below the header"),
         ("path,class\na.png,x\n", "x.csv line 1: no column 'label'; found path, class"),
-        ("path;label\na.png;x\n", "x.csv line 1: no column 'path'; found path;label"),
+        ("path:label\na.png:x\n", "x.csv line 1: no column 'path'; found path:label"),
+        ("Path,LABEL,path\na.png,x,y\n", "x.csv line 1: the column 'path' is there twice; found Path, LABEL, path"),
+        (
+            "path,label\nno.png,x\na.png,x\nnone.png,y\n",
+            "x.csv: 2 image files are not there: 'ROOT/no.png' (line 2), 'ROOT/none.png' (line 4); or set",
+        ),
         ("path,label,label\na.png,x,y\n", "x.csv line 1: the column 'label' is there twice"),
         ("path,label\na.png,x\n\nb.png,\n", "x.csv line 4: nothing in the column 'label'"),
         ("path,label\n ,x\n", "x.csv line 2: nothing in the column 'path'"),
@@ -319,7 +407,36 @@ def test_csv_paths_start_from_root_or_are_absolute(tmp_path: Path) -> None:
 )
 def test_csv_errors_name_the_file_and_the_line(tmp_path: Path, text: str, message: str) -> None:
     found = failure(CsvFile(str(make_csv(tmp_path, text))))
-    assert message in found and found.startswith("data.")
+    assert message.replace("ROOT", str(tmp_path)) in found and found.startswith("data.")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_csv_is_read_as_its_header_is_written(tmp_path: Path, separator: str, encoding: str) -> None:
+    rows = [("Label", " PATH", "Split", "note"), ("a,b;c|d", "a.png", "train", ""), ("é", "b.png", "train", "x")]
+    rows += [("é", "c.png", "test", ""), ("a,b;c|d", "d.png", "test", "")]
+    path = make_csv(tmp_path, "")
+    quoted = [[f'"{cell}"' if separator in cell else cell for cell in row] for row in rows]
+    path.write_bytes("\n".join(separator.join(row) for row in quoted).encode(encoding))
+    data = CsvFile(str(path)).load(Rng(0))
+    assert listing(data, tmp_path) == [
+        [("a.png", "a,b;c|d", None), ("b.png", "é", None)], [("c.png", "é", None), ("d.png", "a,b;c|d", None)]
+    ]  # fmt: skip
+
+
+def test_csv_test_rows_need_no_client(tmp_path: Path) -> None:
+    text = "path,label,client,split\na.png,x,k,train\nb.png,y,m,train\nc.png,x,,test\nd.png,y,,val\n"
+    train, test = listing(CsvFile(str(make_csv(tmp_path, text))).load(Rng(0)), tmp_path)
+    assert train == [("a.png", "x", "k"), ("b.png", "y", "m")] and test == [("c.png", "x", None)]
+
+
+def test_csv_files_that_are_missing_may_be_left_out_as_unreadable_ones(tmp_path: Path) -> None:
+    path = make_csv(tmp_path, "path,label\na.png,x\nnone.png,x\nb.png,y\nc.png,y\n")
+    data = CsvFile(str(path), unreadable="skip").load(Rng(0))
+    assert len(data.train) + len(data.test) == 4
+    place = next(i for split in (data.train, data.test) for i in range(len(split)) if "none" in split.name(i))
+    with pytest.raises(OSError, match="No such file"):
+        (data.train if "none" in data.train.name(place) else data.test).open(place)
 
 
 def test_csv_errors_without_a_readable_file(tmp_path: Path) -> None:

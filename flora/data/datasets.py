@@ -178,6 +178,7 @@ class ImageData:
     """A data set's two splits and the names of its classes, as the data calls them.
 
     `new` are test images of classes that were set aside, labelled from 0, and `new_class_names` what these are called.
+    `remarks` are lines that a data set has for its user: what it left out, or what looks like a mistake.
     """
 
     train: Split
@@ -185,6 +186,7 @@ class ImageData:
     class_names: tuple[str, ...]
     new: Split | None = None
     new_class_names: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def checked_images(setting: str, component: Component, found: object) -> ImageData:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from flora.data.datasets import Dataset, ImageData, ImageFiles, Split, stratified_split
+from flora.data.walk import SUFFIXES, Walk, subfolders
 from flora.errors import UserError
+from flora.files import read_bytes
 from flora.registry import option, register, suggest
 from flora.rng import Rng
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 @dataclass(frozen=True)
@@ -27,31 +29,12 @@ class Example:
     client: str | None = None
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in `folder` that are not hidden, sorted by name."""
-    return sorted((path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")), key=str)
+@dataclass(frozen=True)
+class _Place:
+    """A class folder and, where the layout names one, its client."""
 
-
-def image_paths(folder: Path) -> list[Path]:
-    """All images anywhere below `folder`, sorted by path, without hidden files and folders.
-
-    Links are followed. Raises OSError where a folder can't be read.
-    """
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(Path(parent, name))]
-        paths = (Path(parent, name) for name in files if not name.startswith("."))
-        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
-    return sorted(found, key=Path.as_posix)
-
-
-def _leads_back(path: Path) -> bool:
-    """Whether this is a link to a folder that it lies in itself: following it would never end."""
-    return path.is_symlink() and path.resolve() in path.parent.resolve().joinpath("-").parents
+    folder: Path
+    client: str | None
 
 
 def to_split(examples: Sequence[Example], class_names: Sequence[str]) -> Split:
@@ -98,20 +81,26 @@ class ImageFolder(Dataset):
         root = Path(os.path.expanduser(self.root))
         if not root.is_dir():
             raise UserError(f"data.root: {self.root}: no such folder; expected {self._layout(root)}")
+        walk = Walk()
         try:
-            train_folder, test_folder = self._split_folders(root)
-            examples = self._examples(train_folder)
-            test_examples = [] if test_folder is None else self._examples(test_folder)
+            parts = [part for part in self._split_folders(root) if part is not None]
+            places = [self._places(part) for part in parts]
+            images = iter(walk.images([place.folder for part in places for place in part]))
+            examples, *test_examples = (
+                self._examples(part, [(place, next(images)) for place in own], walk)
+                for part, own in zip(parts, places, strict=True)
+            )
         except OSError as error:
             raise UserError(f"data.root: {error.filename}: {error.strerror}") from error
+        remarks = tuple(f"data.root: {line}" for line in [*walk.remarks(), *self._doubts(root, places[0], examples)])
         class_names = tuple(sorted({example.label for example in examples}))
-        unknown = sorted({example.label for example in test_examples}.difference(class_names))
-        if unknown:
-            raise UserError(f"data.root: {test_folder}: class {unknown[0]!r} is not in {train_folder}")
         train = to_split(examples, class_names)
-        if test_folder is None:
-            return ImageData(*split_at_random(train, self.test_fraction, rng), class_names)
-        return ImageData(train, to_split(test_examples, class_names), class_names)
+        if not test_examples:
+            return ImageData(*split_at_random(train, self.test_fraction, rng), class_names, remarks=remarks)
+        unknown = sorted({example.label for example in test_examples[0]}.difference(class_names))
+        if unknown:
+            raise UserError(f"data.root: {parts[1]}: class {unknown[0]!r} is not in {parts[0]}")
+        return ImageData(train, to_split(test_examples[0], class_names), class_names, remarks=remarks)
 
     def _layout(self, folder: Path) -> str:
         below = "CLASS/image" if self.groups == "none" else "CLIENT/CLASS/image"
@@ -127,27 +116,46 @@ class ImageFolder(Dataset):
             raise UserError(f"data.root: {root}: there is a folder train, but none called test, val or valid")
         return root, None
 
-    def _examples(self, part: Path) -> list[Example]:
-        """The images of one split, by client and class."""
+    def _places(self, part: Path) -> list[_Place]:
+        """The class folders of one split, by client and class."""
         groups = [(None, part)] if self.groups == "none" else [(path.name, path) for path in subfolders(part)]
         expected = "CLASS/image" if self.groups == "none" else "CLIENT/CLASS/image"
         if not groups:
             raise UserError(f"data.root: {part}: no client folders; expected {part / expected}")
-        examples: list[Example] = []
-        classes: set[str] = set()
+        places = []
         for client, folder in groups:
             class_folders = subfolders(folder)
             if not class_folders:
                 raise UserError(f"data.root: {folder}: no class folders; expected {part / expected}")
-            classes.update(path.name for path in class_folders)
-            found = [Example(path, place.name, client) for place in class_folders for path in image_paths(place)]
-            if client is not None and not found:
-                raise UserError(f"data.root: {folder}: client {client!r} has no images ({_known_suffixes()})")
-            examples += found
-        empty = sorted(classes.difference(example.label for example in examples))
-        if empty:
-            raise UserError(f"data.root: {part}: class {empty[0]!r} has no images ({_known_suffixes()})")
+            places += [_Place(path, client) for path in class_folders]
+        return places
+
+    def _examples(self, part: Path, images: Sequence[tuple[_Place, list[Path]]], walk: Walk) -> list[Example]:
+        """The images of one split, by client and class. Raises `UserError` for a client or a class without any."""
+        examples = [Example(path, place.folder.name, place.client) for place, paths in images for path in paths]
+        clients, classes = ({getattr(example, name) for example in examples} for name in ("client", "label"))
+        for place, _ in images:
+            is_link = place.folder in walk.repeated
+            reason = f"{place.folder} is a link to a folder that is read elsewhere" if is_link else _known_suffixes()
+            if place.client is not None and place.client not in clients:
+                raise UserError(f"data.root: {place.folder.parent}: client {place.client!r} has no images ({reason})")
+            if place.folder.name not in classes:
+                raise UserError(f"data.root: {part}: class {place.folder.name!r} has no images ({reason})")
         return examples
+
+    def _doubts(self, root: Path, places: Sequence[_Place], examples: Sequence[Example]) -> list[str]:
+        """A warning if the class folders look like those of clients: in them are only folders, and several kinds."""
+        folders = {place.folder for place in places}
+        if self.groups == "folder" or any(each.path.parent in folders for each in examples):
+            return []
+        below = {next(path.name for path in each.path.parents if path.parent in folders) for each in examples}
+        if len(below) < 2:
+            return []
+        classes, found = (", ".join(sorted(names)[:3]) for names in ({folder.name for folder in folders}, below))
+        return [
+            f"{root}: the class folders ({classes} ...) hold no images themselves, but folders ({found} ...); if those "
+            "are the classes, and the upper ones clients, set data.groups=folder"
+        ]
 
 
 def _known_suffixes() -> str:
@@ -163,17 +171,20 @@ class _Row:
     part: str | None
 
 
+# Missing files that an error names.
+MAX_NAMED = 100
 _PARTS = ("train", "test", "val", "valid")
 
 
 @register("csv")
 @dataclass(frozen=True)
 class CsvFile(Dataset):
-    """Images that a CSV file lists: a header, then one row for each image, comma-separated, in UTF-8.
+    """Images that a CSV file lists: a header, then one row for each image, in UTF-8 (or UTF-16 with a byte-order mark).
 
-    The columns `path` and `label` are required, `client` and `split` are read if they are there, others are ignored.
-    `split` is `train` or `test`; rows marked `val` or `valid` are the test split if no row is marked `test`, and
-    are left out otherwise. Without the column the split is drawn at random, each class in the same proportion.
+    Commas, semicolons, tabs or bars separate, whichever the header does. The columns `path` and `label` are required,
+    `client` and `split` are read if they are there (in whatever case), others are ignored; images to test on need no
+    client. `split` is `train` or `test`; rows marked `val` or `valid` are the test split if no row is marked `test`,
+    and are left out otherwise. Without the column the split is drawn at random, each class in the same proportion.
     """
 
     path: str = option("CSV file with the columns path and label and, if you have them, client and split")
@@ -183,7 +194,8 @@ class CsvFile(Dataset):
     def load(self, rng: Rng) -> ImageData:
         """Index the images, ordered by path whatever the order of the rows; class names are the sorted labels.
 
-        Raises `UserError` naming the file and the line that is wrong. Each image's file must be there.
+        Raises `UserError` naming the file and the line that is wrong. Each image's file must be there, unless
+        unreadable images are left out.
         """
         rows = sorted(self._rows(), key=lambda row: row.example.path.as_posix())
         parts = {row.part for row in rows}
@@ -209,32 +221,38 @@ class CsvFile(Dataset):
     def _lines(self) -> list[tuple[int, list[str]]]:
         """The rows that are not blank, as line numbers and stripped cells; the first is the header."""
         lines = []
+        text = self._text()
+        header = next((line for line in text.splitlines() if line.strip()), "")
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=_delimiter(header))
         try:
-            with open(os.path.expanduser(self.path), encoding="utf-8-sig", newline="") as file:
-                reader = csv.reader(file, strict=True)
-                try:
-                    for row in reader:
-                        cells = [cell.strip() for cell in row]
-                        if any(cells):
-                            lines.append((reader.line_num, cells))
-                except csv.Error as error:
-                    raise self._error(str(error), reader.line_num) from error
+            for row in reader:
+                cells = [cell.strip() for cell in row]
+                if any(cells):
+                    lines.append((reader.line_num, cells))
+        except csv.Error as error:
+            raise self._error(str(error), reader.line_num) from error
+        return lines
+
+    def _text(self) -> str:
+        try:
+            content = read_bytes(os.path.expanduser(self.path))
         except OSError as error:
             raise self._error(error.strerror or str(error)) from error
+        try:
+            return content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
         except UnicodeDecodeError as error:
             raise self._error("expected text in UTF-8") from error
-        return lines
 
     def _rows(self) -> list[_Row]:
         """The rows in the order of the file. Raises `UserError` at the first one that is wrong."""
         lines = self._lines()
         if not lines:
             raise self._error("the file is empty; expected a header with path, label[, client][, split]")
-        header = lines[0][1]
+        header = [name.casefold() for name in lines[0][1]]
         for name in ("path", "label", "client", "split"):
             if header.count(name) != 1 and (name in ("path", "label") or name in header):
                 problem = f"the column {name!r} is there twice" if name in header else f"no column {name!r}"
-                raise self._error(f"{problem}; found {', '.join(header)}", lines[0][0])
+                raise self._error(f"{problem}; found {', '.join(lines[0][1])}", lines[0][0])
         if len(lines) == 1:
             raise self._error("no rows below the header")
         root = Path(os.path.expanduser(self.root or Path(self.path).parent))
@@ -248,23 +266,38 @@ class CsvFile(Dataset):
             if first != line:
                 raise self._error(f"{str(row.example.path)!r} is listed in line {first} already", line)
             rows.append(row)
+        missing = [row for row in rows if self.unreadable == "error" and not row.example.path.is_file()]
+        if len(missing) == 1:
+            raise self._error(f"no such image file: {str(missing[0].example.path)!r}", missing[0].line)
+        if missing:
+            named = ", ".join(f"{str(row.example.path)!r} (line {row.line})" for row in missing[:MAX_NAMED])
+            more = f" and {len(missing) - MAX_NAMED:,} more" * (len(missing) > MAX_NAMED)
+            raise self._error(f"{len(missing):,} image files are not there: {named}{more}; or set data.unreadable=skip")
         return rows
 
     def _row(self, line: int, header: list[str], cells: list[str], root: Path) -> _Row:
         if len(cells) > len(header):
             raise self._error(f"{len(cells)} cells, but the header has {len(header)} columns", line)
         row = dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True))
-        for name in ("path", "label", "client", "split"):
+        part = row.get("split")
+        needed = ("path", "label", "split") if part not in (None, "", "train") else ("path", "label", "client", "split")
+        for name in needed:
             if row.get(name) == "":
                 raise self._error(f"nothing in the column {name!r}", line)
-        part = row.get("split")
         if part is not None and part not in _PARTS:
             raise self._error(f"unknown split {part!r}; {suggest(part, _PARTS)}", line)
         path = Path(os.path.normpath(root / row["path"]))
-        if not path.is_file():
-            raise self._error(f"no such image file: {str(path)!r}", line)
-        return _Row(line, Example(path, row["label"], row.get("client")), part)
+        return _Row(line, Example(path, row["label"], row.get("client") or None), part)
 
 
 def _class_names(rows: Iterable[_Row]) -> tuple[str, ...]:
     return tuple(sorted({row.example.label for row in rows}))
+
+
+def _delimiter(header: str) -> str:
+    """What separates the columns `path` and `label` in a header; a comma if nothing does."""
+    for delimiter in ",;\t|":
+        names = [name.strip().casefold() for name in next(csv.reader([header], delimiter=delimiter), [])]
+        if "path" in names and "label" in names:
+            return delimiter
+    return ","

@@ -12,7 +12,7 @@ from torchvision.datasets import utils
 
 from flora.data.class_names import TINY_IMAGENET
 from flora.data.datasets import Dataset, ImageData, ImageFiles, Split
-from flora.data.folders import image_paths
+from flora.data.walk import image_paths
 from flora.errors import UserError
 from flora.registry import option, register
 from flora.rng import Rng

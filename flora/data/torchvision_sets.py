@@ -11,8 +11,8 @@ import numpy as np
 from torchvision import datasets as tv
 
 from flora.data.class_names import CALTECH101, COUNTRY211, EUROSAT, FASHION_MNIST, FLOWERS102, MNIST
-from flora.data.folders import image_paths
 from flora.data.torchvision_base import SPLIT_TRAIN, SPLIT_VAL, ArraySet, FileSet, UnsplitFileSet
+from flora.data.walk import image_paths
 from flora.registry import register
 
 _MNIST_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
