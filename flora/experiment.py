@@ -86,10 +86,13 @@ def build_experiment(
     check_experiment(config)
     rng = Rng(config.seed)
     device = choose_device(config.device)
-    whole = checked_images("data", config.data, config.data.load(rng.child("data")))
+    whole = checked_images("data", config.data, config.data.load_with_progress(rng.child("data"), progress))
     data = checked_images("split", config.split, config.split.split(whole, rng.child("split")))
+    for line in whole.remarks:
+        log(f"warning: {line}")
     roster = _roster(config, data.train.groups, rng)
     class_names, new_names = _class_names(config, data)
+    _check_labels(config, data, class_names, rng)
     data, value_range = with_one_range(data, config.data.value_range, whole=whole, progress=progress, log=log)
     clip = config.backbone.load(device, rng.child("backbone"))
     backbone_parameters = parameter_count(clip.model)
@@ -102,6 +105,9 @@ def build_experiment(
         for names in (class_names, new_names)
         if names
     )
+    for line in dict.fromkeys(line for each in (model, *new_model) for line in each.text.cut_prompts):
+        log(f"warning: prompts: {line}")
+    _check_clients_per_block(config, model)
     if not model.text.is_cut_at_end:
         log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
     (train, test, *new), unreadable = _features(config, data, model, progress=progress, log=log)
@@ -113,6 +119,7 @@ def build_experiment(
         model.release_stems()
     train, test, *new = move_if_they_fit([train, test, *new], device)
     _check_classes(labels, test.labels.cpu().numpy(), class_names)
+    _warn_of_untested_classes(test.labels.cpu().numpy(), class_names, log)
     groups = None if data.train.groups is None else data.train.groups[train.positions]
     if unreadable:
         roster = _roster(config, groups, rng)
@@ -310,7 +317,16 @@ def _data_digest(data: ImageData) -> str:
     return digest.hexdigest()
 
 
+def _check_labels(config: ExperimentConfig, data: ImageData, class_names: Sequence[str], rng: Rng) -> None:
+    """Raise `UserError` for what labels alone show to be wrong: before any image is read, not hours later."""
+    _check_classes(data.train.labels, data.test.labels, class_names)
+    clients = deal_out(config, data.train.labels, data.train.groups, rng)
+    _ranks(config, len(clients), rng.child("ranks"))
+
+
 def _check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:
+    if len(class_names) < 2:
+        raise UserError(f"data: {class_names[0]!r} is the only class: there is nothing to tell it from")
     empty = np.flatnonzero(np.bincount(train, minlength=len(class_names)) == 0)
     if len(empty):
         raise UserError(
@@ -321,6 +337,14 @@ def _check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[st
         raise UserError("data: there are no test images")
 
 
+def _warn_of_untested_classes(test: np.ndarray, class_names: Sequence[str], log: Callable[[str], object]) -> None:
+    counts = np.bincount(test, minlength=len(class_names)).tolist()
+    untested = [name for name, count in zip(class_names, counts, strict=True) if not count]
+    if untested:
+        names = ", ".join(untested[:10]) + " ..." * (len(untested) > 10)
+        log(f"warning: data: {len(untested)} of {len(class_names)} classes have no test image: {names}")
+
+
 def _class_names(config: ExperimentConfig, data: ImageData) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What the classes are called in prompts: those that are trained on, and those that are set aside."""
     with below("prompts"):
@@ -328,11 +352,15 @@ def _class_names(config: ExperimentConfig, data: ImageData) -> tuple[tuple[str, 
     return names[: len(data.class_names)], names[len(data.class_names) :]
 
 
-def _clients_per_block(config: ExperimentConfig, model: AdaptedClip, recorded: int | None) -> int:
-    """As many as are asked for, or as `recorded` of the run so far, or as fit. Raises `OptionError` for too many."""
+def _check_clients_per_block(config: ExperimentConfig, model: AdaptedClip) -> None:
     limit, asked = model.adapter.max_clients_per_block, config.clients.per_block
     if limit is not None and asked is not None and asked > limit:
         raise OptionError("clients.per_block", f"expected at most {limit} with this adapter, got {asked}")
+
+
+def _clients_per_block(config: ExperimentConfig, model: AdaptedClip, recorded: int | None) -> int:
+    """As many as are asked for, or as `recorded` of the run so far, or as fit."""
+    limit, asked = model.adapter.max_clients_per_block, config.clients.per_block
     if asked or recorded:
         return asked or recorded or 1
     chosen = choose_clients_per_block(model, batch_size=config.local.batch_size)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from flora.data.datasets import ImageArrays, ImageData, ImageFiles, Split, stratified_split
 from flora.data.folders import CsvFile, ImageFolder
+from flora.data.glyphs import Glyphs
 from flora.errors import UserError
 from flora.registry import OptionError, components, kind_of
 from flora.rng import Rng
@@ -448,3 +449,16 @@ def test_csv_errors_without_a_readable_file(tmp_path: Path) -> None:
     )
     path.write_bytes("path,label\na.png,é\n".encode("latin-1"))
     assert "expected text in UTF-8" in failure(CsvFile(str(path)))
+
+
+# --- glyphs ---------------------------------------------------------------------------------------------------------
+
+
+def test_glyphs_show_how_many_are_drawn() -> None:
+    bars: dict[tuple[str, int], list[int]] = {}
+    glyphs = Glyphs(num_train=5, num_test=3, characters="abc")
+    data = glyphs.load_with_progress(Rng(0), lambda title, total: bars.setdefault((title, total), []).append)
+    assert {key: sum(steps) for key, steps in bars.items()} == {("drawing glyphs", 8): 8}
+    again = glyphs.load(Rng(0))
+    for split, other in ((data.train, again.train), (data.test, again.test)):
+        assert np.array_equal(np.asarray(split.open(2)), np.asarray(other.open(2)))

@@ -79,3 +79,27 @@ def test_prompts_share_nothing_where_there_is_dropout(tiny_model: str) -> None:
     model = adapt(tiny_model, Lora(dropout=0.1))
     assert len(model.prompts.tokens) == len(CLASSES)
     assert len(adapt(tiny_model).prompts.tokens) == 1
+
+
+def test_prompts_that_are_cut_off_are_counted_and_the_longest_is_named(tiny_model: str) -> None:
+    """The end of a text is its last token: 76 words fill the context of 77 with it, and one of them is lost."""
+    long, longer = " ".join(["cat"] * 75), " ".join(["dog"] * 90)
+    assert adapt(tiny_model, class_names=("one", long), templates=("{}",)).text.cut_prompts == []
+    names = ("one", f"{long} cat", longer)
+    (line,) = adapt(tiny_model, class_names=names, templates=("{}", "the {}")).text.cut_prompts
+    assert line.startswith(
+        "the model reads 77 tokens of a prompt: 4 prompts of 2 classes are cut off, the longest is of "
+    )
+    assert f"class {longer!r}, 93 tokens" in line
+
+
+def test_a_prompt_without_anything_of_its_class_is_refused(tiny_model: str) -> None:
+    """Whatever else tells the classes apart: the other template's features would be the same for all of them."""
+    words = " ".join(["cat"] * 74)
+    model = adapt(tiny_model, class_names=("one", "two"), templates=("{}", f"{words} {{}}"))
+    assert model.text.cut_prompts == []
+    cut = f"{words} cat {{}}"
+    with pytest.raises(
+        UserError, match=r"prompts.templates: nothing of class 'one' is left in 'cat .* reads 77 tokens"
+    ):
+        adapt(tiny_model, class_names=("one", "two"), templates=("{}", cut))

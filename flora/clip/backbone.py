@@ -61,7 +61,8 @@ class Architecture:
 class FrozenClip:
     """A loaded model whose weights nobody writes to, with its image preprocessing and its tokenizer.
 
-    `preprocess` turns a PIL image into float32 `(3, H, W)`; `tokenize` turns P texts into int64 `(P, context_length)`.
+    `preprocess` turns a PIL image into float32 `(3, H, W)`; `tokenize` turns P texts into int64 `(P, context_length)`,
+    cut where they are longer; `num_tokens` is how long a text is, with its start and its end.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class FrozenClip:
     preprocess_settings: dict[str, Any]
     config: dict[str, Any]
     tokenize: Callable[[Sequence[str]], Tensor]
+    num_tokens: Callable[[str], int]
     device: torch.device
     precision: str
 
@@ -148,6 +150,7 @@ class Backbone(Options):
             preprocess_settings=asdict(settings),
             config={**config, "open_clip": open_clip.__version__},
             tokenize=lambda texts: tokenizer(list(texts)),
+            num_tokens=lambda text: len(tokenizer.encode(text)) + 2,
             device=device,
             precision=self.precision,
         )

@@ -132,13 +132,20 @@ class TextTower:
         self._blocks = self._text.transformer.resblocks
         self._num_stages = 2 + len(self._blocks)
         self.is_frozen = cut == self._num_stages
+        self.cut_prompts: list[str] = []
         self.trains_blocks = cut <= len(self._blocks)
         # Only a causal tower that is read at the end-of-text token never looks at what stands behind it.
         self.is_cut_at_end = self._text.attn_mask is not None and clip.text_pool in ("argmax", "eos")
 
     def prompts(self, class_names: Sequence[str], templates: Sequence[str]) -> Prompts:
-        """Tokenise every template for every class; cut and share what `speed` allows and the tower makes exact."""
-        tokens = self._clip.tokenize([template.format(name) for name in class_names for template in templates])
+        """Tokenise every template for every class; cut and share what `speed` allows and the tower makes exact.
+
+        Raises `UserError` if two classes have the same prompts, or if nothing of a class's name fits into one.
+        """
+        pairs = [(name, template) for name in class_names for template in templates]
+        tokens = self._clip.tokenize([template.format(name) for name, template in pairs])
+        full = [pair for pair, last in zip(pairs, tokens[:, -1].tolist(), strict=True) if last != 0]
+        self.cut_prompts = self._cut_prompts(full)
         _check_distinct(tokens, class_names)
         ends = self._ends(tokens)
         if not (self.is_cut_at_end and self._speed.cut_prompts):
@@ -154,6 +161,32 @@ class TextTower:
             parents=torch.from_numpy(packing.parents).flatten() if share else None,
             num_classes=len(class_names),
         )
+
+    def _cut_prompts(self, full: Sequence[tuple[str, str]]) -> list[str]:
+        """A line about those of the prompts (class name, template) that fill the context and are cut off, if any are.
+
+        Raises `UserError` if nothing is left of a class's name.
+        """
+        longest = self._clip.architecture.context_length
+        cut: dict[tuple[str, str], int] = {}
+        for name, template in full:
+            number = self._clip.num_tokens(template.format(name))
+            # The start and the end of a text are among its tokens, and both keep their places.
+            if number > longest and self._clip.num_tokens(template.partition("{}")[0]) >= longest:
+                raise UserError(
+                    f"prompts.templates: nothing of class {name!r} is left in {template!r}: the model reads {longest} "
+                    "tokens; shorten what precedes {}"
+                )
+            if number > longest:
+                cut[name, template] = number
+        if not cut:
+            return []
+        (name, _), number = max(cut.items(), key=lambda item: item[1])
+        return [
+            f"the model reads {longest} tokens of a prompt: {len(cut)} prompts of {len({name for name, _ in cut})} "
+            f"classes are cut off, the longest is of class {name!r}, {number} tokens; shorten prompts.class_names or "
+            "prompts.templates"
+        ]
 
     def _padded_prompts(self, tokens: Tensor, ends: Tensor, num_classes: int) -> Prompts:
         """The prompts as OpenCLIP takes them: one by one, at full length, under the tower's own mask."""

@@ -238,6 +238,10 @@ class Dataset(Component):
         Raises `UserError` naming what was expected where, if the data are not there.
         """
 
+    def load_with_progress(self, rng: Rng, progress: Progress) -> ImageData:
+        """Do the same as `load`; a data set that takes long shows how far it is."""
+        return self.load(rng)
+
 
 def stratified_split(labels: np.ndarray, test_fraction: float, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices of a train and a test part that hold each class in the same proportion.

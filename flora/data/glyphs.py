@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -11,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from flora.data.datasets import Dataset, ImageArrays, ImageData, Split
+from flora.data.datasets import Dataset, ImageArrays, ImageData, Progress, Split
 from flora.data.digits import DIGIT_NAMES
 from flora.registry import OptionError, option, register
 from flora.rng import Rng
@@ -48,15 +49,22 @@ class Glyphs(Dataset):
 
         Image i depends on `rng`, the split and i: more images leave the others as they are.
         """
-        train = self._draw_split("train", self.num_train, rng)
-        test = self._draw_split("test", self.num_test, rng)
+        return self.load_with_progress(rng, lambda title, total: lambda done: None)
+
+    def load_with_progress(self, rng: Rng, progress: Progress) -> ImageData:
+        advance = progress("drawing glyphs", self.num_train + self.num_test)
+        train = self._draw_split("train", self.num_train, rng, advance)
+        test = self._draw_split("test", self.num_test, rng, advance)
         return ImageData(train, test, tuple(class_name(character) for character in self.characters))
 
-    def _draw_split(self, title: str, num_images: int, rng: Rng) -> Split:
+    def _draw_split(self, title: str, num_images: int, rng: Rng, advance: Callable[[int], object]) -> Split:
         """`num_images` images whose classes take turns."""
         labels = np.arange(num_images) % len(self.characters)
-        pixels = np.stack([draw(self.characters[label], rng.child(title, i)) for i, label in enumerate(labels)])
-        return Split(ImageArrays(pixels, f"glyphs/{title}"), np.arange(num_images), labels)
+        pixels = []
+        for i, label in enumerate(labels):
+            pixels.append(draw(self.characters[label], rng.child(title, i)))
+            advance(1)
+        return Split(ImageArrays(np.stack(pixels), f"glyphs/{title}"), np.arange(num_images), labels)
 
 
 def class_name(character: str) -> str:
