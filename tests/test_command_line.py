@@ -204,7 +204,7 @@ def test_a_run_leaves_the_number_of_threads_alone(config_file: str) -> None:
         ["backbone.precision=bf16"],
         ["partition=iid", "clients.number=48", "clients.cohort.number=1"],
         ["clients.holdout_fraction=0", "local.optimizer=sgd", "local.objective=contrastive"],
-        ["data.num_classes=1"],
+        ["data.num_classes=2"],
         ["prompts.templates=['{}', 'a {}']", "prompts.class_names=[a, b, 'c {} {x} %s']"],
         ["local.batch_size=9223372036854775807", "evaluation.batch_size=9223372036854775807"],
         ["clients.per_block=9223372036854775807", "seed=9223372036854775807"],
