@@ -21,6 +21,7 @@ import safetensors.torch
 
 from flora import tree
 from flora.errors import UserError
+from flora.files import read_bytes
 from flora.records import ServerState
 from flora.registry import Options, option
 from flora.tree import State, StateLike
@@ -260,7 +261,7 @@ def _by_client(flat: StateLike, file: Path) -> dict[int, State]:
 def _read(file: Path) -> bytes:
     """The content of a file. Raises `DamagedError` if it is not there, `UserError` if it can't be read."""
     try:
-        return file.read_bytes()
+        return read_bytes(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedError(f"{file}: {error.strerror}") from None
     except OSError as error:

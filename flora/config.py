@@ -37,6 +37,7 @@ from flora.federated.ranks import Ranks
 from flora.federated.sampling import Sampler, Uniform
 from flora.federated.screening import Screening
 from flora.federated.server_optimizers import ServerOptimizer, ServerSgd
+from flora.files import open_regular
 from flora.protocols import DEFAULT, PROTOCOLS, with_protocol
 from flora.registry import Component, OptionError, Options, components, name_of, option, suggest
 
@@ -211,7 +212,7 @@ def _yaml_reason(error: Exception) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, unchecked. Raises `ConfigError` if it can't be read or is no mapping."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
         if len(content) > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, which no experiment needs")

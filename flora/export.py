@@ -18,6 +18,7 @@ from flora.checkpoints import CheckpointFolder
 from flora.config import load_config
 from flora.errors import UserError
 from flora.federated.personal import OWN
+from flora.files import open_regular
 from flora.registry import suggest
 from flora.rng import Rng
 from flora.run_directory import ADAPTER_FORMAT, read_json
@@ -29,6 +30,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def read_adapter(path: Path) -> State:
     """The tensors of an `adapter.safetensors`. Raises `UserError` if it is missing, damaged or something else."""
     try:
+        open_regular(path).close()
         with safetensors.safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("flora", "{}"))
             if not isinstance(description, dict) or description.get("format") != ADAPTER_FORMAT:

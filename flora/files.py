@@ -25,6 +25,13 @@ def open_regular(path: str | Path) -> BinaryIO:
         raise
 
 
+def refuse_irregular(path: str | Path) -> None:
+    """Raise OSError if `path` is there and is no regular file: writing to a pipe waits for its reader."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def read_bytes(path: str | Path) -> bytes:
     """The content of a regular file. Raises OSError as `open_regular` does."""
     with open_regular(path) as file:

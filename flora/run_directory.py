@@ -27,6 +27,7 @@ import yaml
 
 from flora.config import ExperimentConfig, config_to_dict
 from flora.errors import DivergedError, UserError
+from flora.files import open_regular, read_bytes, refuse_irregular
 from flora.records import ClientData, Rejection, RoundRecord, Summary
 from flora.tree import StateLike
 
@@ -142,7 +143,7 @@ class RunDirectory:
 
     def _read_records(self, num_bytes: int) -> bytes:
         try:
-            with (self.path / "rounds.jsonl").open("rb") as file:
+            with open_regular(self.path / "rounds.jsonl") as file:
                 return file.read(num_bytes)
         except OSError:
             return b""
@@ -254,6 +255,7 @@ class RunDirectory:
         part = self.path / f"{name}.part"
         try:
             self._before_write(self.path / name)
+            refuse_irregular(part)
             with part.open("wb") as file:
                 file.write(_encode(content) if isinstance(content, str) else content)
                 file.flush()
@@ -270,6 +272,7 @@ class RunDirectory:
         size = path.stat().st_size if path.exists() else 0
         try:
             self._before_write(path)
+            refuse_irregular(path)
             with path.open("ab") as file:
                 file.write(_encode(line + "\n"))
                 if durable:
@@ -284,7 +287,7 @@ class RunDirectory:
 def read_json(path: Path) -> Any:
     """The content of a file; None if it is not there, or damaged."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_bytes(path))
     except (OSError, ValueError, RecursionError):
         return None
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from flora.curves import Curve
 from flora.errors import UserError
+from flora.files import read_text
 from flora.report import duration, percent, size
 
 # A run has arrived once its accuracy is at this share of its last one.
@@ -161,8 +162,8 @@ def collect(runs: Sequence[tuple[Path | None, str, dict[str, str]]]) -> list[Row
 def read_outcome(directory: Path) -> Outcome:
     """The outcome of a finished run. Raises `UserError` if its files are missing or damaged."""
     try:
-        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-        lines = (directory / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+        summary = json.loads(read_text(directory / "summary.json"))
+        lines = read_text(directory / "rounds.jsonl").splitlines()
         return _outcome(summary, [json.loads(line) for line in lines])
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror or error}; remove the run to do it anew") from None

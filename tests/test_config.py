@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -285,9 +286,13 @@ def test_a_missing_file_is_answered_with_the_nearest_one(tmp_path: Path, config_
     assert error_of(tmp_path) == "Is a directory"
 
 
-def test_a_file_without_an_end_is_not_read_to_the_end() -> None:
-    with pytest.raises(ConfigError, match="/dev/zero: larger than"):
+def test_a_file_without_an_end_is_not_read_to_the_end(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="/dev/zero: not a regular file"):
         load_config("/dev/zero")
+    (tmp_path / "x.yaml").touch()
+    os.truncate(tmp_path / "x.yaml", 2**40)
+    with pytest.raises(ConfigError, match=r"x\.yaml: larger than"):
+        load_config(tmp_path / "x.yaml")
 
 
 def test_a_file_name_that_is_no_run_name(tmp_path: Path) -> None:

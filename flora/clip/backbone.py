@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from flora.clip.lora import LoraAttention
 from flora.errors import UserError
+from flora.files import open_regular, read_text
 from flora.registry import Options, option, suggest
 from flora.rng import Rng
 
@@ -246,7 +247,7 @@ def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except OSError as error:
         raise UserError(f"backbone.model: {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -389,6 +390,7 @@ def _load_weights(model: nn.Module, path: Path, *, quick_gelu: bool) -> None:
 
 def _read_state(path: Path) -> dict[str, Any]:
     """The weights in a file by name: as they are, below "state_dict", or with the "module." of a parallel training."""
+    open_regular(path).close()
     content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state or not isinstance(state, dict):

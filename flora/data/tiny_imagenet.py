@@ -14,6 +14,7 @@ from flora.data.class_names import TINY_IMAGENET
 from flora.data.datasets import Dataset, ImageData, ImageFiles, Split
 from flora.data.walk import image_paths
 from flora.errors import UserError
+from flora.files import read_text
 from flora.registry import option, register
 from flora.rng import Rng
 
@@ -87,7 +88,7 @@ class TinyImageNet(Dataset):
 
     def _lines(self, path: Path) -> list[str]:
         try:
-            return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return [line for line in read_text(path).splitlines() if line.strip()]
         except FileNotFoundError:
             raise self._missing(path) from None
         except (OSError, ValueError) as error:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flora.errors import UserError
+from flora.files import read_bytes
 from flora.registry import Component, OptionError, Options, option, register, suggest
 from flora.rng import Rng
 
@@ -171,10 +172,10 @@ class CsvNetwork(Network):
     def _read(self) -> tuple[list[str], list[_Line]]:
         """The head and the lines below it."""
         try:
-            with Path(self.path).open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                rows = [(reader.line_num, row) for row in reader]
-                return list(reader.fieldnames or []), rows
+            text = read_bytes(self.path).decode("utf-8-sig")
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            rows = [(reader.line_num, row) for row in reader]
+            return list(reader.fieldnames or []), rows
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             reason = error.strerror if isinstance(error, OSError) else "not a CSV file"
             raise UserError(f"network.path: {self.path!r}: {reason}") from None
