@@ -63,6 +63,7 @@ class Setting:
     targets: str
     objective: str
     device: str
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_classes <= len(CIFAR100):
@@ -86,14 +87,15 @@ class Setting:
 
     def load(self) -> FrozenClip:
         """The model with random weights."""
-        return Backbone(model=self.model, weights="random").load(self.torch_device, Rng(0))
+        backbone = Backbone(model=self.model, weights="random", precision=self.precision)
+        return backbone.load(self.torch_device, Rng(0))
 
     def images(self, clip: FrozenClip) -> tuple[Tensor, Tensor]:
         """Random preprocessed images and labels."""
         generator = Rng(0).child("images").torch()
         pixels = torch.randn(NUM_IMAGES, 3, *clip.architecture.image_size, generator=generator)
         labels = torch.randint(self.num_classes, (NUM_IMAGES,), generator=generator)
-        return pixels.to(self.torch_device), labels.to(self.torch_device)
+        return pixels.to(self.torch_device, clip.dtype), labels.to(self.torch_device)
 
 
 @dataclass(frozen=True)

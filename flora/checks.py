@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from flora.clip.adapters import Lora
 from flora.config import ExperimentConfig
 from flora.federated.aggregation import Strategy
@@ -79,7 +81,7 @@ def _check_combination(config: ExperimentConfig) -> None:
     """Raise `OptionError` if the strategy doesn't go with what else clients and the server do."""
     strategy, local, server = config.server.strategy, config.local, config.server
     plain = (server.combiner, server.optimizer) == (Mean(), ServerSgd())
-    remembers = bool(local.correction.memory(1))
+    remembers = bool(local.correction.memory(torch.empty(1)))
     if strategy.replaces_mean and (not plain or remembers):
         raise OptionError(
             "server.strategy",
@@ -156,7 +158,7 @@ def _check_network(config: ExperimentConfig) -> None:
     if config.server.patience != Patience():
         raise OptionError("server.patience", f"expected the defaults: {name} waits for its buffer alone")
     local, feedback = config.local, config.communication.error_feedback
-    if local.correction.memory(1) or local.optimizer_state == "kept" or feedback:
+    if local.correction.memory(torch.empty(1)) or local.optimizer_state == "kept" or feedback:
         raise OptionError(
             "server.strategy",
             f"{name} can't be used where clients remember what belongs to their last update: expected no error "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -86,6 +87,12 @@ def flatten(state: StateLike) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in state.values()])
 
 
+def vector_like(state: StateLike) -> Tensor:
+    """A vector of the size and type of `flatten(state)`, on the CPU, whose numbers mean nothing."""
+    dtypes = {tensor.dtype for tensor in state.values()}
+    return torch.empty(count(state), dtype=functools.reduce(torch.promote_types, dtypes, torch.float32))
+
+
 def unflatten(vector: Tensor, like: StateLike) -> State:
     """The inverse of `flatten`, with names and shapes as `like` has them."""
     parts = vector.split([tensor.numel() for tensor in like.values()])
@@ -102,6 +109,11 @@ def fits(tensor: Tensor, like: Tensor) -> bool:
     if tensor.dtype != like.dtype or tensor.dim() != like.dim():
         return False
     return all(theirs in (0, own) for own, theirs in zip(tensor.shape, like.shape, strict=True))
+
+
+def in_types_of(like: StateLike, state: StateLike) -> State:
+    """The state's tensors in the types that those of the same names have in `like`."""
+    return {name: tensor.to(like[name].dtype) for name, tensor in state.items()}
 
 
 def count(state: StateLike) -> int:

@@ -38,6 +38,12 @@ torch.set_num_threads(1)
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+# What is the same by mathematics, but summed in another order, may differ by this in fp64. The numbers here are of size
+# 1, and an eps is 2e-16: no machine's rounding comes near it, and no mistake stays below it.
+TOLERANCE = 1e-9
+# The same for fp32 after some steps without Adam, which makes of rounding what it likes: it divides by nearly nothing.
+LOOSE = 1e-3
+
 TINY = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
@@ -85,16 +91,19 @@ def write_model(
     return str(path)
 
 
-def load_clip(model: str, device: str = "cpu") -> FrozenClip:
-    """A fresh copy of a model with random weights, the same at each call."""
-    return Backbone(model=model, weights="random").load(torch.device(device), Rng(0))
+def load_clip(model: str, device: str = "cpu", precision: str = "fp64") -> FrozenClip:
+    """A fresh copy of a model with random weights, the same at each call.
+
+    In fp64, so that what is equal by mathematics is equal to 1e-9 on every machine: see `TOLERANCE`.
+    """
+    return Backbone(model=model, weights="random", precision=precision).load(torch.device(device), Rng(0))
 
 
-def load_plain(model: str) -> FrozenClip:
+def load_plain(model: str, precision: str = "fp64") -> FrozenClip:
     """The same weights in a model that OpenCLIP built and nobody touched: what ours is compared with."""
-    clip, config = load_clip(model), json.loads(Path(model).read_text())
+    clip, config = load_clip(model, precision=precision), json.loads(Path(model).read_text())
     plain_class = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    plain = plain_class(**config).eval()
+    plain = plain_class(**config).eval().to(clip.dtype)
     plain.load_state_dict(clip.model.state_dict())
     return dataclasses.replace(clip, model=plain)
 
@@ -107,9 +116,10 @@ def adapt(
     templates: tuple[str, ...] = ("a photo of a {}.",),
     speed: SpeedOptions = ALL_ON,
     device: str = "cpu",
+    precision: str = "fp64",
 ) -> AdaptedClip:
     """A fresh tiny model with an adapter attached."""
-    clip = load_clip(model, device)
+    clip = load_clip(model, device, precision)
     attached = (adapter or Lora()).attach(clip)
     return AdaptedClip(clip, attached, class_names=class_names, templates=templates, speed=speed)
 
@@ -121,14 +131,14 @@ def random_adapters(
     generator = torch.Generator().manual_seed(seed)
     state = model.adapter.initial_state(Rng(seed))
     return {
-        name: tensor + scale * torch.randn((num_clients, *tensor.shape), generator=generator)
+        name: tensor + scale * torch.randn((num_clients, *tensor.shape), generator=generator).to(tensor.dtype)
         for name, tensor in state.items()
     }
 
 
 def random_pixels(number: int, seed: int = 1) -> torch.Tensor:
-    """Preprocessed images for the tiny model."""
-    return torch.randn(number, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    """Preprocessed images for the tiny model, in fp64."""
+    return torch.randn(number, 3, 16, 16, generator=torch.Generator().manual_seed(seed)).double()
 
 
 # What differs between two runs that are the same: time, memory, and what contains or is a digest of it.
@@ -219,7 +229,8 @@ def rounds(parts: Federation, number: int) -> tuple[list[ServerState], list[Roun
     return states, results
 
 
-def assert_states_close(left: tree.State, right: tree.State, atol: float = 1e-5) -> None:
+def assert_states_close(left: tree.State, right: tree.State, atol: float = TOLERANCE) -> None:
+    """Assert that two states have the same names and, to `atol`, the same numbers."""
     assert left.keys() == right.keys()
     for name in left:
         torch.testing.assert_close(
@@ -230,10 +241,17 @@ def assert_states_close(left: tree.State, right: tree.State, atol: float = 1e-5)
 LOCAL = LocalTraining(learning_rate=0.1, batch_size=4, optimizer=Sgd())
 
 
+def fp64(state: tree.StateLike) -> State:
+    """The same numbers in double precision."""
+    return {name: tensor.double() for name, tensor in state.items()}
+
+
 def low_rank_clients(number: int, rank: int = 2, seed: int = 0) -> list[State]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"x.lora_A": (rank, 6), "x.lora_B": (5, rank)}
-    return [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(number)]
+    return [
+        fp64({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}) for _ in range(number)
+    ]
 
 
 def changed(before: State, after: State) -> set[str]:
@@ -243,5 +261,5 @@ def changed(before: State, after: State) -> set[str]:
 
 def mean(parts: Federation, vectors: list[torch.Tensor]) -> torch.Tensor:
     """The mean over the clients of `parts`, weighted by their numbers of examples."""
-    weights = torch.tensor([float(len(client.train)) for client in parts.clients])
+    weights = torch.tensor([float(len(client.train)) for client in parts.clients], dtype=torch.float64)
     return (torch.stack(vectors) * weights[:, None] / weights.sum()).sum(dim=0)

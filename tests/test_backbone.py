@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from functools import partial
@@ -13,7 +14,7 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
-from helpers import SHARED, TINY, load_clip, random_pixels, write_model
+from helpers import SHARED, TINY, TOLERANCE, load_clip, random_pixels, write_model
 from PIL import Image
 
 from flora.clip import backbone
@@ -374,12 +375,14 @@ def test_a_failed_download_is_one_line(tiny_model: str, monkeypatch: pytest.Monk
 
 
 def assert_same_features(clip: FrozenClip, plain: Any, pixels: torch.Tensor, tokens: torch.Tensor) -> None:
-    """The same unit features. Rounding differs by where a tensor happens to lie in memory."""
+    """The same unit features, in fp64."""
+    model, plain = copy.deepcopy(clip.model).double(), copy.deepcopy(plain).double()
+    pixels = pixels.double()
     with torch.no_grad():
         for encode, inputs in (("encode_image", pixels), ("encode_text", tokens)):
-            ours = getattr(clip.model, encode)(inputs, normalize=True)
+            ours = getattr(model, encode)(inputs, normalize=True)
             theirs = getattr(plain, encode)(inputs, normalize=True)
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
 def test_the_tiny_model_computes_what_openclip_does(tiny_model: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LOCAL, SIZES, adapt, federation, rounds
+from helpers import LOCAL, SIZES, TOLERANCE, adapt, federation, rounds
 
 from flora import tree
 from flora.checks import check_experiment
@@ -98,7 +98,7 @@ def test_an_old_update_counts_less_and_began_where_it_was_asked(tiny_model: str)
     mean = tree.weighted_mean([ends[0], tree.scale(ends[2], 2**-0.5)], [1, 1])
     expected = tree.add(states[1].adapter, mean)
     for name, tensor in states[2].adapter.items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(tensor, expected[name], atol=TOLERANCE, rtol=0)
 
 
 def test_who_drops_out_is_replaced(tiny_model: str) -> None:
@@ -172,7 +172,7 @@ def test_clients_per_block_change_nothing(tiny_model: str) -> None:
         for number in (1, 5)
     ]
     for name, tensor in found[0].adapter.items():
-        torch.testing.assert_close(tensor, found[1].adapter[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(tensor, found[1].adapter[name], atol=TOLERANCE, rtol=0)
     assert len(SIZES) == 5
 
 

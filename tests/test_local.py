@@ -13,6 +13,7 @@ from helpers import (
     PIXELS,
     SIZES,
     TEXTS,
+    TOLERANCE,
     adapt,
     assert_states_close,
     federation,
@@ -143,7 +144,7 @@ def test_a_round_equals_plain_pytorch_on_a_plain_openclip_model(tiny_model: str,
     for name, before in state.adapter.items():
         expected = before + sum(size / total * delta[name] for size, delta in zip(SIZES, deltas, strict=True))
         assert (expected - before).abs().max() > 1e-4
-        torch.testing.assert_close(ours.adapter[name], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.adapter[name], expected, atol=TOLERANCE, rtol=0)
 
 
 def test_full_fine_tuning_equals_plain_pytorch(tiny_model: str) -> None:
@@ -166,7 +167,7 @@ def test_full_fine_tuning_equals_plain_pytorch(tiny_model: str) -> None:
             optimizer.step()
     for name, parameter in plain.model.named_parameters():
         torch.testing.assert_close(
-            alone[name][0], parameter.detach(), atol=2e-5, rtol=0, msg=lambda text, name=name: name + text
+            alone[name][0], parameter.detach(), atol=TOLERANCE, rtol=0, msg=lambda text, name=name: name + text
         )
     for name, tensor in model.clip.model.state_dict().items():
         assert torch.equal(tensor, frozen_before[name])
@@ -219,7 +220,7 @@ def test_flat_stack_puts_what_is_trained_first() -> None:
 
 
 def test_divergence_is_noticed_at_its_step(tiny_model: str) -> None:
-    local = LocalTraining(learning_rate=1e30, batch_size=4, optimizer=Sgd(), epochs=3)
+    local = LocalTraining(learning_rate=1e200, batch_size=4, optimizer=Sgd(), epochs=3)
     parts = federation(adapt(tiny_model), local, per_block=5)
     state, result = run_round(parts, start(parts.model))
     # The first step goes too far; the gradient of the second is the first that is not finite.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import CLASSES, adapt, load_plain, random_adapters, random_pixels, write_model
+from helpers import CLASSES, TOLERANCE, adapt, load_plain, random_adapters, random_pixels, write_model
 from torch import nn
 
 from flora import tree
@@ -47,7 +47,7 @@ def test_fresh_adapter_computes_what_plain_openclip_does(tiny_model: str, tower:
     model = adapt(tiny_model, Lora(towers=(tower,), targets=(target,)))
     stack = tree.expand(model.adapter.initial_state(Rng(0)), 1)
     for ours, plain in zip(our_features(model, stack), plain_features(tiny_model), strict=True):
-        torch.testing.assert_close(ours[0], plain, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours[0], plain, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("layers", [None, (-1,), (0,)])
@@ -64,7 +64,7 @@ def test_adapted_model_equals_plain_openclip_with_merged_weights(model_path: str
     assert len(changed) == 2 * (1 if layers else 2) * matrices  # towers, blocks, matrices
     assert all(torch.equal(plain_state[name], before[name]) for name in before)  # merging is a pure function
     for ours, plain in zip(our_features(model, stack), plain_features(model_path, merged), strict=True):
-        torch.testing.assert_close(ours[0], plain, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours[0], plain, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("towers", [("text",), ("vision",), ("text", "vision")])
@@ -75,7 +75,7 @@ def test_a_block_of_clients_computes_what_each_client_does_alone(tiny_model: str
     for client in range(3):
         alone = our_features(model, {name: tensor[client : client + 1] for name, tensor in stack.items()})
         for ours, single in zip(together, alone, strict=True):
-            torch.testing.assert_close(ours[client], single[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(ours[client], single[0], atol=TOLERANCE, rtol=0)
     assert (together[0][0] - together[0][1]).abs().max() > 1e-3 or "vision" not in towers
 
 

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, LABELS, LOCAL, SIZES, adapt, assert_states_close, changed, federation, random_adapters
+from helpers import (
+    CLASSES,
+    LABELS,
+    LOCAL,
+    SIZES,
+    TOLERANCE,
+    adapt,
+    assert_states_close,
+    changed,
+    federation,
+    random_adapters,
+)
 
 from flora import tree
 from flora.checks import check_experiment
@@ -192,7 +203,7 @@ def test_dual_adapters_have_two_models(tiny_model: str) -> None:
         with model.adapter.bind(local):
             ours = model.class_features(3)
         with plain.adapter.bind(merged):
-            torch.testing.assert_close(ours, plain.class_features(3), atol=1e-6, rtol=0)
+            torch.testing.assert_close(ours, plain.class_features(3), atol=TOLERANCE, rtol=0)
         with model.adapter.bind(server):
             assert (model.class_features(3) - ours).abs().max() > 1e-3
 

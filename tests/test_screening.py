@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import TOLERANCE
 
 from flora.config import parse_config
 from flora.errors import UserError
@@ -109,6 +110,7 @@ def test_a_bad_client_is_left_out_and_named(raw_config: dict[str, Any], value: A
 
 def test_the_average_is_that_of_the_others(raw_config: dict[str, Any]) -> None:
     """Leaving a client out is the same as its weight being zero: the sum of the others is that of the hook's view."""
+    raw_config["backbone"]["precision"] = "fp64"
     seen: dict[int, ClientUpdate] = {}
 
     def remember(round: int, update: ClientUpdate) -> ClientUpdate:
@@ -122,7 +124,7 @@ def test_the_average_is_that_of_the_others(raw_config: dict[str, Any]) -> None:
     total = sum(update.num_examples for update in others)
     for name, tensor in result.adapter.items():
         mean = sum(update.num_examples / total * update.delta[name] for update in others)
-        torch.testing.assert_close(tensor, start[name] + mean, atol=1e-6, rtol=0)
+        torch.testing.assert_close(tensor, start[name] + mean, atol=TOLERANCE, rtol=0)
 
 
 def test_one_exploding_client_under_a_bound(raw_config: dict[str, Any]) -> None:
@@ -201,6 +203,7 @@ NO_MEMORY = [
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
 def test_a_block_that_does_not_fit_is_halved(raw_config: dict[str, Any], error: Exception) -> None:
+    raw_config["backbone"]["precision"] = "fp64"
     raw_config["clients"] = {"number": 6}
     raw_config["adapter"]["dropout"] = 0.2
     sizes: list[int] = []
@@ -215,7 +218,7 @@ def test_a_block_that_does_not_fit_is_halved(raw_config: dict[str, Any], error: 
     # The halves of the first block are halved, too; in the second round all blocks have two clients.
     assert sizes == [6, 3, 2, 1, 3, 2, 1, 2, 2, 2]
     for name, tensor in whole.adapter.items():
-        torch.testing.assert_close(halved.adapter[name], tensor, atol=1e-5, rtol=0)
+        torch.testing.assert_close(halved.adapter[name], tensor, atol=TOLERANCE, rtol=0)
     lines = (halved.directory / "log.txt").read_text().splitlines()
     said = [line.partition(" ")[2] for line in lines if "out of memory" in line]
     assert said == [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LOCAL, adapt, assert_states_close, changed, federation, low_rank_clients, start
+from helpers import LOCAL, TOLERANCE, adapt, assert_states_close, changed, federation, fp64, low_rank_clients, start
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,12 +100,12 @@ def test_the_order_of_clients_is_irrelevant(rows: list[list[float]], order: Any,
     straight = combiner.combine(deltas(*rows), weights)
     shuffled = combiner.combine(deltas(*(rows[place] for place in places)), [weights[place] for place in places])
     if not isinstance(combiner, MultiKrum):  # among equal scores it keeps the first ones
-        assert flat(shuffled) == pytest.approx(flat(straight), abs=1e-5)
+        assert flat(shuffled) == pytest.approx(flat(straight), abs=TOLERANCE)
 
 
 @given(row=rows.map(lambda found: found[0]), number=st.integers(1, 6), combiner=st.sampled_from(COMBINERS))
 def test_equal_clients_are_left_as_they_are(row: list[float], number: int, combiner: Combiner) -> None:
-    assert flat(combiner.combine(deltas(*[row] * number), [2.0] * number)) == pytest.approx(row, abs=1e-5)
+    assert flat(combiner.combine(deltas(*[row] * number), [2.0] * number)) == pytest.approx(row, abs=TOLERANCE)
 
 
 @given(honest=st.lists(st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=2), min_size=4, max_size=8),
@@ -206,7 +206,7 @@ def test_aggregation_error_equals_dense_products(seed: int, number: int, rank: i
     assert aggregation_error(clients, weights, server) == pytest.approx((wrong / mean) ** 0.5, rel=1e-9)
 
 
-LEFT = {"x.lora_A": torch.tensor([[1.0, 0.0], [0.0, 1.0]]), "x.lora_B": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}
+LEFT = {"x.lora_A": torch.eye(2, dtype=torch.float64), "x.lora_B": torch.eye(2, dtype=torch.float64)}
 
 
 def errors(changes: list[State], **options: Any) -> list[float | None]:
@@ -227,7 +227,7 @@ def errors(changes: list[State], **options: Any) -> list[float | None]:
     found = []
     for round in range(1, 4):
         begin = {client: parts.received(state.adapter, client) for client in range(len(changes))}
-        updates = [ClientUpdate(client, 1, delta, 0.0, 1) for client, delta in enumerate(changes)]
+        updates = [ClientUpdate(client, 1, fp64(delta), 0.0, 1) for client, delta in enumerate(changes)]
         adapter, strategy, error = _next(parts, state, updates, begin)
         state = ServerState(round, adapter, strategy)
         found.append(error)
@@ -244,7 +244,7 @@ def test_what_the_server_does_afterwards_is_no_error_of_averaging(
 ) -> None:
     b_alone = [{"x.lora_B": torch.tensor([[float(client), 0.0], [0.0, 3.0]])} for client in range(3)]
     found = errors(b_alone, strategy=FfaLora(), server_optimizer=optimizer, combiner=combiner)
-    assert found == pytest.approx([0.0] * 3, abs=1e-6)
+    assert found == pytest.approx([0.0] * 3, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
@@ -253,17 +253,17 @@ def test_the_error_of_a_round_by_hand(optimizer: ServerOptimizer) -> None:
     found = errors([one, tree.scale(one, 0.0)], strategy=FedAvg(), server_optimizer=optimizer)
     # From I and I one client comes to diag(2, 1) twice, the other stays. The mean product is diag(2.5, 1), of norm
     # sqrt(7.25), the product of the means diag(2.25, 1), whatever the server makes of them.
-    assert found[0] == pytest.approx(0.25 / 7.25**0.5, rel=1e-6)
+    assert found[0] == pytest.approx(0.25 / 7.25**0.5, rel=TOLERANCE)
 
 
 def test_ranks_that_nobody_in_the_cohort_holds_are_no_error() -> None:
     same = {"x.lora_A": torch.tensor([[1.0, 0.5], [0.0, 0.0]]), "x.lora_B": torch.tensor([[0.5, 0.0], [1.0, 0.0]])}
-    assert errors([same] * 2, strategy=HetLora(), ranks=np.array([1, 1])) == pytest.approx([0.0] * 3, abs=1e-6)
+    assert errors([same] * 2, strategy=HetLora(), ranks=np.array([1, 1])) == pytest.approx([0.0] * 3, abs=TOLERANCE)
     other = {"x.lora_A": torch.tensor([[-1.0, 0.0], [0.0, 0.0]]), "x.lora_B": torch.tensor([[-1.0, 0.0], [0.0, 0.0]])}
     # From the first rank of I and I: one client comes to [2, 0.5] and [1.5, 1], the other to zeros. The mean product is
     # half of the first one's, the product of the means a quarter: it lacks half of what there is.
     found = errors([same, other], strategy=HetLora(), ranks=np.array([1, 1]))
-    assert found[0] == pytest.approx(0.5, rel=1e-6)
+    assert found[0] == pytest.approx(0.5, rel=TOLERANCE)
 
 
 def product(state: State) -> torch.Tensor:
@@ -279,11 +279,11 @@ def test_flexlora_keeps_the_nearest_product(number: int) -> None:
     u, values, v = torch.linalg.svd(dense)
     nearest = u[:, :2] @ values[:2].diag() @ v[:2]
     settled = FlexLora().settle(tree.weighted_mean(clients, weights), clients, weights)
-    torch.testing.assert_close(product(settled), nearest, atol=1e-6, rtol=0)
+    torch.testing.assert_close(product(settled), nearest, atol=TOLERANCE, rtol=0)
     gram = settled["x.lora_A"] @ settled["x.lora_A"].T
-    torch.testing.assert_close(gram, torch.eye(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(gram, torch.eye(2, dtype=torch.float64), atol=TOLERANCE, rtol=0)
     expected = float(values[2:].square().sum() / values.square().sum()) ** 0.5
-    assert aggregation_error(clients, weights, settled) == pytest.approx(expected, abs=1e-6)
+    assert aggregation_error(clients, weights, settled) == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_flexlora_leaves_an_untrained_start_alone() -> None:
@@ -305,7 +305,7 @@ def test_lora_fair_is_the_ridge_regression(number: int) -> None:
     target = torch.cat([(dense - B @ A).T, torch.zeros(2, 5, dtype=torch.float64)])
     expected = B + torch.linalg.lstsq(stacked, target).solution.T
     settled = LoraFair(penalty=penalty).settle(averaged, clients, weights)
-    torch.testing.assert_close(settled["x.lora_B"].double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(settled["x.lora_B"].double(), expected, atol=TOLERANCE, rtol=0)
     assert torch.equal(settled["x.lora_A"], averaged["x.lora_A"])
     better, before = (aggregation_error(clients, weights, each) for each in (settled, averaged))
     assert better is not None and before is not None and better <= before + 1e-12
@@ -332,7 +332,7 @@ def test_ffa_lora_trains_and_sends_b_alone(tiny_model: str) -> None:
     _, plain = rounds(tiny_model, FedAvg(), 2)
     for (before, after), result, other in zip(pairwise(states), results, plain, strict=True):
         assert changed(before.adapter, after.adapter) == {"lora_B"}
-        assert result.aggregation_error == pytest.approx(0, abs=1e-6)
+        assert result.aggregation_error == pytest.approx(0, abs=TOLERANCE)
         assert result.uplink_bytes == result.downlink_bytes < 0.6 * other.uplink_bytes
     assert plain[1].aggregation_error is not None and plain[1].aggregation_error > 1e-3
 
@@ -341,7 +341,7 @@ def test_rolora_alternates(tiny_model: str) -> None:
     states, results = rounds(tiny_model, RoLora(), 3)
     found = [changed(before.adapter, after.adapter) for before, after in pairwise(states)]
     assert found == [{"lora_B"}, {"lora_A"}, {"lora_B"}]
-    assert all(result.aggregation_error == pytest.approx(0, abs=1e-6) for result in results)
+    assert all(result.aggregation_error == pytest.approx(0, abs=TOLERANCE) for result in results)
 
 
 @pytest.mark.parametrize("strategy", [FfaLora(), RoLora()])
@@ -397,7 +397,7 @@ def test_settling_brings_the_server_nearer_to_the_mean_product(tiny_model: str, 
     one, five = (rounds(tiny_model, strategy, 2, local, per_block=number)[0][-1].adapter for number in (1, 5))
     for layer in layers(one):  # a pair of singular vectors may change its sign, their product doesn't
         left, right = (each[f"{layer}.lora_B"] @ each[f"{layer}.lora_A"] for each in (one, five))
-        torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
+        torch.testing.assert_close(left, right, atol=TOLERANCE, rtol=0)
 
 
 def test_one_client_is_left_as_it_is(tiny_model: str) -> None:
@@ -406,7 +406,7 @@ def test_one_client_is_left_as_it_is(tiny_model: str) -> None:
         parts = dataclasses.replace(federation(adapted, LOCAL, cohort=1), combiner=combiner)
         _, result = run_round(parts, start(adapted))
         assert result.num_clients == 1
-        assert result.aggregation_error == pytest.approx(0, abs=1e-6)
+        assert result.aggregation_error == pytest.approx(0, abs=TOLERANCE)
 
 
 # The configuration
@@ -496,9 +496,9 @@ def test_one_client_ends_at_the_server(tiny_model: str, name: str) -> None:
     for layer in layers(before.adapter):
         there, here = multiplied(after.adapter, layer), multiplied(client, layer)
         # LoRA-FAIR's penalty on its own term is all that could keep it away.
-        torch.testing.assert_close(there, here, atol=1e-6, rtol=0)
+        torch.testing.assert_close(there, here, atol=TOLERANCE, rtol=0)
         assert (here - multiplied(before.adapter, layer)).abs().max() > 1e-5
-    assert result.aggregation_error == pytest.approx(0, abs=1e-5)
+    assert result.aggregation_error == pytest.approx(0, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -506,10 +506,10 @@ def test_equal_clients_have_no_error(tiny_model: str, name: str) -> None:
     _, before, after, result = after_round(tiny_model, PRODUCTS[name], [np.arange(9)] * 4)
     _, _, alone, _ = after_round(tiny_model, PRODUCTS[name], [np.arange(9)])
     assert result.num_clients == 4
-    assert result.aggregation_error == pytest.approx(0, abs=1e-5)
+    assert result.aggregation_error == pytest.approx(0, abs=TOLERANCE)
     for layer in layers(before.adapter):
         torch.testing.assert_close(
-            multiplied(after.adapter, layer), multiplied(alone.adapter, layer), atol=1e-5, rtol=0
+            multiplied(after.adapter, layer), multiplied(alone.adapter, layer), atol=TOLERANCE, rtol=0
         )
 
 
@@ -523,7 +523,7 @@ def test_the_order_of_clients_decides_nothing(name: str) -> None:
         server = strategy.initial({"x.lora_A": clients[0]["x.lora_A"], "x.lora_B": torch.zeros(5, 2)})
         settled = strategy.settle({**server, **tree.weighted_mean(some, own)}, some, own)
         found.append(multiplied(settled, "x"))
-    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[0], found[1], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("combiner", ROBUST)
@@ -537,7 +537,7 @@ def test_a_poisoned_client_in_a_round(tiny_model: str, combiner: Combiner) -> No
             honest.append(update)
             return update
         generator = torch.Generator().manual_seed(0)
-        noise = {key: torch.randn(tensor.shape, generator=generator) for key, tensor in update.delta.items()}
+        noise = fp64({key: torch.randn(tensor.shape, generator=generator) for key, tensor in update.delta.items()})
         factor = 1000 * tree.norm(update.delta) / tree.norm(noise)
         return dataclasses.replace(update, delta=tree.scale(noise, factor))
 

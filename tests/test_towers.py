@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, adapt, load_clip, load_plain, random_pixels, write_model
+from helpers import CLASSES, TOLERANCE, adapt, load_clip, load_plain, random_pixels, write_model
 
 from flora.clip.adapters import Lora
 from flora.clip.towers import TextTower, VisionTower
@@ -21,11 +21,11 @@ def test_every_cut_of_both_towers_gives_openclips_features(tiny_model: str, cut:
     vision, text = VisionTower(clip, cut), TextTower(clip, cut)
     pixels = random_pixels(5)
     expected = plain.encode_image(pixels)  # type: ignore[operator]
-    torch.testing.assert_close(vision.suffix(vision.stem(pixels)), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(vision.suffix(vision.stem(pixels)), expected, atol=TOLERANCE, rtol=0)
     prompts = text.prompts(CLASSES, TEMPLATES[:1])
     tokens = clip.tokenize([TEMPLATES[0].format(name) for name in CLASSES])
     expected = plain.encode_text(tokens)  # type: ignore[operator]
-    torch.testing.assert_close(text.suffix(text.stem(prompts), prompts.layout), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(text.suffix(text.stem(prompts), prompts.layout), expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_prompts_are_cut_where_that_is_exact(tmp_path, text, is_cut: bool, custo
     assert tower.is_cut_at_end == is_cut
     assert (prompts.tokens.numel() < 100) == is_cut
     expected = load_plain(path).model.encode_text(tokens)  # type: ignore[operator]
-    torch.testing.assert_close(tower.suffix(tower.stem(prompts), prompts.layout), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tower.suffix(tower.stem(prompts), prompts.layout), expected, atol=TOLERANCE, rtol=0)
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def test_an_ensemble_is_the_normalised_mean_of_normalised_features(tiny_model: s
     for index, name in enumerate(CLASSES):
         tokens = plain.tokenize([template.format(name) for template in TEMPLATES])
         mean = plain.model.encode_text(tokens, normalize=True).mean(dim=0)  # type: ignore[operator]
-        torch.testing.assert_close(model.class_features(2)[1, index], F.normalize(mean, dim=0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.class_features(2)[1, index], F.normalize(mean, dim=0), atol=TOLERANCE, rtol=0)
 
 
 def test_logit_scale_is_the_models(tmp_path) -> None:  # type: ignore[no-untyped-def]

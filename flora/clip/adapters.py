@@ -53,6 +53,8 @@ class AttachedAdapter(ABC):
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         """The adapter that the server starts from, as a state dict on the CPU, without a client axis.
 
+        Its numbers are of the type `FrozenClip.dtype`; random ones are the same in each precision, up to rounding.
+
         `class_features` `(C, embed_dim)` are the frozen model's unit text features of the classes, which heads need.
         """
 
@@ -181,6 +183,7 @@ class AttachedLora(AttachedAdapter):
     def __init__(self, options: Lora, clip: FrozenClip) -> None:
         self.options = options
         self.has_dropout = options.dropout > 0
+        self._dtype = clip.dtype
         self.layers: dict[str, LowRank] = {}
         self.trained_from = {}
         self._prefix = {"text": clip.text_prefix + "transformer", "vision": "visual.transformer"}
@@ -221,7 +224,7 @@ class AttachedLora(AttachedAdapter):
         rank = self.options.rank
         for name, layer in self.layers.items():
             state[f"{name}.lora_A"] = self._start(rng.child(name), rank, layer)
-            state[f"{name}.lora_B"] = torch.zeros(layer.d_out, rank)
+            state[f"{name}.lora_B"] = torch.zeros(layer.d_out, rank, dtype=self._dtype)
         return state
 
     def _start(self, rng: Rng, rank: int, layer: LowRank) -> Tensor:
@@ -229,8 +232,10 @@ class AttachedLora(AttachedAdapter):
         lora_A, generator = torch.empty(rank, layer.d_in), rng.torch()
         if self.options.init == "uniform":
             bound = 1 / math.sqrt(layer.d_in)
-            return lora_A.uniform_(-bound, bound, generator=generator)
-        return lora_A.normal_(0, 1 / math.sqrt(rank), generator=generator)
+            lora_A.uniform_(-bound, bound, generator=generator)
+        else:
+            lora_A.normal_(0, 1 / math.sqrt(rank), generator=generator)
+        return lora_A.to(self._dtype)
 
     @contextmanager
     def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Iterator[None]:
@@ -297,6 +302,7 @@ class AttachedFull(AttachedAdapter):
 
     def __init__(self, clip: FrozenClip, below: str = "") -> None:
         self.trained_from = dict.fromkeys(TOWERS, 0)
+        self._dtype = clip.dtype
         self._frozen = {name: each for name, each in clip.model.named_parameters() if name.startswith(below)}
         self._places: list[tuple[nn.Module, str, str]] = [
             (module, leaf, f"{prefix}.{leaf}" if prefix else leaf)
@@ -306,7 +312,7 @@ class AttachedFull(AttachedAdapter):
         ]
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
-        return {name: parameter.detach().float().cpu().clone() for name, parameter in self._frozen.items()}
+        return {name: parameter.detach().to(self._dtype).cpu().clone() for name, parameter in self._frozen.items()}
 
     @contextmanager
     def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Iterator[None]:

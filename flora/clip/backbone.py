@@ -101,8 +101,13 @@ class FrozenClip:
         """The id of the token at which the pooling called eos reads."""
         return int(getattr(self.model, "text_eos_id", None) or self.text.eos_id)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of features, adapters, and all that is computed from them: float64 with fp64, else float32."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
+
     def autocast(self) -> torch.autocast:
-        """The context in which the towers run: bf16 autocast, or nothing for fp32."""
+        """The context in which the towers run: bf16 autocast, or nothing for fp32 and fp64."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
@@ -120,7 +125,11 @@ class Backbone(Options):
         "it was trained with: one with OpenAI's weights needs a model called ...-quickgelu",
         None,
     )
-    precision: str = option("arithmetic of the towers; adapters stay fp32", "fp32", choices=("fp32", "bf16"))
+    precision: str = option(
+        "arithmetic of the towers: fp32; bf16, with adapters in fp32; or fp64, for all there is: slow, for proofs",
+        "fp32",
+        choices=("fp32", "bf16", "fp64"),
+    )
 
     def architecture(self) -> Architecture:
         """The model's sizes, from its config alone. Raises `UserError` if it is unknown or not supported."""
@@ -141,6 +150,8 @@ class Backbone(Options):
             parameter.requires_grad_(False)
         _use_own_attention(getattr(model, "text", model))
         model.eval().to(device)
+        if self.precision == "fp64":
+            model.double()
         given = {**preprocess, **weights_preprocess, "size": architecture.image_size}
         settings, transform = _preprocessing(self.model, given)
         tokenizer = _tokenizer(architecture.context_length)

@@ -28,6 +28,7 @@ class AttachedBeside(AttachedAdapter):
     is_beside_the_model = True
 
     def __init__(self, clip: FrozenClip) -> None:
+        self.dtype = clip.dtype
         self.trained_from = {tower: 2 + clip.architecture.tower(tower).num_layers for tower in TOWERS}
 
     @contextmanager
@@ -126,7 +127,7 @@ class AttachedAttention(AttachedBeside):
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         return {
-            f"{layer}.{name}": _uniform(rng.child(layer, name), shape, self._width)
+            f"{layer}.{name}": _uniform(rng.child(layer, name), shape, self._width).to(self.dtype)
             for layer in ("first", "second")
             for name, shape in (("weight", (self._width, self._width)), ("bias", (self._width,)))
         }
@@ -165,8 +166,8 @@ class AttachedClipAdapter(AttachedBeside):
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         return {
-            "down.weight": _uniform(rng.child("down"), (self._inner, self._width), self._width),
-            "up.weight": _uniform(rng.child("up"), (self._width, self._inner), self._inner),
+            "down.weight": _uniform(rng.child("down"), (self._inner, self._width), self._width).to(self.dtype),
+            "up.weight": _uniform(rng.child("up"), (self._width, self._inner), self._inner).to(self.dtype),
         }
 
     def adapt_images(self, features: Tensor) -> Tensor:
@@ -220,8 +221,8 @@ class AttachedContext(AttachedBeside):
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         if self._words is not None:
-            return {"context": self._words.float().clone()}
-        return {"context": torch.empty(self._shape).normal_(0, 0.02, generator=rng.torch())}
+            return {"context": self._words.to(self.dtype, copy=True)}
+        return {"context": torch.empty(self._shape).normal_(0, 0.02, generator=rng.torch()).to(self.dtype)}
 
     def adapt_tokens(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.stack is None:
@@ -258,8 +259,8 @@ class AttachedNorm(AttachedBeside):
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         return {
-            "visual.ln_pre.weight": self._norm.weight.detach().float().cpu().clone(),
-            "visual.ln_pre.bias": self._norm.bias.detach().float().cpu().clone(),
+            "visual.ln_pre.weight": self._norm.weight.detach().to(self.dtype).cpu().clone(),
+            "visual.ln_pre.bias": self._norm.bias.detach().to(self.dtype).cpu().clone(),
         }
 
     def adapt_patches(self, x: Tensor) -> Tensor:

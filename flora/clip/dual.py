@@ -61,8 +61,8 @@ class AttachedDualLora(AttachedLora):
         state = super().initial_state(rng)
         for name, layer in self.layers.items():
             state[f"{name}.local_A"] = self._start(rng.child("local", name), self._local_rank, layer)
-            state[f"{name}.local_B"] = torch.zeros(layer.d_out, self._local_rank)
-            state[f"{name}.local_gate"] = torch.ones(self._local_rank)
+            state[f"{name}.local_B"] = torch.zeros(layer.d_out, self._local_rank, dtype=self._dtype)
+            state[f"{name}.local_gate"] = torch.ones(self._local_rank, dtype=self._dtype)
         return state
 
     def stays(self, name: str) -> bool:

@@ -68,7 +68,7 @@ class VisionTower:
     def stem(self, pixels: Tensor) -> Tensor:
         """The part that no adapter changes."""
         with self._clip.autocast():
-            return self._run(pixels, range(self.cut))
+            return self._run(pixels.to(self._clip.dtype), range(self.cut))
 
     def suffix(self, x: Tensor) -> Tensor:
         """The rest, from the stem's output to the features."""
@@ -322,8 +322,8 @@ class AdaptedClip:
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
         """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major."""
-        features = self.vision.suffix(self.adapter.adapt_patches(stem)).float().unflatten(0, (num_clients, -1))
-        return F.normalize(self.adapter.adapt_images(features), dim=-1)
+        features = self.vision.suffix(self.adapter.adapt_patches(stem)).to(self.clip.dtype)
+        return F.normalize(self.adapter.adapt_images(features.unflatten(0, (num_clients, -1))), dim=-1)
 
     def class_features(self, num_clients: int, classes: Tensor | None = None) -> Tensor:
         """Unit text features, `(K, C, embed_dim)`: of all classes, or of each client's own `classes` `(K, C)`.
@@ -346,7 +346,8 @@ class AdaptedClip:
         return self._unadapted
 
     def _encode_classes(self, layout: Layout) -> Tensor:
-        features = F.normalize(self.text.suffix(self._text_stem, layout, self.adapter.adapt_tokens).float(), dim=-1)
+        features = self.text.suffix(self._text_stem, layout, self.adapter.adapt_tokens).to(self.clip.dtype)
+        features = F.normalize(features, dim=-1)
         num_templates = len(self.prompts.ends) // self.prompts.num_classes
         ensembles = features.unflatten(0, (layout.num_clients, -1, num_templates))
         return F.normalize(ensembles.mean(dim=2), dim=-1)
@@ -380,4 +381,4 @@ class AdaptedClip:
     def logit_scale(self) -> Tensor:
         """The factor of the cosine similarities, a scalar."""
         scale: Tensor = self.clip.model.logit_scale  # type: ignore[assignment]
-        return scale.float().exp().reshape(())
+        return scale.to(self.clip.dtype).exp().reshape(())

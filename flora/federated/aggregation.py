@@ -208,7 +208,8 @@ class FlexLora(LoraStrategy):
         for layer in layers(averaged):
             lora_B, lora_A = nearest(mean_product(clients, weights, layer), rank=len(averaged[f"{layer}.lora_A"]))
             if lora_B.any():  # the product is zero while nobody has trained: then A stays at its random start
-                settled |= {f"{layer}.lora_A": lora_A.float(), f"{layer}.lora_B": lora_B.float()}
+                dtype = averaged[f"{layer}.lora_A"].dtype
+                settled |= {f"{layer}.lora_A": lora_A.to(dtype), f"{layer}.lora_B": lora_B.to(dtype)}
         return settled
 
 
@@ -227,7 +228,8 @@ class LoraFair(LoraStrategy):
     def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
         settled = dict(averaged)
         for layer in layers(averaged):
-            settled[f"{layer}.lora_B"] = nearest_left(clients, weights, layer, averaged, self.penalty).float()
+            lora_B = nearest_left(clients, weights, layer, averaged, self.penalty)
+            settled[f"{layer}.lora_B"] = lora_B.to(averaged[f"{layer}.lora_B"].dtype)
         return settled
 
 
@@ -253,7 +255,7 @@ class WithResidual(LoraStrategy):
         residual: State = {}
         for layer in layers(adapter):
             lora_B, lora_A = product_of(adapter, layer)
-            residual |= _residual(layer, (lora_B[:, :0], lora_A[:0]))
+            residual |= _residual(layer, (lora_B[:, :0], lora_A[:0]), like=adapter)
         return {**adapter, **residual}
 
     def grown(self, adapter: StateLike, layer: str, products: Sequence[Pair]) -> State:
@@ -262,7 +264,7 @@ class WithResidual(LoraStrategy):
         # for ranks: they would differ with the order of sums, and travel.
         noise = 4 * torch.finfo(adapter[f"{layer}.lora_A"].dtype).eps
         products = [*residual_of(adapter, layer), *products]
-        return _residual(layer, nearest(products, tolerance=max(self.tolerance, noise)))
+        return _residual(layer, nearest(products, tolerance=max(self.tolerance, noise)), like=adapter)
 
 
 @register("flora_stacking")
@@ -300,5 +302,7 @@ class FedExLora(WithResidual):
         return settled
 
 
-def _residual(layer: str, pair: Pair) -> State:
-    return {f"{layer}.residual_A": pair[1].float(), f"{layer}.residual_B": pair[0].float()}
+def _residual(layer: str, pair: Pair, *, like: StateLike) -> State:
+    """The factors of a layer's residual under their names, in the type that the layer's others have in `like`."""
+    dtype = like[f"{layer}.lora_A"].dtype
+    return {f"{layer}.residual_A": pair[1].to(dtype), f"{layer}.residual_B": pair[0].to(dtype)}

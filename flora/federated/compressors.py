@@ -36,11 +36,11 @@ class Compressor(Component):
 
     @abstractmethod
     def encode(self, state: StateLike, rng: Rng) -> bytes:
-        """The bytes that travel, of finite numbers. What is random is drawn from `rng`."""
+        """The bytes that travel, of finite numbers: floats as fp32, in fp64 runs too. `rng` draws what is random."""
 
     @abstractmethod
     def decode(self, payload: bytes, like: StateLike) -> State:
-        """What the receiver makes of them; `like` has the names and shapes."""
+        """What the receiver makes of them; `like` has the names, shapes and types that it works with."""
 
 
 @register("none")
@@ -55,7 +55,9 @@ class NoCompression(Compressor):
 
     def decode(self, payload: bytes, like: StateLike) -> State:
         reader = _Reader(payload)
-        return {name: reader.floats(tensor.numel()).view(tensor.shape) for name, tensor in like.items()}
+        return {
+            name: reader.floats(tensor.numel()).view(tensor.shape).to(tensor.dtype) for name, tensor in like.items()
+        }
 
 
 # Quantisers
@@ -104,7 +106,7 @@ class Quantizer(Compressor):
             rows = _rows(name, tensor, self.scales)
             scales = reader.floats(len(rows)).unsqueeze(1)
             codes = reader.codes(rows.numel(), self.bits).view(rows.shape)
-            decoded[name] = _from_rows(name, values[codes] * scales, tensor)
+            decoded[name] = _from_rows(name, values[codes] * scales, tensor).to(tensor.dtype)
         return decoded
 
     def _encode_rows(self, rows: Tensor, rng: Rng) -> bytes:
@@ -193,7 +195,7 @@ class TopK(Mask):
         for vector in self.groups(like):
             places = reader.places(_share(self.fraction, len(vector)), len(vector))
             vectors.append(torch.zeros(len(vector)).index_copy(0, places, reader.floats(len(places))))
-        return tree.unflatten(torch.cat(vectors), like)
+        return tree.in_types_of(like, tree.unflatten(torch.cat(vectors), like))
 
 
 @register("random_mask")
@@ -209,7 +211,8 @@ class RandomMask(Mask):
         (seed,) = struct.unpack("<Q", payload[:8])
         places = self._places(tree.count(like), seed)
         values = _Reader(payload[8:]).floats(len(places))
-        return tree.unflatten(torch.zeros(tree.count(like)).index_copy(0, places, values), like)
+        vector = torch.zeros(tree.count(like)).index_copy(0, places, values)
+        return tree.in_types_of(like, tree.unflatten(vector, like))
 
     def _places(self, size: int, seed: int) -> Tensor:
         order = np.random.Generator(np.random.PCG64(seed)).permutation(size)
@@ -236,7 +239,7 @@ class TopComponents(Mask):
             rows = [torch.zeros_like(_rows(name, like[name], "rank")) for name in names]
             places = reader.places(_share(self.fraction, len(rows[0])), len(rows[0]))
             for name, each in zip(names, rows, strict=True):
-                each[places] = reader.floats(len(places) * each.shape[1]).view(len(places), -1)
+                each[places] = reader.floats(len(places) * each.shape[1]).view(len(places), -1).to(each.dtype)
                 decoded[name] = _from_rows(name, each, like[name])
         return {name: decoded[name] for name in like}
 

@@ -49,8 +49,11 @@ class Correction(Component):
     def check_fits(self, optimizer: Optimizer) -> None:
         """Raise `OptionError` if it makes no sense with the optimiser."""
 
-    def memory(self, size: int) -> State:
-        """What a client remembers from round to round, and the server too, at the start: vectors of `size` numbers."""
+    def memory(self, vector: Tensor) -> State:
+        """What a client remembers from round to round, and the server too, at the start.
+
+        Its vectors have the size and type of `vector` `(P,)`, whose numbers mean nothing.
+        """
         return {}
 
     @abstractmethod
@@ -118,8 +121,8 @@ class Scaffold(Correction):
         if not isinstance(optimizer, Sgd) or optimizer.momentum:
             raise OptionError("optimizer", "scaffold reads gradients off a client's way: expected sgd without momentum")
 
-    def memory(self, size: int) -> State:
-        return {"control": torch.zeros(size)}
+    def memory(self, vector: Tensor) -> State:
+        return {"control": torch.zeros_like(vector)}
 
     def correct(
         self, gradients: Tensor, parameters: Tensor, start: Tensor, own: StateLike, server: StateLike
@@ -136,7 +139,7 @@ class Scaffold(Correction):
 
     def at_server(self, delta: Tensor, server: StateLike, cohort: Cohort) -> tuple[Tensor, State]:
         change = cohort.share_of_all([each["control"] for each in cohort.sent])
-        return delta, {"control": (server["control"].double() + change).float()}
+        return delta, {"control": (server["control"].double() + change).to(delta.dtype)}
 
 
 @register("feddyn")
@@ -152,8 +155,8 @@ class FedDyn(Correction):
     reads_deltas = True
     alpha: float = option("weight of the dynamic term", 0.01, above=0)
 
-    def memory(self, size: int) -> State:
-        return {"gradient": torch.zeros(size)}
+    def memory(self, vector: Tensor) -> State:
+        return {"gradient": torch.zeros_like(vector)}
 
     def correct(
         self, gradients: Tensor, parameters: Tensor, start: Tensor, own: StateLike, server: StateLike
@@ -168,4 +171,5 @@ class FedDyn(Correction):
     def at_server(self, delta: Tensor, server: StateLike, cohort: Cohort) -> tuple[Tensor, State]:
         way = cohort.share_of_all(cohort.moved)
         gradient = server["gradient"].double() - self.alpha * way
-        return (delta.double() - gradient / self.alpha).float(), {"gradient": gradient.float()}
+        after = delta.double() - gradient / self.alpha
+        return after.to(delta.dtype), {"gradient": gradient.to(delta.dtype)}

@@ -82,7 +82,7 @@ class Federation:
 
     def initial_state(self, adapter: State) -> ServerState:
         """The server before the first round, from the adapter that clients start with."""
-        memory = self.local.correction.memory(tree.count(self.trained(adapter, round=1)))
+        memory = self.local.correction.memory(tree.vector_like(self.trained(adapter, round=1)))
         strategy = {**self.server_optimizer.init(adapter), **tree.below(CORRECTION, memory)}
         if self.network is not None:
             strategy[CLOCK] = torch.zeros(1, dtype=torch.float64)
@@ -188,7 +188,7 @@ class Federation:
         return self._uplink_bytes[kind]
 
     def _count_uplink_bytes(self, adapter: StateLike, round: int, client: int) -> int:
-        fresh = self.local.correction.memory(tree.count(self.trained(adapter, round)))
+        fresh = self.local.correction.memory(tree.vector_like(self.trained(adapter, round)))
         extra = tree.below(CORRECTION, self.local.correction.sent(fresh, fresh) if fresh else {})
         zeros = tree.scale(self.sent(adapter, round), 0.0)
         return self.upload(zeros, {}, extra, client, self.rng)[2]

@@ -61,10 +61,10 @@ class LocalTraining(Options):
 
     def client_state(self, trained: StateLike) -> State:
         """What one client keeps between its rounds when it trains such tensors: names and shapes."""
-        size, state = tree.count(trained), {}
+        vector, state = tree.vector_like(trained), {}
         if self.optimizer_state == "kept":
-            state = {name: tensor[0] for name, tensor in self.optimizer.init(torch.empty(1, size)).items()}
-        return state | tree.below(CORRECTION, self.correction.memory(size))
+            state = {name: tensor[0] for name, tensor in self.optimizer.init(vector.unsqueeze(0)).items()}
+        return state | tree.below(CORRECTION, self.correction.memory(vector))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ def train_block(
     loss = Loss(local.objective, local.penalty, model.adapter.mutual)
     gradients_of = gradient_function(model, loss, flat, dropout, batch_size=block.indices.shape[2], beside=beside)
     batches = _Batches(model, block, features, in_batch=loss.in_batch, rngs=rngs)
-    totals = torch.zeros(len(block.clients), device=model.device)
+    totals = torch.zeros(len(block.clients), device=model.device, dtype=flat.matrix.dtype)
     failed = torch.full((len(block.clients),), -1, device=model.device)
     for num_active, steps in block.segments():
         parameters = flat.matrix[:num_active]
@@ -162,7 +162,7 @@ class _Drift:
         self._correction, self._is_idle = correction, isinstance(correction, NoCorrection)
         self._start = start if self._is_idle else start.clone()
         self._server = {name: tensor.to(start.device).unsqueeze(0) for name, tensor in server_memory.items()}
-        fresh = correction.memory(start.shape[1])
+        fresh = correction.memory(torch.empty(start.shape[1], dtype=start.dtype))
         found = [tree.named_below(CORRECTION, own or {}) or fresh for own in kept] or [fresh] * len(start)
         self._own = {name: torch.stack([own[name] for own in found]).to(start.device) for name in fresh}
 
@@ -178,7 +178,7 @@ class _Drift:
         """What each client remembers from now on, under names for keeping, and what it sends."""
         if not self._own:
             return [{} for _ in num_steps], [{} for _ in num_steps]
-        counts = torch.tensor(num_steps, device=end.device).unsqueeze(1)
+        counts = torch.tensor(num_steps, device=end.device, dtype=end.dtype).unsqueeze(1)
         after = self._correction.remember(end - self._start, self._own, self._server, counts, learning_rate)
         after = checked_state("local.correction", self._correction, after, self._own)
         # Copies, so that no client keeps its whole block in memory.

@@ -50,7 +50,7 @@ def residuals_at_their_smallest(state: StateLike) -> State:
             left = state[f"{layer}.residual_B"]
             if left.numel() + right.numel() > len(left) * right.shape[1]:
                 del smallest[name]
-                smallest[f"{layer}.residual_B"] = torch.empty(len(left), right.shape[1], device="meta")
+                smallest[f"{layer}.residual_B"] = right.new_empty(len(left), right.shape[1], device="meta")
     return smallest
 
 
