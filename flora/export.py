@@ -1,13 +1,18 @@
-"""`python -m flora.export RUN FILE`: a run's adapter merged into its backbone, as weights that OpenCLIP loads."""
+"""`python -m flora.export RUN FOLDER`: a run's adapter merged into its backbone, as a model that OpenCLIP loads."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import os
+import shlex
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -15,56 +20,119 @@ import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.checkpoints import CheckpointFolder
-from flora.config import load_config
+from flora.clip.backbone import EXPORT_METADATA, FrozenClip
+from flora.config import ExperimentConfig, apply_override, config_to_dict, parse_config, read_yaml
 from flora.errors import UserError
 from flora.federated.personal import OWN
-from flora.files import open_regular
-from flora.registry import suggest
+from flora.files import open_regular, write_whole
+from flora.registry import OptionError, suggest
 from flora.rng import Rng
 from flora.run_directory import ADAPTER_FORMAT, read_json
-from flora.tree import State, fits, named_below
+from flora.tree import State, fits, is_finite, named_below, state_digest
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WEIGHTS_NAME = "open_clip_model.safetensors"
 
 
-def read_adapter(path: Path) -> State:
-    """The tensors of an `adapter.safetensors`. Raises `UserError` if it is missing, damaged or something else."""
+@dataclass(frozen=True, eq=False)
+class MergedModel:
+    """A run's backbone with its adapter merged in: weights in fp32 on the CPU, and what OpenCLIP has to know of them.
+
+    `model_cfg` and `preprocess_cfg` are as in OpenCLIP's `open_clip_config.json`; `backbone` is the `backbone.model`
+    that the weights fit, an absolute path if it is one.
+    """
+
+    backbone: str
+    weights: State
+    model_cfg: dict[str, Any]
+    preprocess_cfg: dict[str, Any]
+
+
+def read_adapter(path: Path) -> tuple[State, dict[str, Any]]:
+    """The tensors of an `adapter.safetensors`, verified, and what it says that they belong to.
+
+    Raises `UserError` if it is missing, damaged, something else, or not finite.
+    """
     try:
         open_regular(path).close()
         with safetensors.safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("flora", "{}"))
             if not isinstance(description, dict) or description.get("format") != ADAPTER_FORMAT:
                 raise UserError(f"{path}: not an adapter of this program (format {ADAPTER_FORMAT})")
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            adapter = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: damaged: {error}") from None
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged: {' '.join(str(error).split())}") from None
+    if state_digest(adapter) != description.get("sha256"):
+        raise UserError(f"{path}: its numbers are not those that the run wrote (SHA-256)")
+    if not is_finite(adapter):
+        raise UserError(f"{path}: its numbers are not finite: the run has diverged")
+    return adapter, description
 
 
-def merged_weights(run: Path, client: str | None = None) -> State:
-    """The state dict of a finished run's backbone with its adapter merged in, fp32 on the CPU.
+def merged_model(run: Path, client: str | None = None, overrides: Sequence[str] = ()) -> MergedModel:
+    """Merge a finished run's adapter into its backbone: the server's, or the own one of a client, by its name or id.
 
-    That is the server's adapter, or the own one of a client, given by its name or id. Raises `UserError` if the run's
-    files are missing or don't belong together, or if the client has none.
+    `overrides` (`backbone.weights=...`) say where things are now. Raises `UserError` if the run's files are missing,
+    damaged or don't belong together, or if the client has no adapter of its own.
     """
-    config = load_config(run / "config.yaml")
-    adapter = read_adapter(run / "adapter.safetensors")
-    backbone = dataclasses.replace(config.backbone, precision="fp32")
-    # The same stream as in the run, in case that its backbone had random weights.
-    clip = backbone.load(torch.device("cpu"), Rng(config.seed).child("backbone"))
+    adapter, description = read_adapter(run / "adapter.safetensors")
+    config = _config(run, description, overrides)
+    clip = _backbone(run, config)
     state_dict = dict(clip.model.state_dict())
     attached = config.adapter.attach(clip)
     if attached.is_beside_the_model:
         raise UserError(f"{run}: its adapter works beside the model, and OpenCLIP's weights have no place for it")
     expected = config.server.strategy.initial(attached.initial_state(Rng(0)))
+    if config.backbone.precision == "fp64":
+        expected = {name: tensor.double() for name, tensor in expected.items()}
     if expected.keys() != adapter.keys() or not all(fits(adapter[name], expected[name]) for name in expected):
         raise UserError(f"{run / 'adapter.safetensors'}: doesn't fit the adapter that config.yaml describes")
     if client is not None and not config.communication.broadcast.is_identity:
         raise UserError(f"{run}: its broadcast is quantised: no client has the server's adapter as this run keeps it")
     if client is not None:
         adapter = dict(attached.views({**adapter, **_own_tensors(run, client)})[-1])
-    return attached.merged_state_dict(state_dict, adapter)
+    named = Path(config.backbone.model)
+    return MergedModel(
+        backbone=str(named.resolve()) if named.exists() else config.backbone.model,
+        weights=attached.merged_state_dict(state_dict, adapter),
+        model_cfg={key: value for key, value in clip.config.items() if key != "open_clip"},
+        preprocess_cfg=dict(clip.preprocess_settings),
+    )
+
+
+def _config(run: Path, description: Mapping[str, Any], overrides: Sequence[str]) -> ExperimentConfig:
+    """The run's configuration, changed by `overrides`; its own must be that which its adapter was written with."""
+    stored = read_yaml(run / "config.yaml")
+    try:
+        as_stored = config_to_dict(parse_config(stored, is_complete=True))
+        parts = ("adapter", "backbone", "prompts")
+        described = {**stored, **{key: description.get(key) for key in parts}}
+        written = config_to_dict(parse_config(described, is_complete=True))
+        for key in parts:
+            if as_stored[key] != written[key]:
+                raise UserError(f"{run}: `{key}` in config.yaml is not what its adapter was trained with")
+        for override in overrides:
+            apply_override(stored, override)
+        return parse_config(stored, is_complete=True)
+    except OptionError as error:
+        raise UserError(f"{run / 'config.yaml'}: {error}") from None
+
+
+def _backbone(run: Path, config: ExperimentConfig) -> FrozenClip:
+    """The run's backbone in fp32 on the CPU. Raises `UserError` if its weights are not those that the run had."""
+    recorded = read_json(run / "environment.json")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("backbone_sha256"), str):
+        raise UserError(f"{run / 'environment.json'}: missing or damaged")
+    # The same stream as in the run, in case that its backbone had random weights.
+    device, rng = torch.device("cpu"), Rng(config.seed).child("backbone")
+    clip = config.backbone.load(device, rng)
+    if state_digest(clip.model.state_dict()) != recorded["backbone_sha256"]:
+        raise UserError(f"{run}: the backbone's weights are not those that the run was made with (SHA-256)")
+    if config.backbone.precision == "fp32":
+        return clip
+    return dataclasses.replace(config.backbone, precision="fp32").load(device, rng)
 
 
 def _own_tensors(run: Path, client: str) -> State:
@@ -91,32 +159,77 @@ def _client_id(run: Path, client: str) -> int:
     raise UserError(f"{run}: there is no client {client!r}; {suggest(client, names)}")
 
 
+def write_model(model: MergedModel, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a folder that OpenCLIP loads by itself, or one `.safetensors` file with its settings in the metadata.
+
+    Raises `UserError` if it can't be written, or is there already; nothing half-written stays behind.
+    """
+    settings = {"model_cfg": model.model_cfg, "preprocess_cfg": model.preprocess_cfg}
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.weights.items()}
+    content = safetensors.torch.save(weights, metadata={EXPORT_METADATA: json.dumps(settings)})
+    if path.exists():
+        raise UserError(f"{path}: exists already")
+    try:
+        if path.suffix == ".safetensors":
+            write_whole(path, content)
+            return
+        part = path.with_name(f"{path.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed here
+        part.mkdir()
+        try:
+            write_whole(part / "open_clip_config.json", (json.dumps(settings, indent=2) + "\n").encode())
+            write_whole(part / WEIGHTS_NAME, content)
+            os.rename(part, path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def how_to_load(model: MergedModel, path: Path) -> list[str]:
+    """What to type to use what was written: in Python with OpenCLIP alone, and as the backbone of a run."""
+    where = str(path.resolve())
+    if path.suffix == ".safetensors":
+        overrides = [f"backbone.model={model.backbone}", f"backbone.weights={where}"]
+        return [f"as a run's backbone: {shlex.join(overrides)}", "for OpenCLIP alone, export to a folder"]
+    loaded = f"open_clip.create_model_and_transforms({f'local-dir:{where}'!r})"
+    return [
+        f"in Python: import open_clip; model, _, preprocess = {loaded}",
+        f"as a run's backbone: {shlex.join([f'backbone.model={where}'])}",
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flora.export",
+        description=__doc__,
+        epilog="example, where the backbone was moved: "
+        "python -m flora.export runs/mine adapted backbone.weights=/data/clip.safetensors",
+    )
+    parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/quickstart")
+    parser.add_argument(
+        "path", type=Path, help="the folder to write, or a file that ends in .safetensors; it must not exist"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="where the backbone is now, if it was moved")
+    parser.add_argument("--client", help="merge the own adapter of this client (name or id) in place of the server's")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the numbers (default: fp32)")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for anything that the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m flora.export", description=__doc__)
-    parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/quickstart")
-    parser.add_argument("file", type=Path, help="the .safetensors file to write; it must not exist")
-    parser.add_argument(
-        "--client",
-        metavar="NAME",
-        help="merge the own adapter of this client (its name or id) in place of the server's",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the numbers (default: fp32)")
-    options = parser.parse_args(argv)
+    options = _parser().parse_intermixed_args(argv)
     try:
-        if options.file.suffix != ".safetensors":
-            raise UserError(f"{options.file}: expected a name that ends in .safetensors")
-        merged = merged_weights(options.run, options.client)
-        weights = {name: tensor.to(DTYPES[options.dtype]) for name, tensor in merged.items()}
-        with options.file.open("xb") as file:
-            file.write(safetensors.torch.save(weights))
+        if options.path.exists():
+            raise UserError(f"{options.path}: exists already")
+        model = merged_model(options.run, options.client, options.overrides)
+        write_model(model, options.path, DTYPES[options.dtype])
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"{options.file}: {error.strerror}", file=sys.stderr)
-        return 2
-    print(f"{options.file}: {len(weights)} tensors; load it as backbone.weights or with open_clip's `pretrained=`")
+    print(f"{options.path}: {len(model.weights)} tensors")
+    print("\n".join(how_to_load(model, options.path)))
     return 0
 
 

@@ -1,10 +1,11 @@
-"""Files opened for reading: regular ones alone, because a pipe or a device in their place would never end."""
+"""Files read and written: regular ones alone, since a pipe in their place would never end, and whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,3 +42,22 @@ def read_bytes(path: str | Path) -> bytes:
 def read_text(path: str | Path) -> str:
     """The content of a regular file in UTF-8. Raises OSError as `open_regular` does, and UnicodeDecodeError."""
     return read_bytes(path).decode()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under another name, flush it to the disk, and rename it: under its own it is never half-written.
+
+    Raises OSError if that can't be done; what was there before then still is.
+    """
+    part = path.with_name(f"{path.name}.part")
+    refuse_irregular(part)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise

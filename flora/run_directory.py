@@ -27,9 +27,9 @@ import yaml
 
 from flora.config import ExperimentConfig, config_to_dict
 from flora.errors import DivergedError, UserError
-from flora.files import open_regular, read_bytes, refuse_irregular
+from flora.files import open_regular, read_bytes, refuse_irregular, write_whole
 from flora.records import ClientData, Rejection, RoundRecord, Summary
-from flora.tree import StateLike
+from flora.tree import StateLike, state_digest
 
 try:
     import fcntl
@@ -230,8 +230,9 @@ class RunDirectory:
     def write_adapter(self, adapter: StateLike, config: ExperimentConfig) -> None:
         """Write `adapter.safetensors`, what it belongs to as JSON in its metadata's `flora`."""
         described = config_to_dict(config)
-        description = {"format": ADAPTER_FORMAT} | {key: described[key] for key in ("adapter", "backbone", "prompts")}
         tensors = {name: tensor.contiguous() for name, tensor in adapter.items()}
+        description = {"format": ADAPTER_FORMAT, "sha256": state_digest(tensors)}
+        description |= {key: described[key] for key in ("adapter", "backbone", "prompts")}
         # One entry only: safetensors writes several in a new order each time.
         self._write("adapter.safetensors", safetensors.torch.save(tensors, metadata={"flora": json.dumps(description)}))
 
@@ -252,19 +253,12 @@ class RunDirectory:
 
     def _write(self, name: str, content: str | bytes) -> None:
         """Write a file under another name first, so that under its own it is never half-written."""
-        part = self.path / f"{name}.part"
+        path = self.path / name
         try:
-            self._before_write(self.path / name)
-            refuse_irregular(part)
-            with part.open("wb") as file:
-                file.write(_encode(content) if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.path / name)
+            self._before_write(path)
+            write_whole(path, _encode(content) if isinstance(content, str) else content)
         except OSError as error:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise UserError(f"{self.path / name}: can't be written: {error.strerror or error}") from None
+            raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
 
     def _append(self, name: str, line: str, *, durable: bool = False) -> None:
         """Add a line to a file; a line that doesn't fit on the disk is taken back."""

@@ -30,6 +30,7 @@ from flora.rng import Rng
 ASSETS = resources.files("flora") / "assets"
 END_OF_TEXT = 49407  # in OpenCLIP's own tokenizer
 OPENAI_SCALARS = ("input_resolution", "context_length", "vocab_size")  # beside the weights in OpenAI's own archives
+EXPORT_METADATA = "flora_export"  # where a safetensors file that this program exported has its model's settings
 SUPPORTED = "supported are OpenCLIP's own ViT with its own text transformer (classes CLIP and CustomTextCLIP)"
 
 
@@ -154,6 +155,8 @@ class Backbone(Options):
             model.double()
         given = {**preprocess, **weights_preprocess, "size": architecture.image_size}
         settings, transform = _preprocessing(self.model, given)
+        if weights_file is not None and weights_file.suffix == ".safetensors":
+            _check_exported(weights_file, config, asdict(settings))
         tokenizer = _tokenizer(architecture.context_length)
         return FrozenClip(
             model=model,
@@ -397,6 +400,35 @@ def _load_weights(model: nn.Module, path: Path, *, quick_gelu: bool) -> None:
         raise UserError(f"backbone.weights: {path}: {error.strerror or error}") from None
     except Exception as error:  # torch, safetensors and open_clip each raise types of their own here
         raise UserError(f"backbone.weights: {path} doesn't fit the model: {_reason(error)}") from None
+
+
+def _check_exported(path: Path, config: dict[str, Any], preprocess: dict[str, Any]) -> None:
+    """Raise `UserError` naming what differs if the file was exported from another model or preprocessing."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        content = (file.metadata() or {}).get(EXPORT_METADATA)
+    if content is None:
+        return
+    try:
+        exported = json.loads(content)
+        theirs = {**_canonical(exported["model_cfg"]), **exported["preprocess_cfg"]}
+    except (ValueError, RecursionError, TypeError, KeyError):
+        raise UserError(f"backbone.weights: {path}: its metadata {EXPORT_METADATA} are damaged") from None
+    ours = json.loads(json.dumps({**_canonical(config), **preprocess}))
+    for key in ours:
+        if key in theirs and theirs[key] != ours[key]:
+            raise UserError(
+                f"backbone.weights: {path} was exported from a model with {key} {theirs[key]}; backbone.model has "
+                f"{ours[key]}"
+            )
+
+
+def _canonical(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a model's config decides what it computes, with OpenCLIP's defaults filled in, as dotted keys."""
+    parts = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg}
+    flat = {"embed_dim": config["embed_dim"], "quick_gelu": bool(config.get("quick_gelu"))}
+    for name, kind in parts.items():
+        flat |= {f"{name}.{key}": value for key, value in asdict(kind(**config[name])).items()}
+    return flat
 
 
 def _read_state(path: Path) -> dict[str, Any]:
