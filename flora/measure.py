@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from flora.federated.evaluation import (
 )
 from flora.federated.memory import peak_memory_bytes
 from flora.federated.round import RoundResult
-from flora.records import Evaluation, RoundRecord, ServerState
+from flora.records import RoundRecord, ServerState
+from flora.tree import StateLike
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +31,31 @@ class ClientResults:
     """Accuracies on each client's held-out examples, `(num_clients,)`, NaN where it has none.
 
     `server` is the server's adapter, `own` each client's own, if they have any: the server's for who has none.
+    `has_own` says who has one.
     """
 
     server: np.ndarray
-    own: np.ndarray | None
+    own: np.ndarray | None = None
+    has_own: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AloneResults:
+    """Accuracies of the clients that are also trained without the others, `(num_clients,)`, NaN for who is not.
+
+    `test` and `held_out` are what a client reaches alone, on the common test images and on its own held-out examples.
+    `personal_test` is its own adapter of the federated run on the test images, NaN where it has none; None if no client
+    can have one.
+    """
+
+    test: np.ndarray
+    held_out: np.ndarray
+    personal_test: np.ndarray | None = None
+
+    @classmethod
+    def of_nobody(cls, num_clients: int) -> AloneResults:
+        """Where no client is trained alone."""
+        return cls(np.full(num_clients, np.nan), np.full(num_clients, np.nan))
 
 
 def measure(
@@ -49,7 +71,8 @@ def measure(
     if is_last or (config.clients_every and state.round and state.round % config.clients_every == 0):
         clients = measure_clients(experiment, state)
     if clients is not None:
-        results |= _figures("client", clients.server) | _figures("personal", clients.own)
+        sizes = experiment.held_out_sizes
+        results |= _figures("client", clients.server, sizes) | _figures("personal", clients.own, sizes)
     return RoundRecord(
         round=state.round,
         accuracy=results.pop("accuracy", None),
@@ -70,6 +93,7 @@ def measure(
         num_dropped=result.num_dropped if result else 0,
         num_late=result.num_late if result else 0,
         mean_staleness=result.mean_staleness if result else None,
+        cohort=result.cohort if result else (),
         **results,
     ), clients
 
@@ -97,10 +121,14 @@ def _server_stack(state: ServerState) -> tree.State | None:
     return tree.expand(state.adapter, 1) if state.round else None
 
 
-def _figures(whose: str, accuracies: np.ndarray | None) -> dict[str, float]:
-    """The spread of accuracies over clients, as fields of a record."""
+def _figures(whose: str, accuracies: np.ndarray | None, sizes: np.ndarray) -> dict[str, float]:
+    """The spread of accuracies over clients and their mean weighted by `sizes`, as fields of a record."""
     found = None if accuracies is None else spread(accuracies)
-    return {f"{whose}_accuracy_{name}": each for name, each in asdict(found).items()} if found else {}
+    if accuracies is None or found is None:
+        return {}
+    known = ~np.isnan(accuracies)
+    figures = {**asdict(found), "weighted_mean": float(np.average(accuracies[known], weights=sizes[known]))}
+    return {f"{whose}_accuracy_{name}": each for name, each in figures.items()}
 
 
 def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults:
@@ -113,48 +141,103 @@ def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults
         evaluation = evaluate(federation.model, _server_stack(state), experiment.held_out, batch_size=size)[0]
         server = client_accuracies(evaluation, sizes)
     if with_own is None:
-        return ClientResults(server, None)
+        return ClientResults(server)
     own, ends = server.copy(), np.cumsum(sizes)
     for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
-        examples = [np.arange(ends[client] - sizes[client], ends[client]) for client in clients]
-        own[clients] = own_accuracies(federation.model, adapters, experiment.held_out, examples, batch_size=size)
-    return ClientResults(server, own)
+        own[clients] = _on_held_out(experiment, ends, clients, adapters)
+    return ClientResults(server, own, np.isin(np.arange(len(sizes)), with_own))
 
 
-def measure_alone(experiment: Experiment, *, advance: Callable[[int], object]) -> dict[int, float]:
-    """Test accuracy, by client, of `evaluation.num_alone` clients that train without the others.
+def _on_held_out(experiment: Experiment, ends: np.ndarray, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
+    """Accuracy of each of `adapters` `(K, ...)` on its client's held-out examples, `(K,)`; these end at `ends`."""
+    starts, size = ends - experiment.held_out_sizes, experiment.config.evaluation.batch_size
+    examples = [np.arange(starts[client], ends[client]) for client in clients]
+    return own_accuracies(experiment.federation.model, adapters, experiment.held_out, examples, batch_size=size)
 
-    `advance` is told of each round done.
+
+def _on_test_images(experiment: Experiment, adapters: StateLike) -> list[float]:
+    """Accuracy of each of `adapters` `(K, ...)` on the common test images."""
+    size = max(1, experiment.config.evaluation.batch_size // len(next(iter(adapters.values()))))
+    return [each.accuracy for each in evaluate(experiment.federation.model, adapters, experiment.test, batch_size=size)]
+
+
+def measure_alone(experiment: Experiment, state: ServerState, *, advance: Callable[[int], object]) -> AloneResults:
+    """What `evaluation.num_alone` clients reach without the others, and with their own adapters of the federated run.
+
+    These are as of `state`. `advance` is told of each round done.
     """
     number, federation = experiment.config.evaluation.num_alone, experiment.federation
     chosen = np.unique(np.linspace(0, len(federation.clients) - 1, number).round().astype(int))
     adapters = train_alone(federation, experiment.initial_adapter, chosen, advance=advance)
-    results: list[Evaluation] = []
+    results, ends = AloneResults.of_nobody(len(federation.clients)), np.cumsum(experiment.held_out_sizes)
     for start in range(0, len(chosen), federation.clients_per_block):
-        block = {name: tensor[start : start + federation.clients_per_block] for name, tensor in adapters.items()}
-        size = max(1, experiment.config.evaluation.batch_size // len(next(iter(block.values()))))
+        part = slice(start, start + federation.clients_per_block)
+        block, clients = {name: tensor[part] for name, tensor in adapters.items()}, chosen[part].tolist()
         own = federation.model.adapter.views(block)[-1]
-        results += evaluate(federation.model, own, experiment.test, batch_size=size)
-    return {int(client): result.accuracy for client, result in zip(chosen, results, strict=True)}
+        results.test[clients] = _on_test_images(experiment, own)
+        results.held_out[clients] = _on_held_out(experiment, ends, clients, own)
+    with_own = clients_with_own_adapters(federation, state)
+    if with_own is None:
+        return results
+    personal = np.full(len(federation.clients), np.nan)
+    for clients, own in own_adapters(federation, state, np.intersect1d(chosen, with_own)):
+        personal[clients] = _on_test_images(experiment, own)
+    return replace(results, personal_test=personal)
 
 
-def client_columns(experiment: Experiment, results: ClientResults, alone: dict[int, float]) -> dict[str, list[Any]]:
+def compare_held_out(results: ClientResults, alone: AloneResults) -> dict[str, Any]:
+    """The summary's `held_out_...`: means over the clients that were also trained alone and have held-out examples."""
+    both = ~np.isnan(results.server) & ~np.isnan(alone.held_out)
+    number = int(both.sum())
+    if not number:
+        return {}
+    figures = {"federated": results.server, "alone": alone.held_out, "personal": results.own}
+    means = {
+        f"held_out_{how}_accuracy": float(accuracies[both].mean())
+        for how, accuracies in figures.items()
+        if accuracies is not None
+    }
+    return {"held_out_num_clients": number, **means}
+
+
+def client_columns(
+    experiment: Experiment, results: ClientResults, alone: AloneResults, records: Sequence[RoundRecord]
+) -> dict[str, list[Any]]:
     """The columns of `clients.csv` by name, with an entry for each client; a missing result is empty text."""
-    federation = experiment.federation
-    clients = federation.clients
-
-    def cells(accuracies: np.ndarray) -> list[str]:
-        return ["" if np.isnan(accuracy) else f"{accuracy:.6f}" for accuracy in accuracies]
-
-    columns: dict[str, list[Any]] = {
-        "client": list(range(len(clients))),
+    clients, ranks = experiment.federation.clients, experiment.federation.ranks
+    columns: dict[str, list[Any]] = {"client": list(range(len(clients)))}
+    if any(client.name is not None for client in clients):
+        columns["name"] = [client.name for client in clients]
+    columns |= {
         "num_train": [len(client.train) for client in clients],
         "num_held_out": [len(client.held_out) for client in clients],
-        "accuracy": cells(results.server),
-        "alone_accuracy": [f"{alone[index]:.6f}" if index in alone else "" for index in range(len(clients))],
+        "accuracy": _cells(results.server),
+        "alone_accuracy": _cells(alone.test),
     }
-    if results.own is not None:
-        columns["personal_accuracy"] = cells(results.own)
-    if federation.ranks is not None:
-        columns["rank"] = federation.ranks.tolist()
-    return columns
+    if results.own is not None and results.has_own is not None:
+        columns["personal_accuracy"] = _cells(results.own)
+        columns["personal_adapter"] = ["own" if has_own else "server" for has_own in results.has_own]
+    if alone.personal_test is not None:
+        columns["personal_test_accuracy"] = _cells(alone.personal_test)
+    if ranks is not None:
+        columns["rank"] = ranks.tolist()
+    return columns | {
+        "num_rounds": _num_rounds(records, len(clients)),
+        "test_accuracy": _cells(np.full(len(clients), records[-1].accuracy)),
+        "alone_held_out_accuracy": _cells(alone.held_out),
+    }
+
+
+def _cells(accuracies: np.ndarray) -> list[str]:
+    return ["" if np.isnan(accuracy) else f"{accuracy:.6f}" for accuracy in accuracies]
+
+
+def _num_rounds(records: Sequence[RoundRecord], num_clients: int) -> list[Any]:
+    """In how many rounds each client took part; empty text if some of the records don't say."""
+    cohorts = [record.cohort for record in records if record.cohort is not None]
+    if len(cohorts) < len(records):
+        return [""] * num_clients
+    counts = np.zeros(num_clients, np.int64)
+    for cohort in cohorts:
+        counts += np.bincount(np.array(cohort, np.int64), minlength=num_clients)
+    return counts.tolist()

@@ -87,10 +87,13 @@ class Evaluation:
 class RoundRecord:
     """One line of `rounds.jsonl`. Fractions are 0 to 1; round 0 is zero-shot and has neither training nor traffic.
 
+    `cohort` are the ids of the `num_clients` clients whose updates came, those in `rejected_clients` included; None in
+    a record of a version that did not say.
     `client_accuracy_...` is the server's adapter on clients' own held-out examples, `personal_accuracy_...` that of
-    each client's own adapter. `new_accuracy` is on classes that nobody trains on, if some are set aside; `accuracy`
-    is on the others then, and `harmonic_mean` that of both. `broadcast_accuracy` is that of what clients would read of
-    the next broadcast, if that is quantised, and `model_privacy_gap` by how much the server's own adapter is better.
+    each client's own adapter; `..._weighted_mean` counts a client as often as it has held-out examples. `new_accuracy`
+    is on classes that nobody trains on, if some are set aside; `accuracy` is on the others then, and `harmonic_mean`
+    that of both. `broadcast_accuracy` is that of what clients would read of the next broadcast, if that is quantised,
+    and `model_privacy_gap` by how much the server's own adapter is better.
     `simulated_seconds` is how long the round took on the network's clock; `num_dropped` clients were lost on the way,
     `num_late` delivered when the round was over; `mean_staleness` is how many rounds old the updates were.
     """
@@ -127,6 +130,9 @@ class RoundRecord:
     num_dropped: int = 0
     num_late: int = 0
     mean_staleness: float | None = None
+    cohort: tuple[int, ...] | None = None
+    client_accuracy_weighted_mean: float | None = None
+    personal_accuracy_weighted_mean: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,8 @@ class Summary:
     """`summary.json`. The result is the LAST round; the best round is chosen on the test set and only shown.
 
     `seconds_to_accuracy` says of each tenth of accuracy that was reached after how many simulated seconds that was.
+    `held_out_...` compare, on the held-out examples of the `held_out_num_clients` clients that were also trained alone,
+    the server's adapter with what each reached alone, and with its personal adapter, as means over these clients.
     """
 
     name: str
@@ -176,3 +184,9 @@ class Summary:
     backbone_parameters: int
     num_unreadable: int
     num_rejected: int
+    client_accuracy_weighted_mean: float | None = None
+    personal_accuracy_weighted_mean: float | None = None
+    held_out_num_clients: int = 0
+    held_out_federated_accuracy: float | None = None
+    held_out_alone_accuracy: float | None = None
+    held_out_personal_accuracy: float | None = None

@@ -15,7 +15,7 @@ COPIED = (
     *(
         f"{whose}_accuracy_{figure}"
         for whose in ("client", "personal")
-        for figure in ("mean", "std", "worst_decile", "best_decile")
+        for figure in ("mean", "std", "worst_decile", "best_decile", "weighted_mean")
     ),
     "new_accuracy",
     "harmonic_mean",
@@ -99,6 +99,8 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
     if summary.alone_accuracy_mean is not None:
         note = f"(mean of {summary.num_alone}; the best {percent(summary.alone_accuracy_best)})"
         rows.append(("one client alone", f"{percent(summary.alone_accuracy_mean)}   {note}"))
+    if summary.held_out_num_clients:
+        rows.append(("together or alone", _comparison(summary)))
     rows += [
         ("trained parameters", _trained(summary)),
         ("sent up, down", f"{size(summary.total_uplink_bytes)}, {size(summary.total_downlink_bytes)}"),
@@ -114,6 +116,18 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
         rows.insert(-3, ("updates left out", f"{summary.num_rejected}   (rounds.jsonl says why)"))
     width = max(len(title) for title, _ in rows)
     return ["", *(f"  {title:<{width}}  {value}" for title, value in rows), "", final_line(summary, config)]
+
+
+def _comparison(summary: Summary) -> str:
+    """What the clients that were also trained alone reach on their own held-out examples, together and alone."""
+    found = {
+        "federated": summary.held_out_federated_accuracy,
+        "personal": summary.held_out_personal_accuracy,
+        "alone": summary.held_out_alone_accuracy,
+    }
+    figures = ", ".join(f"{how} {percent(accuracy)}" for how, accuracy in found.items() if accuracy is not None)
+    number = summary.held_out_num_clients
+    return f"on clients' own data: {figures}   ({number} client{'s' if number != 1 else ''})"
 
 
 def _trained(summary: Summary) -> str:

@@ -289,7 +289,8 @@ def read_json(path: Path) -> Any:
 def _record(fields: dict[str, Any]) -> RoundRecord:
     """A record from its line."""
     rejected = tuple(Rejection(**each) for each in fields.pop("rejected_clients"))
-    return RoundRecord(**fields, rejected_clients=rejected)
+    cohort = fields.pop("cohort", None)
+    return RoundRecord(**fields, rejected_clients=rejected, cohort=None if cohort is None else tuple(cohort))
 
 
 def _lock(path: Path) -> IO[bytes] | None:

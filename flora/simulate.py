@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -29,7 +30,15 @@ from flora.federated.screening import refusal
 from flora.hooks import Hooks
 from flora.interrupts import Interrupted, Interrupts
 from flora.listing import list_components
-from flora.measure import ClientResults, client_columns, measure, measure_alone, measure_clients
+from flora.measure import (
+    AloneResults,
+    ClientResults,
+    client_columns,
+    compare_held_out,
+    measure,
+    measure_alone,
+    measure_clients,
+)
 from flora.records import RoundRecord, ServerState, Summary
 from flora.resume import Start, find_start, finished_rounds, recorded_clients_per_block, resumed_config
 from flora.run_directory import RunDirectory, environment
@@ -191,7 +200,7 @@ def _run(
                 _stop_if_diverged(records)
                 bar.update()
                 bar.set_postfix(_postfix(record, records))
-        alone = _alone(experiment, log=directory.log)
+        alone = _alone(experiment, state, log=directory.log)
     except BaseException as error:
         # Whatever it is that ends the run, nothing of what it has done is lost, if it can still be written.
         with suppress(UserError):
@@ -202,13 +211,14 @@ def _run(
         raise
     if clients is None:  # the run was stopped behind its last round
         clients = measure_clients(experiment, state)
-    directory.write_clients(client_columns(experiment, clients, alone))
+    directory.write_clients(client_columns(experiment, clients, alone, records))
     directory.write_adapter(state.adapter, config)
     summary = report.summarise(
         records,
         name=directory.path.resolve().name,
         num_clients=len(federation.clients),
-        alone=list(alone.values()),
+        alone=alone.test[~np.isnan(alone.test)].tolist(),
+        **compare_held_out(clients, alone),
         wall_seconds=time.perf_counter() + saver.wall_offset,
         peak_memory_bytes=peak_memory_bytes(federation.model.device),
         memory_before_bytes=memory_before,
@@ -261,14 +271,14 @@ def _stop_if_diverged(records: Sequence[RoundRecord]) -> None:
         raise DivergedError(f"{first} (no update could be used in {MAX_LOST_ROUNDS} rounds in a row)")
 
 
-def _alone(experiment: Experiment, log: Callable[[str], object]) -> dict[int, float]:
-    """Test accuracy, by client, of those that also train without the others, if there are to be any."""
+def _alone(experiment: Experiment, state: ServerState, log: Callable[[str], object]) -> AloneResults:
+    """What those clients reach that also train without the others, if there are to be any."""
     if not experiment.config.evaluation.num_alone:
-        return {}
+        return AloneResults.of_nobody(len(experiment.federation.clients))
     started = time.perf_counter()
     with _bar("alone", experiment.config.rounds, "round") as bar:
-        alone = measure_alone(experiment, advance=bar.update)
-    log(f"{len(alone)} clients trained alone in {time.perf_counter() - started:.1f} s")
+        alone = measure_alone(experiment, state, advance=bar.update)
+    log(f"{np.sum(~np.isnan(alone.test))} clients trained alone in {time.perf_counter() - started:.1f} s")
     return alone
 
 

@@ -95,15 +95,15 @@ def test_a_run(config_file: str, runs: Path, capsys: Capture) -> None:
     ]  # fmt: skip
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    titles = ["zero-shot", "last round", "best round", "on clients' own data", "one client alone", "trained parameters"]
-    titles += ["sent up, down", "training, evaluation", "whole run"]
+    titles = ["zero-shot", "last round", "best round", "on clients' own data", "one client alone", "together or alone"]
+    titles += ["trained parameters", "sent up, down", "training, evaluation", "whole run"]
     assert lines[0] == ""
-    assert [line[2:22].split("  ")[0].strip() for line in lines[1:10]] == titles
-    assert lines[10] == ""
-    assert lines[11].startswith("zero-shot ")
+    assert [line[2:22].split("  ")[0].strip() for line in lines[1:11]] == titles
+    assert lines[11] == ""
+    assert lines[12].startswith("zero-shot ")
     dealt = "4 clients, dirichlet (concentration 0.5, minimum examples 3)"
-    assert f" in 2 rounds; {dealt}; 2.7 KB up per client and round; no " in lines[11]
-    assert lines[12:] == [f"written to {runs / 'mine'}"]
+    assert f" in 2 rounds; {dealt}; 2.7 KB up per client and round; no " in lines[12]
+    assert lines[13:] == [f"written to {runs / 'mine'}"]
     # Not a terminal: no progress bars.
     assert captured.err.splitlines() == log_lines(captured.err)
     assert "%|" not in captured.err

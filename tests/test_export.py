@@ -92,7 +92,7 @@ def test_half_precision_and_what_is_refused(
 def test_a_clients_own_adapter(
     raw_config: dict[str, Any], tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    raw = {**raw_config, "clients": {"number": 4, "holdout_fraction": 0.5}, **changes}
+    raw = {**raw_config, "clients": {"number": 4, "holdout_fraction": 0.5}, "evaluation": {"num_alone": 4}, **changes}
     result = simulate(parse_config(raw))
     server, own = tmp_path / "server.safetensors", tmp_path / "own.safetensors"
     assert export.main([str(result.directory), str(server)]) == 0
@@ -116,6 +116,7 @@ def test_a_clients_own_adapter(
         )
     ]  # fmt: skip
     assert rows[0]["personal_accuracy"] == rows[1]["accuracy"] != ""
+    assert rows[0]["personal_test_accuracy"] == rows[1]["test_accuracy"] != ""
     assert server.read_bytes() != own.read_bytes()
 
 

@@ -217,6 +217,7 @@ def test_losses_are_counted_and_break_nothing(raw_config: dict[str, Any]) -> Non
         assert record.simulated_seconds is not None and record.simulated_seconds <= 600
         asked = record.num_clients + record.num_dropped + record.num_late
         assert asked <= 8
+        assert record.cohort is not None and len(set(record.cohort)) == record.num_clients
         down, up = record.downlink_bytes, record.uplink_bytes
         assert down % max(asked, 1) == 0 and up * asked == down * (record.num_clients + record.num_late)
     first = simulate(parse_config({**raw, "name": "parts", "rounds": 3}))

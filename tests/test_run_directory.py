@@ -185,7 +185,8 @@ def test_the_adapter(run: RunResult) -> None:
 def test_the_clients(run: RunResult) -> None:
     with (run.directory / "clients.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["client", "num_train", "num_held_out", "accuracy", "alone_accuracy"]
+    promised = ["client", "num_train", "num_held_out", "accuracy", "alone_accuracy"]
+    assert list(rows[0]) == [*promised, "num_rounds", "test_accuracy", "alone_held_out_accuracy"]
     partition = read_json(run, "partition.json")["clients"]
     for row, client in zip(rows, partition, strict=True):
         assert [int(row[key]) for key in ("client", "num_train", "num_held_out")] == [
@@ -294,6 +295,14 @@ def test_file_names_that_are_no_text(tmp_path: Path) -> None:
     )
     assert json.loads((directory.path / "partition.json").read_text())["class_names"] == [name]
     assert len((directory.path / "log.txt").read_text().splitlines()) == 1
+
+
+def test_records_of_a_version_that_named_no_cohort_are_read(tmp_path: Path) -> None:
+    directory = RunDirectory.create(str(tmp_path), "x", numbered=False)
+    fields = dataclasses.asdict(dataclasses.replace(RECORD, cohort=(3, 5)))
+    lines = [json.dumps(fields), json.dumps({key: value for key, value in fields.items() if key != "cohort"})]
+    (directory.path / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    assert [record.cohort for record in directory.rewind(10**6)] == [(3, 5), None]
 
 
 # A disk that is full

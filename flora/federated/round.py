@@ -27,7 +27,7 @@ from flora.tree import State, StateLike
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a round did, apart from the new state."""
+    """What a round did, apart from the new state. `cohort` are the ids of the clients whose updates came."""
 
     num_clients: int
     num_steps: int
@@ -43,6 +43,7 @@ class RoundResult:
     num_dropped: int
     num_late: int
     mean_staleness: float | None
+    cohort: tuple[int, ...] = ()
 
 
 def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, RoundResult]:
@@ -100,6 +101,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         num_dropped=len(trip.dropped),
         num_late=len(trip.late),
         mean_staleness=sum(found.staleness) / len(found.staleness) if found.staleness else None,
+        cohort=tuple(update.client for update in updates),
     )
 
 
