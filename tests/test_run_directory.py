@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 import yaml
 
+from flora import tree
 from flora.config import config_to_dict, parse_config
 from flora.errors import UserError
 from flora.records import ClientData, RoundRecord
@@ -176,8 +177,9 @@ def test_the_adapter(run: RunResult) -> None:
     assert tensors["vision.1.fc.lora_B"].shape == (128, 2)
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = json.loads(file.metadata()["flora"])
-    assert metadata.keys() == {"format", "adapter", "backbone", "prompts"}
+    assert metadata.keys() == {"format", "sha256", "adapter", "backbone", "prompts"}
     assert metadata["format"] == ADAPTER_FORMAT
+    assert metadata["sha256"] == tree.state_digest(run.adapter)
     raw = yaml.safe_load((run.directory / "config.yaml").read_text(encoding="utf-8"))
     assert all(metadata[key] == raw[key] for key in ("adapter", "backbone", "prompts"))
 
@@ -366,8 +368,9 @@ def test_a_full_disk_is_one_line_that_names_the_file(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 @pytest.mark.parametrize("name", ["rounds.jsonl", "log.txt"])
-def test_a_disk_that_fills_up_under_a_growing_file(tmp_path: Path, name: str) -> None:
+def test_a_disk_that_fills_up_under_a_growing_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = RunDirectory.create(str(tmp_path), "x", numbered=False)
+    monkeypatch.setattr("flora.run_directory.refuse_irregular", lambda path: None)  # it would refuse the device
     (directory.path / name).symlink_to("/dev/full")
     with pytest.raises(UserError, match=rf"/x/{name}: can't be written: No space left on device"):
         write_everything(directory, name)
