@@ -54,7 +54,7 @@ def test_a_run_reports_base_new_and_their_harmonic_mean(raw_config: dict[str, An
            "cache": {"enabled": cached}}  # fmt: skip
     config = parse_config(raw)
     result = simulate(config)
-    plain = load_plain(config.backbone.model)
+    plain = load_plain(config.backbone.model, "fp32")
     data = dataclasses.replace(config.data).load(Rng(3).child("data"))
     pixels = torch.stack([plain.preprocess(data.test.open(index)) for index in range(len(data.test))])
     with torch.no_grad():

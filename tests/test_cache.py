@@ -132,7 +132,7 @@ DAMAGES = {
     "numbers missing": lambda entry: (entry / "stem.bin").unlink(),
     "description missing": lambda entry: (entry / "entry.json").unlink(),
     "description cut": lambda entry: os.truncate(entry / "entry.json", 60),
-    "description changed": lambda entry: replace(entry / "entry.json", '"float32"', '"int32"'),
+    "description changed": lambda entry: replace(entry / "entry.json", '"float64"', '"int64"'),
     "digests missing": lambda entry: (entry / "images.bin").unlink(),
     "a pipe": lambda entry: ((entry / "entry.json").unlink(), os.mkfifo(entry / "entry.json")),
     "description is a list": lambda entry: (entry / "entry.json").write_text("[]"),
@@ -338,7 +338,7 @@ def test_a_run_that_was_stopped_among_the_features_is_gone_on_with(
     (unfinished,) = entries(tmp_path)
     if damage:  # a byte of row 4: the second batch
         content = bytearray((unfinished / "stem.bin").read_bytes())
-        content[4 * 64 + 9] ^= 1
+        content[4 * 128 + 9] ^= 1
         (unfinished / "stem.bin").write_bytes(content)
     Counted.opened.clear()
     features, said = load_some(model, options, counted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,16 @@ def test_a_sweep_takes_its_arguments_in_any_order(config_file: str, monkeypatch:
 def test_export_takes_its_arguments_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def merged(run: Path, client: int | None) -> dict[str, torch.Tensor]:
+    def merged(run: Path, client: str | None, overrides: Sequence[str]) -> export.MergedModel:
         asked.append((run, client))
-        return {"weight": torch.zeros(2)}
+        return export.MergedModel("tiny", {"weight": torch.zeros(2)}, {}, {})
 
-    monkeypatch.setattr(export, "merged_weights", merged)
+    monkeypatch.setattr(export, "merged_model", merged)
     (before, after) = ("runs/mine", str(tmp_path / "x.safetensors"))  # the only two whose order tells them apart
     for arguments in orders(before, after, ("--client", "1"), ("--dtype", "fp16")):
         if arguments.index(before) < arguments.index(after):
             assert export.main(arguments) == 0, arguments
-            assert asked.pop() == (Path(before), 1)
+            assert asked.pop() == (Path(before), "1")
             Path(after).unlink()
 
 

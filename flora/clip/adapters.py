@@ -258,7 +258,7 @@ class AttachedLora(AttachedAdapter):
             tower, block, target = name.split(".")
             weight, rows = _place(target, layer)
             key = f"{self._prefix[tower]}.resblocks.{block}.{weight}"
-            full = merged[key].double()
+            full = merged[key].to(torch.float64, copy=True)
             for kind in ("lora", "residual"):
                 if f"{name}.{kind}_A" in adapter:
                     left, right = adapter[f"{name}.{kind}_B"].double(), adapter[f"{name}.{kind}_A"].double()
