@@ -213,6 +213,17 @@ class RunDirectory:
             self._write_json("environment.json", found)
         self._write_json("partition.json", partition, indent=None)
 
+    def write_prompts(self, content: Mapping[str, Any]) -> None:
+        """Write `prompts.json`. Raises `UserError` if it is there already, and the prompts are others."""
+        path = self.path / "prompts.json"
+        earlier, now = read_json(path), json.loads(_encode(_json(content, None)))
+        if isinstance(earlier, dict) and any(earlier.get(key) != now.get(key) for key in ("classes", "new_classes")):
+            raise UserError(
+                f"{path}: the prompts are not those that this run began with: another version of this program may have "
+                "others for this data set; go on with the one in environment.json"
+            )
+        self._write_json("prompts.json", content)
+
     def append_round(self, record: RoundRecord) -> None:
         """Append one object to `rounds.jsonl`. Raises `DivergedError` if a result is not finite."""
         fields = dataclasses.asdict(record)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +29,7 @@ from flora.federated.round import run_round
 from flora.federated.screening import refusal
 from flora.hooks import Hooks
 from flora.interrupts import Interrupted, Interrupts
+from flora.inventory import prompts_as_used
 from flora.listing import list_components
 from flora.measure import (
     AloneResults,
@@ -167,6 +168,8 @@ def _run_in(
             num_test=len(experiment.test),
             left_out=experiment.left_out,
         )
+        directory.write_prompts(prompts_as_used(experiment))
+        experiment = replace(experiment, data=None)
         result = _run(experiment, directory, find(experiment, log), started, memory_before)
     finally:
         torch.set_num_threads(threads)

@@ -91,7 +91,7 @@ def test_a_run(config_file: str, runs: Path, capsys: Capture) -> None:
     assert names(runs) == ["mine"]
     assert names(runs / "mine") == [
         "adapter.safetensors", "checkpoints", "clients.csv", "config.yaml", "environment.json", "log.txt",
-        "partition.json", "rounds.jsonl", "summary.json",
+        "partition.json", "prompts.json", "rounds.jsonl", "summary.json",
     ]  # fmt: skip
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
@@ -473,7 +473,8 @@ def test_a_disk_that_is_full_at_the_end(
     assert message.endswith("/mine/adapter.safetensors: can't be written: No space left on device")
     # What was measured stays; nothing is half-written and there is no summary of a run that did not finish.
     assert names(runs / "mine") == [
-        "checkpoints", "clients.csv", "config.yaml", "environment.json", "log.txt", "partition.json", "rounds.jsonl",
+        "checkpoints", "clients.csv", "config.yaml", "environment.json", "log.txt", "partition.json", "prompts.json",
+        "rounds.jsonl",
     ]  # fmt: skip
 
 

@@ -85,8 +85,9 @@ def test_the_weights_of_a_models_folder(tmp_path: Path, raw_config: dict[str, An
 @pytest.mark.parametrize(
     "name",
     [
-        "config.yaml", "config.yaml.part", "environment.json", "partition.json", "rounds.jsonl", "log.txt",
-        "summary.json", "lock", "checkpoints/round-0001/manifest.json", "checkpoints/round-0001/adapter.safetensors",
+        "config.yaml", "config.yaml.part", "environment.json", "partition.json", "prompts.json", "rounds.jsonl",
+        "log.txt", "summary.json", "lock", "checkpoints/round-0001/manifest.json",
+        "checkpoints/round-0001/adapter.safetensors",
     ],
 )  # fmt: skip
 def test_what_a_run_left_behind(raw_config: dict[str, Any], name: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -374,7 +374,7 @@ def test_a_damaged_config_is_taken_from_the_checkpoint(
     assert_same(directory, expected)
 
 
-@pytest.mark.parametrize("name", ["environment.json", "partition.json", "log.txt"])
+@pytest.mark.parametrize("name", ["environment.json", "partition.json", "prompts.json", "log.txt"])
 def test_a_file_that_is_damaged_or_missing(raw: dict[str, Any], tmp_path: Path, name: str) -> None:
     expected = uninterrupted(raw, tmp_path)
     for content in (b"{", b"\x00\xff", None):

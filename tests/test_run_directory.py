@@ -29,6 +29,7 @@ FILES = {
     "config.yaml",
     "environment.json",
     "partition.json",
+    "prompts.json",
     "rounds.jsonl",
     "clients.csv",
     "adapter.safetensors",
@@ -321,6 +322,8 @@ def write_everything(directory: RunDirectory, name: str) -> None:
         directory.write_start(
             config, device=torch.device("cpu"), clients_per_block=1, clients=clients, labels=labels, class_names=["a"]
         )
+    elif name == "prompts.json":
+        directory.write_prompts({"classes": []})
     elif name == "rounds.jsonl":
         directory.append_round(RECORD)
     elif name == "clients.csv":

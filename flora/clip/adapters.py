@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -48,6 +48,8 @@ class AttachedAdapter(ABC):
     gates: tuple[str, ...] = ()
     threshold: float = 0.0
     mutual: Mutual | None = None
+    learned_context: Mapping[str, Any] | None = None
+    """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
 
     @abstractmethod
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
@@ -114,6 +116,10 @@ class Adapter(Component):
     def templates(self, given: Sequence[str]) -> tuple[str, ...]:
         """The prompts' templates; `given` are the experiment's."""
         return tuple(given)
+
+    def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        """The templates for a reader: `[learned context]` stands where vectors are learned in place of words."""
+        return self.templates(given)
 
 
 @register("lora")

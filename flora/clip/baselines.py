@@ -200,6 +200,9 @@ class PromptContext(FitsEveryModel):
     def templates(self, given: Sequence[str]) -> tuple[str, ...]:
         return (f"{self.words or ' '.join(['x'] * self.num_tokens)} {{}}.",)
 
+    def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        return ("[learned context] {}.",)
+
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedContext(self, clip)
 
@@ -218,6 +221,7 @@ class AttachedContext(AttachedBeside):
         ids = torch.tensor(tokens[1 : 1 + number], device=clip.device)
         self._words = None if options.words is None else text.token_embedding(ids).detach().cpu().clone()
         self._shape = number, clip.architecture.text.width
+        self.learned_context = {"num_vectors": number, "starts_from": options.words}
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         if self._words is not None:

@@ -133,6 +133,7 @@ class TextTower:
         self._num_stages = 2 + len(self._blocks)
         self.is_frozen = cut == self._num_stages
         self.cut_prompts: list[str] = []
+        self.num_tokens_of_cut: dict[tuple[str, str], int] = {}
         self.trains_blocks = cut <= len(self._blocks)
         # Only a causal tower that is read at the end-of-text token never looks at what stands behind it.
         self.is_cut_at_end = self._text.attn_mask is not None and clip.text_pool in ("argmax", "eos")
@@ -179,6 +180,7 @@ class TextTower:
                 )
             if number > longest:
                 cut[name, template] = number
+        self.num_tokens_of_cut = cut
         if not cut:
             return []
         (name, _), number = max(cut.items(), key=lambda item: item[1])
@@ -309,6 +311,7 @@ class AdaptedClip:
         speed: SpeedOptions = SpeedOptions(),
     ) -> None:
         self.clip, self.adapter, self.speed = clip, adapter, speed
+        self.class_names, self.templates = tuple(class_names), tuple(templates)
         self.device = clip.device
         self.vision = VisionTower(clip, adapter.trained_from["vision"], speed)
         self.text = TextTower(clip, adapter.trained_from["text"], speed, has_dropout=adapter.has_dropout)
