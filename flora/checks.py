@@ -9,6 +9,7 @@ import torch
 
 from flora.clip.adapters import Lora
 from flora.config import ExperimentConfig
+from flora.errors import UserError
 from flora.federated.aggregation import Strategy
 from flora.federated.combiners import Mean
 from flora.federated.network import Patience
@@ -22,16 +23,33 @@ def check_experiment(config: ExperimentConfig) -> None:
 
     Where the data name the clients, `check_clients` is for later.
     """
+    for mistake in mistakes(config):
+        raise mistake
+
+
+def mistakes(config: ExperimentConfig) -> Iterator[UserError]:
+    """Whatever `check_experiment` may find wrong."""
+    for check in (_check_model, _check_parts, _check_combination, _check_ranks, _check_network, _check_data):
+        try:
+            check(config)
+        except UserError as error:
+            yield error
+
+
+def _check_model(config: ExperimentConfig) -> None:
     architecture = config.backbone.architecture()
     with below("adapter"):
         config.adapter.check_fits(architecture)
+
+
+def _check_parts(config: ExperimentConfig) -> None:
     with below("server"):
         config.server.strategy.check_fits(config.adapter)
     with below("local"):
         config.local.correction.check_fits(config.local.optimizer)
-    _check_combination(config)
-    _check_ranks(config)
-    _check_network(config)
+
+
+def _check_data(config: ExperimentConfig) -> None:
     if config.split.sets_classes_aside and config.adapter.knows_classes:
         raise OptionError(
             "split", f"base_to_new needs an adapter without weights for each class, got {name_of(config.adapter)}"
@@ -196,4 +214,4 @@ def below(section: str) -> Iterator[None]:
     try:
         yield
     except OptionError as error:
-        raise OptionError(f"{section}.{error.option}", error.message) from None
+        raise error.below(section) from None

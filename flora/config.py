@@ -1,4 +1,4 @@
-"""YAML plus `key=value` overrides to an `ExperimentConfig`; anything wrong is one line that names the key."""
+"""YAML plus `key=value` overrides to an `ExperimentConfig`; each mistake is one line that names the key."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import dataclasses
 import inspect
 import math
 import re
-import reprlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from flora import catalogue  # noqa: F401  (registers the components)
 from flora.checkpoints import CheckpointOptions
 from flora.clip.adapters import Adapter, Lora
 from flora.clip.backbone import Backbone
@@ -24,7 +22,7 @@ from flora.data.datasets import Dataset
 from flora.data.partition import Partitioner
 from flora.data.prompts import PromptOptions
 from flora.data.splits import Official, Splitter
-from flora.errors import UserError
+from flora.errors import ConfigError
 from flora.federated.aggregation import FedAvg, Strategy
 from flora.federated.cache import CacheOptions
 from flora.federated.combiners import Combiner, Mean
@@ -38,14 +36,23 @@ from flora.federated.sampling import Sampler, Uniform
 from flora.federated.screening import Screening
 from flora.federated.server_optimizers import ServerOptimizer, ServerSgd
 from flora.files import open_regular
+from flora.overrides import apply_overrides, override_key
+from flora.plain_yaml import YAML_ERRORS, read_plain_yaml, yaml_reason
 from flora.protocols import DEFAULT, PROTOCOLS, with_protocol
-from flora.registry import Component, OptionError, Options, components, name_of, option, suggest
+from flora.registry import (
+    Component,
+    OptionError,
+    Options,
+    components,
+    dotted,
+    name_of,
+    option,
+    out_of_bounds,
+    show,
+    suggest,
+)
 
 MAX_CONFIG_BYTES = 1_000_000
-
-
-class ConfigError(UserError):
-    """A configuration that can't be used: `where: dotted.key: what was expected, what was found`."""
 
 
 @dataclass(frozen=True)
@@ -122,43 +129,51 @@ class ExperimentConfig(Options):
             )
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error."""
-
-
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a string", key_node.start_mark)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return dict(loader.construct_mapping(node, deep=True))
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read a YAML file, apply `key=value` overrides, check everything.
 
-    Raises `ConfigError` naming the file (or the command line) and the key.
+    Raises `ConfigError` naming the file (or the command line) and the key of each mistake.
     """
     raw = read_yaml(Path(path))
-    for override in overrides:
-        apply_override(raw, override)
+    apply_overrides(raw, overrides, ExperimentConfig)
     if raw.get("name") in (None, ""):
         raw["name"] = Path(path).stem
     try:
         return parse_config(raw)
     except OptionError as error:
         # An override of `local` is behind an error in `local.epochs`, and one of `rounds.x` behind one in `rounds`.
-        keys = [_dotted(override.partition("=")[0].strip().split(".")) for override in overrides]
-        found = f"{error.option}.".replace("[", ".")
-        by_override = any(found.startswith(f"{key}.") or f"{key}.".startswith(found) for key in keys)
-        raise ConfigError(f"{'command line' if by_override else path}: {error}") from None
+        keys = [dotted(override_key(override).split(".")) for override in overrides]
+        mistakes = []
+        for mistake in (error, *error.others):
+            found = f"{mistake.option}.".replace("[", ".")
+            by_override = any(found.startswith(f"{key}.") or f"{key}.".startswith(found) for key in keys)
+            mistakes.append(f"{'command line' if by_override else path}: {mistake}")
+        raise ConfigError(*mistakes) from None
+
+
+def changes_by_overrides(path: str | Path, overrides: Sequence[str]) -> list[str]:
+    """What the experiment in `path` becomes with `overrides`, a line for each setting that is not what it was.
+
+    Where the file can't be used without them, they are returned themselves.
+    """
+    try:
+        before, after = flat_settings(load_config(path)), flat_settings(load_config(path, overrides))
+    except ConfigError:
+        return list(overrides)
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return [f"{key}: {show(before.get(key))} -> {show(after.get(key))}" for key in keys]
+
+
+def flat_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """Every setting's value, defaults included, as plain YAML types under its dotted key."""
+    return _flat(config_to_dict(config), "")
+
+
+def _flat(nested: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def parse_config(raw: Mapping[str, Any], *, is_complete: bool = False) -> ExperimentConfig:
@@ -197,18 +212,6 @@ def config_to_dict(config: Any) -> Any:
     return dict(config) if isinstance(config, Mapping) else config
 
 
-# What PyYAML raises on text that is not YAML, and on a value that doesn't fit its tag (`!!bool 3`).
-_YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError)
-
-
-def _yaml_reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    if not isinstance(error, yaml.YAMLError | ValueError):
-        return "a value doesn't fit its tag"
-    return " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, unchecked. Raises `ConfigError` if it can't be read or is no mapping."""
     try:
@@ -216,42 +219,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
             content = file.read(MAX_CONFIG_BYTES + 1)
         if len(content) > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, which no experiment needs")
-        raw = yaml.load(content.decode(), Loader=_Loader)  # noqa: S506  (derives from SafeLoader)
+        raw = read_plain_yaml(content.decode())
     except OSError as error:
         hint = ""
         if isinstance(error, FileNotFoundError):
             known = [str(other) for other in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
             hint = f"; {suggest(str(path), known)}" if known else ""
         raise ConfigError(f"{path}: {error.strerror}{hint}") from None
-    except _YAML_ERRORS as error:
-        raise ConfigError(f"{path}: not valid YAML: {_yaml_reason(error)}") from None
+    except YAML_ERRORS as error:
+        raise ConfigError(f"{path}: not valid YAML: {yaml_reason(error)}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping of options, got {_show(raw)}")
+        raise ConfigError(f"{path}: expected a mapping of options, got {show(raw)}")
     return raw
-
-
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one dotted key of `raw` as `key=value` says. Raises `ConfigError` if that is not possible."""
-    key, separator, text = override.partition("=")
-    key = key.strip()
-    if not separator or not key or "" in key.split("."):
-        raise ConfigError(f"command line: expected key=value with a dotted key, got {override!r}")
-    try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506  (derives from SafeLoader)
-    except _YAML_ERRORS as error:
-        raise ConfigError(f"command line: {_dotted(key.split('.'))}: not valid YAML: {_yaml_reason(error)}") from None
-    *parents, last = key.split(".")
-    target = raw
-    for depth, parent in enumerate(parents, start=1):
-        inner = target.get(parent)
-        if isinstance(inner, str):  # `partition: iid` is short for `partition: {name: iid}`
-            inner = {"name": inner}
-        if inner is not None and not isinstance(inner, dict):
-            holder = _dotted(parents[:depth])
-            raise ConfigError(f"command line: {_dotted([*parents, last])}: {holder} is {_show(inner)}, not a mapping")
-        target[parent] = inner or {}
-        target = target[parent]
-    target[last] = value
 
 
 def _parse(annotation: Any, raw: Any, path: str) -> Any:
@@ -260,7 +239,7 @@ def _parse(annotation: Any, raw: Any, path: str) -> Any:
         return _parse_union(typing.get_args(annotation), raw, path)
     if typing.get_origin(annotation) is tuple:
         if not isinstance(raw, list | tuple):
-            raise OptionError(path, f"expected a list, got {_show(raw)}")
+            raise OptionError(path, f"expected a list, got {show(raw)}{_as_list(raw)}")
         element = typing.get_args(annotation)[0]
         return tuple(_parse(element, item, f"{path}[{index}]") for index, item in enumerate(raw))
     if typing.get_origin(annotation) in (dict, Mapping):
@@ -278,8 +257,14 @@ def _parse_union(choices: tuple[Any, ...], raw: Any, path: str) -> Any:
     others = [choice for choice in choices if choice is not type(None)]
     fitting = [choice for choice in others if _container(choice) is _container_of(raw)]
     if not fitting and len(others) > 1:
-        raise OptionError(path, f"expected a list or a mapping, got {_show(raw)}")
+        raise OptionError(path, f"expected a list or a mapping, got {show(raw)}")
     return _parse((fitting or others)[0], raw, path)
+
+
+def _as_list(raw: Any) -> str:
+    """How to write as a list what words with commas mean."""
+    words = [word.strip() for word in raw.split(",")] if isinstance(raw, str) else []
+    return f"; write [{', '.join(words)}]" if words and all(word.isidentifier() for word in words) else ""
 
 
 def _container(annotation: Any) -> type | None:
@@ -295,7 +280,7 @@ def _container_of(raw: Any) -> type | None:
 
 def _parse_mapping(raw: Any, path: str) -> dict[str, str]:
     if not isinstance(raw, dict) or not all(isinstance(value, str) for pair in raw.items() for value in pair):
-        raise OptionError(path, f"expected a mapping of text to text, got {_show(raw)}")
+        raise OptionError(path, f"expected a mapping of text to text, got {show(raw)}")
     return dict(raw)
 
 
@@ -304,12 +289,12 @@ def _parse_component(kind: type[Component], raw: Any, path: str) -> Component:
     if isinstance(raw, str):
         raw = {"name": raw}
     if not isinstance(raw, dict):
-        raise OptionError(path, f"expected one of {', '.join(known)} (or a mapping with its `name`), got {_show(raw)}")
+        raise OptionError(path, f"expected one of {', '.join(known)} (or a mapping with its `name`), got {show(raw)}")
     if "name" not in raw:
         raise OptionError(f"{path}.name", f"missing; expected one of {', '.join(known)}")
     name = raw["name"]
     if not isinstance(name, str) or name not in known:
-        raise OptionError(f"{path}.name", f"{_show(name)} is not known; {suggest(_show(name), known)}")
+        raise OptionError(f"{path}.name", f"{show(name)} is not known; {suggest(show(name), known)}")
     options = {key: value for key, value in raw.items() if key != "name"}
     return typing.cast(Component, _parse_options(known[name], options, path))
 
@@ -319,26 +304,50 @@ def _parse_options(cls: type[Options], raw: Any, path: str) -> Options:
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
-        raise OptionError(path, f"expected a mapping of options, got {_show(raw)}")
+        raise OptionError(path, f"expected a mapping of options, got {show(raw)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in raw:
-        if key not in fields:
-            known = f"; {suggest(_dotted([key]), fields)}" if fields else "; there are no options here"
-            raise OptionError(f"{prefix}{_dotted([key])}", f"unknown key{known}")
+    mistakes = [OptionError(f"{prefix}{dotted([key])}", _unknown(key, cls)) for key in raw if key not in fields]
     for name, field in fields.items():
         if name not in raw and field.default is dataclasses.MISSING:
-            raise OptionError(f"{prefix}{name}", f"missing: {field.metadata['help']}")
+            mistakes.append(OptionError(f"{prefix}{name}", f"missing: {field.metadata['help']}"))
     types_by_name = typing.get_type_hints(cls)
     values = {}
-    for name, value in raw.items():
-        default = fields[name].default
+    for name in (name for name in raw if name in fields):
+        value, default = raw[name], fields[name].default
         if isinstance(default, Component) and isinstance(value, dict) and "name" not in value:
             value = {"name": name_of(default), **value}
-        values[name] = _parse(types_by_name[name], value, f"{prefix}{name}")
-    try:
-        return cls(**values)
-    except OptionError as error:
-        raise OptionError(f"{prefix}{error.option}", error.message) from None
+        try:
+            values[name] = _parse(types_by_name[name], value, f"{prefix}{name}")
+        except OptionError as error:
+            mistakes += [error, *error.others]
+    if not mistakes:
+        try:
+            return cls(**values)
+        except OptionError as error:
+            error = error.below(path)
+            mistakes += [error, *error.others]
+    else:
+        mistakes += [error.below(path) for error in out_of_bounds(cls, values)]
+    raise OptionError(mistakes[0].option, mistakes[0].message, mistakes[1:])
+
+
+def _unknown(key: Any, cls: type[Options]) -> str:
+    """What to say of a key that a `cls` has no option for."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    elsewhere = next(_options_called(key, cls), None)
+    if elsewhere is not None:
+        return f"unknown key; did you mean {elsewhere!r}?"
+    return f"unknown key; {suggest(dotted([key]), names)}" if names else "unknown key; there are no options here"
+
+
+def _options_called(key: Any, cls: type[Options]) -> Iterator[str]:
+    """The dotted keys of all options called `key` in the groups below a `cls` as it is by default, nearest first."""
+    groups = [(field.name, field.default) for field in dataclasses.fields(cls)]
+    for name, group in groups:  # grows in the loop
+        if isinstance(group, Options):
+            inner = [field.name for field in dataclasses.fields(group)]
+            yield from (f"{name}.{key}" for each in inner if each == key)
+            groups += [(f"{name}.{each}", getattr(group, each)) for each in inner]
 
 
 def _parse_scalar(annotation: Any, raw: Any, path: str) -> Any:
@@ -357,26 +366,4 @@ def _parse_scalar(annotation: Any, raw: Any, path: str) -> Any:
     if annotation is str and isinstance(raw, str) and "\0" not in raw:
         return raw
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise OptionError(path, f"expected {words.get(annotation, annotation)}, got {_show(raw)}")
-
-
-class _Short(reprlib.Repr):
-    """Limits the work too: a few lines of YAML aliases can stand for gigabytes of text."""
-
-    def repr_int(self, x: int, level: int) -> str:
-        return repr(x) if abs(x) < 10**40 else "a number of more than 40 digits"
-
-
-_SHORT = _Short()
-_SHORT.maxstring = _SHORT.maxother = 80
-
-
-def _show(raw: Any) -> str:
-    """A value as an error message shows it: short, on one line."""
-    text = _SHORT.repr(raw)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _dotted(keys: Sequence[Any]) -> str:
-    """Keys as an error message shows them; one that could not be a name is quoted."""
-    return ".".join(key if isinstance(key, str) and key.isidentifier() else _show(key) for key in keys)
+    raise OptionError(path, f"expected {words.get(annotation, annotation)}, got {show(raw)}")

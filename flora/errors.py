@@ -9,3 +9,11 @@ class UserError(Exception):
 
 class DivergedError(UserError):
     """A run whose numbers are out of range; going on would come to the same."""
+
+
+class ConfigError(UserError):
+    """A configuration that can't be used. `mistakes`: a line for each, `where: dotted.key: expected, found`."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__(mistakes[0])
+        self.mistakes = mistakes

@@ -21,10 +21,11 @@ import torch
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.checkpoints import CheckpointFolder
 from flora.clip.backbone import EXPORT_METADATA, FrozenClip
-from flora.config import ExperimentConfig, apply_override, config_to_dict, parse_config, read_yaml
+from flora.config import ExperimentConfig, config_to_dict, parse_config, read_yaml
 from flora.errors import UserError
 from flora.federated.personal import OWN
 from flora.files import open_regular, write_whole
+from flora.overrides import apply_overrides
 from flora.registry import OptionError, suggest
 from flora.rng import Rng
 from flora.run_directory import ADAPTER_FORMAT, read_json
@@ -113,8 +114,7 @@ def _config(run: Path, description: Mapping[str, Any], overrides: Sequence[str])
         for key in parts:
             if as_stored[key] != written[key]:
                 raise UserError(f"{run}: `{key}` in config.yaml is not what its adapter was trained with")
-        for override in overrides:
-            apply_override(stored, override)
+        apply_overrides(stored, overrides, ExperimentConfig)
         return parse_config(stored, is_complete=True)
     except OptionError as error:
         raise UserError(f"{run / 'config.yaml'}: {error}") from None

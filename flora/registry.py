@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,12 +18,21 @@ T = TypeVar("T", bound="type[Component]")
 
 
 class OptionError(UserError):
-    """An option's value is not allowed. `option` is its dotted name below the object it belongs to."""
+    """An option's value is not allowed. `option` is its dotted name below the object it belongs to.
 
-    def __init__(self, option: str, message: str) -> None:
+    `others` are the mistakes that were found beside it.
+    """
+
+    def __init__(self, option: str, message: str, others: Sequence[OptionError] = ()) -> None:
         super().__init__(f"{option}: {message}" if option else message)
         self.option = option
         self.message = message
+        self.others = tuple(others)
+
+    def below(self, section: str) -> OptionError:
+        """The same error with the option's name below `section`."""
+        others = [other.below(section) for other in self.others]
+        return OptionError(f"{section}.{self.option}" if section else self.option, self.message, others)
 
 
 @dataclass(frozen=True)
@@ -85,16 +95,26 @@ class Options:
     """A group of options. Construction checks every field's bounds, then `check`."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            bounds = field.metadata.get("bounds", Bounds())
-            value = getattr(self, field.name)
-            if not bounds.allow(value):
-                shown = list(value) if isinstance(value, tuple) else value
-                raise OptionError(field.name, f"expected {bounds.describe()}, got {shown!r}")
+        mistakes = out_of_bounds(
+            type(self), {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        )
+        if mistakes:
+            raise OptionError(mistakes[0].option, mistakes[0].message, mistakes[1:])
         self.check()
 
     def check(self) -> None:
         """Raise `OptionError` where options contradict each other."""
+
+
+def out_of_bounds(options: type[Options], values: Mapping[str, Any]) -> list[OptionError]:
+    """An error for each of `values`, by the name of its option, that the option's bounds don't allow."""
+    mistakes = []
+    for field in dataclasses.fields(options):
+        bounds, value = field.metadata.get("bounds", Bounds()), values.get(field.name)
+        if not bounds.allow(value):
+            shown = list(value) if isinstance(value, tuple) else value
+            mistakes.append(OptionError(field.name, f"expected {bounds.describe()}, got {shown!r}"))
+    return mistakes
 
 
 @dataclass(frozen=True)
@@ -149,3 +169,25 @@ def suggest(unknown: str, known: Iterable[str]) -> str:
         return "expected one of " + ", ".join(names.values())
     closest = difflib.get_close_matches(unknown.casefold(), names, n=5, cutoff=0.0)
     return f"the nearest of the {len(names)} known names are {', '.join(names[name] for name in closest)}"
+
+
+class _Short(reprlib.Repr):
+    """Limits the work too: a few lines of YAML aliases can stand for gigabytes of text."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 10**40 else "a number of more than 40 digits"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def show(raw: Any) -> str:
+    """A value as an error message shows it: short, on one line."""
+    text = _SHORT.repr(raw)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def dotted(keys: Sequence[Any]) -> str:
+    """Keys as an error message shows them; one that could not be a name is quoted."""
+    return ".".join(key if isinstance(key, str) and key.isidentifier() else show(key) for key in keys)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flora.checkpoints import CheckpointFolder, DamagedError
-from flora.config import ConfigError, ExperimentConfig, apply_override, config_to_dict, parse_config, read_yaml
-from flora.errors import UserError
+from flora.config import ExperimentConfig, flat_settings, parse_config, read_yaml
+from flora.errors import ConfigError, UserError
+from flora.overrides import apply_overrides
 from flora.records import RoundRecord, ServerState
 from flora.registry import OptionError
 from flora.run_directory import RunDirectory, read_json
@@ -64,8 +65,7 @@ def resumed_config(
         raise UserError(f"{path}: not a run directory: it has none of {', '.join(TRACES)}")
     stored = _stored_config(path)
     current = _current_config(path, stored, warn)
-    for override in overrides:
-        apply_override(current, override)
+    apply_overrides(current, overrides, ExperimentConfig)
     try:
         config = parse_config(current, is_complete=True)
         before = parse_config(stored, is_complete=True)
@@ -134,8 +134,8 @@ def recorded_clients_per_block(path: Path) -> int | None:
 
 def changeable_overrides(config: ExperimentConfig) -> list[str]:
     """The settings of `config` that a run may go on with though it began with others, as overrides."""
-    flat = _flat(config_to_dict(config))
-    return [f"{key}={json.dumps(value)}" for key, value in flat.items() if _is_changeable(key)]
+    settings = flat_settings(config)
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items() if _is_changeable(key)]
 
 
 def _whole_number(content: Any, key: str) -> int | None:
@@ -165,7 +165,7 @@ def _current_config(path: Path, stored: Mapping[str, Any], warn: Callable[[str],
 
 
 def _refuse_changes(path: Path, before: ExperimentConfig, now: ExperimentConfig) -> None:
-    old, new = _flat(config_to_dict(before)), _flat(config_to_dict(now))
+    old, new = flat_settings(before), flat_settings(now)
     changes = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -181,14 +181,3 @@ def _refuse_changes(path: Path, before: ExperimentConfig, now: ExperimentConfig)
 
 def _is_changeable(key: str) -> bool:
     return any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE)
-
-
-def _flat(nested: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

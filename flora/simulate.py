@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from flora import report, tree
 from flora.checkpoints import Checkpoint, CheckpointFolder
-from flora.checks import check_experiment
-from flora.config import ConfigError, ExperimentConfig, config_to_dict, load_config
-from flora.errors import DivergedError, UserError
+from flora.checks import check_experiment, mistakes
+from flora.config import ExperimentConfig, changes_by_overrides, config_to_dict, load_config
+from flora.errors import ConfigError, DivergedError, UserError
 from flora.experiment import Experiment, build_experiment, choose_device
 from flora.federated.federation import Federation
 from flora.federated.memory import peak_memory_bytes
@@ -40,6 +40,7 @@ from flora.measure import (
     measure_alone,
     measure_clients,
 )
+from flora.overrides import override_key
 from flora.records import RoundRecord, ServerState, Summary
 from flora.resume import Start, find_start, finished_rounds, recorded_clients_per_block, resumed_config
 from flora.run_directory import RunDirectory, environment
@@ -67,18 +68,21 @@ def simulate(
     numbered: bool = False,
     echo: Callable[[str], object] | None = None,
     hooks: Hooks | None = None,
+    notes: Sequence[str] = (),
 ) -> RunResult:
     """Run an experiment into a new run directory.
 
     `numbered`: if a run of that name exists, use the first free of name-2, name-3, ...; else that is an error.
-    `echo` is given the lines that go to the log. Raises `UserError` for anything that the user can mend; a directory
-    in which not even round 0 was recorded is taken away again.
+    `echo` is given the lines that go to the log, but for `notes`, its first ones. Raises `UserError` for anything that
+    the user can mend; a directory in which not even round 0 was recorded is taken away again.
     """
     check_experiment(config)
     hooks = hooks or Hooks()
     directory = RunDirectory.create(config.output, config.name, numbered=numbered, before_write=hooks.before_write)
     try:
         directory.write_config(config)
+        for line in notes:
+            directory.log(line)
         return _run_in(directory, config, hooks, echo, lambda experiment, log: Start(experiment.initial_state()))
     except BaseException:
         directory.remove_if_nothing_ran()
@@ -350,8 +354,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"expected {'a config file' if not paths else 'one config file'}, got {len(paths)}; see --help"
             )
-        for path in paths:
-            _main_one(path, overrides, check=options.check, resuming=options.resume)
+        if options.check:
+            return _check(paths, overrides, resuming=options.resume)
+        _run_one(paths[0], overrides, resuming=options.resume)
     except UserError as error:
         print(" ".join(str(error).splitlines()), file=sys.stderr)
         return 2
@@ -368,20 +373,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _main_one(path: str, overrides: Sequence[str], *, check: bool, resuming: bool) -> None:
+def _check(paths: Sequence[str], overrides: Sequence[str], *, resuming: bool) -> int:
+    """Print a line for each file that is right and for each mistake in the others; return the exit status."""
+    status = 0
+    for path in paths:
+        lines: list[str] = []
+        try:
+            config = resumed_config(Path(path), overrides) if resuming else load_config(path, overrides)
+            lines = [f"{path}: {mistake}" for mistake in mistakes(config)]
+        except ConfigError as error:
+            lines = list(error.mistakes)
+        except UserError as error:
+            lines = [str(error)]
+        if not lines:
+            print(f"{path}: ok")
+        for line in lines:
+            print(" ".join(line.splitlines()), file=sys.stderr)
+            status = 2
+    return status
+
+
+def _run_one(path: str, overrides: Sequence[str], *, resuming: bool) -> None:
     config = resumed_config(Path(path), overrides) if resuming else load_config(path, overrides)
     try:
-        if check:
-            check_experiment(config)
-            print(f"{path}: ok")
-            return
         with Interrupts() as interrupts:
             hooks = Hooks(before_block=lambda round, clients: interrupts.check())
             if resuming:
                 result = resume(path, overrides, echo=_say, hooks=hooks)
             else:
-                named = any(override.partition("=")[0].strip() == "name" for override in overrides)
-                result = simulate(config, numbered=not named, echo=_say, hooks=hooks)
+                named = any(override_key(override) == "name" for override in overrides)
+                notes = [f"changed on the command line: {line}" for line in changes_by_overrides(path, overrides)]
+                result = simulate(config, numbered=not named, echo=_say, hooks=hooks, notes=notes)
     except (ConfigError, BrokenPipeError):
         raise
     except UserError as error:

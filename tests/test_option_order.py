@@ -37,12 +37,12 @@ def test_check_takes_its_arguments_in_any_order(config_file: str, capsys: Captur
 
 def test_resume_takes_its_arguments_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(simulate, "_main_one", lambda *arguments, **options: seen.append((arguments, options)))
+    monkeypatch.setattr(simulate, "_run_one", lambda *arguments, **options: seen.append((arguments, options)))
     for arguments in orders("runs/mine", "--resume", "rounds=40", "threads=1"):
         assert simulate.main(arguments) == 0, arguments
         (path, overrides), options = seen.pop()
         assert (path, sorted(overrides)) == ("runs/mine", ["rounds=40", "threads=1"])
-        assert options == {"check": False, "resuming": True}
+        assert options == {"resuming": True}
 
 
 def test_a_sweep_takes_its_arguments_in_any_order(config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:

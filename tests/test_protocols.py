@@ -9,9 +9,10 @@ import yaml
 
 from flora import protocols
 from flora.clip.adapters import FullFineTuning, Lora
-from flora.config import ConfigError, config_to_dict, load_config, parse_config
+from flora.config import config_to_dict, load_config, parse_config
 from flora.data.partition import Dirichlet, FewShotChunks, FewShotOverlapping, Iid, Pathological
 from flora.data.splits import Merged, Official
+from flora.errors import ConfigError
 from flora.federated.aggregation import FedAvg
 from flora.federated.objectives import Contrastive, CrossEntropy
 from flora.federated.optimizers import Adam, Constant, Sgd

@@ -1,0 +1,68 @@
+"""Safe YAML without its traps: no key twice, no merge keys, and neither dates nor `1:30` are numbers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+# What PyYAML raises on text that is not YAML, and on a value that doesn't fit its tag (`!!bool 3`).
+YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads less than YAML 1.1 does as something other than text, so whatever `yaml.safe_dump` writes comes back."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  (PyYAML's own)
+
+
+def _plain(tag: str, pattern: str, first: str) -> None:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$"), list(first))
+
+
+_plain("bool", "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", "yYnNtTfFoO")
+_plain("null", "~|null|Null|NULL|", "~nN\0")
+_Loader.yaml_implicit_resolvers.setdefault("", []).extend(_Loader.yaml_implicit_resolvers["\0"])
+# YAML 1.1 has octal (010), binary and sexagesimal (1:30) numbers besides: here these are text, which no number takes.
+_plain("int", r"[-+]?(?:0|[1-9][0-9_]*)|[-+]?0x[0-9a-fA-F_]+", "-+0123456789")
+_plain(
+    "float",
+    r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+    "-+0123456789.",
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        problem = None
+        if not isinstance(key, str):
+            problem = f"key {key!r} is not a string"
+        elif key == "<<":
+            problem = "merge keys (<<) are not read; write the options themselves"
+        elif key in seen:
+            problem = f"key {key!r} is given twice"
+        if problem:
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        seen.add(key)
+    return dict(loader.construct_mapping(node, deep=True))
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_plain_yaml(text: str) -> Any:
+    """The value that `text` stands for. Raises one of `YAML_ERRORS`, for which `yaml_reason` has words."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506  (derives from SafeLoader)
+
+
+def yaml_reason(error: Exception) -> str:
+    """Why text is not YAML, on one line."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if not isinstance(error, yaml.YAMLError | ValueError):
+        return "a value doesn't fit its tag"
+    return " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
