@@ -136,7 +136,8 @@ def compare_experiments(setting: Setting, *, repeats: int) -> str:
     steps = setting.num_clients * STEPS_PER_ROUND * NUM_ROUNDS
     return (
         f"{steps} client steps of {setting.batch_size} images in {NUM_ROUNDS} rounds, with features and evaluation: "
-        f"naive {naive:.1f} s, ours {ours:.1f} s, {naive / ours:.1f} x faster"
+        f"naive {naive:.1f} s, ours {ours:.1f} s, "
+        + (f"{naive / ours:.1f} x faster" if naive > ours else f"{ours / naive:.1f} x slower")
     )
 
 
@@ -192,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--targets", default="q,v", help="adapted matrices (default: %(default)s)")
     parser.add_argument("--objective", choices=("cross_entropy", "contrastive"), default="cross_entropy")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each variant (default: %(default)s)")
     parser.add_argument(
         "--seconds", type=float, default=3.0, help="of client-rounds in each process (default: %(default)s)"
@@ -220,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         setting = Setting(
             model=options.model, num_classes=options.classes, batch_size=options.batch, num_clients=options.clients,
             rank=options.rank, tower=options.tower, num_layers=options.layers, targets=options.targets,
-            objective=options.objective, device=options.device,
+            objective=options.objective, device=options.device, precision=options.precision,
         )  # fmt: skip
         if options.profile:
             print("\n".join(profile_round(options.profile, options.overrides)))

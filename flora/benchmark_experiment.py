@@ -12,6 +12,7 @@ from flora import tree
 from flora.benchmark_variants import LEARNING_RATE, TEMPLATE, Setting, fresh_adapter, plain_loss
 from flora.clip.backbone import FrozenClip
 from flora.clip.towers import AdaptedClip
+from flora.data.batching import client_batches
 from flora.federated.aggregation import FedAvg
 from flora.federated.evaluation import evaluate
 from flora.federated.features import StoredFeatures
@@ -25,18 +26,24 @@ from flora.rng import Rng
 NUM_ROUNDS, STEPS_PER_ROUND = 2, 2
 
 
-def naive_experiment(setting: Setting) -> Callable[[], None]:
-    """Each client in turn, image tower and padded prompts in each step; then the mean, and an evaluation a round."""
+def naive_experiment(setting: Setting) -> Callable[[], tree.State]:
+    """Each client in turn, image tower and padded prompts in each step; then the mean, and an evaluation a round.
+
+    Clients see the same batches as in `our_experiment`, so that both come to the same adapter.
+    """
     clip = setting.load()
     pixels, labels, examples = _data(setting, clip)
     tokens = clip.tokenize([TEMPLATE.format(name) for name in setting.class_names]).to(setting.device)
     attached = setting.lora().attach(clip)
 
-    def train(adapter: tree.State, own: np.ndarray) -> tree.State:
+    def train(adapter: tree.State, own: np.ndarray, rng: Rng) -> tree.State:
         trained = {name: tensor[None].clone().requires_grad_() for name, tensor in adapter.items()}
         optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE)
         with attached.bind(trained):
-            for batch in own.reshape(STEPS_PER_ROUND, setting.batch_size):
+            order, _ = client_batches(
+                own, rng, batch_size=setting.batch_size, width=setting.batch_size, num_steps=STEPS_PER_ROUND
+            )
+            for batch in order:
                 texts = tokens if setting.objective == "cross_entropy" else tokens[labels[batch]]
                 images, features, scale = clip.model(pixels[batch], texts)
                 optimizer.zero_grad()
@@ -44,25 +51,28 @@ def naive_experiment(setting: Setting) -> Callable[[], None]:
                 optimizer.step()
         return {name: tensor.detach()[0] for name, tensor in trained.items()}
 
-    def run() -> None:
+    def run() -> tree.State:
         adapter = fresh_adapter(attached, None)
-        for _ in range(NUM_ROUNDS):
-            adapter = tree.weighted_mean([train(adapter, own) for own in examples], [1] * len(examples))
+        for round in range(1, NUM_ROUNDS + 1):
+            rngs = [Rng(0).child("round", round).child("client", client) for client in range(len(examples))]
+            trained = [train(adapter, own, rng) for own, rng in zip(examples, rngs, strict=True)]
+            adapter = tree.weighted_mean(trained, [1] * len(examples))
             with torch.no_grad(), attached.bind(tree.expand(adapter, 1)):
                 images, texts, _ = clip.model(pixels, tokens)
                 (images @ texts.T).argmax(dim=-1)
+        return adapter
 
     return run
 
 
-def our_experiment(setting: Setting) -> Callable[[], None]:
+def our_experiment(setting: Setting) -> Callable[[], tree.State]:
     """The same rounds by the simulator, its features computed first."""
     clip = setting.load()
     pixels, labels, examples = _data(setting, clip)
     attached = setting.lora().attach(clip)
     model = AdaptedClip(clip, attached, class_names=setting.class_names, templates=(TEMPLATE,))
 
-    def run() -> None:
+    def run() -> tree.State:
         stem = torch.cat([model.vision.stem(part) for part in pixels.split(8)])
         rows = torch.arange(len(labels), device=setting.torch_device)
         features = StoredFeatures(stem, rows, labels.cpu(), np.arange(len(labels)))
@@ -81,6 +91,7 @@ def our_experiment(setting: Setting) -> Callable[[], None]:
         for _ in range(NUM_ROUNDS):
             state, _ = run_round(federation, state)
             evaluate(model, tree.expand(state.adapter, 1), features, batch_size=256)
+        return state.adapter
 
     return run
 
@@ -103,4 +114,4 @@ def _data(setting: Setting, clip: FrozenClip) -> tuple[torch.Tensor, torch.Tenso
     pixels = torch.randn(number, 3, *clip.architecture.image_size, generator=generator)
     labels = torch.randint(setting.num_classes, (number,), generator=generator)
     shares = np.arange(number).reshape(setting.num_clients, -1)
-    return pixels.to(setting.torch_device), labels.to(setting.torch_device), list(shares)
+    return pixels.to(setting.torch_device, clip.dtype), labels.to(setting.torch_device), list(shares)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import TOLERANCE, adapt, random_adapters, random_pixels
+from helpers import ALL_ON, TOLERANCE, adapt, random_adapters, random_pixels
 
-from flora.clip.adapters import TARGETS, FullFineTuning, Lora
+from flora.clip.adapters import TARGETS, Adapter, FullFineTuning, Lora
 from flora.clip.towers import AdaptedClip, SpeedOptions
 from flora.federated import gradients
 from flora.federated.gradients import Batch, Compute, FlatStack, Loss, gradient_function
@@ -112,9 +113,22 @@ def test_what_cannot_be_recorded_runs_as_it_is(tiny_model: str, monkeypatch: pyt
     assert not gradients._Recorder.of(model).works
 
 
-def test_large_adapters_and_dropout_are_not_recorded(tiny_model: str) -> None:
-    assert FullFineTuning().attach(adapt(tiny_model).clip).is_large
-    assert not Lora().attach(adapt(tiny_model).clip).is_large
+def test_what_is_recorded(tiny_model: str) -> None:
+    """Steps on CUDA, but not those of large adapters, with dropout, with a residual, or where it is switched off."""
+
+    def recorded(
+        adapter: Adapter, *, dropout: object = None, residual: object = None, speed: SpeedOptions = ALL_ON
+    ) -> bool:
+        attached = adapt(tiny_model, adapter).adapter
+        model: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), adapter=attached, speed=speed)
+        return gradients._is_recorded(model, dropout, residual)
+
+    assert recorded(Lora())
+    assert not recorded(FullFineTuning())
+    assert not recorded(Lora(dropout=0.1), dropout=[torch.Generator()])
+    assert not recorded(Lora(), residual={"residual": torch.ones(1)})
+    assert not recorded(Lora(), speed=SpeedOptions(cuda_graphs=False))
+    assert not gradients._is_recorded(adapt(tiny_model), None, None)  # on a CPU
 
 
 def test_a_recorded_step_is_replayed_for_its_own_layout_alone(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +162,7 @@ def test_a_recorded_step_is_replayed_for_its_own_layout_alone(tiny_model: str, m
         return gradients_of
 
     plain = found()
-    monkeypatch.setattr(gradients, "_can_record", lambda model: True)
+    monkeypatch.setattr(gradients, "_is_recorded", lambda model, dropout, residual: not residual)
     monkeypatch.setattr(gradients._Recorder, "_record", record)
     for ours, expected in zip(found(), plain, strict=True):
         torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)

@@ -46,7 +46,10 @@ ROBUST = [Median(), TrimmedMean(fraction=0.25), MultiKrum(fraction=0.25), Bounde
 
 def deltas(*rows: list[float]) -> list[State]:
     """Deltas of two tensors, the first number in one and the others in the other."""
-    return [{"a": torch.tensor(row[:1]), "b": torch.tensor(row[1:])} for row in rows]
+    return [
+        {"a": torch.tensor(row[:1], dtype=torch.float64), "b": torch.tensor(row[1:], dtype=torch.float64)}
+        for row in rows
+    ]
 
 
 def flat(state: State) -> list[float]:
@@ -101,6 +104,18 @@ def test_the_order_of_clients_is_irrelevant(rows: list[list[float]], order: Any,
     shuffled = combiner.combine(deltas(*(rows[place] for place in places)), [weights[place] for place in places])
     if not isinstance(combiner, MultiKrum):  # among equal scores it keeps the first ones
         assert flat(shuffled) == pytest.approx(flat(straight), abs=TOLERANCE)
+
+
+@given(order=st.permutations(range(6)), fraction=st.sampled_from([0.0, 0.2, 0.4]))
+def test_multi_krum_keeps_the_same_clients_in_any_order(order: list[int], fraction: float) -> None:
+    """Six clients whose scores all differ: whom it keeps is a matter of the deltas alone."""
+    rows = [[0.0, 0.1], [0.3, 0.0], [0.0, 0.7], [1.5, 0.2], [4.0, 1.0], [11.0, 5.0]]
+    weights = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    combiner = MultiKrum(fraction=fraction)
+    straight = combiner.combine(deltas(*rows), weights)
+    shuffled = combiner.combine(deltas(*(rows[place] for place in order)), [weights[place] for place in order])
+    assert flat(shuffled) == pytest.approx(flat(straight), abs=TOLERANCE)
+    assert (flat(straight) == pytest.approx(flat(Mean().combine(deltas(*rows), weights)))) == (fraction == 0.0)
 
 
 @given(row=rows.map(lambda found: found[0]), number=st.integers(1, 6), combiner=st.sampled_from(COMBINERS))

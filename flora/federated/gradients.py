@@ -188,14 +188,15 @@ def gradient_function(
         losses, gradients = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(gradients)
 
-    if _can_record(model) and dropout is None and not beside:
+    if _is_recorded(model, dropout, beside):
         return _Recorder.of(model).wrap(compute_in_parts, (loss, flat.layout))
     return compute_in_parts
 
 
-def _can_record(model: AdaptedClip) -> bool:
-    """Whether steps are recorded; not with a residual beside, whose shape changes from round to round."""
-    return model.device.type == "cuda" and model.speed.cuda_graphs and not model.adapter.is_large
+def _is_recorded(model: AdaptedClip, dropout: object, residual: object) -> bool:
+    """Whether steps are recorded: not with dropout, nor with a residual, whose shape changes from round to round."""
+    is_plain = dropout is None and not residual
+    return model.device.type == "cuda" and model.speed.cuda_graphs and not model.adapter.is_large and is_plain
 
 
 def _rows(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
