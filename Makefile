@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG = $(if $(wildcard $(EXPERIMENT)),$(EXPERIMENT),experiments/$(EXPERIMENT).yaml)
 
+SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install experiment paper averaging communication check list benchmark test stress lint types format clean
+.PHONY: help install experiment paper averaging communication check list benchmark test test-cpus stress lint types format clean
 
 help: ## show this help
 	@echo "usage: make TARGET [EXPERIMENT=name] [ARGS=\"key=value ...\"]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "experiments: $(basename $(notdir $(wildcard experiments/*.yaml)))"
 
@@ -66,8 +67,7 @@ communication: $(VENV)/.installed-report ## run and tabulate experiments/communi
 	  seed=$(SEEDS) --reference fedavg --output runs/communication $(ARGS)
 
 check: $(VENV)/.installed ## validate every experiment without running one
-	$(BIN)/python -m flora.simulate --check experiments/*.yaml experiments/paper/*.yaml experiments/averaging/*.yaml \
-	  experiments/communication/*.yaml $(ARGS)
+	$(BIN)/python -m flora.simulate --check $$(find experiments -name '*.yaml' | sort) $(ARGS)
 
 list: $(VENV)/.installed ## print every component with its options
 	@$(BIN)/python -m flora.simulate --list
@@ -77,6 +77,15 @@ benchmark: $(VENV)/.installed ## time a local step against full fine-tuning, nai
 
 test: $(VENV)/.installed-dev ## run the test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+# Older CPUs' instructions, for PyTorch's own code, MKL and oneDNN; each test file that holds results to 1e-9.
+CPUS := avx2,AVX2,AVX2 default,SSE4_2,SSE41
+NUMERICAL = $(shell grep -l TOLERANCE tests/test_*.py)
+
+test-cpus: $(VENV)/.installed-dev ## run the numerical tests as on older CPUs, AVX2 and SSE4
+	@set -e; for cpu in $(CPUS); do IFS=, read -r aten mkl onednn <<< "$$cpu"; echo "ATEN $$aten, MKL $$mkl, oneDNN $$onednn"; \
+	  ATEN_CPU_CAPABILITY=$$aten MKL_ENABLE_INSTRUCTIONS=$$mkl ONEDNN_MAX_CPU_ISA=$$onednn \
+	  $(BIN)/python -m pytest $(NUMERICAL) $(ARGS); done
 
 stress: $(VENV)/.installed-dev ## run the long tests: killed at every moment, hundreds of rounds, odd settings
 	$(BIN)/python -m pytest -m stress --timeout 1800 $(ARGS)

@@ -222,7 +222,7 @@ def test_a_block_that_does_not_fit_is_halved(raw_config: dict[str, Any], error: 
     lines = (halved.directory / "log.txt").read_text().splitlines()
     said = [line.partition(" ")[2] for line in lines if "out of memory" in line]
     assert said == [
-        f"out of memory: from now on {n} clients in one step, with the same results up to 1e-5" for n in (3, 2)
+        f"out of memory: from now on {n} clients in one step, with the same results up to rounding" for n in (3, 2)
     ]
     # Where it is resumed, blocks are as small from the start: the sums are the same to the last bit.
     with pytest.raises(Stop):

@@ -322,7 +322,7 @@ class Federation:
         size = min(self.clients_per_block, -(-number // 2))
         if size < self.clients_per_block:
             self.clients_per_block = size
-            self.log(f"out of memory: from now on {size} clients in one step, with the same results up to 1e-5")
+            self.log(f"out of memory: from now on {size} clients in one step, with the same results up to rounding")
         return [block.part(start, min(start + size, number)) for start in range(0, number, size)]
 
 
