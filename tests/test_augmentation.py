@@ -123,6 +123,7 @@ def test_a_clients_images_do_not_depend_on_the_block(tiny_model: str, augmentati
 
 
 def test_features_kept_and_computed_live_train_the_same_adapter(raw_config: dict[str, Any]) -> None:
+    raw_config["backbone"]["precision"] = "fp64"
     kept = simulate(parse_config(raw_config), numbered=True)
     computed = simulate(parse_config({**raw_config, "cache": {"enabled": False}}), numbered=True)
     for name, tensor in kept.adapter.items():

@@ -40,7 +40,7 @@ def test_experiments_on_real_images_start(name: str, tmp_path: Path, monkeypatch
     if not (SHARED / "data").is_dir() or not (SHARED / "weights").is_dir():
         pytest.skip("needs ../shared/data and ../shared/weights")
     monkeypatch.chdir(ROOT)
-    config = load_config(f"experiments/{name}.yaml", [f"output={tmp_path}"])
+    config = load_config(f"experiments/{name}.yaml", [f"output={tmp_path}", f"data.root={SHARED / 'data'}"])
     data = config.data.load(Rng(0))
     assert len(data.train) > 5000
     parts = config.partition.split(data.train.labels, config.clients.number, Rng(0))

@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from flora.files import open_regular, read_text
 from flora.registry import Options, option, suggest
 from flora.rng import Rng
 
-ASSETS = resources.files("flora") / "assets"
+# Beside the code that runs: in the folder that holds a clone, `flora` alone would be the clone.
+ASSETS = Path(__file__).parents[1] / "assets"
 END_OF_TEXT = 49407  # in OpenCLIP's own tokenizer
 OPENAI_SCALARS = ("input_resolution", "context_length", "vocab_size")  # beside the weights in OpenAI's own archives
 EXPORT_METADATA = "flora_export"  # where a safetensors file that this program exported has its model's settings

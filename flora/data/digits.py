@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -34,6 +34,6 @@ class Digits(Dataset):
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
     """The images `(1797, 8, 8)` uint8, white on black, and their labels `(1797,)` int64."""
-    with resources.files("flora").joinpath("assets/digits.npz").open("rb") as file:
+    with (Path(__file__).parents[1] / "assets/digits.npz").open("rb") as file:
         archive = np.load(file, allow_pickle=False)
         return archive["images"], archive["labels"].astype(np.int64)

@@ -1,0 +1,132 @@
+"""Every command that the documents show is understood by the program that it is for."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flora import benchmark, export, simulate, sweep
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
+
+
+def commands(text: str) -> Iterator[str]:
+    """The command lines of a Markdown page: lines of its code blocks, and inline code that runs one of the modules."""
+    for language, block in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL):
+        if language not in ("", "bash", "sh"):
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            if re.match(r"(\.venv/bin/)?python -m flora|make ", line.strip()):
+                yield line.strip()
+    for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        if re.match(r"(\.venv/bin/)?python -m flora|make [a-z]", code):
+            yield " ".join(code.split())
+
+
+def arguments_of(command: str) -> tuple[str, list[str]]:
+    words = shlex.split(command, comments=True)
+    return (words[0], words[1:]) if words[0] == "make" else (words[2], words[3:])
+
+
+SHOWN = sorted({command for page in PAGES for command in commands(page.read_text())})
+FLORA = [command for command in SHOWN if not command.startswith("make") and "..." not in command]
+MAKE = [command for command in SHOWN if command.startswith("make")]
+
+
+def test_there_are_commands() -> None:
+    assert len(FLORA) > 10
+    assert len(MAKE) > 5
+
+
+@pytest.fixture
+def understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A newcomer's folder, and programs that stop where they would begin to work; what they have understood."""
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    monkeypatch.chdir(tmp_path)
+    seen: list[Any] = []
+
+    def check(path: str, overrides: list[str], **options: Any) -> None:
+        if not options["resuming"]:
+            assert simulate.main(["--check", path, *overrides]) == 0
+        seen.append(path)
+
+    def merged(*arguments: Any) -> export.MergedModel:
+        seen.append(arguments)
+        return export.MergedModel("tiny", {"weight": torch.zeros(2)}, {}, {})
+
+    monkeypatch.setattr(simulate, "_run_one", check)
+    monkeypatch.setattr(sweep, "run_all", lambda runs, *arguments, **options: seen.append(runs))
+    monkeypatch.setattr(export, "merged_model", merged)
+    monkeypatch.setattr(benchmark, "run_variants", lambda setting, *arguments, **options: seen.append(setting))
+    monkeypatch.setattr(benchmark, "compare_experiments", lambda setting, **options: seen.append(setting))
+    monkeypatch.setattr(benchmark, "profile_round", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(benchmark, "table", lambda results: [])
+    return seen
+
+
+def understand(command: str, seen: list[Any]) -> None:
+    name, arguments = arguments_of(command)
+    program = {"simulate": simulate, "sweep": sweep, "export": export, "benchmark": benchmark}[name.split(".")[1]]
+    with_placeholders = {"RUN": "runs/mine", "FOLDER": "adapted", "NAME": "7"}
+    expanded = [
+        found for each in arguments for found in (sorted(map(str, Path().glob(each))) if "*" in each else [each])
+    ]
+    assert program.main([with_placeholders.get(each, each) for each in expanded]) == 0  # type: ignore[attr-defined]
+    assert seen or arguments in (["--list"], ["--help"])
+
+
+def without_the_maker_s_files(command: str) -> str:
+    """The tables' commands name a model and data of those who made them: here others stand for them."""
+    for found, instead in (
+        ("../shared/weights/ViT-Ti-8-48.json", "quickstart"),
+        ("../shared/weights/ViT-Ti-8-48.safetensors", "builtin"),
+    ):
+        command = command.replace(found, instead)
+    return command
+
+
+@pytest.mark.parametrize("command", FLORA)
+def test_every_command_is_understood(command: str, understood: list[Any]) -> None:
+    understand(without_the_maker_s_files(command), understood)
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_every_make_command_is_understood(command: str, understood: list[Any]) -> None:
+    """`make --dry-run` says what would be run; that is then looked at as the others are."""
+    command = without_the_maker_s_files(command)
+    done = subprocess.run(
+        ["make", "--dry-run", *shlex.split(command, comments=True)[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.replace("\\\n", " ").splitlines():
+        if re.match(r"\.venv/bin/python -m flora\.", line):
+            understand(line, understood)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_need_nothing_but_what_is_here_or_can_be_downloaded(path: Path) -> None:
+    assert "../" not in path.read_text()
+
+
+def test_the_folder_of_the_clone_may_be_the_working_directory_s_neighbour(tmp_path: Path) -> None:
+    """From the folder that holds the clone, where Python takes the clone for a package without files of its own."""
+    clone = tmp_path / "flora"
+    clone.symlink_to(ROOT)
+    command = [sys.executable, "-m", "flora.simulate", "--check", "flora/experiments/quickstart.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "flora/experiments/quickstart.yaml: ok\n"), done.stderr
