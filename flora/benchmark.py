@@ -25,6 +25,7 @@ from flora.benchmark_experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND,
 from flora.benchmark_profile import profile_round
 from flora.benchmark_variants import ROUND_STEPS, VARIANTS, Setting
 from flora.clip.backbone import Backbone
+from flora.command_line import Parser, run_program
 from flora.errors import UserError
 from flora.federated.gradients import STEPS_BEFORE_RECORDING
 from flora.federated.memory import peak_memory_bytes
@@ -181,8 +182,8 @@ def table(results: dict[str, list[Result]]) -> list[str]:
     return lines
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m flora.benchmark", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m flora.benchmark", description=__doc__)
     parser.add_argument("--model", default="ViT-B-16", help="OpenCLIP name or JSON config (default: %(default)s)")
     parser.add_argument("--classes", type=int, default=10, help="number of classes, 1 to 100 (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="images in a step (default: %(default)s)")
@@ -209,44 +210,45 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    options = _parser().parse_intermixed_args(argv)
+    return run_program(lambda: _main(_parser().parse(argv)))
+
+
+def _main(options: argparse.Namespace) -> int:
     if options.worker:
-        order = json.loads(options.worker)
-        setting = Setting(**order["setting"])
-        if order["whole"]:
-            print(json.dumps({"seconds": measure_experiment(order["variant"], setting)}))
-        else:
-            print(json.dumps(asdict(measure(order["variant"], setting, order["seconds"]))))
+        print(json.dumps(_work(json.loads(options.worker))))
         return 0
-    try:
-        setting = Setting(
-            model=options.model, num_classes=options.classes, batch_size=options.batch, num_clients=options.clients,
-            rank=options.rank, tower=options.tower, num_layers=options.layers, targets=options.targets,
-            objective=options.objective, device=options.device, precision=options.precision,
-        )  # fmt: skip
-        if options.profile:
-            print("\n".join(profile_round(options.profile, options.overrides)))
-            return 0
-        if options.overrides:
-            raise UserError(f"{options.overrides[0]}: overrides belong to the CONFIG of --profile; see --help")
-        if options.whole:
-            print(compare_experiments(setting, repeats=options.repeats))
-            return 0
-        possible = [name for name, variant in VARIANTS.items() if variant.applies(setting)]
-        names = possible if options.variants is None else options.variants.split(",")
-        unknown = [name for name in names if name not in possible]
-        if unknown:
-            raise UserError(f"--variants: {unknown[0]!r} is not one of {', '.join(possible)}")
-        results = run_variants(setting, names, repeats=options.repeats, seconds=options.seconds)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    lines = table(results)
-    print("\n".join(lines))
+    setting = Setting(
+        model=options.model, num_classes=options.classes, batch_size=options.batch, num_clients=options.clients,
+        rank=options.rank, tower=options.tower, num_layers=options.layers, targets=options.targets,
+        objective=options.objective, device=options.device, precision=options.precision,
+    )  # fmt: skip
+    if options.profile:
+        print("\n".join(profile_round(options.profile, options.overrides)))
+        return 0
+    if options.overrides:
+        raise UserError(f"{options.overrides[0]}: overrides belong to the CONFIG of --profile; see --help")
+    if options.whole:
+        print(compare_experiments(setting, repeats=options.repeats))
+        return 0
+    possible = [name for name, variant in VARIANTS.items() if variant.applies(setting)]
+    names = possible if options.variants is None else options.variants.split(",")
+    unknown = [name for name in names if name not in possible]
+    if unknown:
+        raise UserError(f"--variants: {unknown[0]!r} is not one of {', '.join(possible)}")
+    results = run_variants(setting, names, repeats=options.repeats, seconds=options.seconds)
+    print("\n".join(table(results)))
     if options.json is not None:
         measured = {name: [asdict(each) for each in rows] for name, rows in results.items()}
         options.json.write_text(json.dumps({"setting": asdict(setting), "results": measured}, indent=2) + "\n")
     return 0
+
+
+def _work(order: dict[str, Any]) -> dict[str, Any]:
+    """What a process of its own measures."""
+    setting = Setting(**order["setting"])
+    if order["whole"]:
+        return {"seconds": measure_experiment(order["variant"], setting)}
+    return asdict(measure(order["variant"], setting, order["seconds"]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -21,6 +20,7 @@ import torch
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.checkpoints import CheckpointFolder
 from flora.clip.backbone import EXPORT_METADATA, FrozenClip
+from flora.command_line import Parser, run_program
 from flora.config import ExperimentConfig, config_to_dict, parse_config, read_yaml
 from flora.errors import UserError
 from flora.federated.personal import OWN
@@ -200,8 +200,8 @@ def how_to_load(model: MergedModel, path: Path) -> list[str]:
     ]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m flora.export",
         description=__doc__,
         epilog="example, where the backbone was moved: "
@@ -219,15 +219,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for anything that the user can mend."""
-    options = _parser().parse_intermixed_args(argv)
-    try:
-        if options.path.exists():
-            raise UserError(f"{options.path}: exists already")
-        model = merged_model(options.run, options.client, options.overrides)
-        write_model(model, options.path, DTYPES[options.dtype])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return run_program(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    options = _parser().parse(argv)
+    if options.path.exists():
+        raise UserError(f"{options.path}: exists already")
+    model = merged_model(options.run, options.client, options.overrides)
+    write_model(model, options.path, DTYPES[options.dtype])
     print(f"{options.path}: {len(model.weights)} tensors")
     print("\n".join(how_to_load(model, options.path)))
     return 0

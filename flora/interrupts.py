@@ -11,8 +11,8 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(Exception):
-    """The run was asked to stop by the signal `number`."""
+class Interrupted(BaseException):
+    """The run was asked to stop by the signal `number`; no error, which libraries and `except Exception` would take."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -49,10 +49,10 @@ class Interrupts:
             raise Interrupted(self._received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._checked:
-            raise Interrupted(number)
         if self._received is not None:
             # The way out of anything, a loop that hangs included. What was saved is whole, whenever this comes.
             os._exit(128 + number)
         self._received = number
+        if not self._checked:
+            raise Interrupted(number)
         print("\nstopping after this block of clients; once more to leave at once", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from flora import report, tree
 from flora.checkpoints import Checkpoint, CheckpointFolder
 from flora.checks import check_experiment, mistakes
+from flora.command_line import Parser, imported, out_of_memory_reason, run_program, split_arguments
 from flora.config import ExperimentConfig, changes_by_overrides, config_to_dict, load_config
 from flora.errors import ConfigError, DivergedError, UserError
 from flora.experiment import Experiment, build_experiment, choose_device
@@ -28,7 +28,7 @@ from flora.federated.memory import peak_memory_bytes
 from flora.federated.round import run_round
 from flora.federated.screening import refusal
 from flora.hooks import Hooks
-from flora.interrupts import Interrupted, Interrupts
+from flora.interrupts import Interrupts
 from flora.inventory import prompts_as_used
 from flora.listing import list_components
 from flora.measure import (
@@ -314,13 +314,6 @@ def _postfix(record: RoundRecord, records: Sequence[RoundRecord]) -> dict[str, s
     }
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as everything else here does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m flora.simulate",
@@ -337,39 +330,23 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status.
+    """Run the command line; return the exit status: 0, 2 for anything the user can mend, 130 for Ctrl-C."""
+    return run_program(lambda: _main(argv))
 
-    0, 2 for anything the user can mend, 130 for Ctrl-C, 143 for SIGTERM.
-    """
-    try:
-        options = _parser().parse_intermixed_args(argv)
-        paths = [argument for argument in options.arguments if "=" not in argument or os.path.exists(argument)]
-        overrides = [argument for argument in options.arguments if argument not in paths]
-        if options.list:
-            print(list_components())
-            return 0
-        if options.resume and len(paths) != 1:
-            raise UserError(f"expected one run directory, got {len(paths)}; see --help")
-        if not paths or (len(paths) > 1 and not options.check):
-            raise UserError(
-                f"expected {'a config file' if not paths else 'one config file'}, got {len(paths)}; see --help"
-            )
-        if options.check:
-            return _check(paths, overrides, resuming=options.resume)
-        _run_one(paths[0], overrides, resuming=options.resume)
-    except UserError as error:
-        print(" ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of `--list | head` has gone
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Interrupted as interrupted:
-        print(f"stopped by {interrupted}", file=sys.stderr)
-        return interrupted.exit_status
+
+def _main(argv: Sequence[str] | None) -> int:
+    options = _parser().parse(argv)
+    paths, overrides = split_arguments(options.arguments)
+    if options.list:
+        print(list_components())
+        return 0
+    if options.resume and len(paths) != 1:
+        raise UserError(f"expected one run directory, got {len(paths)}; see --help")
+    if not paths or (len(paths) > 1 and not options.check):
+        raise UserError(f"expected {'a config file' if not paths else 'one config file'}, got {len(paths)}; see --help")
+    if options.check:
+        return _check(paths, overrides, resuming=options.resume)
+    _run_one(paths[0], overrides, resuming=options.resume)
     return 0
 
 
@@ -412,9 +389,11 @@ def _run_one(path: str, overrides: Sequence[str], *, resuming: bool) -> None:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.filename or config.output}: {error.strerror or error}") from None
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = " ".join(str(error).split()) or "no memory left"
-        raise UserError(f"{path}: out of memory: {reason}; lower clients.per_block or the batch sizes") from None
+    except Exception as error:
+        reason = out_of_memory_reason(error)
+        if reason is None:
+            raise
+        raise UserError(f"{path}: {reason}") from None
     print("\n".join(report.lines(result.summary, config)))
     print(f"written to {result.directory}")
 
@@ -424,7 +403,8 @@ def _program() -> str:
     own = (
         sys.argv[0] if sys.argv[0].endswith(".py") and getattr(sys.modules["__main__"], "__spec__", 1) is None else None
     )
-    return f"{shlex.quote(sys.executable)} {'-m flora.simulate' if own is None else shlex.quote(own)}"
+    program = f"{shlex.quote(sys.executable)} {'-m flora.simulate' if own is None else shlex.quote(own)}"
+    return " ".join([program, *(f"--import {shlex.quote(os.path.abspath(path))}" for path in imported)])
 
 
 def _say(line: str) -> None:

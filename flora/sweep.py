@@ -13,17 +13,16 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from flora.checks import check_experiment
+from flora.command_line import Parser, run_program, split_arguments
 from flora.config import ExperimentConfig, load_config
 from flora.curves import draw_curves
 from flora.errors import UserError
 from flora.interrupts import Interrupted, Interrupts
 from flora.registry import suggest
-from flora.simulate import Parser
 from flora.sweep_runs import Outcomes, run_all
 from flora.sweep_table import Row, collect, to_csv, to_curves, to_markdown, to_overview, to_text, with_ratios
 
@@ -113,18 +112,7 @@ def configurations(grid: Sequence[Combination], folder: Path, shared: Sequence[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 2 for a mistake or if a run failed, 130 for Ctrl-C."""
-    try:
-        return _main(_parser().parse_intermixed_args(argv))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of `sweep | head` has gone
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_program(lambda: _main(_parser().parse(argv)))
 
 
 def _parser() -> Parser:
@@ -140,8 +128,8 @@ def _parser() -> Parser:
 
 
 def _main(options: argparse.Namespace) -> int:
-    configs = [argument for argument in options.arguments if "=" not in argument or os.path.exists(argument)]
-    grid = combinations(configs, [argument for argument in options.arguments if argument not in configs])
+    configs, axes = split_arguments(options.arguments)
+    grid = combinations(configs, axes)
     if not configs:
         raise UserError("expected a config file; see --help")
     names = {name for each in grid for name in (Path(each.config).stem, *dict(each.values).values())}
