@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from flora import benchmark, export, simulate, sweep
+from flora import benchmark, command_line, export, simulate, sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -49,11 +49,30 @@ def test_there_are_commands() -> None:
     assert len(MAKE) > 5
 
 
+def write_files(text: str, folder: Path) -> None:
+    """The Python files that a page shows: code blocks whose first line is `# name.py`."""
+    for name, content in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL):
+        (folder / name).write_text(content)
+
+
 @pytest.fixture
-def understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A newcomer's folder, and programs that stop where they would begin to work; what they have understood."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A newcomer's working directory: the experiments, and the files that the pages show."""
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    for page in PAGES:
+        write_files(page.read_text(), tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command_line, "imported", [])
+    # Files of the same names lie in other tests' folders.
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [path.stem for path in tmp_path.glob("*.py")]:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Programs that stop where they would begin to work; what they have understood."""
     seen: list[Any] = []
 
     def check(path: str, overrides: list[str], **options: Any) -> None:
@@ -83,7 +102,7 @@ def understand(command: str, seen: list[Any]) -> None:
         found for each in arguments for found in (sorted(map(str, Path().glob(each))) if "*" in each else [each])
     ]
     assert program.main([with_placeholders.get(each, each) for each in expanded]) == 0  # type: ignore[attr-defined]
-    assert seen or arguments in (["--list"], ["--help"])
+    assert seen or arguments[0] in ("--list", "--help")
 
 
 def without_the_maker_s_files(command: str) -> str:
@@ -116,6 +135,19 @@ def test_every_make_command_is_understood(command: str, understood: list[Any]) -
     for line in done.stdout.replace("\\\n", " ").splitlines():
         if re.match(r"\.venv/bin/python -m flora\.", line):
             understand(line, understood)
+
+
+EXTENSIONS = [
+    command for command in commands((ROOT / "docs/extending.md").read_text()) if "flora.simulate experiments" in command
+]
+
+
+@pytest.mark.parametrize("command", sorted(set(EXTENSIONS)))
+def test_the_examples_of_extensions_run(command: str, folder: Path, tiny_model: str) -> None:
+    small = ["rounds=1", f"backbone.model={tiny_model}", "backbone.weights=random", "evaluation.num_alone=0"]
+    _, arguments = arguments_of(command)
+    assert simulate.main([*arguments, *small]) == 0
+    assert (folder / "runs" / "quickstart" / "summary.json").is_file()
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

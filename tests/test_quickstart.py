@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,20 +49,6 @@ def readme_block(language: str, marker: str) -> str:
     """The README's code block in `language` that contains `marker`."""
     blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     return next(block for block in blocks if marker in block)
-
-
-def test_the_readmes_component_in_one_file(tmp_path: Path, tiny_model: str) -> None:
-    script = tmp_path / "my_combiner.py"
-    script.write_text(readme_block("python", "class Majority"))
-    config = tmp_path / "small.yaml"
-    config.write_text(
-        f"output: {tmp_path}/runs\nrounds: 1\nbackbone: {{model: {tiny_model}, weights: random}}\n"
-        "data: digits\npartition: iid\nlocal: {steps: 1}\n"
-    )
-    command = [sys.executable, str(script), str(config), "server.combiner=majority"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "in 1 round; 10 clients, iid" in done.stdout
 
 
 def test_the_readmes_use_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
