@@ -48,8 +48,10 @@ class Experiment:
     `digests` tell other weights and other data from these, wherever they are; `value_range` is what images of more than
     8 bits were scaled from, if there are any. `new` is the same model and adapter with
     the prompts of classes that were set aside, and their test images, if there are any. `left_out` are the clients that
-    the data name and that have no training image. `data` are the images as they were split, unreadable ones included;
-    None once they are written down, because the paths of a million images take memory.
+    the data name and that have no training image. `test_domains` `(N,)` is the group (client, folder, camera) that each
+    test image belongs to, empty where that is not known; None where the data have no groups. `data` are the images as
+    they were split, unreadable ones included; None once they are written down, because the paths of a million images
+    take memory.
     """
 
     config: ExperimentConfig
@@ -65,6 +67,7 @@ class Experiment:
     value_range: tuple[float, float] | None
     new: tuple[AdaptedClip, Features] | None
     left_out: tuple[str, ...] = ()
+    test_domains: np.ndarray | None = None
     data: ImageData | None = None
 
     def initial_state(self) -> ServerState:
@@ -168,6 +171,7 @@ def build_experiment(
         value_range=None if value_range is None else value_range.limits,
         new=(new_model[0], new[0]) if new else None,
         left_out=left_out,
+        test_domains=None if data.test.groups is None else data.test.groups[test.positions],
         data=data,
     )
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from flora.clip.towers import AdaptedClip
+from flora.data.datasets import Split
 from flora.experiment import Experiment
+from flora.federated.features import Features
+
+EXAMPLE_COLUMNS = ("image", "class", "split", "client", "name")
 
 
 def prompts_as_used(experiment: Experiment) -> dict[str, Any]:
@@ -38,3 +44,37 @@ def _classes(model: AdaptedClip, data_names: Sequence[str], templates: Sequence[
         }
         for name, data_name in zip(model.class_names, data_names, strict=True)
     ]
+
+
+def examples_as_used(experiment: Experiment) -> Iterator[tuple[str, str, str, str, str]]:
+    """The rows of `examples.csv`, as `EXAMPLE_COLUMNS`: whose each image is, and what for.
+
+    `split` is train, held_out, test or new (classes that were set aside), or unused: a training image that no client
+    has. An image that several clients have has a row for each. Images that can't be read have none.
+    """
+    data, federation = experiment.data, experiment.federation
+    assert data is not None
+    used = np.zeros(len(federation.features), bool)
+    for index, client in enumerate(federation.clients):
+        for split, examples in (("train", client.train), ("held_out", client.held_out)):
+            used[examples] = True
+            yield from _rows(data.train, federation.features, examples, data.class_names, split, index, client.name)
+    yield from _rows(data.train, federation.features, np.flatnonzero(~used), data.class_names, "unused")
+    yield from _rows(data.test, experiment.test, np.arange(len(experiment.test)), data.class_names, "test")
+    if experiment.new is not None and data.new is not None:
+        features = experiment.new[1]
+        yield from _rows(data.new, features, np.arange(len(features)), data.new_class_names, "new")
+
+
+def _rows(
+    images: Split,
+    features: Features,
+    examples: np.ndarray,
+    class_names: Sequence[str],
+    split: str,
+    client: int | str = "",
+    name: str | None = None,
+) -> Iterator[tuple[str, str, str, str, str]]:
+    for place in features.positions[examples].tolist():
+        image = images.source.name(int(images.positions[place]))
+        yield image, class_names[int(images.labels[place])], split, str(client), name or ""

@@ -15,6 +15,7 @@ from flora.federated.apart import clients_with_own_adapters, own_adapters, train
 from flora.federated.evaluation import (
     class_accuracy,
     client_accuracies,
+    domain_accuracy,
     evaluate,
     harmonic_mean,
     own_accuracies,
@@ -105,6 +106,7 @@ def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any
     evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
     by_class = class_accuracy(evaluation, experiment.test.labels.cpu().numpy(), experiment.class_names)
     results = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "class_accuracy": by_class}
+    results["domain_accuracy"] = domain_accuracy(evaluation, experiment.test_domains)
     if state.round and not experiment.federation.communication.broadcast.is_identity:
         read, _ = experiment.federation.broadcast(state)
         accuracy = evaluate(model, tree.expand(read, 1), experiment.test, batch_size=size)[0].accuracy

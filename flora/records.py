@@ -89,6 +89,7 @@ class RoundRecord:
 
     `cohort` are the ids of the `num_clients` clients whose updates came, those in `rejected_clients` included; None in
     a record of a version that did not say.
+    `domain_accuracy` is that of test images by the group that the data name for them (a client, a camera).
     `client_accuracy_...` is the server's adapter on clients' own held-out examples, `personal_accuracy_...` that of
     each client's own adapter; `..._weighted_mean` counts a client as often as it has held-out examples. `new_accuracy`
     is on classes that nobody trains on, if some are set aside; `accuracy` is on the others then, and `harmonic_mean`
@@ -133,6 +134,7 @@ class RoundRecord:
     cohort: tuple[int, ...] | None = None
     client_accuracy_weighted_mean: float | None = None
     personal_accuracy_weighted_mean: float | None = None
+    domain_accuracy: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -190,3 +192,4 @@ class Summary:
     held_out_federated_accuracy: float | None = None
     held_out_alone_accuracy: float | None = None
     held_out_personal_accuracy: float | None = None
+    domain_accuracy: dict[str, float] | None = None

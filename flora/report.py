@@ -21,6 +21,7 @@ COPIED = (
     "harmonic_mean",
     "broadcast_accuracy",
     "model_privacy_gap",
+    "domain_accuracy",
 )
 
 
@@ -96,6 +97,9 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
         if mean is not None:
             spread = f"(std {percent(std)}, worst tenth {percent(worst)}, best tenth {percent(best)})"
             rows.append((title, f"{percent(mean)}   {spread}"))
+    if summary.domain_accuracy:
+        (worst, low), *_, (best, high) = sorted(summary.domain_accuracy.items(), key=lambda pair: pair[1])
+        rows.append(("by domain", f"worst {worst} {percent(low)}, best {best} {percent(high)}   (of the test images)"))
     if summary.alone_accuracy_mean is not None:
         note = f"(mean of {summary.num_alone}; the best {percent(summary.alone_accuracy_best)})"
         rows.append(("one client alone", f"{percent(summary.alone_accuracy_mean)}   {note}"))

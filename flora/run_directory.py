@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
@@ -224,6 +224,11 @@ class RunDirectory:
             )
         self._write_json("prompts.json", content)
 
+    def write_examples(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Write `examples.csv`, unless it is there: a run that goes on has the examples that it began with."""
+        if not (self.path / "examples.csv").exists():
+            self._write("examples.csv", _csv(columns, rows))
+
     def append_round(self, record: RoundRecord) -> None:
         """Append one object to `rounds.jsonl`. Raises `DivergedError` if a result is not finite."""
         fields = dataclasses.asdict(record)
@@ -249,11 +254,7 @@ class RunDirectory:
 
     def write_clients(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """Write `clients.csv`, a row a client; a missing result is an empty cell."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-        self._write("clients.csv", text.getvalue())
+        self._write("clients.csv", _csv(list(columns), zip(*columns.values(), strict=True)))
 
     def write_summary(self, summary: Summary) -> None:
         """Write `summary.json`, the last file of a finished run."""
@@ -333,6 +334,14 @@ def _lock(path: Path) -> IO[bytes] | None:
     file.write(b"%d\n" % os.getpid())
     file.flush()
     return file
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _json(content: Any, indent: int | None) -> str:

@@ -29,7 +29,7 @@ from flora.federated.round import run_round
 from flora.federated.screening import refusal
 from flora.hooks import Hooks
 from flora.interrupts import Interrupts
-from flora.inventory import prompts_as_used
+from flora.inventory import EXAMPLE_COLUMNS, examples_as_used, prompts_as_used
 from flora.listing import list_components
 from flora.measure import (
     AloneResults,
@@ -173,6 +173,7 @@ def _run_in(
             left_out=experiment.left_out,
         )
         directory.write_prompts(prompts_as_used(experiment))
+        directory.write_examples(EXAMPLE_COLUMNS, examples_as_used(experiment))
         experiment = replace(experiment, data=None)
         result = _run(experiment, directory, find(experiment, log), started, memory_before)
     finally:

@@ -28,6 +28,7 @@ from flora.simulate import RunResult, simulate
 FILES = {
     "config.yaml",
     "environment.json",
+    "examples.csv",
     "partition.json",
     "prompts.json",
     "rounds.jsonl",
@@ -324,6 +325,8 @@ def write_everything(directory: RunDirectory, name: str) -> None:
         )
     elif name == "prompts.json":
         directory.write_prompts({"classes": []})
+    elif name == "examples.csv":
+        directory.write_examples(["image"], [["a.jpg"]])
     elif name == "rounds.jsonl":
         directory.append_round(RECORD)
     elif name == "clients.csv":

@@ -16,6 +16,8 @@ from flora.records import Evaluation
 from flora.registry import Options, option
 from flora.tree import StateLike
 
+MAX_DOMAINS = 1000
+
 
 @dataclass(frozen=True)
 class EvaluationOptions(Options):
@@ -65,6 +67,20 @@ def class_accuracy(evaluation: Evaluation, labels: np.ndarray, class_names: Sequ
     return {
         name: float(right[index] / totals[index]) if totals[index] else None for index, name in enumerate(class_names)
     }
+
+
+def domain_accuracy(evaluation: Evaluation, domains: np.ndarray | None) -> dict[str, float] | None:
+    """Accuracy by domain name, of examples that belong to the `domains` `(N,)`; an empty name is none.
+
+    None without domains, and where there is only one, or more than `MAX_DOMAINS`: those are clients of a few images.
+    """
+    if domains is None:
+        return None
+    names, places = np.unique(domains, return_inverse=True)
+    if not 2 <= np.count_nonzero(names != "") <= MAX_DOMAINS:
+        return None
+    means = np.bincount(places, weights=evaluation.correct) / np.bincount(places)
+    return {str(name): float(mean) for name, mean in zip(names, means, strict=True) if name}
 
 
 def client_accuracies(evaluation: Evaluation, sizes: np.ndarray) -> np.ndarray:
