@@ -83,7 +83,7 @@ class VisionTower:
             "cut": self.cut,
             "trim_last_block": self._reads_one,
             "preprocess": json.loads(json.dumps(self._clip.preprocess_settings)),
-            "precision": self._clip.precision,
+            "precision": self._clip.precision if self._clip.precision != "bf16" else "bf16, own attention",
             "device": self._clip.device.type,
             "versions": {module.__name__: str(module.__version__) for module in (torch, torchvision, PIL)},
         }
@@ -313,6 +313,8 @@ class AdaptedClip:
         self.clip, self.adapter, self.speed = clip, adapter, speed
         self.class_names, self.templates = tuple(class_names), tuple(templates)
         self.device = clip.device
+        if clip.precision == "bf16" and not adapter.is_large:  # large ones start from the weights themselves
+            clip.keep_matrices_in_bf16()
         self.vision = VisionTower(clip, adapter.trained_from["vision"], speed)
         self.text = TextTower(clip, adapter.trained_from["text"], speed, has_dropout=adapter.has_dropout)
         self.prompts = self.text.prompts(class_names, templates)
