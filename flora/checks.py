@@ -23,17 +23,24 @@ def check_experiment(config: ExperimentConfig) -> None:
 
     Where the data name the clients, `check_clients` is for later.
     """
-    for mistake in mistakes(config):
-        raise mistake
+    for check in _CHECKS:
+        check(config)
 
 
 def mistakes(config: ExperimentConfig) -> Iterator[UserError]:
-    """Whatever `check_experiment` may find wrong."""
-    for check in (_check_model, _check_parts, _check_combination, _check_ranks, _check_network, _check_data):
+    """Whatever `check_experiment` finds wrong, and what can be known of the weights before they are fetched or read."""
+    seen = set()
+    for check in (*_CHECKS, _check_weights):
         try:
             check(config)
         except UserError as error:
-            yield error
+            if str(error) not in seen:
+                yield error
+            seen.add(str(error))
+
+
+def _check_weights(config: ExperimentConfig) -> None:
+    config.backbone.check_weights()
 
 
 def _check_model(config: ExperimentConfig) -> None:
@@ -215,3 +222,6 @@ def below(section: str) -> Iterator[None]:
         yield
     except OptionError as error:
         raise error.below(section) from None
+
+
+_CHECKS = (_check_model, _check_parts, _check_combination, _check_ranks, _check_network, _check_data)

@@ -32,7 +32,7 @@ class OptionError(UserError):
     def below(self, section: str) -> OptionError:
         """The same error with the option's name below `section`."""
         others = [other.below(section) for other in self.others]
-        return OptionError(f"{section}.{self.option}" if section else self.option, self.message, others)
+        return OptionError(".".join(part for part in (section, self.option) if part), self.message, others)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +23,7 @@ from flora.clip import backbone
 from flora.clip.backbone import Architecture, Backbone, FrozenClip, TowerShape, to_rgb
 from flora.errors import UserError
 from flora.rng import Rng
+from flora.simulate import main
 
 CPU = torch.device("cpu")
 REAL = SHARED / "weights" / "ViT-Ti-8-48.json"
@@ -111,7 +114,10 @@ def test_an_unsupported_config_is_refused_by_what_it_has(tmp_path: Path, variant
         ("vit-b-32", "'vit-b-32' is not known; did you mean 'ViT-B-32'?"),
         ("ViT-B/32", "'ViT-B/32' is not known; did you mean 'ViT-B-32'?"),
         ("quickstrat", "'quickstrat' is not known; did you mean 'quickstart'?"),
-        ("hf-hub:laion/CLIP", "'hf-hub:laion/CLIP' is not known; "),
+        ("hf-hub:laion/CLIP", "'hf-hub:laion/CLIP' is a repository of a hub; fetch its open_clip_config.json and "),
+        ("https://example.org/clip", "'https://example.org/clip' is a repository of a hub; fetch its "),
+        ("local-dir:models/mine", "name the folder itself: models/mine"),
+        ("ViT-B-32.pt", "'ViT-B-32.pt' names weights, which belong to backbone.weights; expected an OpenCLIP model "),
         ("zebra", "'zebra' is not known; the nearest of the "),
         ("m" * 5000, f"'{'m' * 5000}' is not known; "),
         ("", "'' is a folder without open_clip_config.json"),
@@ -121,6 +127,39 @@ def test_an_unsupported_config_is_refused_by_what_it_has(tmp_path: Path, variant
 )
 def test_an_unknown_model_is_answered_with_the_nearest(name: str, message: str) -> None:
     assert error_of(name, seen_without_loading=True).startswith(f"backbone.model: {message}")
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "message"),
+    [
+        ("ViT-B-32", "openai", "backbone.model: the weights 'openai' were trained with another GELU; use model "),
+        ("ViT-B-32", "opnai", "backbone.weights: 'opnai' is neither a file nor a tag of ViT-B-32; did you mean 'op"),
+        ("ViT-B-32", None, "backbone.weights: needed: a pretrained tag, a .safetensors file or `random` (tags of "),
+        ("ViT-B-32", "builtin", "backbone.weights: there are no built-in weights for model 'ViT-B-32'"),
+        ("ViT-B-32", "hf-hub:laion/x", "backbone.weights: 'hf-hub:laion/x' is a repository of a hub; fetch its "),
+    ],
+)  # fmt: skip
+def test_weights_are_checked_as_far_as_they_need_not_be_fetched(
+    model: str, weights: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        json.dumps({"data": "digits", "partition": "iid", "backbone": {"model": model, "weights": weights}})
+    )
+    assert main(["--check", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"{path}: {message}")
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(tiny_model: str, tmp_path: Path) -> None:
+    """The line that is shown, run as it stands, makes a file that is read."""
+    state = Backbone(tiny_model, "random").load(torch.device("cpu"), Rng(0)).model.state_dict()
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "mine.pt")
+    with pytest.raises(UserError, match="pickled weights can run code") as caught:
+        Backbone(tiny_model, str(tmp_path / "mine.pt")).check_weights()
+    code = str(caught.value).partition("convert it: ")[2]
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    read = Backbone(tiny_model, str(tmp_path / "mine.safetensors")).load(torch.device("cpu"), Rng(1)).model.state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize(

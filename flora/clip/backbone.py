@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,9 @@ ASSETS = Path(__file__).parents[1] / "assets"
 END_OF_TEXT = 49407  # in OpenCLIP's own tokenizer
 OPENAI_SCALARS = ("input_resolution", "context_length", "vocab_size")  # beside the weights in OpenAI's own archives
 EXPORT_METADATA = "flora_export"  # where a safetensors file that this program exported has its model's settings
+HOW_FROM_A_HUB = (
+    "fetch its open_clip_config.json and open_clip_model.safetensors into a folder, and name that in backbone.model"
+)
 SUPPORTED = "supported are OpenCLIP's own ViT with its own text transformer (classes CLIP and CustomTextCLIP)"
 
 
@@ -53,6 +57,7 @@ class Architecture:
     embed_dim: int
     image_size: tuple[int, int]
     context_length: int
+    has_vision_pre_norm: bool = True
 
     def tower(self, name: str) -> TowerShape:
         """The shape of the tower called `name`: "vision" or "text"."""
@@ -186,8 +191,13 @@ class Backbone(Options):
         """Have OpenCLIP download the weights, unless they are there. Raises `UserError` as `load` does."""
         self._find_weights(_find_config(self.model)[0])
 
-    def _find_weights(self, config: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
-        """The weights file (None: random weights) and what a pretrained tag says about preprocessing."""
+    def check_weights(self) -> None:
+        """Raise `UserError` for what is wrong with the weights, as far as it shows before they are fetched or read."""
+        config, _ = _find_config(self.model)
+        self._find_weights(config, fetch=False)
+
+    def _find_weights(self, config: dict[str, Any], *, fetch: bool = True) -> tuple[Path | None, dict[str, Any]]:
+        """The weights file (None: random weights, or not fetched) and what a tag says about preprocessing."""
         folder, builtin = Path(self.model), Path(str(ASSETS / f"{self.model}.safetensors"))
         weights = self.weights
         if weights is None and folder.is_dir():
@@ -205,8 +215,11 @@ class Backbone(Options):
                 raise UserError(f"backbone.weights: there are no built-in weights for model {self.model!r}")
             return builtin, {}
         if open_clip.is_pretrained_cfg(self.model, weights):
-            return _download(self.model, weights, config)
+            settings = _pretrained_settings(self.model, weights, config)
+            return (_download(self.model, weights, settings) if fetch else None), settings
         path = Path(weights)
+        if _names_a_hub(weights):
+            raise UserError(f"backbone.weights: {weights!r} is a repository of a hub; {HOW_FROM_A_HUB}")
         if not path.is_file():
             known_tags = [*open_clip.list_pretrained_tags_by_model(self.model), "random", "builtin"]
             raise UserError(
@@ -214,11 +227,19 @@ class Backbone(Options):
                 f"{suggest(weights, known_tags)}"
             )
         if path.suffix != ".safetensors":
+            mended = path.with_suffix(".safetensors").name
             raise UserError(
-                f"backbone.weights: {path}: only .safetensors files are read (pickled weights can run code); "
-                "convert it with safetensors.torch.save_file"
+                f"backbone.weights: {path}: only .safetensors files are read (pickled weights can run code); convert "
+                "it: import torch, safetensors.torch; "
+                f"state = torch.load({path.name!r}, weights_only=True); "
+                f"safetensors.torch.save_file(state.get('state_dict', state), {mended!r})"
             )
         return path, {}
+
+
+def _names_a_hub(name: str) -> bool:
+    """Whether `hf-hub:owner/name`, `https://...` or the like stands where a name or a path is expected."""
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+-]*:(?!\\)", name)) and not Path(name).exists()
 
 
 def _weights_in(folder: Path) -> Path:
@@ -262,6 +283,15 @@ def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
             raise UserError(f"backbone.model: {name!r} is a folder without open_clip_config.json")
     if path.suffix == ".json":
         return _read_config(path)
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".ckpt"):
+        raise UserError(
+            f"backbone.model: {name!r} names weights, which belong to backbone.weights; expected an OpenCLIP model "
+            "name, a JSON config or a folder with open_clip_config.json"
+        )
+    if name.startswith("local-dir:"):
+        raise UserError(f"backbone.model: name the folder itself: {name.removeprefix('local-dir:')}")
+    if _names_a_hub(name):
+        raise UserError(f"backbone.model: {name!r} is a repository of a hub; {HOW_FROM_A_HUB}")
     if "/" not in name and os.path.isfile(str(builtin)):
         return _read_config(Path(str(builtin)))
     config = open_clip.get_model_config(name) if ":" not in name else None
@@ -325,6 +355,7 @@ def _architecture(name: str, config: dict[str, Any]) -> Architecture:
         embed_dim=config["embed_dim"],
         image_size=_pair(vision.image_size),
         context_length=text.context_length,
+        has_vision_pre_norm=not vision.no_ln_pre,
     )
 
 
@@ -491,14 +522,19 @@ def _reason(error: Exception, *, after: str = "", limit: int = 300) -> str:
     return reason if len(reason) <= limit else reason[:limit] + " ..."
 
 
-def _download(model: str, tag: str, config: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Fetch a pretrained tag's weights; also what the tag says about preprocessing."""
+def _pretrained_settings(model: str, tag: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What OpenCLIP knows of a pretrained tag. Raises `UserError` if its weights were trained with another GELU."""
     settings = open_clip.get_pretrained_cfg(model, tag)
     if bool(settings.get("quick_gelu")) != bool(config.get("quick_gelu")):
         other = f"{model}-quickgelu" if settings.get("quick_gelu") else model.removesuffix("-quickgelu")
         raise UserError(f"backbone.model: the weights {tag!r} were trained with another GELU; use model {other}")
+    return dict(settings)
+
+
+def _download(model: str, tag: str, settings: dict[str, Any]) -> Path:
+    """Fetch a pretrained tag's weights."""
     try:
-        return Path(open_clip.download_pretrained(settings)), settings
+        return Path(open_clip.download_pretrained(settings))
     except Exception as error:  # the hub's client, urllib and the file system each raise types of their own
         reason = _reason(error, after="Last error: ", limit=220)
         raise UserError(f"backbone.weights: {tag!r} of {model} can't be downloaded: {reason}") from None

@@ -240,8 +240,14 @@ class AttachedContext(AttachedBeside):
 
 @register("norm")
 @dataclass(frozen=True)
-class Norm(FitsEveryModel):
+class Norm(Adapter):
     """The weight and bias of the norm before the vision tower's blocks (NormFit)."""
+
+    def check_fits(self, architecture: Architecture) -> None:
+        if not architecture.has_vision_pre_norm:
+            raise OptionError(
+                "", f"norm trains the norm before the vision tower's blocks: {architecture.name} has none"
+            )
 
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedNorm(clip)

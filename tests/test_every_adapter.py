@@ -1,0 +1,50 @@
+"""Every adapter with every kind of supported model: it runs a round, or `--check` refuses it in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import write_model
+
+from flora.checks import check_experiment
+from flora.clip.adapters import Adapter
+from flora.config import parse_config
+from flora.errors import UserError
+from flora.registry import components
+from flora.simulate import simulate
+
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "custom text": {"custom_text": True},
+    "quick GELU": {"quick_gelu": True},
+    "no pre-norm": {"vision": {"no_ln_pre": True}},
+    "mean of patches": {"vision": {"pool_type": "avg", "final_ln_after_pool": True}},
+    "sinusoids": {"vision": {"pos_embed_type": "sin_cos_2d"}},
+    "layer scale": {"vision": {"ls_init_value": 0.1}, "text": {"ls_init_value": 0.1}},
+    "not causal": {"custom_text": True, "text": {"no_causal_mask": True, "pool_type": "last"}},
+    "no projection": {"custom_text": True, "text": {"proj_type": "none", "width": 16, "heads": 2}},
+    "biased projection": {"custom_text": True, "text": {"proj_bias": True}},
+    "logit bias": {"custom_text": True, "init_logit_bias": -10.0},
+    "one block": {"vision": {"layers": 1}, "text": {"layers": 1}},
+    "wide image": {"vision": {"image_size": [16, 24]}},
+}
+REFUSED = {("no pre-norm", "norm"): "adapter: norm trains the norm before the vision tower's blocks: "}
+
+
+@pytest.mark.parametrize("adapter", sorted(components(Adapter)))
+@pytest.mark.parametrize("model", MODELS)
+def test_it_runs_a_round_or_is_refused(model: str, adapter: str, raw_config: dict[str, Any], tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.json", **MODELS[model])
+    backbone = {"model": path, "weights": "random"}
+    config = parse_config(
+        raw_config | {"backbone": backbone, "adapter": adapter, "rounds": 1, "local": {"steps": 1}, "data": "patterns"}
+    )
+    if (model, adapter) in REFUSED:
+        with pytest.raises(UserError) as caught:
+            check_experiment(config)
+        assert str(caught.value).startswith(REFUSED[model, adapter])
+        return
+    result = simulate(config)
+    assert result.records[1].train_loss is not None
