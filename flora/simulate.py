@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +40,7 @@ from flora.measure import (
     measure_clients,
 )
 from flora.overrides import override_key
+from flora.progress import StepBar, bar, has_line, image_progress, on_terminal, round_line
 from flora.records import RoundRecord, ServerState, Summary
 from flora.resume import Start, find_start, finished_rounds, recorded_clients_per_block, resumed_config
 from flora.run_directory import RunDirectory, environment
@@ -149,14 +149,25 @@ def _run_in(
             echo(line)
         directory.log(line)
 
-    threads = torch.get_num_threads()
+    threads, steps = torch.get_num_threads(), StepBar()
     try:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         started = time.perf_counter()
         memory_before = peak_memory_bytes(choose_device(config.device))
         per_block = recorded_clients_per_block(directory.path)
-        experiment = build_experiment(config, progress=_progress, log=log, hooks=hooks, clients_per_block=per_block)
+
+        def after_step(done: int, total: int) -> None:
+            steps.show(done, total)
+            hooks.after_step(done, total)
+
+        experiment = build_experiment(
+            config,
+            progress=image_progress(log),
+            log=log,
+            hooks=replace(hooks, after_step=after_step),
+            clients_per_block=per_block,
+        )
         federation = experiment.federation
         for number, line in enumerate(experiment.unreadable):
             (log if number < MAX_SHOWN else directory.log)(f"left out: {line}")
@@ -175,8 +186,9 @@ def _run_in(
         directory.write_prompts(prompts_as_used(experiment))
         directory.write_examples(EXAMPLE_COLUMNS, examples_as_used(experiment))
         experiment = replace(experiment, data=None)
-        result = _run(experiment, directory, find(experiment, log), started, memory_before)
+        result = _run(experiment, directory, find(experiment, log), started, memory_before, echo)
     finally:
+        steps.close()
         torch.set_num_threads(threads)
     for line in report.lines(result.summary, config):
         directory.log(line)
@@ -184,30 +196,43 @@ def _run_in(
 
 
 def _run(
-    experiment: Experiment, directory: RunDirectory, start: Start, started: float, memory_before: int
+    experiment: Experiment,
+    directory: RunDirectory,
+    start: Start,
+    started: float,
+    memory_before: int,
+    echo: Callable[[str], object] | None,
 ) -> RunResult:
     config, federation = experiment.config, experiment.federation
     saver = _Saver(federation, config, directory, start, started)
     state = recorded = start.state
     records = list(start.records)
     clients: ClientResults | None = None
+
+    def add(record: RoundRecord) -> None:
+        records.append(record)
+        directory.append_round(record)
+        if has_line(record.round, config.rounds):
+            line = round_line(record, config.rounds)
+            directory.log(line)
+            if echo is not None and not on_terminal():  # on a terminal there is a bar
+                echo(line)
+
     try:
         _stop_if_diverged(records)
         if not records:
             record, clients = measure(experiment, state, None)
-            records.append(record)
-            directory.append_round(record)
-        with _bar("rounds", config.rounds, "round", initial=state.round) as bar:
+            add(record)
+        with bar("rounds", config.rounds, "round", initial=state.round) as rounds:
             while state.round < config.rounds:
                 state, result = run_round(federation, state)
                 record, clients = measure(experiment, state, result)
-                records.append(record)
-                directory.append_round(record)
+                add(record)
                 recorded = state
                 saver.after_round(state)
                 _stop_if_diverged(records)
-                bar.update()
-                bar.set_postfix(_postfix(record, records))
+                rounds.update()
+                rounds.set_postfix(_postfix(record, records))
         alone = _alone(experiment, state, log=directory.log)
     except BaseException as error:
         # Whatever it is that ends the run, nothing of what it has done is lost, if it can still be written.
@@ -284,26 +309,10 @@ def _alone(experiment: Experiment, state: ServerState, log: Callable[[str], obje
     if not experiment.config.evaluation.num_alone:
         return AloneResults.of_nobody(len(experiment.federation.clients))
     started = time.perf_counter()
-    with _bar("alone", experiment.config.rounds, "round") as bar:
-        alone = measure_alone(experiment, state, advance=bar.update)
+    with bar("alone", experiment.config.rounds, "round") as rounds:
+        alone = measure_alone(experiment, state, advance=rounds.update)
     log(f"{np.sum(~np.isnan(alone.test))} clients trained alone in {time.perf_counter() - started:.1f} s")
     return alone
-
-
-def _bar(title: str, total: int, unit: str, initial: int = 0) -> Any:
-    """A progress bar on standard error; silent where that is not a terminal."""
-    return tqdm(total=total, initial=initial, desc=title, unit=unit, disable=None, dynamic_ncols=True)
-
-
-def _progress(title: str, total: int) -> Callable[[int], object]:
-    bar = _bar(title, total, "image")
-
-    def advance(number: int) -> None:
-        bar.update(number)
-        if bar.n >= total:
-            bar.close()
-
-    return advance
 
 
 def _postfix(record: RoundRecord, records: Sequence[RoundRecord]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,7 +62,8 @@ def log_lines(error: str) -> list[str]:
         "image features: ",
         "clients in one step",
     )
-    return [line for line in error.splitlines() if any(words in line for words in known)]
+    is_round = re.compile(r"round \d+ of \d+: ")
+    return [line for line in error.splitlines() if is_round.match(line) or any(words in line for words in known)]
 
 
 @pytest.fixture

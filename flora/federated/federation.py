@@ -281,8 +281,15 @@ class Federation:
         first = next(iter(adapters.values()))
         names = list(self.trained(first, round)) if names is None else names
         residual = {name: tensor for name, tensor in first.items() if is_residual(name)}
+        taken, total = 0, sum(sum(block.num_steps) for block in waiting)
+
+        def advance(number: int) -> None:
+            nonlocal taken
+            taken += number
+            self.hooks.after_step(taken, total)
+
         while waiting:
-            block = waiting.pop(0)
+            block, taken_before = waiting.pop(0), taken
             try:
                 self.hooks.before_block(round, block.clients)
                 result = train_block(
@@ -298,13 +305,14 @@ class Federation:
                     server_memory=server_memory,
                     beside=tree.expand(residual, 1),
                     anchor=_stacked([anchors[client] for client in block.clients]) if anchors else None,
+                    advance=advance,
                 )
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 result = None
             if result is None:  # outside of the handler, which keeps the failed step's tensors alive
-                waiting[:0] = self._smaller(block)
+                waiting[:0], taken = self._smaller(block), taken_before
                 continue
             yield block, result
 

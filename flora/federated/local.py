@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +97,7 @@ def train_block(
     server_memory: StateLike | None = None,
     beside: StateLike | None = None,
     anchor: StateLike | None = None,
+    advance: Callable[[int], object] = lambda number: None,
 ) -> BlockResult:
     """Train K clients from `adapters` `(K, ...)`; the order of clients is the block's.
 
@@ -106,6 +107,7 @@ def train_block(
     from their last round; None is a fresh start. `trained` are the names of the tensors to train; None: all.
     `server_memory` is what the correction remembers at the server. `beside` are tensors `(1, ...)` that all clients
     share and nobody trains. `anchor` `(K, ...)` is what the correction measures distances from, in place of `adapters`.
+    `advance` is told after each step how many clients took it.
     """
     flat = FlatStack(adapters, model.device, trained)
     is_trained = slice(0, flat.num_trained)
@@ -138,6 +140,7 @@ def train_block(
             if len(gates):
                 parameters[:, gates] = F.softshrink(parameters[:, gates], learning_rate * model.adapter.threshold)
             totals[:num_active] += losses
+            advance(num_active)
     remembered, sent = drift.finish(flat.matrix[:, is_trained], block.num_steps, learning_rate)
     keep = local.optimizer_state == "kept"
     return BlockResult(
