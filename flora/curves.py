@@ -31,6 +31,8 @@ GREY = "#555555"
 ZERO_SHOT: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1.0}
 # Lines of a panel whose zero-shot accuracies lie closer than this (different seeds) share one dotted line.
 SAME_ZERO_SHOT = 0.01
+# Lines of a panel, and panels of a picture; more of them go into further panels and pictures.
+MAX_LINES, MAX_PANELS = 14, 12
 STYLE = {
     "font.size": 9.0, "axes.titlesize": 9.5, "axes.labelsize": 9.5, "legend.fontsize": 9.0,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.linewidth": 0.7,
@@ -98,6 +100,24 @@ def averages(curves: Sequence[Curve]) -> dict[str, dict[str, Average]]:
     return panels
 
 
+def undrawn(curves: Sequence[Curve]) -> list[str]:
+    """The lines that `averages` leaves out, as "panel: line"."""
+    drawn = {(panel, line) for panel, lines in averages(curves).items() for line in lines}
+    every = dict.fromkeys((curve.panel, curve.line) for curve in curves)
+    return [f"{panel}: {line}" for panel, line in every if (panel, line) not in drawn]
+
+
+def _of_readable_size(panels: dict[str, dict[str, Average]]) -> list[dict[str, dict[str, Average]]]:
+    """The panels of each picture; one with too many lines is several."""
+    small: dict[str, dict[str, Average]] = {}
+    for panel, lines in panels.items():
+        parts = [list(lines.items())[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
+        for number, part in enumerate(parts, start=1):
+            small[panel if len(parts) == 1 else f"{panel} ({number} of {len(parts)})"] = dict(part)
+    items = list(small.items())
+    return [dict(items[start : start + MAX_PANELS]) for start in range(0, len(items), MAX_PANELS)]
+
+
 def zero_shot_levels(lines: Sequence[Average]) -> list[float]:
     """The zero-shot accuracies to show in a panel: one for all its lines if they agree, else each."""
     levels = sorted({each.zero_shot for each in lines if each.zero_shot is not None})
@@ -108,8 +128,9 @@ def draw_curves(curves: Sequence[Curve], folder: Path) -> list[Path]:
     """Write `accuracy_over_rounds.png` and `accuracy_over_bytes.png` into `folder`; return their paths.
 
     Runs of one panel and line are seeds: drawn are their mean and a band of one standard deviation to either side.
-    The same curves give the same bytes (with one version of matplotlib). Without a point to draw nothing is written.
-    Raises `UserError` if matplotlib is missing or a file can't be written.
+    What is too much for one picture goes on in `accuracy_over_rounds-2.png` and so on; such pictures of an earlier call
+    are removed. The same curves give the same bytes (with one version of matplotlib). Without a point to draw nothing
+    is written. Raises `UserError` if matplotlib is missing or a file can't be written.
     """
     try:
         from matplotlib import style
@@ -119,12 +140,16 @@ def draw_curves(curves: Sequence[Curve], folder: Path) -> list[Path]:
     if not panels:
         return []
     names = list(dict.fromkeys(line for lines in panels.values() for line in lines))
+    pictures: dict[Path, bytes] = {}
     # The user's own matplotlibrc has no say: the pictures of two machines are to look alike.
     with style.context(["default", STYLE]):
-        pictures = {
-            folder / "accuracy_over_rounds.png": _png(_figure(panels, names, over_bytes=False)),
-            folder / "accuracy_over_bytes.png": _png(_figure(panels, names, over_bytes=True)),
-        }
+        for over_bytes, title in ((False, "accuracy_over_rounds"), (True, "accuracy_over_bytes")):
+            for number, some in enumerate(_of_readable_size(panels), start=1):
+                name = f"{title}.png" if number == 1 else f"{title}-{number}.png"
+                pictures[folder / name] = _png(_figure(some, names, over_bytes=over_bytes))
+    for old in folder.glob("accuracy_over_*-[0-9]*.png"):
+        if old not in pictures:
+            old.unlink(missing_ok=True)
     for path, content in pictures.items():
         _write(path, content)
     return list(pictures)
@@ -138,7 +163,7 @@ def _figure(panels: dict[str, dict[str, Average]], names: Sequence[str], *, over
     num_rows = math.ceil(len(panels) / num_columns)
     width = {1: 6.4, 2: 8.4, 3: 10.8}[num_columns]
     height = num_rows * {1: 3.8, 2: 3.0, 3: 2.6}[num_columns] + 0.3
-    handles = _handles(panels, names)
+    handles = _handles(panels, names, over_bytes=over_bytes)
     labels = [textwrap.fill(str(handle.get_label()), 60) for handle in handles]
     num_legend_columns = _legend_columns(labels, width)
     legend_height = 0.2 * _legend_lines(labels, num_legend_columns) + 0.15
@@ -210,13 +235,18 @@ def _scale(axes: Axes, *, over_bytes: bool) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _handles(panels: dict[str, dict[str, Average]], names: Sequence[str]) -> list[Artist]:
-    """The legend's entries: the lines, and what else there is to see."""
+def _handles(panels: dict[str, dict[str, Average]], names: Sequence[str], *, over_bytes: bool) -> list[Artist]:
+    """The legend's entries: the lines that there are to see, and what else there is."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     drawn = [line for lines in panels.values() for line in lines.values()]
-    handles: list[Artist] = [Line2D([], [], label=name, **line_style(order)) for order, name in enumerate(names)]
+    seen = {
+        name for lines in panels.values() for name, line in lines.items() if not over_bytes or max(line.sent_bytes) > 0
+    }
+    handles: list[Artist] = [
+        Line2D([], [], label=name, **line_style(order)) for order, name in enumerate(names) if name in seen
+    ]
     if any(line.zero_shot is not None for line in drawn):
         handles.append(Line2D([], [], label="zero-shot", **ZERO_SHOT))
     if any(line.deviation is not None for line in drawn):

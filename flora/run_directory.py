@@ -49,7 +49,7 @@ class RunDirectory:
     def __init__(self, path: Path, before_write: Callable[[Path], object] = lambda path: None) -> None:
         self.path = path
         self._before_write = before_write
-        self._lock = _lock(path / "lock")
+        self._lock = lock_file(path / "lock")
         self._records_bytes = 0
         self._records_sha256 = hashlib.sha256()
 
@@ -82,7 +82,7 @@ class RunDirectory:
         Anything else is left alone. Raises `UserError` if a process is at work in it.
         """
         if path.is_dir() and {each.name for each in path.iterdir()} <= {"lock", "config.yaml.part", "log.txt"}:
-            lock = _lock(path / "lock")
+            lock = lock_file(path / "lock")
             shutil.rmtree(path, ignore_errors=True)
             if lock is not None:
                 lock.close()
@@ -305,8 +305,8 @@ def _record(fields: dict[str, Any]) -> RoundRecord:
     return RoundRecord(**fields, rejected_clients=rejected, cohort=None if cohort is None else tuple(cohort))
 
 
-def _lock(path: Path) -> IO[bytes] | None:
-    """The open lock file of a run; the system lets go of it when the process ends, however it ends.
+def lock_file(path: Path) -> IO[bytes] | None:
+    """The open lock file of a run or a sweep; the system lets go of it when the process ends, however it ends.
 
     Raises `UserError` if another process has it. None where the system has no such locks.
     """

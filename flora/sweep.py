@@ -12,17 +12,19 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from flora.checks import check_experiment
 from flora.command_line import Parser, run_program, split_arguments
 from flora.config import ExperimentConfig, load_config
-from flora.curves import draw_curves
+from flora.curves import draw_curves, undrawn
 from flora.errors import UserError
 from flora.interrupts import Interrupted, Interrupts
 from flora.registry import suggest
+from flora.run_directory import lock_file
 from flora.sweep_runs import Outcomes, run_all
 from flora.sweep_table import Row, collect, to_csv, to_curves, to_markdown, to_overview, to_text, with_ratios
 
@@ -142,10 +144,11 @@ def _main(options: argparse.Namespace) -> int:
     try:
         with Interrupts() as interrupts:
             runs = configurations(grid, options.output, options.set)
-            try:
-                run_all(runs, outcomes, jobs=int(options.jobs), check=interrupts.check)
-            except Interrupted as interrupted:
-                stopped = interrupted
+            with _locked(options.output):
+                try:
+                    run_all(runs, outcomes, jobs=int(options.jobs), check=interrupts.check)
+                except Interrupted as interrupted:
+                    stopped = interrupted
     except Interrupted as interrupted:
         stopped = interrupted
     failures = [f"failed: {name}: {problem.splitlines()[-1]}" for name, problem in outcomes.items() if problem]
@@ -161,18 +164,36 @@ def _main(options: argparse.Namespace) -> int:
     return 2 if failures else 0
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other sweeps out of a folder. Raises `UserError` if one is in it, or if it can't be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}") from None
+    lock = lock_file(folder / "lock")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            (folder / "lock").unlink(missing_ok=True)
+            lock.close()
+        with suppress(OSError):  # there is something in it
+            folder.rmdir()
+
+
 def _report(grid: Sequence[Combination], outcomes: Outcomes, folder: Path, reference: str) -> None:
     """Tabulate and draw the runs that are finished, and print the table."""
     finished = {name for name, problem in outcomes.items() if problem is None}
     runs = [(folder / each.name if each.name in finished else None, each.config, dict(each.values)) for each in grid]
     table = with_ratios(collect(runs), reference)
+    print(to_text(table))  # first of all: it needs no disk
     parts = [part for part in (to_overview(table), to_markdown(table)) if part]
     written = [
         _write(folder / "table.md", "\n".join(parts)),
         _write(folder / "table.csv", to_csv(table)),
         *_curves(table, folder),
     ]
-    print(to_text(table))
     print(f"\nwritten: {', '.join(map(str, written))}")
 
 
@@ -189,7 +210,11 @@ def _curves(table: Sequence[Row], folder: Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         print("no curves: they need matplotlib (pip install 'flora-clip[report]')", file=sys.stderr)
         return []
-    return draw_curves(to_curves(table), folder)
+    curves = to_curves(table)
+    left_out = undrawn(curves)
+    if left_out:
+        print(f"not drawn, for want of rounds that all its runs evaluated: {'; '.join(left_out)}", file=sys.stderr)
+    return draw_curves(curves, folder)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flora.curves import Curve
+from flora.curves import MAX_LINES, Curve
 from flora.errors import UserError
 from flora.files import read_text
 from flora.report import duration, percent, size
@@ -215,18 +216,55 @@ def _outcome(summary: dict[str, Any], records: Sequence[dict[str, Any]]) -> Outc
     )
 
 
-def _panel(row: Row) -> tuple[str, str]:
+def _named(key: str, value: str) -> str:
+    """A swept value as a reader needs it: a component's name says what it is, a number does not: "rank 4"."""
+    speaks = re.fullmatch(r"[A-Za-z][\w-]*", value) and value not in ("true", "false", "null")
+    return value if speaks else f"{key.rpartition('.')[2].replace('_', ' ')} {value}"
+
+
+def _is_of_the_data(key: str) -> bool:
+    return key.partition(".")[0] in ("data", "partition", "split")
+
+
+def _panel(row: Row, is_panel: Callable[[str], bool] = _is_of_the_data) -> tuple[str, str]:
     """Where a row belongs: its data and partition, and all else, which is the method."""
-    panel = {key: each for key, each in row.labels.items() if key.partition(".")[0] in ("data", "partition", "split")}
-    method = [each for key, each in row.labels.items() if key not in panel]
-    return ", ".join(panel.values()) or "all runs", ", ".join(method) or "all runs"
+    panel = [_named(key, each) for key, each in row.labels.items() if is_panel(key)]
+    method = [_named(key, each) for key, each in row.labels.items() if not is_panel(key)]
+    return ", ".join(panel) or "all runs", ", ".join(method) or "all runs"
+
+
+def _keys_of_panels(rows: Sequence[Row]) -> set[str]:
+    """The swept keys that have panels of their own, as few as leave no more than `MAX_LINES` methods in one.
+
+    These are data and partition; then, of what leaves the lines of a panel few enough, what leaves most of them, else
+    what has the most values. One key at least is left for the lines.
+    """
+    values = {key: {row.labels.get(key) for row in rows} for row in rows for key in row.labels}
+    panel = {key for key in values if _is_of_the_data(key)}
+
+    def num_lines(panel: set[str]) -> int:
+        lines: dict[str, set[str]] = {}
+        for row in rows:
+            name, line = _panel(row, panel.__contains__)
+            lines.setdefault(name, set()).add(line)
+        return max(map(len, lines.values()), default=0)
+
+    while num_lines(panel) > MAX_LINES and len(values) - len(panel) > 1:
+        left = {key: num_lines(panel | {key}) for key in values if key not in panel}
+        fitting = {key: number for key, number in left.items() if number <= MAX_LINES}
+        panel.add(max(fitting, key=lambda key: left[key]) if fitting else min(left, key=lambda key: left[key]))
+    return panel
 
 
 def to_curves(rows: Sequence[Row]) -> list[Curve]:
-    """The accuracy curves of the rows' runs: a panel for each data set and partition, a line for each method."""
+    """The accuracy curves of the rows' runs: a panel for each data set and partition, a line for each method.
+
+    Where that would be too many lines for a panel, other swept keys have panels of their own, too.
+    """
+    keys = _keys_of_panels(rows)
     return [
         Curve(
-            *_panel(row),
+            *_panel(row, keys.__contains__),
             rounds=tuple(point.round for point in outcome.points),
             sent_bytes=tuple(point.sent_bytes for point in outcome.points),
             accuracy=tuple(point.accuracy for point in outcome.points),

@@ -14,13 +14,17 @@ from PIL import Image
 from flora.curves import (
     DASHES,
     MARKERS,
+    MAX_LINES,
+    MAX_PANELS,
     Curve,
     _columns,
     _figure,
+    _of_readable_size,
     average,
     averages,
     draw_curves,
     line_style,
+    undrawn,
     zero_shot_levels,
 )
 from flora.errors import UserError
@@ -146,6 +150,44 @@ def test_what_is_in_a_picture() -> None:
         assert texts == [*names, "zero-shot", "± 1 standard deviation"]
     alone = _figure(averages(sweep(1, 1, 1)), ["line 0"], over_bytes=False)
     assert [text.get_text() for text in alone.subfigs[1].legends[0].get_texts()] == ["line 0", "zero-shot"]
+
+
+def legend(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.subfigs[1].legends[0].get_texts()]
+
+
+def test_the_legend_has_what_is_drawn_and_nothing_else() -> None:
+    """Who sends nothing has no place over bytes; whose rounds don't meet is named by `undrawn`."""
+    curves = [
+        curve([0.1, 0.5], line="sends"),
+        curve([0.1, 0.6], line="centralised", per_round=0),
+        curve([0.2], line="never at once", rounds=[1]),
+        curve([0.2], line="never at once", rounds=[2]),
+    ]
+    panels, names = averages(curves), ["sends", "centralised"]
+    assert legend(_figure(panels, names, over_bytes=False)) == ["sends", "centralised", "zero-shot"]
+    assert legend(_figure(panels, names, over_bytes=True)) == ["sends", "zero-shot"]
+    assert undrawn(curves) == ["p: never at once"]
+    assert undrawn(curves[:2]) == []
+
+
+@pytest.mark.parametrize(("num_panels", "num_lines", "num_pictures"), [(1, 144, 1), (13, 2, 2), (30, 1, 3)])
+def test_what_is_too_much_for_a_picture_goes_into_more(
+    num_panels: int, num_lines: int, num_pictures: int, tmp_path: Path
+) -> None:
+    pictures = _of_readable_size(averages(sweep(num_panels, num_lines, 1, num_rounds=2)))
+    assert len(pictures) == num_pictures
+    assert all(len(panels) <= MAX_PANELS for panels in pictures)
+    assert all(len(lines) <= MAX_LINES for panels in pictures for lines in panels.values())
+    assert sum(len(lines) for panels in pictures for lines in panels.values()) == num_panels * num_lines
+
+
+def test_further_pictures_and_those_of_an_earlier_call(tmp_path: Path) -> None:
+    written = draw_curves(sweep(13, 1, 1, num_rounds=2), tmp_path)
+    assert sorted(path.name for path in written) == sorted(path.name for path in tmp_path.iterdir())
+    assert "accuracy_over_rounds-2.png" in {path.name for path in written}
+    draw_curves(sweep(1, 1, 1, num_rounds=2), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == NAMES
 
 
 def test_the_same_curves_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,10 @@ def test_resume_takes_its_arguments_in_any_order(monkeypatch: pytest.MonkeyPatch
         assert options == {"resuming": True}
 
 
-def test_a_sweep_takes_its_arguments_in_any_order(config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_takes_its_arguments_in_any_order(
+    config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     grids: list[Any] = []
     monkeypatch.setattr(sweep, "run_all", lambda runs, *arguments, **options: grids.append((runs, options["jobs"])))
     for arguments in orders(config_file, "seed=0,1", ("--set", "rounds=5"), ("--jobs", "2"), ("--output", "x")):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ from flora.sweep_table import (
     collect,
     read_outcome,
     to_csv,
+    to_curves,
     to_markdown,
     to_overview,
     to_text,
@@ -255,6 +260,61 @@ def test_a_stopped_sweep_shows_what_is_finished(
     captured = capsys.readouterr()
     assert "zero-shot" in captured.out
     assert captured.err.splitlines()[-1] == "stopped by SIGINT; the same command goes on"
+
+
+def test_two_sweeps_in_one_folder_exclude_each_other(
+    config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sweep"
+    with sweep._locked(folder):
+        assert run(config_file, folder, "seed=0") == 2
+        error = capsys.readouterr().err
+        assert error == f"{folder}: in use by another process ({os.getpid()}); wait for it, or stop it\n"
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert not folder.exists()
+    assert run(config_file, folder, "seed=0") == 0
+    assert not (folder / "lock").exists()
+
+
+def test_a_full_disk_does_not_hide_the_table(
+    config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, text: str) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(sweep, "_write", full)
+    assert run(config_file, tmp_path / "sweep", "seed=0,1") == 2
+    captured = capsys.readouterr()
+    assert "zero-shot" in captured.out
+    assert captured.err.splitlines()[-1] == f"{tmp_path / 'sweep' / 'table.md'}: No space left on device"
+
+
+def rows_of(**values: Sequence[str]) -> list[Row]:
+    """A row for each combination, of a run of two rounds."""
+    points = (Point(0, 0, 0.1), Point(1, 100, 0.5))
+    return [
+        Row(dict(zip(values, each, strict=True)), (replace(outcome(0.5), points=points),))
+        for each in itertools.product(*values.values())
+    ]
+
+
+def test_a_picture_names_what_is_a_number() -> None:
+    rows = rows_of(**{"adapter.rank": ["2", "4"], "partition": ["iid"], "speed.cut_prompts": ["true", "false"]})
+    curves = to_curves(rows)
+    assert {curve.panel for curve in curves} == {"iid"}
+    assert [curve.line for curve in curves] == [
+        f"rank {rank}, cut prompts {cut}" for rank in (2, 4) for cut in ("true", "false")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_panels", "num_lines"), [((4, 3), 1, 12), ((12, 4, 3), 12, 12), ((24, 2), 24, 2), ((144,), 1, 144)]
+)
+def test_many_runs_are_not_put_into_one_panel(sizes: tuple[int, ...], num_panels: int, num_lines: int) -> None:
+    values = {f"local.key{place}": [str(value) for value in range(size)] for place, size in enumerate(sizes)}
+    curves = to_curves(rows_of(**values))
+    assert len({(curve.panel, curve.line) for curve in curves}) == math.prod(sizes)
+    assert (len({curve.panel for curve in curves}), len({curve.line for curve in curves})) == (num_panels, num_lines)
 
 
 def test_an_unexpected_error_shows_where(config_file: str, tmp_path: Path) -> None:
