@@ -16,7 +16,7 @@ from flora.errors import UserError
 from flora.federated.memory import is_out_of_memory
 from flora.interrupts import Interrupted
 
-# The files that `--import` has brought in, as they were named.
+# The files that `--import` has brought into the program that runs, as they were named.
 imported: list[str] = []
 # What an error of the system says that has to do with a stream, not with a file.
 _STREAM_ERRORS = (errno.ENOSPC, errno.EBADF, errno.EIO, errno.EFBIG, errno.EDQUOT)
@@ -100,6 +100,8 @@ def run_program(body: Callable[[], int]) -> int:
             if reason is None:
                 raise
             return _end(reason, 2)
+        finally:
+            imported.clear()
 
 
 def out_of_memory_reason(error: Exception) -> str | None:
