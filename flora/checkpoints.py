@@ -21,7 +21,7 @@ import safetensors.torch
 
 from flora import tree
 from flora.errors import UserError
-from flora.files import read_bytes
+from flora.files import free_name, read_bytes
 from flora.records import ServerState
 from flora.registry import Options, option
 from flora.tree import State, StateLike
@@ -150,7 +150,7 @@ class CheckpointFolder:
                 if other > round:
                     self._before_write(self._folder(other))
                     set_aside.mkdir(exist_ok=True)
-                    self._folder(other).rename(set_aside / self._folder(other).name)
+                    self._folder(other).rename(free_name(set_aside, self._folder(other).name))
             for old in self.rounds()[keep:]:
                 self._remove(self._folder(old))
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 from contextlib import suppress
@@ -61,3 +62,10 @@ def write_whole(path: Path, content: bytes) -> None:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise
+
+
+def free_name(folder: Path, name: str) -> Path:
+    """The first path in `folder` that nothing has: `name`, then with -2, -3, ... before its suffix."""
+    first = folder / name
+    numbered = (folder / f"{first.stem}-{number}{first.suffix}" for number in itertools.count(2))
+    return next(path for path in itertools.chain([first], numbered) if not os.path.lexists(path))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora.checkpoints import CheckpointFolder, DamagedError
+from flora.checkpoints import Checkpoint, CheckpointFolder, DamagedError
 from flora.config import ExperimentConfig, flat_settings, parse_config, read_yaml
 from flora.errors import ConfigError, UserError
 from flora.overrides import apply_overrides
@@ -35,6 +35,8 @@ CHANGEABLE = (
     "backbone.model",
     "backbone.weights",
 )
+# Rounds that a message names.
+MAX_NAMED = 10
 # One of these shows that a folder with a config.yaml is a run's.
 TRACES = ("lock", "log.txt", "environment.json", "rounds.jsonl", "checkpoints")
 
@@ -92,13 +94,17 @@ def find_start(
     *,
     client_like: StateLike,
     keep: int,
+    accept_lost_records: bool = False,
 ) -> Start:
-    """The newest checkpoint that is whole and whose records are; the beginning if there is none.
+    """The newest checkpoint that is whole and whose records are; the beginning if no checkpoint is whole.
 
     What is wrong with newer ones is logged; they are set aside. Records after it are taken away, and so are checkpoints
     before it but the newest `keep`. Raises `UserError` if a checkpoint can't be read, or if a finished run has none.
+    Where checkpoints are whole and the records of none are, that is an error, too, which asks for
+    `accept_lost_records`: then the newest is gone on from, with those records that can be read.
     """
     aside = directory.path / "set-aside"
+    without_records: Checkpoint | None = None
     for round in checkpoints.rounds():
         try:
             found = checkpoints.load(round, like=initial, client_like=client_like)
@@ -107,11 +113,14 @@ def find_start(
             continue
         if not directory.has_records(found.records_bytes, found.records_sha256):
             log(f"warning: {directory.path / 'rounds.jsonl'}: the records up to round {round} are not those written")
+            without_records = without_records or found
             continue
         records = directory.rewind(found.records_bytes)
         checkpoints.tidy(round, keep=keep, set_aside=aside)
         log(f"going on after round {round}")
         return Start(found.state, tuple(records), found.wall_seconds, found.clients_per_block)
+    if without_records is not None:
+        return _start_without_all_records(directory, checkpoints, without_records, log, keep, accept_lost_records)
     if finished_rounds(directory.path) is not None:
         raise UserError(
             f"{directory.path}: this run is finished, and has no good checkpoint that more rounds could follow"
@@ -120,6 +129,35 @@ def find_start(
     checkpoints.tidy(0, keep=keep, set_aside=aside)
     log("there is no checkpoint to go on from: starting from the beginning")
     return Start(initial)
+
+
+def _start_without_all_records(
+    directory: RunDirectory,
+    checkpoints: CheckpointFolder,
+    found: Checkpoint,
+    log: Callable[[str], object],
+    keep: int,
+    accept_lost_records: bool,
+) -> Start:
+    """Go on from a whole checkpoint with the records that can be read, if the user accepts that."""
+    path, round = directory.path / "rounds.jsonl", found.state.round
+    records = directory.readable_records(round)
+    lost = [number for number in range(round + 1) if number not in records]
+    which = "the records are not those that were written"
+    if lost:
+        shown = ", ".join(map(str, lost[:MAX_NAMED])) + (", ..." if len(lost) > MAX_NAMED else "")
+        which = f"{len(lost)} of {round + 1} records can't be read (round {shown})"
+    if not accept_lost_records:
+        raise UserError(
+            f"{path}: {which}, though the checkpoint of round {round} is whole; to go on from it with the records that "
+            "can be read: --accept-lost-records"
+        )
+    aside = directory.path / "set-aside"
+    directory.replace_records(records.values(), aside)
+    checkpoints.tidy(round, keep=keep, set_aside=aside)
+    log(f"warning: {path}: {which}; sums over all rounds leave them out; the file as it was is in {aside}")
+    log(f"going on after round {round}")
+    return Start(found.state, tuple(records.values()), found.wall_seconds, found.clients_per_block)
 
 
 def finished_rounds(path: Path) -> int | None:

@@ -27,7 +27,7 @@ import yaml
 
 from flora.config import ExperimentConfig, config_to_dict
 from flora.errors import DivergedError, UserError
-from flora.files import open_regular, read_bytes, refuse_irregular, write_whole
+from flora.files import free_name, open_regular, read_bytes, refuse_irregular, write_whole
 from flora.records import ClientData, Rejection, RoundRecord, Summary
 from flora.tree import StateLike, state_digest
 
@@ -65,7 +65,11 @@ class RunDirectory:
             path = Path(output) / (name if number == 1 else f"{name}-{number}")
             try:
                 path.mkdir(parents=True)
-                return cls(path, before_write)
+                try:
+                    return cls(path, before_write)
+                except BaseException:
+                    shutil.rmtree(path, ignore_errors=True)
+                    raise
             except FileExistsError:
                 if not Path(output).is_dir():
                     raise UserError(f"output: {output} is not a folder") from None
@@ -135,11 +139,26 @@ class RunDirectory:
             self._before_write(path)
             try:
                 folder.mkdir(exist_ok=True)
-                free = (folder / f"rounds-{number}.jsonl" for number in range(1, 10_000))
-                path.rename(next(name for name in free if not name.exists()))
+                path.rename(free_name(folder, "rounds-1.jsonl"))
             except OSError as error:
                 raise UserError(f"{path}: can't be set aside: {error.strerror or error}") from None
         self.rewind(0)
+
+    def readable_records(self, last_round: int) -> dict[int, RoundRecord]:
+        """The records by round, up to `last_round`, of the lines that can be read; of two with one round the first."""
+        records: dict[int, RoundRecord] = {}
+        for line in self._read_records(-1).splitlines():
+            with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                record = _record(json.loads(line))
+                if type(record.round) is int and 0 <= record.round <= last_round:
+                    records.setdefault(record.round, record)
+        return dict(sorted(records.items()))
+
+    def replace_records(self, records: Iterable[RoundRecord], set_aside: Path) -> None:
+        """Write `records` in place of those that are there, which are set aside."""
+        self.set_records_aside(set_aside)
+        for record in records:
+            self.append_round(record)
 
     def _read_records(self, num_bytes: int) -> bytes:
         try:

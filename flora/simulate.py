@@ -97,11 +97,13 @@ def resume(
     *,
     echo: Callable[[str], object] | None = None,
     hooks: Hooks | None = None,
+    accept_lost_records: bool = False,
 ) -> RunResult:
     """Go on with the run in `path` from its newest good checkpoint, as if it had never stopped.
 
     On the machine and device class that it began on, what comes out is the same, bit for bit. Raises `UserError` if the
-    run is finished, in use, or was begun with other settings or data.
+    run is finished, in use, or was begun with other settings or data; and where checkpoints are whole but records are
+    not, unless `accept_lost_records`: then round 0 and the checkpoint's round are measured anew, the others are lost.
     """
     config = resumed_config(Path(path), overrides, echo or (lambda line: None))
     check_experiment(config)
@@ -124,7 +126,9 @@ def resume(
                 log,
                 client_like=experiment.federation.client_state(initial.adapter),
                 keep=config.checkpoints.keep,
+                accept_lost_records=accept_lost_records,
             )
+            found = _with_first_and_last_record(experiment, found, directory)
             directory.write_config(config)
             if config.clients.per_block is None and found.clients_per_block:
                 experiment.federation.clients_per_block = found.clients_per_block
@@ -133,6 +137,19 @@ def resume(
         return _run_in(directory, config, hooks, echo, start)
     finally:
         directory.close()
+
+
+def _with_first_and_last_record(experiment: Experiment, start: Start, directory: RunDirectory) -> Start:
+    """Measure anew what a summary needs if its record was lost: the frozen model, and the state to go on from."""
+    records = {record.round: record for record in start.records}
+    missing = [state for state in (experiment.initial_state(), start.state) if state.round not in records]
+    if not missing or not start.state.round:
+        return start
+    for state in missing:
+        records[state.round], _ = measure(experiment, state, None)
+    ordered = tuple(record for _, record in sorted(records.items()))
+    directory.replace_records(ordered, directory.path / "set-aside")
+    return replace(start, records=ordered)
 
 
 def _run_in(
@@ -334,6 +351,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run whose directory is given in place of CONFIG"
     )
+    parser.add_argument(
+        "--accept-lost-records",
+        action="store_true",
+        help="with --resume: go on although lines of rounds.jsonl are damaged",
+    )
     parser.add_argument("--check", action="store_true", help="only validate one or more files; nothing is loaded")
     parser.add_argument("--list", action="store_true", help="print every component with its options")
     return parser
@@ -356,7 +378,7 @@ def _main(argv: Sequence[str] | None) -> int:
         raise UserError(f"expected {'a config file' if not paths else 'one config file'}, got {len(paths)}; see --help")
     if options.check:
         return _check(paths, overrides, resuming=options.resume)
-    _run_one(paths[0], overrides, resuming=options.resume)
+    _run_one(paths[0], overrides, resuming=options.resume, accept_lost_records=options.accept_lost_records)
     return 0
 
 
@@ -380,13 +402,13 @@ def _check(paths: Sequence[str], overrides: Sequence[str], *, resuming: bool) ->
     return status
 
 
-def _run_one(path: str, overrides: Sequence[str], *, resuming: bool) -> None:
+def _run_one(path: str, overrides: Sequence[str], *, resuming: bool, accept_lost_records: bool = False) -> None:
     config = resumed_config(Path(path), overrides) if resuming else load_config(path, overrides)
     try:
         with Interrupts() as interrupts:
             hooks = Hooks(before_block=lambda round, clients: interrupts.check())
             if resuming:
-                result = resume(path, overrides, echo=_say, hooks=hooks)
+                result = resume(path, overrides, echo=_say, hooks=hooks, accept_lost_records=accept_lost_records)
             else:
                 named = any(override_key(override) == "name" for override in overrides)
                 notes = [f"changed on the command line: {line}" for line in changes_by_overrides(path, overrides)]

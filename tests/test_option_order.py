@@ -42,7 +42,7 @@ def test_resume_takes_its_arguments_in_any_order(monkeypatch: pytest.MonkeyPatch
         assert simulate.main(arguments) == 0, arguments
         (path, overrides), options = seen.pop()
         assert (path, sorted(overrides)) == ("runs/mine", ["rounds=40", "threads=1"])
-        assert options == {"resuming": True}
+        assert options == {"resuming": True, "accept_lost_records": False}
 
 
 def test_a_sweep_takes_its_arguments_in_any_order(

@@ -374,6 +374,29 @@ def test_a_damaged_config_is_taken_from_the_checkpoint(
     assert_same(directory, expected)
 
 
+def test_lost_records_do_not_cost_the_rounds(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first line and that of the checkpoint's round are measured anew, and the run ends as it would have."""
+    expected, directory = uninterrupted(raw, tmp_path), stopped(raw)
+    path = directory / "rounds.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(["{", *lines[1:-1], "}"]) + "\n")
+    damaged = path.read_bytes()
+    assert main(["--resume", str(directory)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "2 of 3 records can't be read (round 0, 2), though the checkpoint of round 2 is whole" in error
+    assert path.read_bytes() == damaged
+    assert main(["--resume", str(directory), "--accept-lost-records"]) == 0
+    found = comparable(directory)
+    assert found["adapter.safetensors"] == expected["adapter.safetensors"]
+    records = found["rounds.jsonl"]
+    assert [record["round"] for record in records] == [0, 1, 2, 3, 4]
+    assert [record["accuracy"] for record in records] == [record["accuracy"] for record in expected["rounds.jsonl"]]
+    assert records[3:] == expected["rounds.jsonl"][3:]
+    assert damaged in [each.read_bytes() for each in (directory / "set-aside").iterdir()]
+
+
 @pytest.mark.parametrize("name", ["environment.json", "partition.json", "prompts.json", "log.txt"])
 def test_a_file_that_is_damaged_or_missing(raw: dict[str, Any], tmp_path: Path, name: str) -> None:
     expected = uninterrupted(raw, tmp_path)
