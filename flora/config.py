@@ -103,7 +103,13 @@ class ExperimentConfig(Options):
     seed: int = option("root of all random numbers", 0, at_least=0)
     rounds: int = option("rounds of federated training; 0: zero-shot only", 20, at_least=0)
     device: str = option("auto (cuda if there is one, else cpu), cpu, cuda or cuda:N", "auto")
-    threads: int | None = option("threads of a CPU operation; none: PyTorch's choice", None, at_least=1, at_most=1024)
+    threads: int | None = option(
+        "threads of a CPU operation; none: PyTorch's choice, or fewer where other processes are at work and steps are "
+        "clearly faster so",
+        None,
+        at_least=1,
+        at_most=1024,
+    )
     output: str = option("folder that run directories are made in", "runs")
     split: Splitter = option("which images are trained on and which are the common test set", Official())
     backbone: Backbone = option("the frozen model", Backbone())

@@ -170,6 +170,11 @@ def recorded_clients_per_block(path: Path) -> int | None:
     return _whole_number(read_json(path / "environment.json"), "clients_per_block")
 
 
+def recorded_threads(path: Path) -> int | None:
+    """How many threads an operation had when the run in `path` began; None if that is not known."""
+    return _whole_number(read_json(path / "environment.json"), "num_threads") or None
+
+
 def changeable_overrides(config: ExperimentConfig) -> list[str]:
     """The settings of `config` that a run may go on with though it began with others, as overrides."""
     settings = flat_settings(config)

@@ -42,8 +42,16 @@ from flora.measure import (
 from flora.overrides import override_key
 from flora.progress import StepBar, bar, has_line, image_progress, on_terminal, round_line
 from flora.records import RoundRecord, ServerState, Summary
-from flora.resume import Start, find_start, finished_rounds, recorded_clients_per_block, resumed_config
+from flora.resume import (
+    Start,
+    find_start,
+    finished_rounds,
+    recorded_clients_per_block,
+    recorded_threads,
+    resumed_config,
+)
 from flora.run_directory import RunDirectory, environment
+from flora.threads import choose_threads
 from flora.tree import State
 
 # Unreadable images that are named on the terminal; log.txt names all.
@@ -185,6 +193,7 @@ def _run_in(
             hooks=replace(hooks, after_step=after_step),
             clients_per_block=per_block,
         )
+        _set_threads(config, directory, experiment, log)
         federation = experiment.federation
         for number, line in enumerate(experiment.unreadable):
             (log if number < MAX_SHOWN else directory.log)(f"left out: {line}")
@@ -210,6 +219,17 @@ def _run_in(
     for line in report.lines(result.summary, config):
         directory.log(line)
     return result
+
+
+def _set_threads(
+    config: ExperimentConfig, directory: RunDirectory, experiment: Experiment, log: Callable[[str], object]
+) -> None:
+    """As many threads as the configuration says, as the run so far has had, or as are fastest now."""
+    recorded = recorded_threads(directory.path)
+    if config.threads is None and recorded is not None:
+        torch.set_num_threads(min(recorded, torch.get_num_threads()))
+    elif config.threads is None:
+        choose_threads(experiment, log)
 
 
 def _run(
