@@ -85,7 +85,7 @@ def test_the_option_is_the_last_word(raw_config: dict[str, Any], monkeypatch: Pa
 def test_timing_changes_no_bit(raw_config: dict[str, Any], monkeypatch: Patch) -> None:
     for changes in (
         {},
-        {"local": {**raw_config["local"], "correction": "scaffold"}},
+        {"local": {**raw_config["local"], "optimizer": "sgd", "correction": "scaffold"}},
         {"server": {"strategy": "rolora"}},
     ):
         raw = {**raw_config, **changes}
