@@ -392,6 +392,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if options.list:
         print(list_components())
         return 0
+    if options.accept_lost_records and not options.resume:
+        raise UserError("--accept-lost-records belongs to --resume; see --help")
     if options.resume and len(paths) != 1:
         raise UserError(f"expected one run directory, got {len(paths)}; see --help")
     if not paths or (len(paths) > 1 and not options.check):

@@ -385,6 +385,8 @@ def test_lost_records_do_not_cost_the_rounds(
     damaged = path.read_bytes()
     assert main(["--resume", str(directory)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
+    assert main([str(directory), "--accept-lost-records"]) == 2
+    assert "--accept-lost-records belongs to --resume" in capsys.readouterr().err
     assert "2 of 3 records can't be read (round 0, 2), though the checkpoint of round 2 is whole" in error
     assert path.read_bytes() == damaged
     assert main(["--resume", str(directory), "--accept-lost-records"]) == 0
