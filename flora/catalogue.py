@@ -1,44 +1,29 @@
 """Importing this module registers every component that the package ships."""
 
-from flora.clip import adapters, baselines, dual
-from flora.data import augmentation, digits, folders, glyphs, partition, splits, tiny_imagenet, torchvision_sets
-from flora.federated import (
-    aggregation,
-    combiners,
-    compressors,
-    corrections,
-    network,
-    objectives,
-    optimizers,
-    penalties,
-    personal,
-    ranks,
-    sampling,
-    server_optimizers,
-)
-
-__all__ = [
-    "adapters",
-    "aggregation",
-    "augmentation",
-    "baselines",
-    "combiners",
-    "compressors",
-    "corrections",
-    "digits",
-    "dual",
-    "folders",
-    "glyphs",
-    "network",
-    "objectives",
-    "optimizers",
-    "partition",
-    "penalties",
-    "personal",
-    "ranks",
-    "sampling",
-    "server_optimizers",
-    "splits",
-    "tiny_imagenet",
-    "torchvision_sets",
-]
+import flora.client.corrections
+import flora.client.objectives
+import flora.client.optimizers
+import flora.client.penalties
+import flora.client.personalization
+import flora.clip.adapters.dual_lora
+import flora.clip.adapters.full
+import flora.clip.adapters.heads_and_prompts
+import flora.clip.adapters.lora
+import flora.communication.compressors
+import flora.communication.network
+import flora.communication.ranks
+import flora.communication.sampling
+import flora.data.augmentation
+import flora.data.datasets.digits
+import flora.data.datasets.folders
+import flora.data.datasets.glyphs
+import flora.data.datasets.tiny_imagenet
+import flora.data.datasets.torchvision_sets
+import flora.data.partition
+import flora.data.splits
+import flora.server.aggregators
+import flora.server.optimizers
+import flora.server.strategies.averaging
+import flora.server.strategies.factors
+import flora.server.strategies.products
+import flora.server.strategies.residuals  # noqa: F401

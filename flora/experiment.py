@@ -10,17 +10,24 @@ import numpy as np
 import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.checks import below, check_clients, check_experiment
 from flora.clip.backbone import parameter_count
-from flora.clip.towers import AdaptedClip
-from flora.config import ExperimentConfig
-from flora.contracts import checked_column, checked_parts, refuse
-from flora.counts import part_of
-from flora.data.datasets import ImageData, Progress, checked_images
+from flora.clip.towers.towers import AdaptedClip
+from flora.communication.network import COLUMNS, Profiles
+from flora.config.rules import below, check_clients, check_experiment
+from flora.config.schema import ExperimentConfig
+from flora.core.contracts import checked_column, checked_parts, refuse
+from flora.core.counts import part_of
+from flora.core.errors import UserError
+from flora.core.hooks import Hooks
+from flora.core.records import ClientData, ServerState
+from flora.core.registry import OptionError
+from flora.core.rng import Rng
+from flora.core.tree import State, state_digest
+from flora.data.datasets.base import ImageData, Progress, checked_images
 from flora.data.partition import group_names
 from flora.data.value_range import with_one_range
-from flora.errors import UserError
-from flora.federated.features import (
+from flora.engine.capacity import choose_clients_per_block
+from flora.features.features import (
     Features,
     StoredFeatures,
     images_digest,
@@ -29,13 +36,6 @@ from flora.federated.features import (
     move_if_they_fit,
 )
 from flora.federated.federation import Federation
-from flora.federated.memory import choose_clients_per_block
-from flora.federated.network import COLUMNS, Profiles
-from flora.hooks import Hooks
-from flora.records import ClientData, ServerState
-from flora.registry import OptionError
-from flora.rng import Rng
-from flora.tree import State, state_digest
 
 # Clients that a line of the log names.
 MAX_NAMED = 10

@@ -18,18 +18,19 @@ import safetensors.torch
 import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.checkpoints import CheckpointFolder
+from flora.client.personalization import OWN
 from flora.clip.backbone import EXPORT_METADATA, FrozenClip
-from flora.command_line import Parser, run_program
-from flora.config import ExperimentConfig, config_to_dict, parse_config, read_yaml
-from flora.errors import UserError
-from flora.federated.personal import OWN
-from flora.files import open_regular, write_whole
-from flora.overrides import apply_overrides
-from flora.registry import OptionError, suggest
-from flora.rng import Rng
-from flora.run_directory import ADAPTER_FORMAT, read_json
-from flora.tree import State, fits, is_finite, named_below, state_digest
+from flora.config.overrides import apply_overrides
+from flora.config.parse import config_to_dict, parse_config, read_yaml
+from flora.config.schema import ExperimentConfig
+from flora.core.command_line import Parser, run_program
+from flora.core.errors import UserError
+from flora.core.files import open_regular, write_whole
+from flora.core.registry import OptionError, suggest
+from flora.core.rng import Rng
+from flora.core.tree import State, fits, is_finite, named_below, state_digest
+from flora.runs.checkpoints import CheckpointFolder
+from flora.runs.run_directory import ADAPTER_FORMAT, read_json
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS_NAME = "open_clip_model.safetensors"

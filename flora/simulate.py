@@ -15,22 +15,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flora import report, tree
-from flora.checkpoints import Checkpoint, CheckpointFolder
-from flora.checks import check_experiment, mistakes
-from flora.command_line import Parser, imported, out_of_memory_reason, run_program, split_arguments
-from flora.config import ExperimentConfig, changes_by_overrides, config_to_dict, load_config
-from flora.errors import ConfigError, DivergedError, UserError
-from flora.experiment import Experiment, build_experiment, choose_device
-from flora.federated.federation import Federation
-from flora.federated.memory import peak_memory_bytes
-from flora.federated.round import run_round
-from flora.federated.screening import refusal
-from flora.hooks import Hooks
-from flora.interrupts import Interrupts
-from flora.inventory import EXAMPLE_COLUMNS, examples_as_used, prompts_as_used
-from flora.listing import list_components
-from flora.measure import (
+from flora.config.listing import list_components
+from flora.config.overrides import override_key
+from flora.config.parse import changes_by_overrides, config_to_dict, load_config
+from flora.config.rules import check_experiment, mistakes
+from flora.config.schema import ExperimentConfig
+from flora.core import tree
+from flora.core.command_line import Parser, imported, out_of_memory_reason, run_program, split_arguments
+from flora.core.errors import ConfigError, DivergedError, UserError
+from flora.core.hooks import Hooks
+from flora.core.interrupts import Interrupts
+from flora.core.memory import peak_memory_bytes
+from flora.core.progress import StepBar, bar, has_line, image_progress, on_terminal, round_line
+from flora.core.records import RoundRecord, ServerState, Summary
+from flora.core.tree import State
+from flora.evaluation import summary as report
+from flora.evaluation.measure import (
     AloneResults,
     ClientResults,
     client_columns,
@@ -39,10 +39,12 @@ from flora.measure import (
     measure_alone,
     measure_clients,
 )
-from flora.overrides import override_key
-from flora.progress import StepBar, bar, has_line, image_progress, on_terminal, round_line
-from flora.records import RoundRecord, ServerState, Summary
-from flora.resume import (
+from flora.experiment import Experiment, build_experiment, choose_device
+from flora.federated.federation import Federation
+from flora.federated.round import run_round
+from flora.runs.checkpoints import Checkpoint, CheckpointFolder
+from flora.runs.inventory import EXAMPLE_COLUMNS, examples_as_used, prompts_as_used
+from flora.runs.resume import (
     Start,
     find_start,
     finished_rounds,
@@ -50,9 +52,9 @@ from flora.resume import (
     recorded_threads,
     resumed_config,
 )
-from flora.run_directory import RunDirectory, environment
-from flora.threads import choose_threads
-from flora.tree import State
+from flora.runs.run_directory import RunDirectory, environment
+from flora.runs.threads import choose_threads
+from flora.server.screening import refusal
 
 # Unreadable images that are named on the terminal; log.txt names all.
 MAX_SHOWN = 10

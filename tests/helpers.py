@@ -12,25 +12,24 @@ import numpy as np
 import open_clip
 import torch
 
-from flora import (
-    catalogue,  # noqa: F401  (registers the components)
-    tree,
-)
-from flora.clip.adapters import Adapter, Lora
+from flora import catalogue  # noqa: F401  (registers the components)
+from flora.client.optimizers import Sgd
+from flora.client.training import LocalTraining
+from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import Backbone, FrozenClip
-from flora.clip.towers import AdaptedClip, SpeedOptions
-from flora.data.datasets import Dataset, ImageArrays, ImageData, Split
-from flora.federated.aggregation import FedAvg
-from flora.federated.features import StoredFeatures
+from flora.clip.towers.towers import AdaptedClip, SpeedOptions
+from flora.communication.sampling import Uniform
+from flora.core import tree
+from flora.core.records import ClientData, ServerState
+from flora.core.registry import option, register
+from flora.core.rng import Rng
+from flora.core.tree import State
+from flora.data.datasets.base import Dataset, ImageArrays, ImageData, Split
+from flora.features.features import StoredFeatures
 from flora.federated.federation import Federation
-from flora.federated.local import LocalTraining
-from flora.federated.optimizers import Sgd
 from flora.federated.round import RoundResult, run_round
-from flora.federated.sampling import Uniform
-from flora.records import ClientData, ServerState
-from flora.registry import option, register
-from flora.rng import Rng
-from flora.tree import State
+from flora.server.strategies.averaging import FedAvg
 
 # The tensors here are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)

@@ -12,9 +12,9 @@ from typing import Any
 
 import helpers  # noqa: F401  (registers the data set "patterns", and uses one thread)
 
-from flora.config import parse_config
-from flora.errors import UserError
-from flora.hooks import Hooks
+from flora.config.parse import parse_config
+from flora.core.errors import UserError
+from flora.core.hooks import Hooks
 from flora.simulate import resume, simulate
 
 

@@ -11,22 +11,22 @@ import torch
 from helpers import CLASSES, TOLERANCE, adapt
 from PIL import Image
 
-from flora.checks import check_experiment
-from flora.clip.adapters import TARGETS, Lora
-from flora.clip.towers import AdaptedClip
-from flora.config import parse_config
+from flora.client.optimizers import Sgd
+from flora.client.training import LocalTraining
+from flora.clip.adapters.lora import TARGETS, Lora
+from flora.clip.towers.towers import AdaptedClip
+from flora.communication.sampling import Uniform
+from flora.config.parse import parse_config
+from flora.config.rules import check_experiment
+from flora.core.errors import UserError
+from flora.core.records import ClientData, ServerState
+from flora.core.rng import Rng
 from flora.data.augmentation import CropFlip, NoAugmentation
-from flora.data.datasets import ImageArrays, ImageFiles, Split
-from flora.errors import UserError
-from flora.federated.aggregation import FedAvg
-from flora.federated.features import LiveFeatures, live_features
+from flora.data.datasets.base import ImageArrays, ImageFiles, Split
+from flora.features.features import LiveFeatures, live_features
 from flora.federated.federation import Federation
-from flora.federated.local import LocalTraining
-from flora.federated.optimizers import Sgd
 from flora.federated.round import run_round
-from flora.federated.sampling import Uniform
-from flora.records import ClientData, ServerState
-from flora.rng import Rng
+from flora.server.strategies.averaging import FedAvg
 from flora.simulate import simulate
 
 CPU = torch.device("cpu")

@@ -21,8 +21,8 @@ from PIL import Image
 
 from flora.clip import backbone
 from flora.clip.backbone import Architecture, Backbone, FrozenClip, TowerShape, to_rgb
-from flora.errors import UserError
-from flora.rng import Rng
+from flora.core.errors import UserError
+from flora.core.rng import Rng
 from flora.simulate import main
 
 CPU = torch.device("cpu")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from helpers import Patterns, load_plain
 
-from flora.checks import check_experiment
-from flora.config import parse_config
+from flora.config.parse import parse_config
+from flora.config.rules import check_experiment
+from flora.core.errors import UserError
+from flora.core.registry import OptionError
+from flora.core.rng import Rng
 from flora.data.splits import BaseToNew, Sample, Validation
-from flora.errors import UserError
-from flora.federated.evaluation import harmonic_mean
-from flora.registry import OptionError
-from flora.rng import Rng
+from flora.evaluation.accuracy import harmonic_mean
 from flora.simulate import simulate
 
 

@@ -25,23 +25,32 @@ from helpers import (
 )
 from torch import nn
 
-from flora import tree
-from flora.clip.adapters import Adapter, FullFineTuning, Lora
-from flora.clip.baselines import AttentionAdapter, ClipAdapter, LinearHead, Norm, PromptContext, VisionAndHead
-from flora.config import parse_config
-from flora.errors import UserError
+from flora.client.objectives import Contrastive
+from flora.client.optimizers import Sgd
+from flora.client.training import LocalTraining
+from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.full import FullFineTuning
+from flora.clip.adapters.heads_and_prompts import (
+    AttentionAdapter,
+    ClipAdapter,
+    LinearHead,
+    Norm,
+    PromptContext,
+    VisionAndHead,
+)
+from flora.clip.adapters.lora import Lora
+from flora.communication.options import payload_bytes
+from flora.config.parse import parse_config
+from flora.core import tree
+from flora.core.errors import UserError
+from flora.core.registry import OptionError
+from flora.core.rng import Rng
+from flora.core.tree import State
+from flora.evaluation.accuracy import evaluate
 from flora.export import main as export
-from flora.federated.communication import payload_bytes
-from flora.federated.evaluation import evaluate
-from flora.federated.features import StoredFeatures
-from flora.federated.local import LocalTraining
-from flora.federated.objectives import Contrastive
-from flora.federated.optimizers import Sgd
+from flora.features.features import StoredFeatures
 from flora.federated.round import run_round
-from flora.registry import OptionError
-from flora.rng import Rng
 from flora.simulate import simulate
-from flora.tree import State
 
 # Sizes of the tiny model: embed_dim 16, widths 32, three classes; "a photo of a" is four tokens.
 METHODS: dict[str, tuple[Adapter, int]] = {

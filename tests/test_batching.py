@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flora.core.rng import Rng
 from flora.data.batching import batch_bytes, client_blocks, count_steps
-from flora.rng import Rng
 
 sizes_strategy = st.lists(st.integers(1, 23), min_size=1, max_size=7)
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from helpers import TOLERANCE
 
-from flora import benchmark
-from flora.benchmark_experiment import naive_experiment, our_experiment
-from flora.benchmark_variants import VARIANTS, Setting
-from flora.rng import Rng
+from flora.benchmark import __main__ as benchmark
+from flora.benchmark.experiment import naive_experiment, our_experiment
+from flora.benchmark.variants import VARIANTS, Setting
+from flora.core.rng import Rng
 
 
 def setting(model: str, **changes: object) -> Setting:
@@ -113,7 +113,7 @@ def test_where_a_rounds_time_goes(
     listed = [float(line.split("%")[0]) for line in lines[1:]]
     assert listed == sorted(listed, reverse=True)
     assert sum(listed) <= shares[1] + 0.1
-    assert any("federated/local.py: train_block" in line for line in lines[1:])
+    assert any("client/training.py: train_block" in line for line in lines[1:])
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,16 @@ import torch
 from helpers import random_adapters, random_pixels
 from torch import nn
 
-from flora.clip.adapters import TARGETS, FullFineTuning, Lora
+from flora.client.gradients import Batch, FlatStack, Loss, gradient_function
+from flora.client.objectives import CrossEntropy
+from flora.clip.adapters.full import FullFineTuning
+from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.backbone import Backbone, FrozenClip
-from flora.clip.lora import LoraAttention
-from flora.clip.towers import AdaptedClip
-from flora.config import parse_config
+from flora.clip.layers import LoraAttention
+from flora.clip.towers.towers import AdaptedClip
+from flora.config.parse import parse_config
+from flora.core.rng import Rng
 from flora.export import merged_model
-from flora.federated.gradients import Batch, FlatStack, Loss, gradient_function
-from flora.federated.objectives import CrossEntropy
-from flora.rng import Rng
 from flora.simulate import simulate
 
 CLASSES = ("cat", "dog", "fire truck")

@@ -11,18 +11,18 @@ import pytest
 import torch
 from helpers import LOCAL, SIZES, TOLERANCE, adapt, federation, rounds
 
-from flora import tree
-from flora.checks import check_experiment
-from flora.clip.adapters import Lora
-from flora.config import parse_config
-from flora.errors import UserError
-from flora.federated import pending
-from flora.federated.aggregation import FedAvg, FedBuff
+from flora.clip.adapters.lora import Lora
+from flora.communication.network import Preset, Profiles
+from flora.communication.sampling import Uniform
+from flora.config.parse import parse_config
+from flora.config.rules import check_experiment
+from flora.core import tree
+from flora.core.errors import UserError
+from flora.core.hooks import Hooks
+from flora.core.records import ClientUpdate
+from flora.federated import in_flight as pending
 from flora.federated.federation import CLOCK, Federation
-from flora.federated.network import Preset, Profiles
-from flora.federated.sampling import Uniform
-from flora.hooks import Hooks
-from flora.records import ClientUpdate
+from flora.server.strategies.averaging import FedAvg, FedBuff
 from flora.simulate import resume, simulate
 
 SMALL = dataclasses.replace(LOCAL, learning_rate=0.02, epochs=1)

@@ -15,14 +15,14 @@ import torch
 from helpers import adapt, write_model
 from PIL import Image
 
-from flora.clip.adapters import Lora
-from flora.config import parse_config
-from flora.data.datasets import ImageArrays, ImageFiles, Split
-from flora.errors import UserError
-from flora.federated import cache as cache_module
-from flora.federated.cache import CacheOptions, Entry, FeatureCache
-from flora.federated.features import Features, load_features
-from flora.federated.unfinished import Part
+from flora.clip.adapters.lora import Lora
+from flora.config.parse import parse_config
+from flora.core.errors import UserError
+from flora.data.datasets.base import ImageArrays, ImageFiles, Split
+from flora.features import cache as cache_module
+from flora.features.cache import CacheOptions, Entry, FeatureCache
+from flora.features.features import Features, load_features
+from flora.features.unfinished import Part
 from flora.simulate import simulate
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (23, 18, 18, 3), dtype=np.uint8)
@@ -293,7 +293,7 @@ class Counted(ImageArrays):
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Split]:
     """All images in one split; four of them go through the stem at once."""
-    monkeypatch.setattr("flora.federated.features.STEM_BATCH_SIZE", 4)
+    monkeypatch.setattr("flora.features.features.STEM_BATCH_SIZE", 4)
     monkeypatch.setattr(Counted, "opened", [])
     monkeypatch.setattr(Counted, "broken", set())
     return [Split(Counted(PIXELS, "noise"), np.arange(23), np.zeros(23, dtype=np.int64))]

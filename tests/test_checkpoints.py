@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from flora.checkpoints import FORMAT, Checkpoint, CheckpointFolder, DamagedError
-from flora.errors import UserError
-from flora.records import RoundRecord, ServerState
-from flora.resume import find_start
-from flora.run_directory import RunDirectory
+from flora.core.errors import UserError
+from flora.core.records import RoundRecord, ServerState
+from flora.runs.checkpoints import FORMAT, Checkpoint, CheckpointFolder, DamagedError
+from flora.runs.resume import find_start
+from flora.runs.run_directory import RunDirectory
 
 ROUNDS = (1, 2, 3, 4)
 

@@ -23,8 +23,8 @@ from helpers import load_clip
 from PIL import Image
 
 from flora import simulate as program
-from flora.config import parse_config
-from flora.errors import UserError
+from flora.config.parse import parse_config
+from flora.core.errors import UserError
 from flora.simulate import main, simulate
 
 ROOT = Path(__file__).parents[1]

@@ -11,15 +11,9 @@ import pytest
 import torch
 from helpers import LOCAL, SIZES, TOLERANCE, adapt, assert_states_close, federation, fp64, rounds
 
-from flora import tree
-from flora.checks import check_experiment
-from flora.clip.adapters import Lora
-from flora.config import parse_config
-from flora.errors import UserError
-from flora.federated.aggregation import FedAvg, FedExLora, FedSaLora, FfaLora, FlexLora, Strategy
-from flora.federated.apart import own_adapters
-from flora.federated.communication import FEEDBACK, CommunicationOptions, payload_bytes
-from flora.federated.compressors import (
+from flora.client.corrections import Scaffold
+from flora.clip.adapters.lora import Lora
+from flora.communication.compressors import (
     Compressor,
     NoCompression,
     NormalFloat,
@@ -28,14 +22,24 @@ from flora.federated.compressors import (
     TopK,
     UniformQuantizer,
 )
-from flora.federated.corrections import Scaffold
-from flora.federated.evaluation import evaluate
+from flora.communication.options import FEEDBACK, CommunicationOptions, payload_bytes
+from flora.communication.sampling import Decaying, Uniform
+from flora.config.parse import parse_config
+from flora.config.rules import check_experiment
+from flora.core import tree
+from flora.core.errors import UserError
+from flora.core.registry import OptionError
+from flora.core.rng import Rng
+from flora.core.tree import State
+from flora.evaluation.accuracy import evaluate
+from flora.evaluation.local_only import own_adapters
 from flora.federated.federation import Federation
-from flora.federated.sampling import Decaying, Uniform
-from flora.registry import OptionError
-from flora.rng import Rng
+from flora.server.strategies.averaging import FedAvg
+from flora.server.strategies.base import Strategy
+from flora.server.strategies.factors import FedSaLora, FfaLora
+from flora.server.strategies.products import FlexLora
+from flora.server.strategies.residuals import FedExLora
 from flora.simulate import resume, simulate
-from flora.tree import State
 
 SMALL = dataclasses.replace(LOCAL, learning_rate=0.02)
 

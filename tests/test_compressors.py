@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora import tree
-from flora.federated.compressors import (
+from flora.communication.compressors import (
     Compressor,
     NoCompression,
     NormalFloat,
@@ -23,9 +22,10 @@ from flora.federated.compressors import (
     unpack,
     write_places,
 )
-from flora.registry import OptionError, components
-from flora.rng import Rng
-from flora.tree import State
+from flora.core import tree
+from flora.core.registry import OptionError, components
+from flora.core.rng import Rng
+from flora.core.tree import State
 
 ALL = [
     NoCompression(),

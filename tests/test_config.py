@@ -14,13 +14,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora.clip.adapters import Lora
-from flora.config import MAX_CONFIG_BYTES, ExperimentConfig, config_to_dict, load_config, parse_config
+from flora.client.optimizers import AdamW, Cosine, Sgd
+from flora.clip.adapters.lora import Lora
+from flora.communication.sampling import BySize
+from flora.config.parse import MAX_CONFIG_BYTES, config_to_dict, load_config, parse_config
+from flora.config.schema import ExperimentConfig
+from flora.core.errors import ConfigError
+from flora.core.registry import OptionError
 from flora.data.partition import Dirichlet, Iid
-from flora.errors import ConfigError
-from flora.federated.optimizers import AdamW, Cosine, Sgd
-from flora.federated.sampling import BySize
-from flora.registry import OptionError
 from flora.simulate import main
 
 MINIMAL = {"data": "patterns", "partition": "iid"}

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from flora import registry
-from flora.config import parse_config
-from flora.data.datasets import ImageData, Split
+from flora.client.objectives import Objective
+from flora.client.optimizers import Schedule
+from flora.client.penalties import Penalty
+from flora.communication.compressors import Compressor
+from flora.communication.sampling import Sampler
+from flora.config.parse import parse_config
+from flora.core import registry
+from flora.core.errors import DivergedError, UserError
+from flora.core.registry import Component, register
+from flora.data.datasets.base import ImageData, Split
 from flora.data.partition import Partitioner
 from flora.data.splits import Splitter
-from flora.errors import DivergedError, UserError
-from flora.federated.aggregation import Strategy
-from flora.federated.combiners import Combiner
-from flora.federated.compressors import Compressor
-from flora.federated.objectives import Objective
-from flora.federated.optimizers import Schedule
-from flora.federated.penalties import Penalty
-from flora.federated.sampling import Sampler
-from flora.federated.server_optimizers import ServerOptimizer
-from flora.registry import Component, register
+from flora.server.aggregators import Combiner
+from flora.server.optimizers import ServerOptimizer
+from flora.server.strategies.base import Strategy
 from flora.simulate import simulate
 
 FIRST = "text.0.q.lora_A"

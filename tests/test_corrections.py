@@ -12,26 +12,27 @@ import pytest
 import torch
 from helpers import TOLERANCE, adapt, assert_states_close, comparable, federation, mean, start
 
-from flora import tree
-from flora.checks import check_experiment
-from flora.clip.adapters import Lora
-from flora.config import parse_config
-from flora.errors import UserError
-from flora.federated.aggregation import FedAvg, Strategy
-from flora.federated.apart import train_alone
-from flora.federated.communication import payload_bytes
-from flora.federated.corrections import Correction, FedDyn, FedProx, NoCorrection, Scaffold
+from flora.client.corrections import Correction, FedDyn, FedProx, NoCorrection, Scaffold
+from flora.client.optimizers import Sgd
+from flora.client.training import LocalTraining
+from flora.clip.adapters.lora import Lora
+from flora.communication.options import payload_bytes
+from flora.communication.sampling import Uniform
+from flora.config.parse import parse_config
+from flora.config.rules import check_experiment
+from flora.core import tree
+from flora.core.errors import UserError
+from flora.core.hooks import Hooks
+from flora.core.records import ClientData, ClientUpdate, ServerState
+from flora.core.registry import register
+from flora.core.rng import Rng
+from flora.core.tree import State
+from flora.evaluation.local_only import train_alone
 from flora.federated.federation import Federation
-from flora.federated.local import LocalTraining
-from flora.federated.optimizers import Sgd
 from flora.federated.round import _next, run_round
-from flora.federated.sampling import Uniform
-from flora.hooks import Hooks
-from flora.records import ClientData, ClientUpdate, ServerState
-from flora.registry import register
-from flora.rng import Rng
+from flora.server.strategies.averaging import FedAvg
+from flora.server.strategies.base import Strategy
 from flora.simulate import resume, simulate
-from flora.tree import State
 
 RATE, EPOCHS, ROUNDS = 0.02, 3, 3
 

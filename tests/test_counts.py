@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora.counts import part_of
-from flora.data.datasets import stratified_split
+from flora.communication.compressors import TopK
+from flora.communication.sampling import Uniform
+from flora.core.counts import part_of
+from flora.core.rng import Rng
+from flora.data.datasets.base import stratified_split
 from flora.experiment import hold_out
-from flora.federated.combiners import MultiKrum, TrimmedMean
-from flora.federated.compressors import TopK
-from flora.federated.sampling import Uniform
-from flora.rng import Rng
+from flora.server.aggregators import MultiKrum, TrimmedMean
 
 
 @given(percent=st.integers(0, 100), number=st.integers(0, 10**9))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flora.curves import (
+from flora.core.errors import UserError
+from flora.sweep.curves import (
     DASHES,
     MARKERS,
     MAX_LINES,
@@ -27,7 +28,6 @@ from flora.curves import (
     undrawn,
     zero_shot_levels,
 )
-from flora.errors import UserError
 
 NAMES = ["accuracy_over_bytes.png", "accuracy_over_rounds.png"]
 
@@ -227,7 +227,7 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_pyplot_is_never_imported_and_matplotlib_only_to_draw(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from flora.curves import Curve, draw_curves\n"
+        "import sys; from pathlib import Path; from flora.sweep.curves import Curve, draw_curves\n"
         "assert 'matplotlib' not in sys.modules\n"
         f"draw_curves([Curve('p', 'a', (0, 1), (0, 5), (0.1, 0.2))], Path({str(tmp_path)!r}))\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
@@ -244,7 +244,7 @@ def test_a_picture_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
 
     with pytest.raises(UserError, match=r"accuracy_over_rounds\.png: can't be written: No such file or directory"):
         draw_curves(sweep(1, 1, 1), tmp_path / "nowhere")
-    monkeypatch.setattr("flora.curves.os.fsync", fail)
+    monkeypatch.setattr("flora.sweep.curves.os.fsync", fail)
     with pytest.raises(UserError, match=r"accuracy_over_rounds\.png: can't be written: No space left on device"):
         draw_curves(sweep(1, 1, 1), tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flora.data.datasets import ImageArrays, ImageData, ImageFiles, Split, stratified_split
-from flora.data.folders import CsvFile, ImageFolder
-from flora.data.glyphs import Glyphs
-from flora.errors import UserError
-from flora.registry import OptionError, components, kind_of
-from flora.rng import Rng
+from flora.core.errors import UserError
+from flora.core.registry import OptionError, components, kind_of
+from flora.core.rng import Rng
+from flora.data.datasets.base import ImageArrays, ImageData, ImageFiles, Split, stratified_split
+from flora.data.datasets.folders import CsvFile, ImageFolder
+from flora.data.datasets.glyphs import Glyphs
 
 MODES = ("RGB", "L", "RGBA", "P", "CMYK", "1", "I;16", "LA")
 

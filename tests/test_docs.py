@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from flora import benchmark, command_line, export, simulate, sweep
+from flora import export, simulate
+from flora.benchmark import __main__ as benchmark
+from flora.core import command_line
+from flora.sweep import __main__ as sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]

@@ -17,10 +17,10 @@ import yaml
 from PIL import Image
 
 from flora import simulate as program
+from flora.core.interrupts import SIGNALS, Interrupts
 from flora.export import main as export
-from flora.interrupts import SIGNALS, Interrupts
 from flora.simulate import main
-from flora.sweep import main as sweep
+from flora.sweep.__main__ import main as sweep
 
 ROOT = Path(__file__).parents[1]
 Capture = pytest.CaptureFixture[str]
@@ -104,7 +104,7 @@ def test_what_the_system_refuses_is_one_line(
         raise error
 
     monkeypatch.setattr(program, place, refuse)
-    monkeypatch.setattr("flora.measure.measure_clients", refuse)
+    monkeypatch.setattr("flora.evaluation.measure.measure_clients", refuse)
     assert main([config_file]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{config_file}: {said}")
 
@@ -172,9 +172,9 @@ def test_the_exit_status_with_every_stream_full(config_file: str) -> None:
 
 COMPONENT = """
 from dataclasses import dataclass
-from flora import tree
-from flora.federated.combiners import Combiner
-from flora.registry import option, register
+from flora.core import tree
+from flora.server.aggregators import Combiner
+from flora.core.registry import option, register
 
 @register("halved")
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from helpers import CLASSES, TOLERANCE, adapt, load_plain, random_adapters, random_pixels
 from PIL import Image
 
-from flora.clip.adapters import TARGETS, Lora
-from flora.data.datasets import ImageFiles, Split
-from flora.errors import UserError
-from flora.federated import memory
-from flora.federated.cache import CacheOptions
-from flora.federated.evaluation import evaluate
-from flora.federated.features import StoredFeatures, load_features
-from flora.federated.memory import choose_clients_per_block, clients_at_once
+from flora.clip.adapters.lora import TARGETS, Lora
+from flora.core.errors import UserError
+from flora.data.datasets.base import ImageFiles, Split
+from flora.engine import capacity as memory
+from flora.engine.capacity import choose_clients_per_block, clients_at_once
+from flora.evaluation.accuracy import evaluate
+from flora.features.cache import CacheOptions
+from flora.features.features import StoredFeatures, load_features
 
 LABELS = torch.arange(20) % len(CLASSES)
 
@@ -76,7 +76,7 @@ def compute(split: Split, model, *, skip: bool, seen: list[int] | None = None): 
 def test_unreadable_images_are_named_and_left_out(
     tiny_model: str, split: Split, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flora.federated.features.STEM_BATCH_SIZE", batch_size)
+    monkeypatch.setattr("flora.features.features.STEM_BATCH_SIZE", batch_size)
     model, seen = adapt(tiny_model), []  # type: ignore[var-annotated]
     features, problems = compute(split, model, skip=True, seen=seen)
     assert sum(seen) == 6

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from helpers import write_model
 
-from flora.checks import check_experiment
-from flora.clip.adapters import Adapter
-from flora.config import parse_config
-from flora.errors import UserError
-from flora.registry import components
+from flora.clip.adapters.base import Adapter
+from flora.config.parse import parse_config
+from flora.config.rules import check_experiment
+from flora.core.errors import UserError
+from flora.core.registry import components
 from flora.simulate import simulate
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from flora import experiment
-from flora.config import parse_config
-from flora.errors import UserError
+from flora.config.parse import parse_config
+from flora.core.errors import UserError
 from flora.simulate import simulate
 
 

@@ -16,11 +16,11 @@ import torch
 from helpers import Patterns, load_plain
 
 from flora import export
-from flora.config import load_config, parse_config
-from flora.errors import UserError
-from flora.rng import Rng
+from flora.config.parse import load_config, parse_config
+from flora.core.errors import UserError
+from flora.core.rng import Rng
+from flora.core.tree import state_digest
 from flora.simulate import simulate
-from flora.tree import state_digest
 
 
 @pytest.mark.parametrize("adapter", [{"name": "lora", "towers": ["text", "vision"]}, {"name": "full"}])
@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_nothing_behind(run: Path, tmp_path: Path, monkeypatc
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("flora.files.os.fsync", full)
+    monkeypatch.setattr("flora.core.files.os.fsync", full)
     for name in ("out", "out.safetensors"):
         assert export.main([str(run), str(tmp_path / name)]) == 2
         assert not list(tmp_path.glob("out*"))

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from flora.config import load_config, parse_config
-from flora.errors import UserError
+from flora.config.parse import load_config, parse_config
+from flora.core.errors import UserError
+from flora.core.files import open_regular, read_text, refuse_irregular
+from flora.core.hooks import Hooks
 from flora.export import read_adapter
-from flora.files import open_regular, read_text, refuse_irregular
-from flora.hooks import Hooks
 from flora.simulate import main, simulate
-from flora.sweep_table import read_outcome
+from flora.sweep.table import read_outcome
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from helpers import ALL_ON, TOLERANCE, adapt, random_adapters, random_pixels
 
-from flora.clip.adapters import TARGETS, Adapter, FullFineTuning, Lora
-from flora.clip.towers import AdaptedClip, SpeedOptions
-from flora.federated import gradients
-from flora.federated.gradients import Batch, Compute, FlatStack, Loss, gradient_function
-from flora.federated.objectives import Contrastive, CrossEntropy, Objective
+from flora.client import gradients
+from flora.client.gradients import Batch, Compute, FlatStack, Loss, gradient_function
+from flora.client.objectives import Contrastive, CrossEntropy, Objective
+from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.full import FullFineTuning
+from flora.clip.adapters.lora import TARGETS, Lora
+from flora.clip.towers.towers import AdaptedClip, SpeedOptions
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

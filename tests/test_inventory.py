@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from flora.clip.backbone import FrozenClip
-from flora.clip.towers import TextTower
-from flora.config import parse_config
-from flora.errors import UserError
+from flora.clip.towers.towers import TextTower
+from flora.config.parse import parse_config
+from flora.core.errors import UserError
 from flora.simulate import RunResult, resume, simulate
 
 Run = Callable[..., RunResult]

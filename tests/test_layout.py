@@ -8,8 +8,8 @@ from helpers import ALL_ON, TOLERANCE, adapt, random_adapters, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora.clip.adapters import TARGETS, Lora
-from flora.clip.towers import AdaptedClip, SpeedOptions
+from flora.clip.adapters.lora import TARGETS, Lora
+from flora.clip.towers.towers import AdaptedClip, SpeedOptions
 
 NAMES = tuple(f"{size}{animal}" for size in ("", "big ", "big bad ") for animal in ("cat", "dog", "frog", "fire truck"))
 TEMPLATES = ("a photo of a {}.", "{}", "a drawing of the {} by a child.")

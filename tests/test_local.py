@@ -22,17 +22,18 @@ from helpers import (
     start,
 )
 
-from flora import tree
-from flora.clip.adapters import TARGETS, FullFineTuning, Lora
-from flora.clip.towers import SpeedOptions
+from flora.client.gradients import FlatStack
+from flora.client.objectives import Contrastive, CrossEntropy, MultiPositive
+from flora.client.optimizers import Adam, AdamW, Cosine, Sgd
+from flora.client.training import LocalTraining
+from flora.clip.adapters.full import FullFineTuning
+from flora.clip.adapters.lora import TARGETS, Lora
+from flora.clip.towers.towers import SpeedOptions
+from flora.core import tree
+from flora.core.rng import Rng
 from flora.data.batching import client_batches
-from flora.federated.apart import train_alone
-from flora.federated.gradients import FlatStack
-from flora.federated.local import LocalTraining
-from flora.federated.objectives import Contrastive, CrossEntropy, MultiPositive
-from flora.federated.optimizers import Adam, AdamW, Cosine, Sgd
+from flora.evaluation.local_only import train_alone
 from flora.federated.round import run_round
-from flora.rng import Rng
 
 LOCALS = {
     "sgd, momentum, decay, clipping": LocalTraining(

@@ -7,11 +7,11 @@ import torch
 from helpers import CLASSES, TOLERANCE, adapt, load_plain, random_adapters, random_pixels, write_model
 from torch import nn
 
-from flora import tree
-from flora.clip.adapters import TARGETS, Lora
-from flora.clip.lora import Dropout, LowRank
-from flora.registry import OptionError
-from flora.rng import Rng
+from flora.clip.adapters.lora import TARGETS, Lora
+from flora.clip.layers import Dropout, LowRank
+from flora.core import tree
+from flora.core.registry import OptionError
+from flora.core.rng import Rng
 
 TEMPLATE = "a photo of a {}."
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from helpers import CLASSES, adapt
 
-from flora.benchmark import resident_bytes
-from flora.config import parse_config
+from flora.benchmark.__main__ import resident_bytes
+from flora.client.training import LocalTraining
+from flora.communication.sampling import Uniform
+from flora.config.parse import parse_config
+from flora.core.records import ServerState
+from flora.core.rng import Rng
 from flora.experiment import deal_out
-from flora.federated.aggregation import FedAvg
-from flora.federated.features import StoredFeatures
+from flora.features.features import StoredFeatures
 from flora.federated.federation import Federation
-from flora.federated.local import LocalTraining
 from flora.federated.round import run_round
-from flora.federated.sampling import Uniform
-from flora.records import ServerState
-from flora.rng import Rng
+from flora.server.strategies.averaging import FedAvg
 
 NUM_EXAMPLES = 200_000
 

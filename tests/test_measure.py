@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flora import tree
-from flora.config import parse_config
+from flora.config.parse import parse_config
+from flora.core import tree
+from flora.core.hooks import Hooks
+from flora.evaluation.accuracy import evaluate
+from flora.evaluation.local_only import train_alone
 from flora.experiment import build_experiment
-from flora.federated.apart import train_alone
-from flora.federated.evaluation import evaluate
-from flora.hooks import Hooks
 from flora.simulate import RunResult, resume, simulate
 
 

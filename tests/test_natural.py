@@ -15,10 +15,10 @@ import yaml
 from PIL import Image
 
 from flora import export
-from flora.config import parse_config
-from flora.federated.network import CsvNetwork
-from flora.registry import OptionError
-from flora.rng import Rng
+from flora.communication.network import CsvNetwork
+from flora.config.parse import parse_config
+from flora.core.registry import OptionError
+from flora.core.rng import Rng
 from flora.simulate import main
 
 CLIENTS = {"farm": 6, "clinic": 4, "mill 2": 5}

@@ -11,10 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from flora.checks import check_experiment
-from flora.config import parse_config
-from flora.errors import UserError
-from flora.federated.network import (
+from flora.communication.network import (
     PRESETS,
     CsvNetwork,
     DrawnNetwork,
@@ -26,9 +23,12 @@ from flora.federated.network import (
     durations,
     trip,
 )
-from flora.registry import OptionError
-from flora.report import duration
-from flora.rng import Rng
+from flora.config.parse import parse_config
+from flora.config.rules import check_experiment
+from flora.core.errors import UserError
+from flora.core.registry import OptionError
+from flora.core.rng import Rng
+from flora.evaluation.summary import duration
 from flora.simulate import resume, simulate
 
 ALL = [*(Preset(kind=kind) for kind in PRESETS), DrawnNetwork()]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flora.federated.objectives import Contrastive, CrossEntropy, MultiPositive, Objective
+from flora.client.objectives import Contrastive, CrossEntropy, MultiPositive, Objective
 
 ALL = [CrossEntropy(), CrossEntropy(label_smoothing=0.1), Contrastive(), MultiPositive()]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import TOLERANCE
 
-from flora.federated import optimizers
-from flora.federated.optimizers import Adam, AdamW, Constant, Cosine, Optimizer, Sgd, clip_rows
-from flora.registry import OptionError
+from flora.client import optimizers
+from flora.client.optimizers import Adam, AdamW, Constant, Cosine, Optimizer, Sgd, clip_rows
+from flora.core.registry import OptionError
 
 CASES = [
     (Sgd(), torch.optim.SGD, {}),

@@ -11,7 +11,9 @@ import pytest
 import torch
 import yaml
 
-from flora import benchmark, export, simulate, sweep
+from flora import export, simulate
+from flora.benchmark import __main__ as benchmark
+from flora.sweep import __main__ as sweep
 
 Capture = pytest.CaptureFixture[str]
 

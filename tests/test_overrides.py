@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from flora.config import ExperimentConfig, changes_by_overrides, load_config
-from flora.errors import ConfigError
-from flora.overrides import apply_overrides
+from flora.config.overrides import apply_overrides
+from flora.config.parse import changes_by_overrides, load_config
+from flora.config.schema import ExperimentConfig
+from flora.core.errors import ConfigError
 from flora.simulate import main
 
 BASE: dict[str, Any] = {"data": "patterns", "partition": "iid"}

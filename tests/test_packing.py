@@ -9,9 +9,9 @@ from helpers import CLASSES, TOLERANCE, load_clip, load_plain
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora.clip.lora import LoraAttention
-from flora.clip.packing import Packing, one_by_one, pack
-from flora.clip.towers import SpeedOptions, TextTower
+from flora.clip.layers import LoraAttention
+from flora.clip.towers.packing import Packing, one_by_one, pack
+from flora.clip.towers.towers import SpeedOptions, TextTower
 
 sequences_strategy = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=9), min_size=1, max_size=30)
 

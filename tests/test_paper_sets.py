@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 from torchvision import datasets as tv
 
-from flora.data import tiny_imagenet, torchvision_sets
-from flora.data.class_names import CALTECH101, COUNTRY211, EUROSAT, FASHION_MNIST, TINY_IMAGENET
-from flora.data.datasets import Dataset
-from flora.data.torchvision_base import TorchvisionSet
-from flora.registry import components
+from flora.core.registry import components
+from flora.data.datasets import tiny_imagenet, torchvision_sets
+from flora.data.datasets.base import Dataset
+from flora.data.datasets.class_names import CALTECH101, COUNTRY211, EUROSAT, FASHION_MNIST, TINY_IMAGENET
+from flora.data.datasets.torchvision_base import TorchvisionSet
 
 # The first of each list in data/prompts.md of github.com/openai/CLIP. That file lacks Fashion-MNIST and Tiny-ImageNet,
 # which have the same as CIFAR.

@@ -11,6 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flora.core.errors import UserError
+from flora.core.registry import OptionError, components
+from flora.core.rng import Rng
 from flora.data.partition import (
     Dirichlet,
     FewShot,
@@ -23,9 +26,6 @@ from flora.data.partition import (
     Quantity,
     Shards,
 )
-from flora.errors import UserError
-from flora.registry import OptionError, components
-from flora.rng import Rng
 
 # Ten classes of 60 examples, with gaps in the labels and in no order.
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10) * 3, 60))

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from helpers import adapt, assert_states_close, federation, mean, start
 
-from flora import tree
-from flora.clip.adapters import Adapter, Lora
-from flora.clip.baselines import LinearHead
-from flora.federated.local import LocalTraining
-from flora.federated.objectives import Contrastive, CrossEntropy, Objective
-from flora.federated.optimizers import Sgd
-from flora.federated.penalties import Anchor, Distillation, NoPenalty, Penalty, Seen
+from flora.client.objectives import Contrastive, CrossEntropy, Objective
+from flora.client.optimizers import Sgd
+from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty, Seen
+from flora.client.training import LocalTraining
+from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.heads_and_prompts import LinearHead
+from flora.clip.adapters.lora import Lora
+from flora.core import tree
 from flora.federated.round import run_round
 
 MASK = torch.tensor([[True, True, False]])

@@ -23,27 +23,30 @@ from helpers import (
     random_adapters,
 )
 
-from flora import tree
-from flora.checks import check_experiment
-from flora.clip.adapters import Adapter, Lora
-from flora.clip.dual import DualLora
-from flora.clip.towers import AdaptedClip
-from flora.config import parse_config
+from flora.client.optimizers import AdamW, Cosine, Sgd
+from flora.client.personalization import OWN, Ditto, FineTuning, NoPersonalization, Personalization
+from flora.client.training import LocalTraining
+from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.dual_lora import DualLora
+from flora.clip.adapters.lora import Lora
+from flora.clip.towers.towers import AdaptedClip
+from flora.config.parse import parse_config
+from flora.config.rules import check_experiment
+from flora.core import tree
+from flora.core.errors import UserError
+from flora.core.hooks import Hooks
+from flora.core.records import ClientUpdate, ServerState
+from flora.core.rng import Rng
+from flora.core.tree import State
 from flora.data.batching import client_batches
-from flora.errors import UserError
-from flora.federated.aggregation import FedAvg, FedSaLora, FfaLora, OneFactorStays, PLora, RoLora, Strategy
-from flora.federated.apart import clients_with_own_adapters, own_adapters
-from flora.federated.evaluation import evaluate, own_accuracies
+from flora.evaluation.accuracy import evaluate, own_accuracies
+from flora.evaluation.local_only import clients_with_own_adapters, own_adapters
 from flora.federated.federation import Federation
-from flora.federated.local import LocalTraining
-from flora.federated.optimizers import AdamW, Cosine, Sgd
-from flora.federated.personal import OWN, Ditto, FineTuning, NoPersonalization, Personalization
 from flora.federated.round import run_round
-from flora.hooks import Hooks
-from flora.records import ClientUpdate, ServerState
-from flora.rng import Rng
+from flora.server.strategies.averaging import FedAvg
+from flora.server.strategies.base import Strategy
+from flora.server.strategies.factors import FedSaLora, FfaLora, OneFactorStays, PLora, RoLora
 from flora.simulate import resume, simulate
-from flora.tree import State
 
 SMALL = dataclasses.replace(LOCAL, learning_rate=0.02)
 

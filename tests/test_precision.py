@@ -12,16 +12,17 @@ import safetensors.torch
 import torch
 from helpers import LOCAL, LOOSE, adapt, comparable, federation, rounds
 
-from flora import tree
-from flora.clip.adapters import TARGETS, Adapter, Lora
-from flora.clip.dual import DualLora
-from flora.config import parse_config
-from flora.federated.aggregation import Strategy
-from flora.federated.communication import CommunicationOptions
-from flora.federated.compressors import Compressor
-from flora.federated.corrections import Correction, FedDyn, FedProx, Scaffold
+from flora.client.corrections import Correction, FedDyn, FedProx, Scaffold
+from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.dual_lora import DualLora
+from flora.clip.adapters.lora import TARGETS, Lora
+from flora.communication.compressors import Compressor
+from flora.communication.options import CommunicationOptions
+from flora.config.parse import parse_config
+from flora.core import tree
+from flora.core.registry import components
 from flora.federated.federation import Federation
-from flora.registry import components
+from flora.server.strategies.base import Strategy
 from flora.simulate import resume, simulate
 
 ADAPTERS = {name: cls() for name, cls in components(Adapter).items()} | {

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from flora import progress
-from flora.config import parse_config
+from flora.config.parse import parse_config
+from flora.core import progress
+from flora.core.hooks import Hooks
+from flora.core.progress import MAX_ROUND_LINES, has_line, image_progress
 from flora.federated import federation
-from flora.hooks import Hooks
-from flora.progress import MAX_ROUND_LINES, has_line, image_progress
 from flora.simulate import main, simulate
 
 

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import yaml
 
-from flora import protocols
-from flora.clip.adapters import FullFineTuning, Lora
-from flora.config import config_to_dict, load_config, parse_config
+from flora.client.objectives import Contrastive, CrossEntropy
+from flora.client.optimizers import Adam, Constant, Sgd
+from flora.clip.adapters.full import FullFineTuning
+from flora.clip.adapters.lora import Lora
+from flora.config import presets as protocols
+from flora.config.parse import config_to_dict, load_config, parse_config
+from flora.config.presets import PROTOCOLS, Protocol, with_protocol
+from flora.core.errors import ConfigError
 from flora.data.partition import Dirichlet, FewShotChunks, FewShotOverlapping, Iid, Pathological
 from flora.data.splits import Merged, Official
-from flora.errors import ConfigError
-from flora.federated.aggregation import FedAvg
-from flora.federated.objectives import Contrastive, CrossEntropy
-from flora.federated.optimizers import Adam, Constant, Sgd
-from flora.protocols import PROTOCOLS, Protocol, with_protocol
-from flora.resume import resumed_config
+from flora.runs.resume import resumed_config
+from flora.server.strategies.averaging import FedAvg
 from flora.simulate import simulate
 
 GIVEN: dict[str, Any] = {"name": "x", "protocol": "paper", "data": "digits", "partition": "iid"}

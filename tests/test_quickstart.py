@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import SHARED
 
-from flora.config import load_config
-from flora.rng import Rng
+from flora.config.parse import load_config
+from flora.core.rng import Rng
 from flora.simulate import main, simulate
 
 ROOT = Path(__file__).parents[1]

@@ -10,24 +10,26 @@ import pytest
 import torch
 from helpers import LOCAL, SIZES, TOLERANCE, adapt, assert_states_close, federation
 
-from flora.checks import check_experiment
-from flora.clip.adapters import Lora
-from flora.config import config_to_dict, parse_config
-from flora.errors import UserError
-from flora.federated.aggregation import FlexLora, FloraStacking, HetLora, Strategy
-from flora.federated.communication import payload_bytes
+from flora.client.optimizers import AdamW, Sgd
+from flora.client.training import LocalTraining
+from flora.clip.adapters.lora import Lora
+from flora.communication.options import payload_bytes
+from flora.communication.ranks import Drawn
+from flora.config.parse import config_to_dict, parse_config
+from flora.config.rules import check_experiment
+from flora.core.errors import UserError
+from flora.core.low_rank import aggregation_error, layers, rank_first, rank_padded
+from flora.core.records import ServerState
+from flora.core.registry import OptionError
+from flora.core.rng import Rng
+from flora.core.tree import State
 from flora.federated.federation import Federation
-from flora.federated.local import LocalTraining
-from flora.federated.low_rank import aggregation_error, layers, rank_first, rank_padded
-from flora.federated.optimizers import AdamW, Sgd
-from flora.federated.ranks import Drawn
 from flora.federated.round import RoundResult, run_round
-from flora.federated.screening import Screening
-from flora.records import ServerState
-from flora.registry import OptionError
-from flora.rng import Rng
+from flora.server.screening import Screening
+from flora.server.strategies.base import Strategy
+from flora.server.strategies.products import FlexLora, HetLora
+from flora.server.strategies.residuals import FloraStacking
 from flora.simulate import simulate
-from flora.tree import State
 
 RANKS = np.array([4, 1, 2, 4, 3])
 

@@ -27,10 +27,10 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import Tensor, nn
 
-from flora.clip.adapters import Lora
+from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import Backbone, FrozenClip, parameter_count
-from flora.errors import UserError
-from flora.rng import Rng
+from flora.core.errors import UserError
+from flora.core.rng import Rng
 
 CPU = torch.device("cpu")
 SAFE, PICKLED = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
-from flora import registry
-from flora.config import ClientOptions, ExperimentConfig, ServerOptions
-from flora.data.partition import Dirichlet, Partitioner
-from flora.federated.evaluation import EvaluationOptions
-from flora.federated.local import LocalTraining
-from flora.listing import list_components
-from flora.registry import (
+from flora.client.training import LocalTraining
+from flora.config.listing import list_components
+from flora.config.schema import ClientOptions, EvaluationOptions, ExperimentConfig, ServerOptions
+from flora.core import registry
+from flora.core.registry import (
     Bounds,
     Component,
     OptionError,
@@ -28,6 +26,7 @@ from flora.registry import (
     register,
     suggest,
 )
+from flora.data.partition import Dirichlet, Partitioner
 
 
 @pytest.fixture(autouse=True)

@@ -22,24 +22,18 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora import tree
-from flora.clip.adapters import TARGETS, Lora
-from flora.clip.lora import Dropout, LowRank
-from flora.config import parse_config
-from flora.federated.aggregation import FedExLora, FloraStacking, WithResidual
-from flora.federated.communication import payload_bytes
-from flora.federated.low_rank import (
-    aggregation_error,
-    layers,
-    product_of,
-    residual_of,
-    residuals_at_their_smallest,
-)
+from flora.clip.adapters.lora import TARGETS, Lora
+from flora.clip.layers import Dropout, LowRank
+from flora.communication.options import payload_bytes
+from flora.config.parse import parse_config
+from flora.core import tree
+from flora.core.low_rank import aggregation_error, layers, product_of, residual_of, residuals_at_their_smallest
+from flora.core.records import ServerState
+from flora.core.rng import Rng
+from flora.core.tree import State, StateLike
 from flora.federated.round import RoundResult, run_round
-from flora.records import ServerState
-from flora.rng import Rng
+from flora.server.strategies.residuals import FedExLora, FloraStacking, WithResidual
 from flora.simulate import resume, simulate
-from flora.tree import State, StateLike
 
 EXACT = [FloraStacking(), FedExLora()]
 

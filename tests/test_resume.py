@@ -21,11 +21,11 @@ import yaml
 from helpers import comparable
 from PIL import Image
 
-from flora.config import parse_config
-from flora.errors import UserError
-from flora.hooks import Hooks
-from flora.records import ClientUpdate
-from flora.run_directory import RunDirectory
+from flora.config.parse import parse_config
+from flora.core.errors import UserError
+from flora.core.hooks import Hooks
+from flora.core.records import ClientUpdate
+from flora.runs.run_directory import RunDirectory
 from flora.simulate import main, resume, simulate
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -223,10 +223,10 @@ def test_two_signals_leave_at_once(raw: dict[str, Any], tmp_path: Path) -> None:
 import sys, time, os, signal
 sys.path[:0] = {sys.path!r}
 import helpers
-from flora.hooks import Hooks
-from flora.interrupts import Interrupts
+from flora.core.hooks import Hooks
+from flora.core.interrupts import Interrupts
 from flora.simulate import simulate
-from flora.config import parse_config
+from flora.config.parse import parse_config
 with Interrupts() as interrupts:
     def before_block(round, clients):
         interrupts.check()
@@ -519,7 +519,7 @@ def test_two_processes_in_one_directory(raw: dict[str, Any], tmp_path: Path) -> 
 import sys, time
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
-from flora.run_directory import RunDirectory
+from flora.runs.run_directory import RunDirectory
 held = RunDirectory(Path({str(directory)!r}))
 print("held", flush=True)
 time.sleep(60)

@@ -18,11 +18,11 @@ import safetensors.torch
 import torch
 import yaml
 
-from flora import tree
-from flora.config import config_to_dict, parse_config
-from flora.errors import UserError
-from flora.records import ClientData, RoundRecord
-from flora.run_directory import ADAPTER_FORMAT, RunDirectory
+from flora.config.parse import config_to_dict, parse_config
+from flora.core import tree
+from flora.core.errors import UserError
+from flora.core.records import ClientData, RoundRecord
+from flora.runs.run_directory import ADAPTER_FORMAT, RunDirectory
 from flora.simulate import RunResult, simulate
 
 FILES = {
@@ -376,7 +376,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(
 @pytest.mark.parametrize("name", ["rounds.jsonl", "log.txt"])
 def test_a_disk_that_fills_up_under_a_growing_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = RunDirectory.create(str(tmp_path), "x", numbered=False)
-    monkeypatch.setattr("flora.run_directory.refuse_irregular", lambda path: None)  # it would refuse the device
+    monkeypatch.setattr("flora.runs.run_directory.refuse_irregular", lambda path: None)  # it would refuse the device
     (directory.path / name).symlink_to("/dev/full")
     with pytest.raises(UserError, match=rf"/x/{name}: can't be written: No space left on device"):
         write_everything(directory, name)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from helpers import TOLERANCE
 
-from flora.config import parse_config
-from flora.errors import UserError
+from flora.config.parse import parse_config
+from flora.core.errors import UserError
+from flora.core.hooks import Hooks
+from flora.core.records import ClientUpdate, Rejection, ServerState
+from flora.core.registry import OptionError
 from flora.federated import federation
-from flora.federated.screening import Screening, screen
-from flora.hooks import Hooks
-from flora.records import ClientUpdate, Rejection, ServerState
-from flora.registry import OptionError
+from flora.server.screening import Screening, screen
 from flora.simulate import RunResult, resume, simulate
 
 ADAPTER = {"a": torch.zeros(2)}
@@ -175,7 +175,7 @@ def test_a_learning_rate_that_is_too_high_names_the_step(raw_config: dict[str, A
 
 
 def test_a_rejected_client_keeps_its_earlier_optimiser_state(raw_config: dict[str, Any], tmp_path: Any) -> None:
-    from flora.checkpoints import CheckpointFolder
+    from flora.runs.checkpoints import CheckpointFolder
 
     raw_config["local"]["optimizer_state"] = "kept"
 

@@ -11,16 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora import tree
-from flora.federated.aggregation import FedAvg
-from flora.federated.combiners import Mean
-from flora.federated.communication import payload_bytes
-from flora.federated.evaluation import class_accuracy, client_accuracies, spread
-from flora.federated.sampling import BySize, Uniform
-from flora.federated.server_optimizers import ServerSgd
-from flora.records import ClientUpdate, Evaluation
-from flora.registry import OptionError
-from flora.rng import Rng
+from flora.communication.options import payload_bytes
+from flora.communication.sampling import BySize, Uniform
+from flora.core import tree
+from flora.core.records import ClientUpdate, Evaluation
+from flora.core.registry import OptionError
+from flora.core.rng import Rng
+from flora.evaluation.accuracy import class_accuracy, client_accuracies, spread
+from flora.server.aggregators import Mean
+from flora.server.optimizers import ServerSgd
+from flora.server.strategies.averaging import FedAvg
 
 
 def update(client: int, num_examples: int, value: float) -> ClientUpdate:

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flora.data.datasets import ImageArrays, ImageData, ImageFiles, Split
+from flora.core.errors import UserError
+from flora.core.rng import Rng
+from flora.data.datasets.base import ImageArrays, ImageData, ImageFiles, Split
 from flora.data.splits import Merged, Official, Sample, Validation
-from flora.errors import UserError
-from flora.rng import Rng
 
 
 def arrays(size: int, start: int, groups: bool = False) -> Split:

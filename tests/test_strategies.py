@@ -13,32 +13,29 @@ from helpers import LOCAL, TOLERANCE, adapt, assert_states_close, changed, feder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flora import tree
-from flora.checks import check_experiment
-from flora.clip.adapters import FullFineTuning, Lora
-from flora.config import parse_config
-from flora.errors import UserError
-from flora.federated.aggregation import FedAvg, FfaLora, FlexLora, HetLora, LoraFair, RoLora, Strategy
-from flora.federated.combiners import BoundedMean, Combiner, Mean, Median, MultiKrum, TrimmedMean
+from flora.client.optimizers import Adam, Sgd
+from flora.client.training import LocalTraining
+from flora.clip.adapters.full import FullFineTuning
+from flora.clip.adapters.lora import Lora
+from flora.communication.sampling import Uniform
+from flora.config.parse import parse_config
+from flora.config.rules import check_experiment
+from flora.core import tree
+from flora.core.errors import UserError
+from flora.core.hooks import Hooks
+from flora.core.low_rank import aggregation_error, layers, product_of, residual_of
+from flora.core.records import ClientData, ClientUpdate, ServerState
+from flora.core.registry import OptionError, components
+from flora.core.rng import Rng
+from flora.core.tree import State
 from flora.federated.federation import Federation
-from flora.federated.local import LocalTraining
-from flora.federated.low_rank import aggregation_error, layers, product_of, residual_of
-from flora.federated.optimizers import Adam, Sgd
 from flora.federated.round import RoundResult, _End, _next, run_round
-from flora.federated.sampling import Uniform
-from flora.federated.server_optimizers import (
-    Adaptive,
-    ServerAdagrad,
-    ServerAdam,
-    ServerOptimizer,
-    ServerSgd,
-    ServerYogi,
-)
-from flora.hooks import Hooks
-from flora.records import ClientData, ClientUpdate, ServerState
-from flora.registry import OptionError, components
-from flora.rng import Rng
-from flora.tree import State
+from flora.server.aggregators import BoundedMean, Combiner, Mean, Median, MultiKrum, TrimmedMean
+from flora.server.optimizers import Adaptive, ServerAdagrad, ServerAdam, ServerOptimizer, ServerSgd, ServerYogi
+from flora.server.strategies.averaging import FedAvg
+from flora.server.strategies.base import Strategy
+from flora.server.strategies.factors import FfaLora, RoLora
+from flora.server.strategies.products import FlexLora, HetLora, LoraFair
 
 COMBINERS = [Mean(), Median(), TrimmedMean(), MultiKrum(), BoundedMean(max_norm=1e6)]
 ROBUST = [Median(), TrimmedMean(fraction=0.25), MultiKrum(fraction=0.25), BoundedMean(max_norm=3.0)]

@@ -22,14 +22,15 @@ import pytest
 import yaml
 from helpers import comparable
 
-from flora import sweep, workers
-from flora.config import ExperimentConfig
-from flora.errors import UserError
-from flora.interrupts import Interrupted
+from flora.config.schema import ExperimentConfig
+from flora.core.errors import UserError
+from flora.core.interrupts import Interrupted
 from flora.simulate import main as simulate_main
-from flora.sweep import combinations, configurations, split_values
-from flora.sweep_runs import Outcomes, run_all
-from flora.sweep_table import (
+from flora.sweep import __main__ as sweep
+from flora.sweep import workers
+from flora.sweep.__main__ import combinations, configurations, split_values
+from flora.sweep.runs import Outcomes, run_all
+from flora.sweep.table import (
     Outcome,
     Point,
     Ratios,
@@ -141,7 +142,7 @@ def test_a_process_that_is_killed_is_one_line(config_file: str, tmp_path: Path) 
 
 
 def test_the_end_of_the_sweep_is_the_end_of_its_runs(config_file: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import helpers, sys; from flora.sweep import main; sys.exit(main())"]
+    command = [sys.executable, "-c", "import helpers, sys; from flora.sweep.__main__ import main; sys.exit(main())"]
     folder = tmp_path / "sweep"
     arguments = [config_file, "seed=0,1", "--jobs", "2", "--output", str(folder), "--set", "rounds=100000"]
     process = subprocess.Popen([*command, *arguments], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
@@ -158,7 +159,7 @@ def test_the_end_of_the_sweep_is_the_end_of_its_runs(config_file: str, tmp_path:
 
 
 def test_a_signal_stops_a_sweep(config_file: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import helpers, sys; from flora.sweep import main; sys.exit(main())"]
+    command = [sys.executable, "-c", "import helpers, sys; from flora.sweep.__main__ import main; sys.exit(main())"]
     folder = tmp_path / "sweep"
     arguments = [config_file, "seed=0,1", "--jobs", "2", "--output", str(folder), "--set", "rounds=100000"]
     process = subprocess.Popen([*command, *arguments], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from flora import threads
-from flora.config import parse_config
-from flora.hooks import Hooks
+from flora.config.parse import parse_config
+from flora.core.hooks import Hooks
+from flora.runs import threads
 from flora.simulate import RunResult, resume, simulate
 
 Patch = pytest.MonkeyPatch

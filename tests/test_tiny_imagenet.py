@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from torchvision.datasets import utils
 
-from flora.data.class_names import TINY_IMAGENET
-from flora.data.tiny_imagenet import MD5, SOURCE, TinyImageNet
-from flora.errors import UserError
-from flora.rng import Rng
+from flora.core.errors import UserError
+from flora.core.rng import Rng
+from flora.data.datasets.class_names import TINY_IMAGENET
+from flora.data.datasets.tiny_imagenet import MD5, SOURCE, TinyImageNet
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 from torchvision import datasets as tv
 
-from flora.data import torchvision_sets as sets
-from flora.data.class_names import COUNTRY211, EUROSAT
-from flora.data.torchvision_base import TorchvisionSet, UnsplitFileSet
-from flora.errors import UserError
-from flora.registry import components, kind_of
-from flora.rng import Rng
+from flora.core.errors import UserError
+from flora.core.registry import components, kind_of
+from flora.core.rng import Rng
+from flora.data.datasets import torchvision_sets as sets
+from flora.data.datasets.class_names import COUNTRY211, EUROSAT
+from flora.data.datasets.torchvision_base import TorchvisionSet, UnsplitFileSet
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 Patch = pytest.MonkeyPatch

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from helpers import CLASSES, TOLERANCE, adapt, load_clip, load_plain, random_pixels, write_model
 
-from flora.clip.adapters import Lora
-from flora.clip.towers import TextTower, VisionTower
-from flora.errors import UserError
+from flora.clip.adapters.lora import Lora
+from flora.clip.towers.towers import TextTower, VisionTower
+from flora.core.errors import UserError
 
 TEMPLATES = ("a photo of a {}.", "{}", "an astonishingly detailed painting of the {}, by a child.")
 

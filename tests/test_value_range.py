@@ -16,15 +16,15 @@ from helpers import adapt
 from PIL import Image
 
 from flora.clip.backbone import to_rgb
-from flora.config import parse_config
+from flora.config.parse import parse_config
+from flora.core.errors import UserError
+from flora.core.registry import OptionError
 from flora.data.augmentation import NoAugmentation
-from flora.data.datasets import ImageData, ImageFiles, Split
-from flora.data.folders import CsvFile, ImageFolder
+from flora.data.datasets.base import ImageData, ImageFiles, Split
+from flora.data.datasets.folders import CsvFile, ImageFolder
 from flora.data.value_range import ValueRange, with_one_range
-from flora.errors import UserError
-from flora.federated.cache import CacheOptions
-from flora.federated.features import live_features, load_features
-from flora.registry import OptionError
+from flora.features.cache import CacheOptions
+from flora.features.features import live_features, load_features
 from flora.simulate import resume, simulate
 
 # Eight images of very different brightness: a range of each one's own would make them alike.

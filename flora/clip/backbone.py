@@ -21,11 +21,11 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from flora.clip.lora import LoraAttention, LoraLinear
-from flora.errors import UserError
-from flora.files import open_regular, read_text
-from flora.registry import Options, option, suggest
-from flora.rng import Rng
+from flora.clip.layers import LoraAttention, LoraLinear
+from flora.core.errors import UserError
+from flora.core.files import open_regular, read_text
+from flora.core.registry import Options, option, suggest
+from flora.core.rng import Rng
 
 # Beside the code that runs: in the folder that holds a clone, `flora` alone would be the clone.
 ASSETS = Path(__file__).parents[1] / "assets"

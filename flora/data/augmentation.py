@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from PIL import Image
 
-from flora.registry import Component, option, register
-from flora.rng import Rng
+from flora.core.registry import Component, option, register
+from flora.core.rng import Rng
 
 
 @dataclass(frozen=True)

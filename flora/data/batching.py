@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flora.rng import Rng
+from flora.core.rng import Rng
 
 
 @dataclass(frozen=True, eq=False)

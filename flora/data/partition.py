@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from flora.counts import part_of
-from flora.errors import UserError
-from flora.registry import Component, OptionError, option, register
-from flora.rng import Rng
+from flora.core.counts import part_of
+from flora.core.errors import UserError
+from flora.core.registry import Component, OptionError, option, register
+from flora.core.rng import Rng
 
 MAX_DRAWS = 10
 

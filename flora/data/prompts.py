@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flora.registry import OptionError, Options, option
+from flora.core.registry import OptionError, Options, option
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from flora.counts import part_of
-from flora.data.datasets import ImageData, ImageSource, Split, stratified_split
-from flora.errors import UserError
-from flora.registry import Component, OptionError, option, register
-from flora.rng import Rng
+from flora.core.counts import part_of
+from flora.core.errors import UserError
+from flora.core.registry import Component, OptionError, option, register
+from flora.core.rng import Rng
+from flora.data.datasets.base import ImageData, ImageSource, Split, stratified_split
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from flora.data.datasets import ImageArrays, ImageData, ImageFiles, ImageSource, Progress, Split
-from flora.errors import UserError
-from flora.files import open_regular
+from flora.core.errors import UserError
+from flora.core.files import open_regular
+from flora.data.datasets.base import ImageArrays, ImageData, ImageFiles, ImageSource, Progress, Split
 
 # What Pillow raises for a file that it can't decode, or that would be absurdly large once decoded.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)

@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flora import tree
-from flora.errors import UserError
-from flora.federated import pending
-from flora.federated.delivery import Delivery, broadcast, start_of, trained
+from flora.communication.network import Network, Profiles, Trip, durations
+from flora.core import tree
+from flora.core.errors import UserError
+from flora.core.records import ServerState
+from flora.core.rng import Rng
+from flora.federated import in_flight as pending
 from flora.federated.federation import CLOCK, Federation
-from flora.federated.network import Network, Profiles, Trip, durations
-from flora.records import ServerState
-from flora.rng import Rng
+from flora.federated.synchronous import Delivery, broadcast, start_of, trained
 
 # Times in a row that the server waits for somebody to ask, before it goes on with what it has.
 MAX_WAITS = 100

@@ -9,30 +9,31 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from flora import tree
-from flora.clip.towers import AdaptedClip
-from flora.contracts import checked_ids, checked_state, refuse
-from flora.counts import part_of
+from flora.client.personalization import OWN, NoPersonalization, Personalization
+from flora.client.training import CORRECTION, BlockResult, LocalTraining, train_block
+from flora.clip.towers.towers import AdaptedClip
+from flora.communication.compressors import Compressor
+from flora.communication.network import Network, Patience, Profiles, Trip, trip
+from flora.communication.options import FEEDBACK, CommunicationOptions, payload_bytes
+from flora.communication.sampling import Sampler
+from flora.core import tree
+from flora.core.contracts import checked_ids, checked_state, refuse
+from flora.core.counts import part_of
+from flora.core.errors import UserError
+from flora.core.hooks import Hooks
+from flora.core.low_rank import is_residual, rank_first, rank_padded, residuals_at_their_smallest
+from flora.core.memory import available_memory_bytes, is_out_of_memory, release_cached_memory
+from flora.core.records import ClientData, ServerState
+from flora.core.rng import Rng
+from flora.core.tree import State, StateLike
 from flora.data.batching import ClientBlock, batch_bytes, client_blocks
-from flora.errors import UserError
-from flora.federated import pending
-from flora.federated.aggregation import Strategy
-from flora.federated.combiners import Combiner, Mean
-from flora.federated.communication import FEEDBACK, CommunicationOptions, payload_bytes
-from flora.federated.compressors import Compressor
-from flora.federated.features import Features
-from flora.federated.local import CORRECTION, BlockResult, LocalTraining, train_block
-from flora.federated.low_rank import is_residual, rank_first, rank_padded, residuals_at_their_smallest
-from flora.federated.memory import available_memory_bytes, client_bytes, is_out_of_memory, release_cached_memory
-from flora.federated.network import Network, Patience, Profiles, Trip, trip
-from flora.federated.personal import OWN, NoPersonalization, Personalization
-from flora.federated.sampling import Sampler
-from flora.federated.screening import Screening
-from flora.federated.server_optimizers import ServerOptimizer, ServerSgd
-from flora.hooks import Hooks
-from flora.records import ClientData, ServerState
-from flora.rng import Rng
-from flora.tree import State, StateLike
+from flora.engine.capacity import client_bytes
+from flora.features.features import Features
+from flora.federated import in_flight as pending
+from flora.server.aggregators import Combiner, Mean
+from flora.server.optimizers import ServerOptimizer, ServerSgd
+from flora.server.screening import Screening
+from flora.server.strategies.base import Strategy
 
 # Where the server's state has the seconds that have passed on the simulated clock.
 CLOCK = "network.clock"

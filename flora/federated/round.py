@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from flora import tree
-from flora.contracts import called, checked_state, checked_tensor, checked_weights
-from flora.errors import DivergedError
+from flora.client.corrections import Cohort
+from flora.client.personalization import OWN
+from flora.client.training import CORRECTION
+from flora.core import tree
+from flora.core.contracts import called, checked_state, checked_tensor, checked_weights
+from flora.core.errors import DivergedError
+from flora.core.low_rank import aggregation_error, layers, rank_padded, with_any_residual
+from flora.core.records import ClientUpdate, Rejection, ServerState
+from flora.core.rng import Rng
+from flora.core.tree import State, StateLike
 from flora.federated.buffered import deliver_buffered
-from flora.federated.corrections import Cohort
-from flora.federated.delivery import Delivery, deliver
 from flora.federated.federation import CLOCK, Federation
-from flora.federated.local import CORRECTION
-from flora.federated.low_rank import aggregation_error, layers, rank_padded, with_any_residual
-from flora.federated.personal import OWN
-from flora.federated.screening import refusal, screen
-from flora.records import ClientUpdate, Rejection, ServerState
-from flora.rng import Rng
-from flora.tree import State, StateLike
+from flora.federated.synchronous import Delivery, deliver
+from flora.server.screening import refusal, screen
 
 
 @dataclass(frozen=True)

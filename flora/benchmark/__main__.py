@@ -1,0 +1,255 @@
+"""`python -m flora.benchmark`: what a local step costs, from full fine-tuning to ours, as ratios within one run.
+
+Weights and images are random, because cost is what is measured. Each variant runs in a process of its own, the
+variants take turns, and the median of the repeats is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from flora.benchmark.experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND, measure_experiment
+from flora.benchmark.profile import profile_round
+from flora.benchmark.variants import ROUND_STEPS, VARIANTS, Setting
+from flora.client.gradients import STEPS_BEFORE_RECORDING
+from flora.clip.backbone import Backbone
+from flora.core.command_line import Parser, run_program
+from flora.core.errors import UserError
+from flora.core.memory import peak_memory_bytes
+from flora.evaluation.summary import size
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one process measured. Bytes of memory are above the imports'.
+
+    `step_seconds` are per local step and client: a client-round of `ROUND_STEPS` steps, from the server's adapter to
+    the client's, over their number.
+    """
+
+    variant: str
+    step_seconds: float
+    round_seconds: float
+    evaluation_seconds: float
+    peak_bytes: int
+    device_bytes: int
+    sent_bytes: int
+    flops_per_second: float | None
+    matmul_flops_per_second: float | None
+
+
+def measure(variant: str, setting: Setting, seconds: float) -> Result:
+    """Build a variant, warm it up, and time client-rounds for about `seconds`, at least one."""
+    before = resident_bytes()
+    step = VARIANTS[variant].build(setting)
+    times: list[float] = []
+    for warm_up in (1, 1) if setting.torch_device.type == "cpu" else (1, STEPS_BEFORE_RECORDING + 1):
+        if _timed(partial(step.run, warm_up), setting.device) > seconds:
+            break
+    started = time.perf_counter()
+    while not times or time.perf_counter() - started < seconds:
+        times.append(_timed(partial(step.run, ROUND_STEPS), setting.device))
+    peak = resident_peak_bytes() - before
+    device_peak = peak_memory_bytes(setting.torch_device) if setting.torch_device.type == "cuda" else 0
+    round_seconds = statistics.median(times) / step.num_clients
+    step_seconds = round_seconds / ROUND_STEPS
+    evaluation = min(_timed(step.evaluate, setting.device) for _ in range(2))
+    return Result(
+        variant=variant,
+        step_seconds=step_seconds,
+        round_seconds=round_seconds,
+        evaluation_seconds=evaluation,
+        peak_bytes=peak,
+        device_bytes=device_peak,
+        sent_bytes=step.sent_bytes,
+        flops_per_second=None if step.flops is None else step.flops / step_seconds,
+        matmul_flops_per_second=None if step.flops is None else matmul_rate(setting),
+    )
+
+
+def matmul_rate(setting: Setting) -> float:
+    """Floating-point operations a second in the largest product of the text tower, on a thousand tokens and more.
+
+    The best of two sizes: that of a CPU's caches, and one that fills a GPU.
+    """
+    shape = Backbone(model=setting.model, weights="random").architecture().text
+    rates = []
+    for num_tokens in (1024, 8192):
+        left = torch.randn(num_tokens, shape.width, device=setting.torch_device)
+        right = torch.randn(shape.width, shape.mlp_width, device=setting.torch_device)
+        product = partial(torch.mm, left, right)
+        _timed(product, setting.device)
+        times = [_timed(product, setting.device) for _ in range(20)]
+        rates.append(2 * num_tokens * shape.width * shape.mlp_width / statistics.median(times))
+    return max(rates)
+
+
+def _timed(function: Callable[[], Any], device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def resident_bytes() -> int:
+    """The process's resident set now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def resident_peak_bytes() -> int:
+    """The process's largest resident set so far."""
+    return peak_memory_bytes(torch.device("cpu"))
+
+
+def run_variants(setting: Setting, variants: Sequence[str], *, repeats: int, seconds: float) -> dict[str, list[Result]]:
+    """Measure each variant `repeats` times in fresh processes, in turns."""
+    results: dict[str, list[Result]] = {variant: [] for variant in variants}
+    for variant in tqdm(list(variants) * repeats, desc="processes", disable=None):
+        order = {"setting": asdict(setting), "variant": variant, "seconds": seconds, "whole": False}
+        results[variant].append(Result(**_in_fresh_process(order)))
+    return results
+
+
+def compare_experiments(setting: Setting, *, repeats: int) -> str:
+    """A line: the median times of a whole experiment, naive and ours, each in fresh processes that take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in EXPERIMENTS}
+    for name in tqdm(list(EXPERIMENTS) * repeats, desc="processes", disable=None):
+        order = {"setting": asdict(setting), "variant": name, "seconds": 0, "whole": True}
+        seconds[name].append(_in_fresh_process(order)["seconds"])
+    naive, ours = (statistics.median(seconds[name]) for name in ("naive", "ours"))
+    steps = setting.num_clients * STEPS_PER_ROUND * NUM_ROUNDS
+    return (
+        f"{steps} client steps of {setting.batch_size} images in {NUM_ROUNDS} rounds, with features and evaluation: "
+        f"naive {naive:.1f} s, ours {ours:.1f} s, "
+        + (f"{naive / ours:.1f} x faster" if naive > ours else f"{ours / naive:.1f} x slower")
+    )
+
+
+def _in_fresh_process(order: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "flora.benchmark", "--worker", json.dumps(order)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"{order['variant']}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def table(results: dict[str, list[Result]]) -> list[str]:
+    """The results as Markdown: medians, spread, and ratios to the three loops that others write."""
+    references = [name for name in ("full", "naive", "by hand") if name in results]
+    median = {name: statistics.median(each.step_seconds for each in rows) for name, rows in results.items()}
+    head = ["variant", "ms per step and client", "spread", *(f"x {name}" for name in references)]
+    head += [f"client-round of {ROUND_STEPS} steps, s", "evaluation, ms", "peak memory", "sent"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, rows in results.items():
+        steps = [each.step_seconds for each in rows]
+        cells = [
+            VARIANTS[name].title,
+            f"{1000 * median[name]:.1f}",
+            f"{1000 * min(steps):.1f} to {1000 * max(steps):.1f}",
+        ]
+        cells += [f"{median[reference] / median[name]:.1f}" for reference in references]
+        cells += [f"{statistics.median(each.round_seconds for each in rows):.3g}"]
+        cells += [f"{1000 * statistics.median(each.evaluation_seconds for each in rows):.0f}"]
+        cells += [
+            size(statistics.median(each.device_bytes or each.peak_bytes for each in rows)),
+            size(rows[0].sent_bytes),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    last = list(results.values())[-1]
+    if last[0].flops_per_second is not None:
+        fractions = [(each.flops_per_second or 0) / (each.matmul_flops_per_second or 1) for each in last]
+        rate = statistics.median(each.matmul_flops_per_second or 0 for each in last)
+        lines += ["", f"matrix products here: {rate / 1e9:.0f} GFLOP/s; the last row's trained path reaches "]
+        lines[-1] += f"{statistics.median(fractions):.0%} of that with the operations that it can't avoid"
+    return lines
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m flora.benchmark", description=__doc__)
+    parser.add_argument("--model", default="ViT-B-16", help="OpenCLIP name or JSON config (default: %(default)s)")
+    parser.add_argument("--classes", type=int, default=10, help="number of classes, 1 to 100 (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="images in a step (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=32, help="clients in a block (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--tower", choices=("text", "vision"), default="text", help="the adapted one (default: text)")
+    parser.add_argument("--layers", type=int, default=0, help="adapt the last N blocks only (default: all)")
+    parser.add_argument("--targets", default="q,v", help="adapted matrices (default: %(default)s)")
+    parser.add_argument("--objective", choices=("cross_entropy", "contrastive"), default="cross_entropy")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each variant (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="of client-rounds in each process (default: %(default)s)"
+    )
+    parser.add_argument("--variants", help=f"comma-separated, of: {', '.join(VARIANTS)} (default: all)")
+    parser.add_argument("--json", type=Path, help="write every measurement to this file, too")
+    parser.add_argument("--whole", action="store_true", help="time a whole small experiment instead")
+    parser.add_argument("--profile", metavar="CONFIG", help="show where the time of a round of an experiment goes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment that --profile names")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    return run_program(lambda: _main(_parser().parse(argv)))
+
+
+def _main(options: argparse.Namespace) -> int:
+    if options.worker:
+        print(json.dumps(_work(json.loads(options.worker))))
+        return 0
+    setting = Setting(
+        model=options.model, num_classes=options.classes, batch_size=options.batch, num_clients=options.clients,
+        rank=options.rank, tower=options.tower, num_layers=options.layers, targets=options.targets,
+        objective=options.objective, device=options.device, precision=options.precision,
+    )  # fmt: skip
+    if options.profile:
+        print("\n".join(profile_round(options.profile, options.overrides)))
+        return 0
+    if options.overrides:
+        raise UserError(f"{options.overrides[0]}: overrides belong to the CONFIG of --profile; see --help")
+    if options.whole:
+        print(compare_experiments(setting, repeats=options.repeats))
+        return 0
+    possible = [name for name, variant in VARIANTS.items() if variant.applies(setting)]
+    names = possible if options.variants is None else options.variants.split(",")
+    unknown = [name for name in names if name not in possible]
+    if unknown:
+        raise UserError(f"--variants: {unknown[0]!r} is not one of {', '.join(possible)}")
+    results = run_variants(setting, names, repeats=options.repeats, seconds=options.seconds)
+    print("\n".join(table(results)))
+    if options.json is not None:
+        measured = {name: [asdict(each) for each in rows] for name, rows in results.items()}
+        options.json.write_text(json.dumps({"setting": asdict(setting), "results": measured}, indent=2) + "\n")
+    return 0
+
+
+def _work(order: dict[str, Any]) -> dict[str, Any]:
+    """What a process of its own measures."""
+    setting = Setting(**order["setting"])
+    if order["whole"]:
+        return {"seconds": measure_experiment(order["variant"], setting)}
+    return asdict(measure(order["variant"], setting, order["seconds"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""The losses and gradients of one local step of K clients; on CUDA as a graph that is recorded once and replayed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from flora.client.objectives import Objective
+from flora.client.penalties import NoPenalty, Penalty, Seen, divergence
+from flora.clip.adapters.base import Mutual
+from flora.clip.towers.towers import AdaptedClip
+from flora.core.contracts import checked_tensor
+from flora.core.tree import State, StateLike
+from flora.engine.capacity import clients_at_once
+
+# Steps of one shape that run as they are before one is recorded: a recording costs about as much as ten of them.
+STEPS_BEFORE_RECORDING = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What K clients see in one step, on the device.
+
+    `stem` `(K * B, ...)` are stem outputs, client-major; `labels` and `example_mask` are `(K, B)`. With `classes`
+    `(K, C)`, on the CPU, only those are encoded, and labels are places among them.
+    """
+
+    stem: Tensor
+    labels: Tensor
+    example_mask: Tensor
+    classes: Tensor | None = None
+
+    def of_clients(self, start: int, stop: int) -> Batch:
+        """What the clients from `start` to `stop` see."""
+        rows = len(self.stem) // len(self.labels)
+        return Batch(
+            self.stem[start * rows : stop * rows],
+            self.labels[start:stop],
+            self.example_mask[start:stop],
+            None if self.classes is None else self.classes[start:stop],
+        )
+
+
+Features = tuple[Tensor, Tensor]
+"""Unit features of images `(K, B, embed_dim)` and of classes `(K, C, embed_dim)`."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a step minimises: an objective, a penalty, and what a client's two models learn from each other."""
+
+    objective: Objective
+    penalty: Penalty = NoPenalty()
+    mutual: Mutual | None = None
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether no class matters but those of the batch."""
+        return self.objective.in_batch and self.penalty.is_idle and self.mutual is None
+
+    def frozen(self, model: AdaptedClip, batch: Batch, num_clients: int) -> Features | None:
+        """What the penalty compares with: features of images and classes while no adapter is bound."""
+        if self.penalty.is_idle:
+            return None
+        with torch.no_grad():
+            return model.image_features(batch.stem, num_clients), model.frozen_class_features()
+
+    def of(self, batch: Batch, models: Sequence[Features], scale: Tensor, frozen: Features | None) -> Tensor:
+        """Each client's loss `(K,)`, summed over its models, from features with adapters and those without."""
+        losses = torch.zeros(len(batch.labels), device=batch.labels.device)
+        for images, classes in models:
+            loss = self.objective.loss(images, classes, batch.labels, batch.example_mask, scale)
+            losses = losses + checked_tensor("local.objective", self.objective, loss, losses.shape)
+            if frozen is not None:
+                loss = self.penalty.loss(Seen(images, classes, *frozen, batch.example_mask, scale))
+                losses = losses + checked_tensor("local.penalty", self.penalty, loss, losses.shape)
+        if self.mutual is not None:
+            one, two = (scale * torch.bmm(images, classes.transpose(1, 2)) for images, classes in models)
+            for own, other in ((one, two), (two, one)):
+                learned = divergence(own, other.detach(), batch.example_mask, self.mutual.temperature)
+                losses = losses + self.mutual.weight * learned
+        return losses
+
+
+class FlatStack:
+    """K adapters as one matrix `(K, P)`, so that an optimiser's step is a few operations however many layers there are.
+
+    The tensors called `trained` have the first `num_trained` columns. The matrix is a copy; `state` and `leaves` are
+    views into it, or into another of its kind.
+    """
+
+    def __init__(self, stack: StateLike, device: torch.device, trained: Collection[str] | None = None) -> None:
+        self._trained = list(stack) if trained is None else [name for name in stack if name in trained]
+        self._shapes = {name: stack[name].shape[1:] for name in self._trained}
+        self.num_trained = sum(shape.numel() for shape in self._shapes.values())
+        self._shapes |= {name: tensor.shape[1:] for name, tensor in stack.items()}
+        size = len(next(iter(stack.values())))
+        # Where all clients start from one adapter, as `tree.expand` gives it, that is copied to the device once.
+        is_one = all(tensor.stride(0) == 0 for tensor in stack.values())
+        rows = [stack[name][:1] if is_one else stack[name] for name in self._shapes]
+        matrix = torch.cat([tensor.reshape(len(tensor), -1) for tensor in rows], dim=1).to(device)
+        self.matrix = matrix.expand(size, -1).clone() if is_one else matrix
+
+    def state(self, matrix: Tensor) -> State:
+        """The rows of a matrix `(K, P)` as a state dict of tensors `(K, ...)`."""
+        parts = matrix.split([shape.numel() for shape in self._shapes.values()], dim=1)
+        return {
+            name: part.unflatten(1, shape) if shape else part.squeeze(1)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
+
+    def trained_part(self, matrix: Tensor) -> State:
+        """The same of the trained tensors alone."""
+        return {name: tensor for name, tensor in self.state(matrix).items() if name in self._trained}
+
+    @property
+    def layout(self) -> tuple[int, tuple[str, ...]]:
+        """What the columns mean: how many tensors are trained, and the names of all in their order."""
+        return len(self._trained), tuple(self._shapes)
+
+    def columns(self, names: Collection[str]) -> Tensor:
+        """The columns of the trained tensors called so."""
+        ends = list(itertools.accumulate(shape.numel() for shape in self._shapes.values()))
+        ranges = [
+            torch.arange(end - self._shapes[name].numel(), end)
+            for name, end in zip(self._trained, ends, strict=False)
+            if name in names
+        ]
+        return torch.cat(ranges).to(self.matrix.device) if ranges else torch.empty(0, dtype=torch.int64)
+
+    def leaves(self, matrix: Tensor) -> tuple[State, list[Tensor]]:
+        """The same, detached; and those that are trained, as leaves of the autograd graph that share its memory."""
+        state = {name: tensor.detach() for name, tensor in self.state(matrix).items()}
+        return state, [state[name].requires_grad_() for name in self._trained]
+
+
+Compute = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
+"""From adapters `(K, P)` and a batch to losses `(K,)` and the gradients of what is trained, `(K, num_trained)`."""
+
+
+def gradient_function(
+    model: AdaptedClip,
+    loss: Loss,
+    flat: FlatStack,
+    dropout: Sequence[torch.Generator] | None,
+    *,
+    batch_size: int,
+    beside: StateLike | None = None,
+) -> Compute:
+    """What computes each client's loss, and its gradient with respect to all of its parameters that are trained.
+
+    Clients don't depend on each other, so as many go through the model at once as is fastest. `beside` are tensors
+    `(1, ...)` that are bound with every client's own.
+    """
+
+    at_once = clients_at_once(model, batch_size=batch_size)
+    known: dict[
+        tuple[int, int], tuple[State, list[Tensor]]
+    ] = {}  # they share the parameters' memory, so a block's are made once
+
+    def compute(parameters: Tensor, batch: Batch, first: int = 0) -> tuple[Tensor, Tensor]:
+        number = len(parameters)
+        place = parameters.data_ptr(), number
+        state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
+        frozen = loss.frozen(model, batch, number)
+        models = []
+        for view in model.adapter.views({**state, **beside} if beside else state):
+            with model.adapter.bind(view, None if dropout is None else dropout[first : first + number]):
+                images = model.image_features(batch.stem, number)
+                models.append((images, model.class_features(number, batch.classes)))
+                scale = model.logit_scale()
+        losses = loss.of(batch, models, scale, frozen)
+        return losses.detach(), _rows(losses, leaves)
+
+    def compute_in_parts(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        number = len(parameters)
+        if number <= at_once:
+            return compute(parameters, batch)
+        parts = [
+            compute(parameters[start : start + at_once], batch.of_clients(start, start + at_once), start)
+            for start in range(0, number, at_once)
+        ]
+        losses, gradients = zip(*parts, strict=True)
+        return torch.cat(losses), torch.cat(gradients)
+
+    if _is_recorded(model, dropout, beside):
+        return _Recorder.of(model).wrap(compute_in_parts, (loss, flat.layout))
+    return compute_in_parts
+
+
+def _is_recorded(model: AdaptedClip, dropout: object, residual: object) -> bool:
+    """Whether steps are recorded: not with dropout, nor with a residual, whose shape changes from round to round."""
+    is_plain = dropout is None and not residual
+    return model.device.type == "cuda" and model.speed.cuda_graphs and not model.adapter.is_large and is_plain
+
+
+def _rows(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """The gradient of the summed losses with respect to all leaves, as rows; zero for those that the loss ignores."""
+    gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
+
+
+@dataclass(eq=False)
+class _Recording:
+    """A recorded step: what it reads, what it writes, and how to run it."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, Tensor]
+
+    def replay(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+@dataclass(eq=False)
+class _Recorder:
+    """The recorded steps of one model, by shape. What can't be recorded runs as it is."""
+
+    recordings: dict[object, _Recording] = field(default_factory=dict)
+    counts: dict[object, int] = field(default_factory=dict)
+    pool: object = None
+    works: bool = True
+
+    @staticmethod
+    def of(model: AdaptedClip) -> _Recorder:
+        return _RECORDERS.setdefault(model, _Recorder())
+
+    def wrap(self, compute: Compute, kind: object) -> Compute:
+        """`compute`, replayed where a step of the same kind and shapes is recorded."""
+
+        def recorded(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+            if batch.classes is not None or not self.works:
+                return compute(parameters, batch)
+            inputs = (parameters, batch.stem, batch.labels, batch.example_mask)
+            key = (kind, *((each.shape, each.dtype) for each in inputs))
+            if key in self.recordings:
+                return self.recordings[key].replay(inputs)
+            self.counts[key] = self.counts.get(key, 0) + 1
+            if self.counts[key] > STEPS_BEFORE_RECORDING:
+                self._record(key, compute, inputs)
+            return compute(parameters, batch)
+
+        return recorded
+
+    def _record(self, key: object, compute: Compute, inputs: Sequence[Tensor]) -> None:
+        own = tuple(each.clone() for each in inputs)
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):  # type: ignore[arg-type]
+                outputs = compute(own[0], Batch(*own[1:]))
+        except RuntimeError:  # an operation that can't be recorded, or no memory for it
+            self.works = False
+            self.recordings.clear()
+            torch.cuda.synchronize()
+            return
+        self.recordings[key] = _Recording(graph, own, outputs)
+
+
+_RECORDERS: WeakKeyDictionary[AdaptedClip, _Recorder] = WeakKeyDictionary()

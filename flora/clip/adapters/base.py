@@ -1,0 +1,117 @@
+"""What every adapter is: options that attach to a model, and what is attached."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from flora.clip.backbone import Architecture, FrozenClip
+from flora.core.registry import Component
+from flora.core.rng import Rng
+from flora.core.tree import State, StateLike
+
+TOWERS = ("text", "vision")
+
+
+@dataclass(frozen=True)
+class Mutual:
+    """How two models of one client learn from each other: by `weight` T^2 KL(other || own) at temperature T."""
+
+    weight: float
+    temperature: float
+
+
+class AttachedAdapter(ABC):
+    """An adapter attached to a frozen model.
+
+    `trained_from` says for each tower which of its stages is the first that the adapter changes: stage 0 is the
+    embedding, stage 1 + i block i, stage 1 + num_layers the head, and 2 + num_layers means that it changes none.
+    `is_large` says that it is about as large as the model, `is_beside_the_model` that it can't be merged into it.
+    `gates` are tensors that `threshold` times the learning rate draws nearer to zero after each step, and not beyond.
+    """
+
+    trained_from: dict[str, int]
+    max_clients_per_block: int | None = None
+    has_dropout = False
+    is_large = False
+    is_beside_the_model = False
+    gates: tuple[str, ...] = ()
+    threshold: float = 0.0
+    mutual: Mutual | None = None
+    learned_context: Mapping[str, Any] | None = None
+    """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
+
+    @abstractmethod
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        """The adapter that the server starts from, as a state dict on the CPU, without a client axis.
+
+        Its numbers are of the type `FrozenClip.dtype`; random ones are the same in each precision, up to rounding.
+
+        `class_features` `(C, embed_dim)` are the frozen model's unit text features of the classes, which heads need.
+        """
+
+    @abstractmethod
+    def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Any:
+        """A context in which the model computes with the adapters of K clients, tensors `(K, ...)`.
+
+        `generators`, one a client, switch dropout on: they are for training.
+        """
+
+    def stays(self, name: str) -> bool:
+        """Whether a tensor never leaves its client."""
+        return False
+
+    def views(self, stack: StateLike) -> list[StateLike]:
+        """The models that an adapter stands for, each as what to `bind`: the server's first, the client's own last."""
+        return [stack]
+
+    @abstractmethod
+    def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
+        """A new OpenCLIP state dict that computes what `state_dict` with `adapter` beside it does."""
+
+    def adapt_patches(self, x: Tensor) -> Tensor:
+        """What becomes of the vision stem's output `(K * B, ...)` before the trained part sees it."""
+        return x
+
+    def adapt_tokens(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What becomes of the text stem's output `(K * G, M, width)`; `positions` `(K * G, M)` are those in prompts."""
+        return x
+
+    def adapt_images(self, features: Tensor) -> Tensor:
+        """What becomes of image features `(K, B, embed_dim)`, before they are normalised."""
+        return features
+
+    def adapt_classes(self, features: Tensor) -> Tensor:
+        """What becomes of the classes' unit features `(K, C, embed_dim)`."""
+        return features
+
+
+@dataclass(frozen=True)
+class Adapter(Component):
+    """What the clients train."""
+
+    has_personal: ClassVar[bool] = False
+    """Whether some of its tensors never leave their client."""
+    knows_classes: ClassVar[bool] = False
+    """Whether it has weights for each class, and so none for classes that it has not seen."""
+
+    @abstractmethod
+    def check_fits(self, architecture: Architecture) -> None:
+        """Raise `OptionError` where the options don't fit the model."""
+
+    @abstractmethod
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        """Attach to `clip`. The model computes as before until an adapter is bound."""
+
+    def templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        """The prompts' templates; `given` are the experiment's."""
+        return tuple(given)
+
+    def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        """The templates for a reader: `[learned context]` stands where vectors are learned in place of words."""
+        return self.templates(given)

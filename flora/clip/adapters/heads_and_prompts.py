@@ -1,0 +1,306 @@
+"""What else clients can train: heads and adapters on features, prompt contexts, norms. The rivals of arXiv:2404.15182.
+
+All but `prompt_context` and `norm` see nothing but final features, so a step costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flora.clip.adapters.base import TOWERS, Adapter, AttachedAdapter
+from flora.clip.adapters.full import AttachedFull
+from flora.clip.backbone import Architecture, FrozenClip
+from flora.core.registry import OptionError, option, register
+from flora.core.rng import Rng
+from flora.core.tree import State, StateLike
+
+
+class AttachedBeside(AttachedAdapter):
+    """An adapter outside of the frozen model: `stack` is its tensors `(K, ...)` while they are bound, else None."""
+
+    stack: StateLike | None = None
+    is_beside_the_model = True
+
+    def __init__(self, clip: FrozenClip) -> None:
+        self.dtype = clip.dtype
+        self.trained_from = {tower: 2 + clip.architecture.tower(tower).num_layers for tower in TOWERS}
+
+    @contextmanager
+    def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Iterator[None]:
+        self.stack = stack
+        try:
+            yield
+        finally:
+            self.stack = None
+
+    def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FitsEveryModel(Adapter):
+    """An adapter without options that a model could contradict."""
+
+    def check_fits(self, architecture: Architecture) -> None:
+        """It fits every model."""
+
+
+@register("linear_head")
+@dataclass(frozen=True)
+class LinearHead(FitsEveryModel):
+    """A linear classifier on the frozen image features that starts as the zero-shot one (FedLC, arXiv:2404.15182)."""
+
+    knows_classes = True
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedHead(clip)
+
+
+class AttachedHead(AttachedBeside):
+    """Its state dict is `head.weight` `(C, embed_dim)`; its rows stand for the classes' text features."""
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        return {"head.weight": _head(class_features)}
+
+    def adapt_classes(self, features: Tensor) -> Tensor:
+        return features if self.stack is None else self.stack["head.weight"]
+
+
+@register("vision_and_head")
+@dataclass(frozen=True)
+class VisionAndHead(FitsEveryModel):
+    """A linear classifier as `linear_head`, and every weight of the vision tower (FedVM-LC, arXiv:2404.15182)."""
+
+    knows_classes = True
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedVisionAndHead(clip)
+
+
+class AttachedVisionAndHead(AttachedFull):
+    """Its state dict is `head.weight` `(C, embed_dim)` and the vision tower's parameters under OpenCLIP's names."""
+
+    is_beside_the_model = True
+
+    def __init__(self, clip: FrozenClip) -> None:
+        super().__init__(clip, below="visual.")
+        self.trained_from = {"vision": 0, "text": 2 + clip.architecture.text.num_layers}
+        self._head: Tensor | None = None
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        return {"head.weight": _head(class_features), **super().initial_state(rng, class_features)}
+
+    @contextmanager
+    def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Iterator[None]:
+        self._head = stack["head.weight"]
+        try:
+            with super().bind(stack, generators):
+                yield
+        finally:
+            self._head = None
+
+    def adapt_classes(self, features: Tensor) -> Tensor:
+        return features if self._head is None else self._head
+
+
+@register("attention_adapter")
+@dataclass(frozen=True)
+class AttentionAdapter(FitsEveryModel):
+    """f * softmax(W2 tanh(W1 f + b1) + b2) in place of the image feature f (FedCLIP, arXiv:2302.13485)."""
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedAttention(clip)
+
+
+class AttachedAttention(AttachedBeside):
+    """Its state dict is `first.weight`, `second.weight` `(d, d)` and `first.bias`, `second.bias` `(d,)`."""
+
+    def __init__(self, clip: FrozenClip) -> None:
+        super().__init__(clip)
+        self._width = clip.architecture.embed_dim
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        return {
+            f"{layer}.{name}": _uniform(rng.child(layer, name), shape, self._width).to(self.dtype)
+            for layer in ("first", "second")
+            for name, shape in (("weight", (self._width, self._width)), ("bias", (self._width,)))
+        }
+
+    def adapt_images(self, features: Tensor) -> Tensor:
+        if self.stack is None:
+            return features
+        hidden = torch.tanh(_linear(features, self.stack, "first"))
+        return features * _linear(hidden, self.stack, "second").softmax(dim=-1)
+
+
+@register("clip_adapter")
+@dataclass(frozen=True)
+class ClipAdapter(FitsEveryModel):
+    """ratio * relu(W2 relu(W1 f)) + (1 - ratio) f in place of the image feature f (CLIP-Adapter, arXiv:2110.04544)."""
+
+    reduction: int = option("the feature's width over that between the two matrices", 4, at_least=1)
+    ratio: float = option("share of what the matrices give", 0.2, above=0, at_most=1)
+
+    def check_fits(self, architecture: Architecture) -> None:
+        if self.reduction > architecture.embed_dim:
+            limit = f"at most embed_dim of {architecture.name}, {architecture.embed_dim}"
+            raise OptionError("reduction", f"expected {limit}, got {self.reduction}")
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedClipAdapter(self, clip)
+
+
+class AttachedClipAdapter(AttachedBeside):
+    """Its state dict is `down.weight` `(d // reduction, d)` and `up.weight` `(d, d // reduction)`."""
+
+    def __init__(self, options: ClipAdapter, clip: FrozenClip) -> None:
+        super().__init__(clip)
+        self._ratio, self._width = options.ratio, clip.architecture.embed_dim
+        self._inner = self._width // options.reduction
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        return {
+            "down.weight": _uniform(rng.child("down"), (self._inner, self._width), self._width).to(self.dtype),
+            "up.weight": _uniform(rng.child("up"), (self._width, self._inner), self._inner).to(self.dtype),
+        }
+
+    def adapt_images(self, features: Tensor) -> Tensor:
+        if self.stack is None:
+            return features
+        adapted = _linear(_linear(features, self.stack, "down").relu(), self.stack, "up").relu()
+        return self._ratio * adapted + (1 - self._ratio) * features
+
+
+@register("prompt_context")
+@dataclass(frozen=True)
+class PromptContext(FitsEveryModel):
+    """Learned vectors in place of the words before the class name (CoOp, arXiv:2109.01134; PromptFL, 2208.11625).
+
+    The data set's own prompts are not used: prompts are the context, the class name and a full stop.
+    """
+
+    words: str | None = option("what the context starts from; none: random vectors", "a photo of a")
+    num_tokens: int = option("vectors in the context, if there are no words", 16, at_least=1, at_most=64)
+
+    def check(self) -> None:
+        if self.words is not None and (not self.words.strip() or "{" in self.words or "}" in self.words):
+            raise OptionError("words", f"expected words without braces, or none, got {self.words!r}")
+
+    def check_fits(self, architecture: Architecture) -> None:
+        room = architecture.context_length - 3  # the first token, one of the class name, the last token
+        if self.words is None and self.num_tokens > room:
+            raise OptionError("num_tokens", f"expected at most {room} with {architecture.name}, got {self.num_tokens}")
+
+    def templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        return (f"{self.words or ' '.join(['x'] * self.num_tokens)} {{}}.",)
+
+    def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        return ("[learned context] {}.",)
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedContext(self, clip)
+
+
+class AttachedContext(AttachedBeside):
+    """Its state dict is `context` `(number of vectors, text width)`, for the positions 1, 2, ... of each prompt."""
+
+    def __init__(self, options: PromptContext, clip: FrozenClip) -> None:
+        super().__init__(clip)
+        self.trained_from["text"] = 1
+        text, words = clip.text, options.templates(())[0].removesuffix(" {}.")
+        tokens = clip.tokenize([words])[0].tolist()
+        number = len(tokens) - tokens[::-1].index(max(tokens)) - 2  # what stands between the first and the last
+        # Copies, because the embeddings leave memory with the stem.
+        self._positional = text.positional_embedding[1 : 1 + number].detach().clone()
+        ids = torch.tensor(tokens[1 : 1 + number], device=clip.device)
+        self._words = None if options.words is None else text.token_embedding(ids).detach().cpu().clone()
+        self._shape = number, clip.architecture.text.width
+        self.learned_context = {"num_vectors": number, "starts_from": options.words}
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        if self._words is not None:
+            return {"context": self._words.to(self.dtype, copy=True)}
+        return {"context": torch.empty(self._shape).normal_(0, 0.02, generator=rng.torch()).to(self.dtype)}
+
+    def adapt_tokens(self, x: Tensor, positions: Tensor) -> Tensor:
+        if self.stack is None:
+            return x
+        context = (self.stack["context"] + self._positional).to(x.dtype)
+        per_sequence = context.repeat_interleave(len(x) // len(context), dim=0)
+        index = (positions - 1).clamp(0, context.shape[1] - 1).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        is_context = (positions >= 1) & (positions <= context.shape[1])
+        return torch.where(is_context.unsqueeze(-1), per_sequence.gather(1, index), x)
+
+
+@register("norm")
+@dataclass(frozen=True)
+class Norm(Adapter):
+    """The weight and bias of the norm before the vision tower's blocks (NormFit)."""
+
+    def check_fits(self, architecture: Architecture) -> None:
+        if not architecture.has_vision_pre_norm:
+            raise OptionError(
+                "", f"norm trains the norm before the vision tower's blocks: {architecture.name} has none"
+            )
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedNorm(clip)
+
+
+class AttachedNorm(AttachedBeside):
+    """Its state dict is `visual.ln_pre.weight` and `visual.ln_pre.bias`, `(vision width,)`.
+
+    The norm is taken out of the vision tower's stem, so that what the stem gives can be kept.
+    """
+
+    is_beside_the_model = False
+
+    def __init__(self, clip: FrozenClip) -> None:
+        super().__init__(clip)
+        self.trained_from["vision"] = 1
+        self._norm: nn.LayerNorm = clip.visual.ln_pre
+        clip.visual.ln_pre = nn.Identity()
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        return {
+            "visual.ln_pre.weight": self._norm.weight.detach().to(self.dtype).cpu().clone(),
+            "visual.ln_pre.bias": self._norm.bias.detach().to(self.dtype).cpu().clone(),
+        }
+
+    def adapt_patches(self, x: Tensor) -> Tensor:
+        if self.stack is None:
+            return self._norm(x)
+        weight, bias = self.stack["visual.ln_pre.weight"], self.stack["visual.ln_pre.bias"]
+        normed = F.layer_norm(x, self._norm.normalized_shape, eps=self._norm.eps)
+        per_client = normed.unflatten(0, (len(weight), -1))
+        return (per_client * weight[:, None, None] + bias[:, None, None]).flatten(0, 1)
+
+    def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
+        merged = dict(state_dict)
+        merged.update({name: tensor.to(merged[name].dtype) for name, tensor in adapter.items()})
+        return merged
+
+
+def _head(class_features: Tensor | None) -> Tensor:
+    if class_features is None:
+        raise ValueError("a head starts from the classes' text features")
+    return class_features.cpu().clone()
+
+
+def _uniform(rng: Rng, shape: tuple[int, ...], fan_in: int) -> Tensor:
+    """As `torch.nn.Linear` starts: uniform within 1/sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+    return torch.empty(shape).uniform_(-bound, bound, generator=rng.torch())
+
+
+def _linear(x: Tensor, stack: StateLike, layer: str) -> Tensor:
+    """Each client's linear layer on its own rows: `x` `(K, B, d_in)` to `(K, B, d_out)`."""
+    product = torch.bmm(x, stack[f"{layer}.weight"].transpose(1, 2))
+    return product + stack[f"{layer}.bias"].unsqueeze(1) if f"{layer}.bias" in stack else product

@@ -1,0 +1,141 @@
+"""All options of an experiment, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from flora import catalogue  # noqa: F401  (registers the components)
+from flora.client.personalization import NoPersonalization, Personalization
+from flora.client.training import LocalTraining
+from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.lora import Lora
+from flora.clip.backbone import Backbone
+from flora.clip.towers.towers import SpeedOptions
+from flora.communication.network import Network, Patience
+from flora.communication.options import CommunicationOptions
+from flora.communication.ranks import Ranks
+from flora.communication.sampling import Sampler, Uniform
+from flora.config.presets import DEFAULT, PROTOCOLS
+from flora.core.registry import (
+    OptionError,
+    Options,
+    name_of,
+    option,
+)
+from flora.data.datasets.base import Dataset
+from flora.data.partition import Partitioner
+from flora.data.prompts import PromptOptions
+from flora.data.splits import Official, Splitter
+from flora.features.cache import CacheOptions
+from flora.server.aggregators import Combiner, Mean
+from flora.server.optimizers import ServerOptimizer, ServerSgd
+from flora.server.screening import Screening
+from flora.server.strategies.averaging import FedAvg
+from flora.server.strategies.base import Strategy
+
+
+@dataclass(frozen=True)
+class ClientOptions(Options):
+    """The virtual clients."""
+
+    number: int | None = option(
+        "how many virtual clients there are; none, and the default of `natural`: as many as the data name",
+        10,
+        at_least=1,
+        at_most=10_000_000,
+    )
+    pooled: bool = option("one client trains on what all of them would have: centralised training", False)
+    cohort: Sampler = option("which of them take part in a round", Uniform())
+    holdout_fraction: float = option("share of a client's examples kept for its own test", 0.2, at_least=0, below=1)
+    ranks: tuple[int, ...] | Ranks | None = option(
+        "a list of each client's rank, or how they are drawn; none: adapter.rank for all", None, at_least=1
+    )
+    per_block: int | None = option(
+        "clients trained in one step; changes the speed only; none: automatic", None, at_least=1
+    )
+
+    @property
+    def number_training(self) -> int | None:
+        """How many clients there are to train: one where they are pooled, None if that is for the data to say."""
+        return 1 if self.pooled else self.number
+
+
+@dataclass(frozen=True)
+class ServerOptions(Options):
+    """What the server does with the updates."""
+
+    strategy: Strategy = option("what of an adapter clients train and send", FedAvg())
+    combiner: Combiner = option("how the cohort's deltas become one", Mean())
+    optimizer: ServerOptimizer = option("how the server steps along that delta", ServerSgd())
+    screening: Screening = option("what becomes of updates that must not be averaged", Screening())
+    patience: Patience = option("for whom the server waits, where there is a network", Patience())
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(Options):
+    """When and how results are measured."""
+
+    every: int = option("rounds between two evaluations; the last round is always evaluated", 1, at_least=1)
+    clients_every: int | None = option(
+        "rounds between two evaluations on all clients' held-out examples; none: only after the last round",
+        None,
+        at_least=1,
+    )
+    batch_size: int = option("images through the trained part of a tower at once", 512, at_least=1, at_most=1_000_000)
+    num_alone: int = option("clients that are also trained alone, for comparison (spread over the ids)", 0, at_least=0)
+
+
+@dataclass(frozen=True)
+class CheckpointOptions(Options):
+    """When the server's state is saved, so that a run can go on where it stopped."""
+
+    every: int | None = option(
+        "rounds between two checkpoints; there is always one of the last round, or where a run is stopped or fails",
+        1,
+        at_least=1,
+    )
+    keep: int = option("how many checkpoints stay on the disk", 2, at_least=1)
+
+
+@dataclass(frozen=True)
+class ExperimentConfig(Options):
+    """A whole experiment."""
+
+    data: Dataset = option("where the images come from")
+    partition: Partitioner = option("how the training examples are dealt out to the clients")
+    protocol: str = option("the set of values below this file's own", DEFAULT, choices=tuple(PROTOCOLS))
+    name: str = option("the run's name, and its folder's below `output`; none: the file's name", "")
+    seed: int = option("root of all random numbers", 0, at_least=0)
+    rounds: int = option("rounds of federated training; 0: zero-shot only", 20, at_least=0)
+    device: str = option("auto (cuda if there is one, else cpu), cpu, cuda or cuda:N", "auto")
+    threads: int | None = option(
+        "threads of a CPU operation; none: PyTorch's choice, or fewer where other processes are at work and steps are "
+        "clearly faster so",
+        None,
+        at_least=1,
+        at_most=1024,
+    )
+    output: str = option("folder that run directories are made in", "runs")
+    split: Splitter = option("which images are trained on and which are the common test set", Official())
+    backbone: Backbone = option("the frozen model", Backbone())
+    adapter: Adapter = option("what the clients train", Lora())
+    prompts: PromptOptions = option("the texts that stand for the classes", PromptOptions())
+    clients: ClientOptions = option("the virtual clients", ClientOptions())
+    local: LocalTraining = option("what a client does in a round", LocalTraining())
+    personal: Personalization = option("what each client trains for itself alone", NoPersonalization())
+    server: ServerOptions = option("what the server does with the updates", ServerOptions())
+    network: Network | None = option("lines, machines and hours of the clients; none: all at once, always", None)
+    communication: CommunicationOptions = option("how what travels is written", CommunicationOptions())
+    cache: CacheOptions = option("where image features are kept between runs", CacheOptions())
+    speed: SpeedOptions = option("exact ways to be faster", SpeedOptions())
+    evaluation: EvaluationOptions = option("when and how results are measured", EvaluationOptions())
+    checkpoints: CheckpointOptions = option("when the server's state is saved", CheckpointOptions())
+
+    def check(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
+            raise OptionError("device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if self.clients.number is None and not self.partition.names_clients:
+            raise OptionError(
+                "clients.number", f"expected a number: {name_of(self.partition)} takes none from the data"
+            )

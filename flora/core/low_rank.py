@@ -1,0 +1,152 @@
+"""Arithmetic on the products B A of low-rank adapters, through their factors where these are smaller.
+
+A layer may have a residual too, a product of its own that is added to B A and that no client trains:
+`LAYER.residual_A` `(R, d_in)` and `LAYER.residual_B` `(d_out, R)`, whose rank R changes from round to round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flora.core.tree import State, StateLike
+
+Pair = tuple[Tensor, Tensor]
+"""The factors of a product: B `(d_out, r)` and A `(r, d_in)`."""
+
+
+def factor_of(name: str) -> str | None:
+    """Which trained factor of a low-rank term the tensor is, `lora_A` or `lora_B`; None if it is something else."""
+    last = name.rpartition(".")[2]
+    return last if last in ("lora_A", "lora_B") else None
+
+
+def is_residual(name: str) -> bool:
+    """Whether the tensor is a factor of a residual."""
+    return name.rpartition(".")[2] in ("residual_A", "residual_B")
+
+
+def layers(state: StateLike) -> list[str]:
+    """The layers of which a state dict has both factors, `LAYER.lora_A` `(r, d_in)` and `LAYER.lora_B` `(d_out, r)`."""
+    names = [name.removesuffix(".lora_A") for name in state if name.endswith(".lora_A")]
+    return [name for name in names if f"{name}.lora_B" in state]
+
+
+def rank_first(state: StateLike, rank: int) -> State:
+    """The state with the first `rank` rows of each A and columns of each B alone: what a client of that rank sends."""
+    cut = {"lora_A": (slice(0, rank),), "lora_B": (..., slice(0, rank))}
+    return {name: tensor[cut[factor_of(name) or ""]] if factor_of(name) else tensor for name, tensor in state.items()}
+
+
+def residuals_at_their_smallest(state: StateLike) -> State:
+    """The state with each residual's dense product in its place, where that is smaller: a layout alone, no numbers."""
+    smallest = dict(state)
+    for name, right in state.items():
+        if name.endswith(".residual_A"):
+            layer = name.removesuffix(".residual_A")
+            left = state[f"{layer}.residual_B"]
+            if left.numel() + right.numel() > len(left) * right.shape[1]:
+                del smallest[name]
+                smallest[f"{layer}.residual_B"] = right.new_empty(len(left), right.shape[1], device="meta")
+    return smallest
+
+
+def with_any_residual(state: StateLike) -> State:
+    """The state with residuals of rank 0, as in the initial state, which stand for those of any rank."""
+    empty = {"residual_A": (slice(0, 0),), "residual_B": (..., slice(0, 0))}
+    return {n: tensor[empty[n.rpartition(".")[2]]] if is_residual(n) else tensor for n, tensor in state.items()}
+
+
+def rank_padded(state: StateLike, rank: int) -> State:
+    """The same with zeros in place of what is left out. Where both factors are zero, their gradients are."""
+    padded = {name: tensor.clone() if factor_of(name) else tensor for name, tensor in state.items()}
+    for name, tensor in padded.items():
+        if factor_of(name) == "lora_A":
+            tensor[rank:] = 0
+        elif factor_of(name) == "lora_B":
+            tensor[:, rank:] = 0
+    return padded
+
+
+def aggregation_error(
+    clients: Sequence[StateLike], weights: Sequence[float], server: StateLike, before: StateLike | None = None
+) -> float | None:
+    """|sum p_k B_k A_k - B A|_F / |sum p_k B_k A_k|_F over all layers: what averaging the factors gets wrong.
+
+    `clients` are the adapters that clients ended with, as the server reads them, p_k their share of the `weights`;
+    `server` has B and A. By how much a residual has grown since `before` counts as a part of B A. None if there are no
+    low-rank layers, or if the mean product is zero.
+    """
+    wrong = mean = 0.0
+    for layer in layers(server):
+        products = mean_product(clients, weights, layer)
+        grown = [*residual_of(server, layer), *(_negative(pair) for pair in residual_of(before or {}, layer))]
+        mean += _squared_norm(products)
+        wrong += _squared_norm([*products, *(_negative(pair) for pair in [product_of(server, layer), *grown])])
+    return math.sqrt(wrong / mean) if mean > 0 else None
+
+
+def product_of(state: StateLike, layer: str) -> Pair:
+    """B and A of a layer, in double precision."""
+    return state[f"{layer}.lora_B"].double(), state[f"{layer}.lora_A"].double()
+
+
+def residual_of(state: StateLike, layer: str) -> list[Pair]:
+    """The factors of a layer's residual, in double precision, in a list that is empty if it has none."""
+    if f"{layer}.residual_B" not in state:
+        return []
+    return [(state[f"{layer}.residual_B"].double(), state[f"{layer}.residual_A"].double())]
+
+
+def mean_product(clients: Sequence[StateLike], weights: Sequence[float], layer: str) -> list[Pair]:
+    """The K products p_k B_k A_k, whose sum is the mean product; p_k is a client's share of the `weights`."""
+    total = sum(weights)
+    pairs = [product_of(client, layer) for client in clients]
+    return [(weight / total * left, right) for weight, (left, right) in zip(weights, pairs, strict=True)]
+
+
+def nearest(pairs: Sequence[Pair], *, rank: int | None = None, tolerance: float | None = None) -> Pair:
+    """B `(d_out, r)` and A `(r, d_in)` of the product nearest to the sum of products; A's rows are orthonormal.
+
+    `rank` is the largest that r may be; with a `tolerance`, singular values of at most that share of the largest
+    product's norm are left out. By the singular values of a matrix as wide as all factors together, never of the dense
+    product.
+    """
+    left_basis, left_factor = torch.linalg.qr(torch.cat([left for left, _ in pairs], dim=1))
+    right_basis, right_factor = torch.linalg.qr(torch.cat([right for _, right in pairs], dim=0).T)
+    u, values, v = torch.linalg.svd(left_factor @ right_factor.T, full_matrices=False)
+    if tolerance is not None:
+        largest = math.sqrt(max(_squared_norm([pair]) for pair in pairs))
+        found = int((values > tolerance * largest).sum())
+        rank = found if rank is None else min(found, rank)
+    return left_basis @ (u[:, :rank] * values[:rank]), v[:rank] @ right_basis.T
+
+
+def nearest_left(
+    clients: Sequence[StateLike], weights: Sequence[float], layer: str, server: StateLike, penalty: float
+) -> Tensor:
+    """B + dB for the server's B and A, with the dB that minimises |sum p_k B_k A_k - (B + dB) A|^2 + penalty |dB|^2."""
+    own_B, own_A = product_of(server, layer)
+    missing = -own_B @ (own_A @ own_A.T)
+    for left, right in mean_product(clients, weights, layer):
+        missing += left @ (right @ own_A.T)
+    normal = own_A @ own_A.T + penalty * torch.eye(len(own_A), dtype=torch.float64)
+    return own_B + torch.linalg.solve(normal, missing.T).T
+
+
+def _negative(pair: Pair) -> Pair:
+    return -pair[0], pair[1]
+
+
+def _squared_norm(pairs: Sequence[Pair]) -> float:
+    """The squared Frobenius norm of the sum of products B A."""
+    left = torch.cat([left for left, _ in pairs], dim=1)
+    right = torch.cat([right for _, right in pairs], dim=0)
+    if left.shape[1] >= min(len(left), right.shape[1]):  # so many factors are larger than their product
+        return float((left @ right).square().sum())
+    # Triangular factors have the same product's norm, without its size and without the cancellation of Gram matrices.
+    left_factor, right_factor = (torch.linalg.qr(matrix, mode="r").R for matrix in (left, right.T))
+    return float((left_factor @ right_factor.T).square().sum())

@@ -1,0 +1,245 @@
+"""How good what a run has come to is: records, and results by client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from flora.core import tree
+from flora.core.memory import peak_memory_bytes
+from flora.core.records import RoundRecord, ServerState
+from flora.core.tree import StateLike
+from flora.evaluation.accuracy import (
+    class_accuracy,
+    client_accuracies,
+    domain_accuracy,
+    evaluate,
+    harmonic_mean,
+    own_accuracies,
+    spread,
+)
+from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_alone
+from flora.experiment import Experiment
+from flora.federated.round import RoundResult
+
+
+@dataclass(frozen=True, eq=False)
+class ClientResults:
+    """Accuracies on each client's held-out examples, `(num_clients,)`, NaN where it has none.
+
+    `server` is the server's adapter, `own` each client's own, if they have any: the server's for who has none.
+    `has_own` says who has one.
+    """
+
+    server: np.ndarray
+    own: np.ndarray | None = None
+    has_own: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AloneResults:
+    """Accuracies of the clients that are also trained without the others, `(num_clients,)`, NaN for who is not.
+
+    `test` and `held_out` are what a client reaches alone, on the common test images and on its own held-out examples.
+    `personal_test` is its own adapter of the federated run on the test images, NaN where it has none; None if no client
+    can have one.
+    """
+
+    test: np.ndarray
+    held_out: np.ndarray
+    personal_test: np.ndarray | None = None
+
+    @classmethod
+    def of_nobody(cls, num_clients: int) -> AloneResults:
+        """Where no client is trained alone."""
+        return cls(np.full(num_clients, np.nan), np.full(num_clients, np.nan))
+
+
+def measure(
+    experiment: Experiment, state: ServerState, result: RoundResult | None
+) -> tuple[RoundRecord, ClientResults | None]:
+    """The record of the round that led to `state` (no result: round 0), evaluated if due; the clients' accuracies."""
+    config, started = experiment.config.evaluation, time.perf_counter()
+    is_last = state.round == experiment.config.rounds
+    results: dict[str, Any] = {}
+    clients: ClientResults | None = None
+    if is_last or state.round % config.every == 0:
+        results = _measure_server(experiment, state)
+    if is_last or (config.clients_every and state.round and state.round % config.clients_every == 0):
+        clients = measure_clients(experiment, state)
+    if clients is not None:
+        sizes = experiment.held_out_sizes
+        results |= _figures("client", clients.server, sizes) | _figures("personal", clients.own, sizes)
+    return RoundRecord(
+        round=state.round,
+        accuracy=results.pop("accuracy", None),
+        loss=results.pop("loss", None),
+        train_loss=result.train_loss if result else None,
+        num_clients=result.num_clients if result else 0,
+        uplink_bytes=result.uplink_bytes if result else 0,
+        downlink_bytes=result.downlink_bytes if result else 0,
+        train_seconds=result.train_seconds if result else 0.0,
+        eval_seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(experiment.federation.model.device),
+        learning_rate=result.learning_rate if result else None,
+        num_steps=result.num_steps if result else 0,
+        num_examples=result.num_examples if result else 0,
+        aggregation_error=result.aggregation_error if result else None,
+        rejected_clients=result.rejections if result else (),
+        simulated_seconds=result.simulated_seconds if result else None,
+        num_dropped=result.num_dropped if result else 0,
+        num_late=result.num_late if result else 0,
+        mean_staleness=result.mean_staleness if result else None,
+        cohort=result.cohort if result else (),
+        **results,
+    ), clients
+
+
+def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any]:
+    """What a round's record says of the server's adapter on the common test images."""
+    stack = _server_stack(state)
+    model, size = experiment.federation.model, experiment.config.evaluation.batch_size
+    evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
+    by_class = class_accuracy(evaluation, experiment.test.labels.cpu().numpy(), experiment.class_names)
+    results = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "class_accuracy": by_class}
+    results["domain_accuracy"] = domain_accuracy(evaluation, experiment.test_domains)
+    if state.round and not experiment.federation.communication.broadcast.is_identity:
+        read, _ = experiment.federation.broadcast(state)
+        accuracy = evaluate(model, tree.expand(read, 1), experiment.test, batch_size=size)[0].accuracy
+        results |= {"broadcast_accuracy": accuracy, "model_privacy_gap": evaluation.accuracy - accuracy}
+    if experiment.new is not None:
+        new_model, features = experiment.new
+        accuracy = evaluate(new_model, stack, features, batch_size=size)[0].accuracy
+        results |= {"new_accuracy": accuracy, "harmonic_mean": harmonic_mean(evaluation.accuracy, accuracy)}
+    return results
+
+
+def _server_stack(state: ServerState) -> tree.State | None:
+    """The server's adapter `(1, ...)`; None in round 0, which is the frozen model: some adapters change it at once."""
+    return tree.expand(state.adapter, 1) if state.round else None
+
+
+def _figures(whose: str, accuracies: np.ndarray | None, sizes: np.ndarray) -> dict[str, float]:
+    """The spread of accuracies over clients and their mean weighted by `sizes`, as fields of a record."""
+    found = None if accuracies is None else spread(accuracies)
+    if accuracies is None or found is None:
+        return {}
+    known = ~np.isnan(accuracies)
+    figures = {**asdict(found), "weighted_mean": float(np.average(accuracies[known], weights=sizes[known]))}
+    return {f"{whose}_accuracy_{name}": each for name, each in figures.items()}
+
+
+def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults:
+    """Accuracy on each client's held-out examples."""
+    sizes, federation = experiment.held_out_sizes, experiment.federation
+    size = experiment.config.evaluation.batch_size
+    with_own = clients_with_own_adapters(federation, state)
+    server = np.full(len(sizes), np.nan)
+    if len(experiment.held_out):
+        evaluation = evaluate(federation.model, _server_stack(state), experiment.held_out, batch_size=size)[0]
+        server = client_accuracies(evaluation, sizes)
+    if with_own is None:
+        return ClientResults(server)
+    own, ends = server.copy(), np.cumsum(sizes)
+    for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
+        own[clients] = _on_held_out(experiment, ends, clients, adapters)
+    return ClientResults(server, own, np.isin(np.arange(len(sizes)), with_own))
+
+
+def _on_held_out(experiment: Experiment, ends: np.ndarray, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
+    """Accuracy of each of `adapters` `(K, ...)` on its client's held-out examples, `(K,)`; these end at `ends`."""
+    starts, size = ends - experiment.held_out_sizes, experiment.config.evaluation.batch_size
+    examples = [np.arange(starts[client], ends[client]) for client in clients]
+    return own_accuracies(experiment.federation.model, adapters, experiment.held_out, examples, batch_size=size)
+
+
+def _on_test_images(experiment: Experiment, adapters: StateLike) -> list[float]:
+    """Accuracy of each of `adapters` `(K, ...)` on the common test images."""
+    size = max(1, experiment.config.evaluation.batch_size // len(next(iter(adapters.values()))))
+    return [each.accuracy for each in evaluate(experiment.federation.model, adapters, experiment.test, batch_size=size)]
+
+
+def measure_alone(experiment: Experiment, state: ServerState, *, advance: Callable[[int], object]) -> AloneResults:
+    """What `evaluation.num_alone` clients reach without the others, and with their own adapters of the federated run.
+
+    These are as of `state`. `advance` is told of each round done.
+    """
+    number, federation = experiment.config.evaluation.num_alone, experiment.federation
+    chosen = np.unique(np.linspace(0, len(federation.clients) - 1, number).round().astype(int))
+    adapters = train_alone(federation, experiment.initial_adapter, chosen, advance=advance)
+    results, ends = AloneResults.of_nobody(len(federation.clients)), np.cumsum(experiment.held_out_sizes)
+    for start in range(0, len(chosen), federation.clients_per_block):
+        part = slice(start, start + federation.clients_per_block)
+        block, clients = {name: tensor[part] for name, tensor in adapters.items()}, chosen[part].tolist()
+        own = federation.model.adapter.views(block)[-1]
+        results.test[clients] = _on_test_images(experiment, own)
+        results.held_out[clients] = _on_held_out(experiment, ends, clients, own)
+    with_own = clients_with_own_adapters(federation, state)
+    if with_own is None:
+        return results
+    personal = np.full(len(federation.clients), np.nan)
+    for clients, own in own_adapters(federation, state, np.intersect1d(chosen, with_own)):
+        personal[clients] = _on_test_images(experiment, own)
+    return replace(results, personal_test=personal)
+
+
+def compare_held_out(results: ClientResults, alone: AloneResults) -> dict[str, Any]:
+    """The summary's `held_out_...`: means over the clients that were also trained alone and have held-out examples."""
+    both = ~np.isnan(results.server) & ~np.isnan(alone.held_out)
+    number = int(both.sum())
+    if not number:
+        return {}
+    figures = {"federated": results.server, "alone": alone.held_out, "personal": results.own}
+    means = {
+        f"held_out_{how}_accuracy": float(accuracies[both].mean())
+        for how, accuracies in figures.items()
+        if accuracies is not None
+    }
+    return {"held_out_num_clients": number, **means}
+
+
+def client_columns(
+    experiment: Experiment, results: ClientResults, alone: AloneResults, records: Sequence[RoundRecord]
+) -> dict[str, list[Any]]:
+    """The columns of `clients.csv` by name, with an entry for each client; a missing result is empty text."""
+    clients, ranks = experiment.federation.clients, experiment.federation.ranks
+    columns: dict[str, list[Any]] = {"client": list(range(len(clients)))}
+    if any(client.name is not None for client in clients):
+        columns["name"] = [client.name for client in clients]
+    columns |= {
+        "num_train": [len(client.train) for client in clients],
+        "num_held_out": [len(client.held_out) for client in clients],
+        "accuracy": _cells(results.server),
+        "alone_accuracy": _cells(alone.test),
+    }
+    if results.own is not None and results.has_own is not None:
+        columns["personal_accuracy"] = _cells(results.own)
+        columns["personal_adapter"] = ["own" if has_own else "server" for has_own in results.has_own]
+    if alone.personal_test is not None:
+        columns["personal_test_accuracy"] = _cells(alone.personal_test)
+    if ranks is not None:
+        columns["rank"] = ranks.tolist()
+    return columns | {
+        "num_rounds": _num_rounds(records, len(clients)),
+        "test_accuracy": _cells(np.full(len(clients), records[-1].accuracy)),
+        "alone_held_out_accuracy": _cells(alone.held_out),
+    }
+
+
+def _cells(accuracies: np.ndarray) -> list[str]:
+    return ["" if np.isnan(accuracy) else f"{accuracy:.6f}" for accuracy in accuracies]
+
+
+def _num_rounds(records: Sequence[RoundRecord], num_clients: int) -> list[Any]:
+    """In how many rounds each client took part; empty text if some of the records don't say."""
+    cohorts = [record.cohort for record in records if record.cohort is not None]
+    if len(cohorts) < len(records):
+        return [""] * num_clients
+    counts = np.zeros(num_clients, np.int64)
+    for cohort in cohorts:
+        counts += np.bincount(np.array(cohort, np.int64), minlength=num_clients)
+    return counts.tolist()

@@ -1,0 +1,80 @@
+"""What a run works with, as it is written down at its start: its prompts, and whose each image is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from flora.clip.towers.towers import AdaptedClip
+from flora.data.datasets.base import Split
+from flora.experiment import Experiment
+from flora.features.features import Features
+
+EXAMPLE_COLUMNS = ("image", "class", "split", "client", "name")
+
+
+def prompts_as_used(experiment: Experiment) -> dict[str, Any]:
+    """The content of `prompts.json`: each class's prompts as the text tower gets them, as JSON types."""
+    config, data, model = experiment.config, experiment.data, experiment.federation.model
+    assert data is not None
+    given = config.prompts.templates or config.data.templates
+    shown = dict(zip(model.templates, config.adapter.shown_templates(given), strict=True))
+    content: dict[str, Any] = {
+        "templates": list(shown.values()),
+        "learned_context": model.adapter.learned_context,
+        "max_tokens": model.clip.architecture.context_length,
+        "classes": _classes(model, data.class_names, list(shown.values())),
+    }
+    models = [model]
+    if experiment.new is not None:
+        models.append(experiment.new[0])
+        content["new_classes"] = _classes(models[1], data.new_class_names, list(shown.values()))
+    cut = [pair for each in models for pair in each.text.num_tokens_of_cut]
+    return content | {"cut_off": [shown[template].format(name) for name, template in cut]}
+
+
+def _classes(model: AdaptedClip, data_names: Sequence[str], templates: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            **({} if data_name == name else {"data_name": data_name}),
+            "prompts": [template.format(name) for template in templates],
+        }
+        for name, data_name in zip(model.class_names, data_names, strict=True)
+    ]
+
+
+def examples_as_used(experiment: Experiment) -> Iterator[tuple[str, str, str, str, str]]:
+    """The rows of `examples.csv`, as `EXAMPLE_COLUMNS`: whose each image is, and what for.
+
+    `split` is train, held_out, test or new (classes that were set aside), or unused: a training image that no client
+    has. An image that several clients have has a row for each. Images that can't be read have none.
+    """
+    data, federation = experiment.data, experiment.federation
+    assert data is not None
+    used = np.zeros(len(federation.features), bool)
+    for index, client in enumerate(federation.clients):
+        for split, examples in (("train", client.train), ("held_out", client.held_out)):
+            used[examples] = True
+            yield from _rows(data.train, federation.features, examples, data.class_names, split, index, client.name)
+    yield from _rows(data.train, federation.features, np.flatnonzero(~used), data.class_names, "unused")
+    yield from _rows(data.test, experiment.test, np.arange(len(experiment.test)), data.class_names, "test")
+    if experiment.new is not None and data.new is not None:
+        features = experiment.new[1]
+        yield from _rows(data.new, features, np.arange(len(features)), data.new_class_names, "new")
+
+
+def _rows(
+    images: Split,
+    features: Features,
+    examples: np.ndarray,
+    class_names: Sequence[str],
+    split: str,
+    client: int | str = "",
+    name: str | None = None,
+) -> Iterator[tuple[str, str, str, str, str]]:
+    for place in features.positions[examples].tolist():
+        image = images.source.name(int(images.positions[place]))
+        yield image, class_names[int(images.labels[place])], split, str(client), name or ""

@@ -1,0 +1,105 @@
+"""What the server does with the combined delta: it is the negative of a gradient (arXiv:2003.00295, algorithm 2)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from flora.core import tree
+from flora.core.registry import Component, option, register
+from flora.core.tree import State
+
+
+@dataclass(frozen=True)
+class ServerOptimizer(Component):
+    """How the server steps along the combined delta."""
+
+    learning_rate: float = option("step size", 1.0, above=0)
+
+    def init(self, adapter: State) -> State:
+        """What is remembered between rounds, at the start: tensors by name."""
+        return {}
+
+    @abstractmethod
+    def step(self, adapter: State, delta: State, state: State) -> tuple[State, State]:
+        """The next adapter and state. Tensors that have no delta, and what is remembered of them, stay as they are."""
+
+
+@register("sgd")
+@dataclass(frozen=True)
+class ServerSgd(ServerOptimizer):
+    """adapter + learning_rate * delta: the mean itself (FedAvg), or with a momentum FedAvgM (arXiv:1909.06335)."""
+
+    momentum: float = option("share of the last step that is kept", 0.0, at_least=0, below=1)
+
+    def init(self, adapter: State) -> State:
+        return {f"momentum.{name}": torch.zeros_like(tensor) for name, tensor in adapter.items() if self.momentum}
+
+    def step(self, adapter: State, delta: State, state: State) -> tuple[State, State]:
+        if self.momentum:
+            delta = {name: self.momentum * state[f"momentum.{name}"] + own for name, own in delta.items()}
+            state = {**state, **{f"momentum.{name}": own for name, own in delta.items()}}
+        return {**adapter, **tree.add({name: adapter[name] for name in delta}, delta, self.learning_rate)}, state
+
+
+@dataclass(frozen=True)
+class Adaptive(ServerOptimizer):
+    """Steps of m / (sqrt(v) + tau), with m the decaying mean of deltas; subclasses say what v is (arXiv:2003.00295).
+
+    As there m is not corrected for its start at 0, and v starts at tau squared.
+    """
+
+    learning_rate: float = option("step size", 0.1, above=0)
+    beta1: float = option("decay of the mean of deltas", 0.9, at_least=0, below=1)
+    tau: float = option("added to the denominator: how adaptive it is", 1e-3, above=0)
+
+    def init(self, adapter: State) -> State:
+        mean = {f"mean.{name}": torch.zeros_like(tensor) for name, tensor in adapter.items()}
+        return mean | {f"square.{name}": torch.full_like(tensor, self.tau**2) for name, tensor in adapter.items()}
+
+    @abstractmethod
+    def square(self, before: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """The next v."""
+
+    def step(self, adapter: State, delta: State, state: State) -> tuple[State, State]:
+        adapter, state = dict(adapter), dict(state)
+        for name, own in delta.items():
+            mean = self.beta1 * state[f"mean.{name}"] + (1 - self.beta1) * own
+            square = self.square(state[f"square.{name}"], own)
+            adapter[name] = adapter[name] + self.learning_rate * mean / (square.sqrt() + self.tau)
+            state[f"mean.{name}"], state[f"square.{name}"] = mean, square
+        return adapter, state
+
+
+@register("adagrad")
+@dataclass(frozen=True)
+class ServerAdagrad(Adaptive):
+    """FedAdagrad: v is the sum of squared deltas (arXiv:2003.00295)."""
+
+    def square(self, before: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        return before + delta.square()
+
+
+@register("adam")
+@dataclass(frozen=True)
+class ServerAdam(Adaptive):
+    """FedAdam: v is the decaying mean of squared deltas (arXiv:2003.00295)."""
+
+    beta2: float = option("decay of the mean of squared deltas", 0.99, at_least=0, below=1)
+
+    def square(self, before: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        return self.beta2 * before + (1 - self.beta2) * delta.square()
+
+
+@register("yogi")
+@dataclass(frozen=True)
+class ServerYogi(Adaptive):
+    """FedYogi: v moves towards squared deltas by (1 - beta2) of them, whatever the distance (arXiv:2003.00295)."""
+
+    beta2: float = option("1 minus the share of a squared delta by which v moves", 0.99, at_least=0, below=1)
+
+    def square(self, before: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        squared = delta.square()
+        return before - (1 - self.beta2) * squared * torch.sign(before - squared)

@@ -1,0 +1,222 @@
+"""`python -m flora.sweep CONFIG ... key=v1,v2 ...`: every combination, each once, and one table of what came out.
+
+Finished runs are skipped and stopped ones gone on with, so a sweep can be stopped and started as often as one likes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from flora.config.parse import load_config
+from flora.config.rules import check_experiment
+from flora.config.schema import ExperimentConfig
+from flora.core.command_line import Parser, run_program, split_arguments
+from flora.core.errors import UserError
+from flora.core.interrupts import Interrupted, Interrupts
+from flora.core.registry import suggest
+from flora.runs.run_directory import lock_file
+from flora.sweep.curves import draw_curves, undrawn
+from flora.sweep.runs import Outcomes, run_all
+from flora.sweep.table import Row, collect, to_csv, to_curves, to_markdown, to_overview, to_text, with_ratios
+
+# Each run's own, made of the grid.
+OWN_KEYS = ("name", "output")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One run of a sweep: a config file and a value for each swept key."""
+
+    config: str
+    values: tuple[tuple[str, str], ...]
+
+    @property
+    def overrides(self) -> list[str]:
+        """The values as `key=value`."""
+        return [f"{key}={value}" for key, value in self.values]
+
+    @property
+    def name(self) -> str:
+        """A folder's name that says what the run is, in plain characters."""
+        parts = [Path(self.config).stem, *self.overrides]
+        return re.sub(r"[^A-Za-z0-9=.+-]+", "_", ",".join(parts)).strip("_.")[:200]
+
+
+def combinations(configs: Sequence[str], axes: Sequence[str]) -> list[Combination]:
+    """The grid of `configs` and `axes`, each `key=v1,v2`. Raises `UserError` if two combinations have one name."""
+    choices: dict[str, list[str]] = {}
+    for axis in axes:
+        key, separator, values = axis.partition("=")
+        key = key.strip()
+        if not separator or not key or not values.strip():
+            raise UserError(f"command line: expected key=value,value, got {axis!r}")
+        if key in choices:
+            raise UserError(f"command line: {key} is given twice; write {key}=value,value")
+        choices[key] = split_values(values)
+    _refuse_own_keys(list(choices))
+    grid = [
+        Combination(config, tuple(zip(choices, values, strict=True)))
+        for config in configs
+        for values in itertools.product(*choices.values())
+    ]
+    for name, count in Counter(combination.name for combination in grid).items():
+        if count > 1:
+            files = dict.fromkeys(each.config for each in grid if each.name == name)
+            mend = "rename one of the files" if len(files) > 1 else "give each value once"
+            raise UserError(f"command line: two runs would both be called {name} ({', '.join(files)}); {mend}")
+    return grid
+
+
+def _refuse_own_keys(keys: Sequence[str]) -> None:
+    for key in keys:
+        if key in OWN_KEYS:
+            raise UserError(f"command line: {key}: each run of a sweep has its own; --output names the sweep's folder")
+
+
+def split_values(text: str) -> list[str]:
+    """`text` cut at its commas, except at those inside brackets and braces."""
+    values, depth = [""], 0
+    for character in text:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += character
+    return [value.strip() for value in values]
+
+
+def configurations(grid: Sequence[Combination], folder: Path, shared: Sequence[str] = ()) -> list[ExperimentConfig]:
+    """The checked configuration of each run, which lies below `folder`; `shared` are overrides of all.
+
+    Raises `UserError` for the first bad one.
+    """
+    _refuse_own_keys([override.partition("=")[0].strip() for override in shared])
+    configs = []
+    for each in grid:
+        own = [f"output={folder}", f"name={each.name}"]
+        config = load_config(each.config, [*shared, *each.overrides, *own])
+        try:
+            check_experiment(config)
+        except UserError as error:
+            raise UserError(f"{each.config}: {' '.join(each.overrides)}: {error}") from None
+        configs.append(config)
+    return configs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, 2 for a mistake or if a run failed, 130 for Ctrl-C."""
+    return run_program(lambda: _main(_parser().parse(argv)))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m flora.sweep", description=__doc__)
+    parser.add_argument("arguments", nargs="*", metavar="CONFIG ... key=v1,v2 ...", help="YAML files, then the grid")
+    parser.add_argument("--output", type=Path, default=Path("runs/sweep"), help="the sweep's folder (%(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="for all runs, and no part of their names"
+    )
+    parser.add_argument("--jobs", default="1", help="runs at once, sharing the CPU's cores (%(default)s)")
+    parser.add_argument("--reference", help="the method that the ratios refer to (full, if there is one)")
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
+    configs, axes = split_arguments(options.arguments)
+    grid = combinations(configs, axes)
+    if not configs:
+        raise UserError("expected a config file; see --help")
+    names = {name for each in grid for name in (Path(each.config).stem, *dict(each.values).values())}
+    if options.reference not in (None, *names):
+        raise UserError(f"--reference: no run is called {options.reference!r}; {suggest(options.reference, names)}")
+    if not re.fullmatch("[1-9][0-9]{0,3}", options.jobs):
+        raise UserError(f"--jobs: expected a whole number of at least 1, got {options.jobs!r}")
+    outcomes: Outcomes = {}
+    stopped: Interrupted | None = None
+    try:
+        with Interrupts() as interrupts:
+            runs = configurations(grid, options.output, options.set)
+            with _locked(options.output):
+                try:
+                    run_all(runs, outcomes, jobs=int(options.jobs), check=interrupts.check)
+                except Interrupted as interrupted:
+                    stopped = interrupted
+    except Interrupted as interrupted:
+        stopped = interrupted
+    failures = [f"failed: {name}: {problem.splitlines()[-1]}" for name, problem in outcomes.items() if problem]
+    if None in outcomes.values():
+        try:
+            _report(grid, outcomes, options.output, options.reference or "full")
+        except OSError as error:
+            raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from None
+    print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
+    if stopped is not None:
+        print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
+        return stopped.exit_status
+    return 2 if failures else 0
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other sweeps out of a folder. Raises `UserError` if one is in it, or if it can't be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}") from None
+    lock = lock_file(folder / "lock")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            (folder / "lock").unlink(missing_ok=True)
+            lock.close()
+        with suppress(OSError):  # there is something in it
+            folder.rmdir()
+
+
+def _report(grid: Sequence[Combination], outcomes: Outcomes, folder: Path, reference: str) -> None:
+    """Tabulate and draw the runs that are finished, and print the table."""
+    finished = {name for name, problem in outcomes.items() if problem is None}
+    runs = [(folder / each.name if each.name in finished else None, each.config, dict(each.values)) for each in grid]
+    table = with_ratios(collect(runs), reference)
+    print(to_text(table))  # first of all: it needs no disk
+    parts = [part for part in (to_overview(table), to_markdown(table)) if part]
+    written = [
+        _write(folder / "table.md", "\n".join(parts)),
+        _write(folder / "table.csv", to_csv(table)),
+        *_curves(table, folder),
+    ]
+    print(f"\nwritten: {', '.join(map(str, written))}")
+
+
+def _write(path: Path, text: str) -> Path:
+    """Write a file under another name first, so that under its own it is never half-written."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def _curves(table: Sequence[Row], folder: Path) -> list[Path]:
+    """The pictures of the curves, if matplotlib is there to draw them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no curves: they need matplotlib (pip install 'flora-clip[report]')", file=sys.stderr)
+        return []
+    curves = to_curves(table)
+    left_out = undrawn(curves)
+    if left_out:
+        print(f"not drawn, for want of rounds that all its runs evaluated: {'; '.join(left_out)}", file=sys.stderr)
+    return draw_curves(curves, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""Accuracy curves of a sweep as pictures: over rounds, and over the bytes sent. Needs the extra `[report]`."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+import statistics
+import textwrap
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flora.core.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+T = TypeVar("T")
+
+# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/) without its yellow, which white paper swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
+GREY = "#555555"
+ZERO_SHOT: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1.0}
+# Lines of a panel whose zero-shot accuracies lie closer than this (different seeds) share one dotted line.
+SAME_ZERO_SHOT = 0.01
+# Lines of a panel, and panels of a picture; more of them go into further panels and pictures.
+MAX_LINES, MAX_PANELS = 14, 12
+STYLE = {
+    "font.size": 9.0, "axes.titlesize": 9.5, "axes.labelsize": 9.5, "legend.fontsize": 9.0,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.linewidth": 0.7,
+    "axes.grid": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.6, "axes.axisbelow": True,
+    "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": "black", "ytick.labelcolor": "black",
+    # A dollar sign in a name is a dollar sign.
+    "text.parse_math": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run: the evaluated rounds, 0 first, the bytes that all clients sent up and down by then, and the accuracy."""
+
+    panel: str
+    line: str
+    rounds: tuple[int, ...]
+    sent_bytes: tuple[float, ...]
+    accuracy: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Average:
+    """The mean of runs that differ in nothing but their seeds; `deviation` (n - 1) is None for a single run."""
+
+    rounds: tuple[int, ...]
+    sent_bytes: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    deviation: tuple[float, ...] | None
+
+    @property
+    def zero_shot(self) -> float | None:
+        """The accuracy of round 0, if that was evaluated."""
+        return self.accuracy[0] if self.rounds[:1] == (0,) else None
+
+
+def average(runs: Sequence[Curve]) -> Average:
+    """Mean and standard deviation of one or more runs at the rounds that all of them evaluated."""
+    tables = [dict(zip(run.rounds, zip(run.sent_bytes, run.accuracy, strict=True), strict=True)) for run in runs]
+    rounds = sorted(set.intersection(*(set(table) for table in tables)))
+    points = [[table[round] for table in tables] for round in rounds]
+    accuracies = [[accuracy for _, accuracy in point] for point in points]
+    return Average(
+        rounds=tuple(rounds),
+        sent_bytes=tuple(statistics.fmean(sent for sent, _ in point) for point in points),
+        accuracy=tuple(statistics.fmean(each) for each in accuracies),
+        deviation=tuple(statistics.stdev(each) for each in accuracies) if len(runs) > 1 else None,
+    )
+
+
+def averages(curves: Sequence[Curve]) -> dict[str, dict[str, Average]]:
+    """The average of each line of each panel, both in order of appearance.
+
+    Runs without a point are left out, and so are lines whose runs were never evaluated at the same round.
+    """
+    groups: dict[tuple[str, str], list[Curve]] = {}
+    for curve in curves:
+        if curve.rounds:
+            groups.setdefault((curve.panel, curve.line), []).append(curve)
+    panels: dict[str, dict[str, Average]] = {}
+    for (panel, line), runs in groups.items():
+        averaged = average(runs)
+        if averaged.rounds:
+            panels.setdefault(panel, {})[line] = averaged
+    return panels
+
+
+def undrawn(curves: Sequence[Curve]) -> list[str]:
+    """The lines that `averages` leaves out, as "panel: line"."""
+    drawn = {(panel, line) for panel, lines in averages(curves).items() for line in lines}
+    every = dict.fromkeys((curve.panel, curve.line) for curve in curves)
+    return [f"{panel}: {line}" for panel, line in every if (panel, line) not in drawn]
+
+
+def _of_readable_size(panels: dict[str, dict[str, Average]]) -> list[dict[str, dict[str, Average]]]:
+    """The panels of each picture; one with too many lines is several."""
+    small: dict[str, dict[str, Average]] = {}
+    for panel, lines in panels.items():
+        parts = [list(lines.items())[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
+        for number, part in enumerate(parts, start=1):
+            small[panel if len(parts) == 1 else f"{panel} ({number} of {len(parts)})"] = dict(part)
+    items = list(small.items())
+    return [dict(items[start : start + MAX_PANELS]) for start in range(0, len(items), MAX_PANELS)]
+
+
+def zero_shot_levels(lines: Sequence[Average]) -> list[float]:
+    """The zero-shot accuracies to show in a panel: one for all its lines if they agree, else each."""
+    levels = sorted({each.zero_shot for each in lines if each.zero_shot is not None})
+    return [statistics.fmean(levels)] if levels and levels[-1] - levels[0] < SAME_ZERO_SHOT else levels
+
+
+def draw_curves(curves: Sequence[Curve], folder: Path) -> list[Path]:
+    """Write `accuracy_over_rounds.png` and `accuracy_over_bytes.png` into `folder`; return their paths.
+
+    Runs of one panel and line are seeds: drawn are their mean and a band of one standard deviation to either side.
+    What is too much for one picture goes on in `accuracy_over_rounds-2.png` and so on; such pictures of an earlier call
+    are removed. The same curves give the same bytes (with one version of matplotlib). Without a point to draw nothing
+    is written. Raises `UserError` if matplotlib is missing or a file can't be written.
+    """
+    try:
+        from matplotlib import style
+    except ImportError:
+        raise UserError("curves need matplotlib: pip install 'flora-clip[report]' (or matplotlib)") from None
+    panels = averages(curves)
+    if not panels:
+        return []
+    names = list(dict.fromkeys(line for lines in panels.values() for line in lines))
+    pictures: dict[Path, bytes] = {}
+    # The user's own matplotlibrc has no say: the pictures of two machines are to look alike.
+    with style.context(["default", STYLE]):
+        for over_bytes, title in ((False, "accuracy_over_rounds"), (True, "accuracy_over_bytes")):
+            for number, some in enumerate(_of_readable_size(panels), start=1):
+                name = f"{title}.png" if number == 1 else f"{title}-{number}.png"
+                pictures[folder / name] = _png(_figure(some, names, over_bytes=over_bytes))
+    for old in folder.glob("accuracy_over_*-[0-9]*.png"):
+        if old not in pictures:
+            old.unlink(missing_ok=True)
+    for path, content in pictures.items():
+        _write(path, content)
+    return list(pictures)
+
+
+def _figure(panels: dict[str, dict[str, Average]], names: Sequence[str], *, over_bytes: bool) -> Figure:
+    """The panels in one to three columns with one y axis for all, and the legend below."""
+    from matplotlib.figure import Figure
+
+    num_columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
+    num_rows = math.ceil(len(panels) / num_columns)
+    width = {1: 6.4, 2: 8.4, 3: 10.8}[num_columns]
+    height = num_rows * {1: 3.8, 2: 3.0, 3: 2.6}[num_columns] + 0.3
+    handles = _handles(panels, names, over_bytes=over_bytes)
+    labels = [textwrap.fill(str(handle.get_label()), 60) for handle in handles]
+    num_legend_columns = _legend_columns(labels, width)
+    legend_height = 0.2 * _legend_lines(labels, num_legend_columns) + 0.15
+    figure = Figure(figsize=(width, height + legend_height), dpi=150, layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[height, legend_height]).flatten()
+    grid = top.subplots(num_rows, num_columns, sharey=True, squeeze=False).flatten()
+    for axes, (panel, lines) in zip(grid, panels.items(), strict=False):
+        axes.set_title(textwrap.fill(panel, int(13 * width / num_columns)))
+        _draw_panel(axes, lines, names, over_bytes=over_bytes)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    low, high = grid[0].get_ylim()
+    grid[0].set_ylim(max(low, -2), min(high, 102))  # a band may leave the possible; markers need room
+    top.supxlabel("megabytes sent, up and down, all clients" if over_bytes else "round", fontsize=9.5)
+    top.supylabel("accuracy on the common test set, %", fontsize=9.5)
+    bottom.legend(handles, labels, loc="upper center", ncols=num_legend_columns, handlelength=4, frameon=False)
+    return figure
+
+
+def _draw_panel(axes: Axes, lines: dict[str, Average], names: Sequence[str], *, over_bytes: bool) -> None:
+    for level in zero_shot_levels(list(lines.values())):
+        axes.axhline(100 * level, **ZERO_SHOT)
+    for name, line in lines.items():
+        xs = [sent / 1e6 for sent in line.sent_bytes] if over_bytes else list(line.rounds)
+        # A logarithmic axis has no place for 0 bytes: zero-shot is the dotted line.
+        kept = [index for index, x in enumerate(xs) if x > 0 or not over_bytes]
+        xs, means = [xs[index] for index in kept], [100 * line.accuracy[index] for index in kept]
+        order = names.index(name)
+        markers = None if len(xs) <= 10 else (0.1 * order / len(names), 0.1)
+        axes.plot(xs, means, markevery=markers, **line_style(order))
+        if line.deviation is not None:
+            spread = [100 * line.deviation[index] for index in kept]
+            low = [mean - each for mean, each in zip(means, spread, strict=True)]
+            high = [mean + each for mean, each in zip(means, spread, strict=True)]
+            axes.fill_between(xs, low, high, color=line_style(order)["color"], alpha=0.13, linewidth=0)
+    _scale(axes, over_bytes=over_bytes)
+
+
+def line_style(order: int) -> dict[str, Any]:
+    """How the line of this number looks; up to 70 lines differ in marker or dashes, whatever becomes of the colours."""
+    turn = order // len(MARKERS)
+    colour = COLOURS[(order + 3 * turn) % len(COLOURS)]
+    return {
+        "color": colour,
+        "marker": MARKERS[order % len(MARKERS)],
+        "markerfacecolor": "white" if turn % 2 else colour,
+        "linestyle": DASHES[order % len(DASHES)],
+        "markersize": 5,
+        "linewidth": 1.3,
+    }
+
+
+def _scale(axes: Axes, *, over_bytes: bool) -> None:
+    """Whole rounds, or megabytes in plain numbers on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if not over_bytes:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        return
+    if not math.isfinite(axes.dataLim.minposx):  # nothing was sent
+        axes.set_xlim(1, 10)
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if high < 3 * low:  # too short for more than one of 1, 2, 5 and 10
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda megabytes, _: f"{megabytes:,.9g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _handles(panels: dict[str, dict[str, Average]], names: Sequence[str], *, over_bytes: bool) -> list[Artist]:
+    """The legend's entries: the lines that there are to see, and what else there is."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    drawn = [line for lines in panels.values() for line in lines.values()]
+    seen = {
+        name for lines in panels.values() for name, line in lines.items() if not over_bytes or max(line.sent_bytes) > 0
+    }
+    handles: list[Artist] = [
+        Line2D([], [], label=name, **line_style(order)) for order, name in enumerate(names) if name in seen
+    ]
+    if any(line.zero_shot is not None for line in drawn):
+        handles.append(Line2D([], [], label="zero-shot", **ZERO_SHOT))
+    if any(line.deviation is not None for line in drawn):
+        handles.append(Patch(color=GREY, alpha=0.25, linewidth=0, label="± 1 standard deviation"))
+    return handles
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """In how many columns the labels fit into a figure of that many inches."""
+    # 0.07 inches a character of 9 points, and 0.9 for the sample of the line and the gaps.
+    lengths = [0.07 * max(map(len, label.split("\n"))) + 0.9 for label in labels]
+    fitting = (number for number in range(len(labels), 1, -1) if sum(map(max, _columns(lengths, number))) < width)
+    return next(fitting, 1)
+
+
+def _legend_lines(labels: Sequence[str], num_columns: int) -> int:
+    """How many lines of text the tallest column has."""
+    return max(map(sum, _columns([label.count("\n") + 1 for label in labels], num_columns)))
+
+
+def _columns(entries: Sequence[T], number: int) -> list[list[T]]:
+    """The entries in columns, the first ones longer by one where it doesn't come out even, as a legend has them."""
+    whole, rest = divmod(len(entries), number)
+    starts = [column * whole + min(column, rest) for column in range(number + 1)]
+    return [list(entries[start:end]) for start, end in itertools.pairwise(starts)]
+
+
+def _png(figure: Figure) -> bytes:
+    """The figure as PNG, without a date or a version in it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    content = io.BytesIO()
+    FigureCanvasAgg(figure)  # takes the place of the figure's own canvas
+    figure.savefig(content, format="png", metadata={"Software": None})
+    return content.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file under another name first, so that under its own it is never half-written."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None

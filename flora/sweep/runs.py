@@ -1,0 +1,105 @@
+"""The runs of a sweep: what is missing is fetched and done, each run in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from flora.config.schema import ExperimentConfig
+from flora.core.errors import UserError
+from flora.core.hooks import Hooks
+from flora.core.rng import Rng
+from flora.evaluation.summary import percent
+from flora.runs.resume import changeable_overrides, finished_rounds, refuse_other_settings
+from flora.runs.run_directory import RunDirectory
+from flora.simulate import resume, simulate
+from flora.sweep.table import read_outcome
+from flora.sweep.workers import work_through
+
+Outcomes = dict[str, str | None]
+"""By a run's name: None if it is finished, else a line that says why not. A run that is not in it is not done yet."""
+
+
+def run_all(configs: Sequence[ExperimentConfig], outcomes: Outcomes, *, jobs: int, check: Callable[[], object]) -> None:
+    """Bring every run to its end, `jobs` at once, and fill in `outcomes`.
+
+    `check` is called again and again; what it raises stops the runs at their next good place.
+    """
+    missing = [config for config in configs if _is_missing(config, outcomes)]
+    missing = _with_what_they_need(missing, outcomes)
+    with tqdm(
+        total=len(configs), initial=len(outcomes), desc="runs", unit="run", disable=None, dynamic_ncols=True
+    ) as bar:
+        for index, problem in work_through(bring_to_its_end, missing, jobs=jobs, check=check):
+            config = missing[index]
+            outcomes[config.name] = problem
+            bar.update()
+            tqdm.write(f"{config.name}: {problem or _one_line(Path(config.output, config.name))}", file=sys.stderr)
+
+
+def bring_to_its_end(config: ExperimentConfig, hooks: Hooks) -> None:
+    """Do a run, or go on with it, unless it is finished. Raises `UserError` if it was begun with other settings."""
+    directory = Path(config.output, config.name)
+    if (directory / "config.yaml").is_file():
+        if _needs_rounds(config):
+            resume(directory, [*changeable_overrides(config), f"rounds={config.rounds}"], hooks=hooks)
+        return
+    RunDirectory.remove_unbegun(directory)
+    simulate(config, hooks=hooks)
+
+
+def _needs_rounds(config: ExperimentConfig) -> bool:
+    """Whether there are rounds to do. Raises `UserError` if the run was begun with other settings."""
+    directory = Path(config.output, config.name)
+    if not (directory / "config.yaml").is_file():
+        return True
+    refuse_other_settings(directory, config)
+    finished = finished_rounds(directory)
+    if finished is None or finished < config.rounds:
+        return True
+    read_outcome(directory)  # raises if it is damaged
+    return False
+
+
+def _is_missing(config: ExperimentConfig, outcomes: Outcomes) -> bool:
+    """Whether a run needs to be done; if not, `outcomes` says why."""
+    try:
+        if _needs_rounds(config):
+            return True
+        outcomes[config.name] = None
+    except UserError as error:
+        outcomes[config.name] = str(error)
+    return False
+
+
+def _with_what_they_need(configs: Sequence[ExperimentConfig], outcomes: Outcomes) -> list[ExperimentConfig]:
+    """The runs whose weights and data are there, or could be fetched: once, before several would do it at once."""
+    known: Outcomes = {}
+
+    def problem(key: str, fetch: Callable[[], object]) -> str | None:
+        if key not in known:
+            try:
+                fetch()
+                known[key] = None
+            except UserError as error:
+                known[key] = str(error)
+        return known[key]
+
+    ready = []
+    for config in configs:
+        found = problem(repr(config.backbone), config.backbone.fetch)
+        if found is None and getattr(config.data, "download", False):
+            found = problem(repr(config.data), lambda data=config.data: data.load(Rng(0)))  # type: ignore[misc]
+        if found is None:
+            ready.append(config)
+        else:
+            outcomes[config.name] = found
+    return ready
+
+
+def _one_line(directory: Path) -> str:
+    outcome = read_outcome(directory)
+    return f"{percent(outcome.zero_shot)} -> {percent(outcome.last)}, {outcome.train_seconds:.1f} s of training"
