@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
+from flora.client.capacity import choose_clients_per_block
 from flora.clip.backbone import parameter_count
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.network import COLUMNS, Profiles
@@ -19,14 +20,14 @@ from flora.core.contracts import checked_column, checked_parts, refuse
 from flora.core.counts import part_of
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
+from flora.core.progress import Progress
 from flora.core.records import ClientData, ServerState
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.core.tree import State, state_digest
-from flora.data.datasets.base import ImageData, Progress, checked_images
+from flora.data.datasets.base import ImageData, checked_images
 from flora.data.partition import group_names
 from flora.data.value_range import with_one_range
-from flora.engine.capacity import choose_clients_per_block
 from flora.features.features import (
     Features,
     StoredFeatures,

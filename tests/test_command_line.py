@@ -22,9 +22,9 @@ import yaml
 from helpers import load_clip
 from PIL import Image
 
-from flora import simulate as program
 from flora.config.parse import parse_config
 from flora.core.errors import UserError
+from flora.runs import loop as program
 from flora.simulate import main, simulate
 
 ROOT = Path(__file__).parents[1]

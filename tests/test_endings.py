@@ -16,9 +16,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from flora import simulate as program
 from flora.core.interrupts import SIGNALS, Interrupts
 from flora.export import main as export
+from flora.runs import loop as program
 from flora.simulate import main
 from flora.sweep.__main__ import main as sweep
 
@@ -104,7 +104,7 @@ def test_what_the_system_refuses_is_one_line(
         raise error
 
     monkeypatch.setattr(program, place, refuse)
-    monkeypatch.setattr("flora.evaluation.measure.measure_clients", refuse)
+    monkeypatch.setattr("flora.runs.measure.measure_clients", refuse)
     assert main([config_file]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{config_file}: {said}")
 

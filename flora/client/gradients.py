@@ -10,13 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from flora.client.capacity import clients_at_once
 from flora.client.objectives import Objective
 from flora.client.penalties import NoPenalty, Penalty, Seen, divergence
 from flora.clip.adapters.base import Mutual
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.contracts import checked_tensor
 from flora.core.tree import State, StateLike
-from flora.engine.capacity import clients_at_once
 
 # Steps of one shape that run as they are before one is recorded: a recording costs about as much as ten of them.
 STEPS_BEFORE_RECORDING = 3

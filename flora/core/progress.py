@@ -12,7 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from flora.core.records import RoundRecord
-from flora.data.datasets.base import Progress
+
+Progress = Callable[[str, int], Callable[[int], object]]
+"""`progress(title, total)` starts a bar and returns the function that advances it."""
 
 # Lines about the rounds of a run, at most about so many.
 MAX_ROUND_LINES = 50

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 
 from flora.core.errors import UserError
 from flora.core.files import open_regular
-from flora.data.datasets.base import ImageArrays, ImageData, ImageFiles, ImageSource, Progress, Split
+from flora.core.progress import Progress
+from flora.data.datasets.base import ImageArrays, ImageData, ImageFiles, ImageSource, Split
 
 # What Pillow raises for a file that it can't decode, or that would be absurdly large once decoded.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from flora.client.capacity import client_bytes
 from flora.client.personalization import OWN, NoPersonalization, Personalization
 from flora.client.training import CORRECTION, BlockResult, LocalTraining, train_block
 from flora.clip.towers.towers import AdaptedClip
@@ -27,7 +28,6 @@ from flora.core.records import ClientData, ServerState
 from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 from flora.data.batching import ClientBlock, batch_bytes, client_blocks
-from flora.engine.capacity import client_bytes
 from flora.features.features import Features
 from flora.federated import in_flight as pending
 from flora.server.aggregators import Combiner, Mean

@@ -13,9 +13,9 @@ from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.core.rng import Rng
 from flora.evaluation.summary import percent
+from flora.runs.loop import resume, simulate
 from flora.runs.resume import changeable_overrides, finished_rounds, refuse_other_settings
 from flora.runs.run_directory import RunDirectory
-from flora.simulate import resume, simulate
 from flora.sweep.table import read_outcome
 from flora.sweep.workers import work_through
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,9 @@ from PIL import Image
 from flora.core.contracts import refuse
 from flora.core.counts import part_of
 from flora.core.files import open_regular
+from flora.core.progress import Progress
 from flora.core.registry import Component, OptionError, option
 from flora.core.rng import Rng
-
-Progress = Callable[[str, int], Callable[[int], object]]
-"""`progress(title, total)` starts a bar and returns the function that advances it."""
 
 # What is kept of a SHA-256 that tells an image from others.
 DIGEST_BYTES = 16

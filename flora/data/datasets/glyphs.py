@@ -12,9 +12,10 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from flora.core.progress import Progress
 from flora.core.registry import OptionError, option, register
 from flora.core.rng import Rng
-from flora.data.datasets.base import Dataset, ImageArrays, ImageData, Progress, Split
+from flora.data.datasets.base import Dataset, ImageArrays, ImageData, Split
 from flora.data.datasets.digits import DIGIT_NAMES
 
 CHARACTERS = string.digits + string.ascii_uppercase
