@@ -140,6 +140,36 @@ def test_every_make_command_is_understood(command: str, understood: list[Any]) -
             understand(line, understood)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_yaml_block_is_a_valid_configuration(page: Path, tmp_path: Path) -> None:
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block)
+        assert simulate.main(["--check", str(path)]) == 0
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "ARCHITECTURE.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "ARCHITECTURE.md"], ids=lambda page: page.name)
+def test_modules_and_tests_that_are_named_exist(page: Path) -> None:
+    text = page.read_text()
+    for module in re.findall(r"`(flora(?:\.[a-z_]+)+)(?:\.[A-Z]\w*)?(?:\(\w*\))?`", text):
+        parts = module.split(".")
+        assert any((ROOT / "/".join(parts[:n])).with_suffix(".py").exists() or (ROOT / "/".join(parts)).is_dir()
+                   for n in (len(parts), len(parts) - 1)), module  # fmt: skip
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for name in set(re.findall(r"`(test_\w+)`", text)) - {"test_accuracy"}:  # a column of clients.csv
+        assert f"def {name}(" in tests, name
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= 8192
+
+
 EXTENSIONS = [
     command for command in commands((ROOT / "docs/extending.md").read_text()) if "flora.simulate experiments" in command
 ]

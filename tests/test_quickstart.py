@@ -10,7 +10,7 @@ from helpers import SHARED
 
 from flora.config.parse import load_config
 from flora.core.rng import Rng
-from flora.simulate import main, simulate
+from flora.simulate import simulate
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,12 +56,3 @@ def test_the_readmes_use_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert str(tmp_path) in code
     monkeypatch.chdir(ROOT)
     exec(code, {})
-
-
-def test_every_yaml_block_of_the_readme_is_a_valid_config(tmp_path: Path) -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for number, block in enumerate(blocks):
-        path = tmp_path / f"{number}.yaml"
-        path.write_text(block)
-        assert main(["--check", str(path)]) == 0

@@ -71,9 +71,9 @@ _PAPER = Protocol(
     },
 )
 
-# Learning rates were chosen on validation images; the README says how.
+# Learning rates were chosen on validation images; docs/results.md says how.
 _SMALL = Protocol(
-    about="what the README's table compares methods with: few images, few rounds",
+    about="what the table in docs/results.md compares methods with: few images, few rounds",
     values={
         "rounds": 10,
         "split": "sample",
@@ -94,7 +94,7 @@ _SMALL = Protocol(
 )
 
 _AVERAGING = Protocol(
-    about="what the README's table compares ways of averaging with: twenty unlike clients, twenty rounds",
+    about="what the tables in docs/averaging.md compare ways of averaging with: twenty unlike clients, twenty rounds",
     values={
         "rounds": 20,
         "split": "sample",
@@ -112,7 +112,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
         "standard": Protocol(
             about="official splits, cross-entropy over all classes, alpha/r: the default",
             values={"adapter": "lora"},
-            # Chosen on validation images; the README says how.
+            # Chosen on validation images; docs/results.md says how.
             methods={method: {"local": {"learning_rate": 3e-3}} for method in ("lora", "dual_lora")},
         ),
         "paper": _PAPER,

@@ -1,4 +1,4 @@
-"""The run directory `runs/NAME/`: what a run leaves behind. Its format is a promise; the README describes it."""
+"""The run directory `runs/NAME/`: what a run leaves behind. Its format is a promise: docs/run_directory.md."""
 
 from __future__ import annotations
 
