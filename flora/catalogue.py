@@ -1,4 +1,4 @@
-"""Importing this module registers every component that the package ships."""
+"""Import this module to register every component that the package ships."""
 
 import flora.client.corrections
 import flora.client.objectives

@@ -1,4 +1,4 @@
-"""From a configuration to the objects that run: the only reader of the whole configuration."""
+"""Build everything that a run needs from its configuration. No other code reads the whole configuration."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def naive_experiment(setting: Setting) -> Callable[[], tree.State]:
 
 
 def our_experiment(setting: Setting) -> Callable[[], tree.State]:
-    """The same rounds by the simulator, its features computed first."""
+    """The rounds of `naive_experiment` by the simulator, its features computed first."""
     clip = setting.load()
     pixels, labels, examples = _data(setting, clip)
     attached = setting.lora().attach(clip)

@@ -1,4 +1,4 @@
-"""What is added to each client's gradient so that clients with different data don't drift apart.
+"""Corrections of each client's gradient that keep clients with different data from drifting apart.
 
 All vectors are what is trained, flattened in the order of the adapter's names: P numbers, K clients `(K, P)`.
 """

@@ -115,7 +115,7 @@ class FlatStack:
         }
 
     def trained_part(self, matrix: Tensor) -> State:
-        """The same of the trained tensors alone."""
+        """The rows of a matrix `(K, P)` as a state dict of the trained tensors alone, `(K, ...)`."""
         return {name: tensor for name, tensor in self.state(matrix).items() if name in self._trained}
 
     @property
@@ -134,7 +134,7 @@ class FlatStack:
         return torch.cat(ranges).to(self.matrix.device) if ranges else torch.empty(0, dtype=torch.int64)
 
     def leaves(self, matrix: Tensor) -> tuple[State, list[Tensor]]:
-        """The same, detached; and those that are trained, as leaves of the autograd graph that share its memory."""
+        """The rows of a matrix `(K, P)` as detached tensors; also those that are trained, as leaves for autograd."""
         state = {name: tensor.detach() for name, tensor in self.state(matrix).items()}
         return state, [state[name].requires_grad_() for name in self._trained]
 

@@ -1,4 +1,4 @@
-"""What a local step minimises: one loss for each client of a block, and nothing that mixes clients."""
+"""The losses that clients minimise: one number for each client of a block, independent of the others."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class Schedule(Component):
 @register("constant")
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same rate in each round."""
+    """One learning rate for all rounds."""
 
     def after_warmup(self, progress: float) -> float:
         return 1.0

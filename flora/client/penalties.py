@@ -1,4 +1,4 @@
-"""What is added to each client's loss so that it doesn't forget what the frozen model knows."""
+"""Penalties on each client's loss that keep the adapted model near the frozen one."""
 
 from __future__ import annotations
 

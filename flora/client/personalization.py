@@ -1,4 +1,4 @@
-"""What each client trains for itself alone, besides what it trains for the server."""
+"""Personalization: what each client trains for itself alone, besides what it trains for the server."""
 
 from __future__ import annotations
 

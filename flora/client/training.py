@@ -1,4 +1,4 @@
-"""Local training: a block of K clients takes its steps together, each on its own data with its own adapter."""
+"""Train one block of K clients together, each on its own data with its own adapter."""
 
 from __future__ import annotations
 

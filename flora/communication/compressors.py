@@ -1,4 +1,4 @@
-"""How tensors are written for the way between server and clients, as bytes that decode to what the receiver works with.
+"""Compressors: pack tensors into bytes for the way between server and clients, and unpack them.
 
 The receiver knows names and shapes, and the options. Numbers are little-endian.
 """

@@ -1,4 +1,4 @@
-"""Who can be reached, how fast each client is, and how long a round takes: a simulated clock.
+"""A simulated network: which clients can be reached, how fast they are, and how long a round takes.
 
 Nothing here touches what clients train: its random numbers have streams of their own.
 """

@@ -1,4 +1,4 @@
-"""What travels, and how many bytes that is: the length of what would really be sent."""
+"""The options of communication, and the number of bytes that a state dict takes when it is sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named sets of values that lie below an experiment's own: what it doesn't say, its protocol does.
+"""Presets: named sets of values for what an experiment's own file doesn't say.
 
 `PROTOCOLS[name]` is a protocol. Its `values` are nested like a YAML file's. Its `options` say, by the dotted key of a
 component and by the component's name, what that component's options are wherever it is chosen. Its `methods` are

@@ -1,4 +1,4 @@
-"""What can be checked of a configuration without the model's weights or an image."""
+"""Check what combines with what in a configuration, before weights or images are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What components must return: where one does not, a line names the setting, the component and the fault.
+"""Check what components return, and name the setting, the component and the fault where it is wrong.
 
 A tensor of the wrong shape would be broadcast, a missing one ignored, an index below zero counted from the end.
 """

@@ -1,4 +1,4 @@
-"""Shares of a number of things, without the rounding of binary fractions."""
+"""Compute a share of a number of things without the rounding errors of binary fractions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong by the user's hand: one clear line, no traceback."""
+"""The errors that a user can mend; each is shown as one line, without a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places where a program may look into a run, or interfere: for progress displays, logging and fault injection."""
+"""Functions that a program may pass in to look into a run or to change it: progress, logging, fault injection."""
 
 from __future__ import annotations
 

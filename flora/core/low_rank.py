@@ -61,7 +61,7 @@ def with_any_residual(state: StateLike) -> State:
 
 
 def rank_padded(state: StateLike, rank: int) -> State:
-    """The same with zeros in place of what is left out. Where both factors are zero, their gradients are."""
+    """Put zeros beyond `rank` in the rows of A and the columns of B. Where both are zero, their gradients are."""
     padded = {name: tensor.clone() if factor_of(name) else tensor for name, tensor in state.items()}
     for name, tensor in padded.items():
         if factor_of(name) == "lora_A":

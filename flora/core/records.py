@@ -1,4 +1,4 @@
-"""The named types that travel through a run."""
+"""The named types of a run: server state, client data, updates, records of rounds, the summary."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class OptionError(UserError):
         self.others = tuple(others)
 
     def below(self, section: str) -> OptionError:
-        """The same error with the option's name below `section`."""
+        """Return this error with the option's name below `section`."""
         others = [other.below(section) for other in self.others]
         return OptionError(".".join(part for part in (section, self.option) if part), self.message, others)
 

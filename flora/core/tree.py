@@ -73,7 +73,7 @@ def unstack(stacked: StateLike) -> list[State]:
 
 
 def below(prefix: str, state: StateLike) -> State:
-    """The same state with `prefix` in front of its names."""
+    """Return the state with `prefix` in front of its names."""
     return {f"{prefix}{name}": tensor for name, tensor in state.items()}
 
 
@@ -100,7 +100,7 @@ def unflatten(vector: Tensor, like: StateLike) -> State:
 
 
 def expand(state: StateLike, size: int) -> State:
-    """The same state for K clients: shapes `(...)` become `(K, ...)`, without a copy."""
+    """Return the state repeated for K clients, without a copy: shapes `(...)` become `(K, ...)`."""
     return {name: tensor.unsqueeze(0).expand(size, *tensor.shape) for name, tensor in state.items()}
 
 

@@ -26,7 +26,7 @@ class Splitter(Component):
 
     @abstractmethod
     def split(self, data: ImageData, rng: Rng) -> ImageData:
-        """The same images, or some of them, in the splits to use. Raises `UserError` if one would be empty."""
+        """Return the images, or some of them, in the splits to use. Raises `UserError` if one would be empty."""
 
 
 @register("official")

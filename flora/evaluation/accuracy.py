@@ -1,4 +1,4 @@
-"""How good an adapter is: on the common test set, and on what each client kept for itself."""
+"""Compute accuracies: of one or more adapters on the common test images, and on the clients' held-out examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients reach for themselves: without the others, or with adapters of their own."""
+"""Train clients without the server, for comparison, and put together the adapters that clients have of their own."""
 
 from __future__ import annotations
 

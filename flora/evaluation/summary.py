@@ -1,4 +1,4 @@
-"""What a run comes to: the summary, the short table and the final line."""
+"""Add up the records of a finished run, and format the table and the final line that it prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frozen stem's output for every image: what training and evaluation read in place of images."""
+"""The output of the frozen stem for every image, computed once and stored, or computed at each use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asynchronous rounds: the server steps whenever enough updates have come in, however old they are (FedBuff)."""
+"""Asynchronous rounds (FedBuff): clients work all the time; the server steps when a buffer of updates is full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All that rounds need: the model, the clients and their data, what they train, send and keep."""
+"""The model, the clients and their data, and everything else that a round needs, in one object."""
 
 from __future__ import annotations
 

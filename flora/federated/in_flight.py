@@ -1,4 +1,4 @@
-"""Updates on their way, and clients that will never deliver, as tensors among what the server keeps of a client."""
+"""Store updates that are still on their way to the server as tensors, so that checkpoints can hold them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the server's adapter to the updates that come back: who is asked, what they train, what of it arrives."""
+"""One synchronous round: broadcast the adapter, train the cohort, collect the updates that arrive."""
 
 from __future__ import annotations
 

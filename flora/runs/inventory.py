@@ -1,4 +1,4 @@
-"""What a run works with, as it is written down at its start: its prompts, and whose each image is."""
+"""List what a run works with, for `prompts.json` and `examples.csv`: its prompts, and which client has which image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good what a run has come to is: records, and results by client."""
+"""Evaluate a run: make the record of each round, and the columns of `clients.csv`."""
 
 from __future__ import annotations
 

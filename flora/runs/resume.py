@@ -1,4 +1,4 @@
-"""Going on with a run that stopped: which configuration it goes on with, and from which of its checkpoints."""
+"""Find the configuration and the checkpoint with which a stopped run goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the deltas of a cohort become one: the mean, or something that a few bad clients can't move far."""
+"""Combine the deltas of a cohort into one: the mean, or rules that a few bad clients can't move far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server does with the combined delta: it is the negative of a gradient (arXiv:2003.00295, algorithm 2)."""
+"""Server optimizers: step the adapter along the combined delta (arXiv:2003.00295, algorithm 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Updates that must not reach the average: not finite, of wrong shapes, or far larger than the cohort's others."""
+"""Reject updates that must not be averaged: not finite, of wrong shapes, or far larger than the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runs of a sweep: what is missing is fetched and done, each run in a process of its own."""
+"""Run what is missing of a sweep: download what is needed once, then do each run in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the runs of a sweep came to, in one table: a row for each combination, over its seeds."""
+"""Tabulate the results of a sweep's runs: a row for each combination, mean and deviation over its seeds."""
 
 from __future__ import annotations
 

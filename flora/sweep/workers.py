@@ -1,4 +1,4 @@
-"""Runs in processes of their own, some at once: what one holds or breaks, the others don't notice."""
+"""Run tasks in processes of their own, several at once, and report how each of them ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every adapter is: options that attach to a model, and what is attached."""
+"""The base classes of adapters: the options, and the adapter attached to a model."""
 
 from __future__ import annotations
 

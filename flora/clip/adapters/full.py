@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight is trained, and travels."""
+"""Full fine-tuning as an adapter: a state dict of all weights that stands in for the frozen ones."""
 
 from __future__ import annotations
 

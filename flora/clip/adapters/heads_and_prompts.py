@@ -1,4 +1,4 @@
-"""What else clients can train: heads and adapters on features, prompt contexts, norms. The rivals of arXiv:2404.15182.
+"""Adapters beside the towers: heads, feature adapters, prompts, norms (the rivals of arXiv:2404.15182).
 
 All but `prompt_context` and `norm` see nothing but final features, so a step costs next to nothing.
 """

@@ -1,4 +1,4 @@
-"""Where the prompts of K clients are computed and where they are read, in sequences that a text tower runs over."""
+"""Lay out the prompts of K clients as sequences for the text tower, with the slots at which each is read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Layout:
     ends: Tensor
 
     def to(self, device: torch.device) -> Layout:
-        """The same on `device`."""
+        """Return this layout with its tensors on `device`."""
         tensors = (self.slots, self.positions, self.mask, self.reads, self.ends)
         return Layout(self.num_clients, *(None if each is None else each.to(device) for each in tensors))  # type: ignore[arg-type]
 

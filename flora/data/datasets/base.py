@@ -1,4 +1,4 @@
-"""What a data set is: labelled images, read on demand, in a train and a test split."""
+"""The base class of data sets, and labelled images that are read on demand."""
 
 from __future__ import annotations
 

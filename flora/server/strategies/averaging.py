@@ -1,4 +1,4 @@
-"""Averaging all tensors, each by itself; in rounds, or whenever a buffer of updates is full."""
+"""Strategies that average every tensor by itself: in rounds (FedAvg), or when a buffer is full (FedBuff)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every strategy says: which tensors clients train, send and keep, and how the server goes on from their mean."""
+"""The base class of strategies: which tensors clients train, send and keep, and the server's next adapter."""
 
 from __future__ import annotations
 

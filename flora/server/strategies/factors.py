@@ -1,4 +1,4 @@
-"""One factor of LoRA is trained, sent or kept at a time."""
+"""Strategies that train, send or keep one factor of LoRA, A or B, differently from the other one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server makes a low-rank pair of the clients' mean product."""
+"""Strategies whose server approximates the clients' mean product B A by one pair of factors."""
 
 from __future__ import annotations
 

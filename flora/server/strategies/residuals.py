@@ -1,4 +1,4 @@
-"""What the averaged factors miss of the mean product is kept beside the frozen weight, as a residual."""
+"""Strategies that keep what averaged factors miss of the mean product as a residual beside the weight."""
 
 from __future__ import annotations
 
