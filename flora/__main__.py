@@ -1,0 +1,34 @@
+"""The command `flora`, also `python -m flora`: it runs the program that its first argument names."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Imported when they are asked for: PyTorch takes seconds, and help should not.
+PROGRAMS = {
+    "simulate": ("flora.simulate", "run an experiment, or go on with one"),
+    "sweep": ("flora.sweep.__main__", "run every combination of some settings, and tabulate the results"),
+    "export": ("flora.export", "merge a run's adapter into its backbone, as a model that OpenCLIP loads"),
+    "benchmark": ("flora.benchmark.__main__", "time a local step against the loops that others write"),
+}
+USAGE = "usage: flora PROGRAM ...\n\n" + "\n".join(f"  {name:<10} {about}" for name, (_, about) in PROGRAMS.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program that the first argument names on the others; return its exit status, 2 if there is none."""
+    name, *arguments = [*(sys.argv[1:] if argv is None else argv)] or [""]
+    if name in ("-h", "--help"):
+        print(f"{USAGE}\n\nflora PROGRAM --help says more")
+        return 0
+    if name not in PROGRAMS:
+        print(f"flora: expected one of {', '.join(PROGRAMS)}, got {name!r}; see --help", file=sys.stderr)
+        return 2
+    program = importlib.import_module(PROGRAMS[name][0])
+    status: int = program.main(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
