@@ -143,13 +143,13 @@ def build_experiment(
         local=config.local,
         sampler=config.clients.cohort,
         strategy=config.server.strategy,
-        combiner=config.server.combiner,
+        aggregator=config.server.aggregator,
         server_optimizer=config.server.optimizer,
         personal=config.personal,
         communication=config.communication,
         network=config.network,
         profiles=roster.profiles,
-        patience=config.server.patience,
+        stragglers=config.server.stragglers,
         ranks=_ranks(config, len(clients), rng.child("ranks")),
         num_rounds=config.rounds,
         clients_per_block=clients_per_block,
@@ -191,7 +191,7 @@ def _roster(config: ExperimentConfig, groups: np.ndarray | None, rng: Rng) -> _R
     Raises `UserError` if the data name as many clients as something in the configuration can't go with.
     """
     names = None
-    if config.partition.names_clients and not config.clients.pooled:
+    if config.partition.names_clients and not config.clients.centralized:
         names = group_names(groups, config.clients.number)
     number = config.clients.number_training if names is None else len(names)
     assert number is not None
@@ -301,7 +301,7 @@ def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | 
     number = config.clients.number or len(names)
     parts = config.partition.split(labels, number, rng.child("partition"), groups=groups)
     parts = checked_parts("partition", config.partition, parts, number, len(labels))
-    if config.clients.pooled:
+    if config.clients.centralized:
         parts, names = [np.unique(np.concatenate(parts))], ()
     fraction = config.clients.holdout_fraction
     clients = [hold_out(part, fraction, rng.child("holdout", index)) for index, part in enumerate(parts)]

@@ -204,8 +204,8 @@ def test_a_run_goes_on_with_what_is_on_its_way(raw_config: dict[str, Any]) -> No
     ("changes", "message"),
     [
         ({"network": None}, "network: missing: fedbuff needs to know who is how fast"),
-        ({"server": {"strategy": "fedbuff", "patience": {"over_selection": 2}}},
-         "server.patience: expected the defaults: fedbuff waits for its buffer alone"),
+        ({"server": {"strategy": "fedbuff", "stragglers": {"over_selection": 2}}},
+         "server.stragglers: expected the defaults: fedbuff waits for its buffer alone"),
         ({"local": {"optimizer_state": "kept"}},
          "server.strategy: fedbuff can't be used where clients remember what belongs to their last update: expected "
          "no error feedback, local.optimizer_state fresh, local.correction none or fedprox"),

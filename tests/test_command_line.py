@@ -125,7 +125,7 @@ def test_pooled_clients_are_one_that_has_what_all_would(config_file: str, runs: 
     few_shots = "partition={name: few_shot, shots: 2}"
     dealt, pooled = ([config_file, few_shots, f"name={name}"] for name in ("dealt", "pooled"))
     assert main(dealt) == 0
-    assert main([*pooled, "clients.pooled=true"]) == 0
+    assert main([*pooled, "clients.centralized=true"]) == 0
     counts = {}
     for name in ("dealt", "pooled"):
         clients = json.loads((runs / name / "partition.json").read_text())["clients"]
@@ -134,7 +134,7 @@ def test_pooled_clients_are_one_that_has_what_all_would(config_file: str, runs: 
     assert counts["dealt"] == counts["pooled"] == 2 * 3 * 4
     # Where examples belong to several clients the pool has each of them once.
     overlapping = "partition={name: few_shot_overlapping, shots: 12}"
-    assert main([config_file, overlapping, "clients.pooled=true", "name=overlapping"]) == 0
+    assert main([config_file, overlapping, "clients.centralized=true", "name=overlapping"]) == 0
     (client,) = json.loads((runs / "overlapping" / "partition.json").read_text())["clients"]
     assert 2 * 3 * 12 // 3 < client["num_train"] + client["num_held_out"] <= 60
 

@@ -23,7 +23,7 @@ from flora.communication.compressors import (
     UniformQuantizer,
 )
 from flora.communication.options import FEEDBACK, CommunicationOptions, payload_bytes
-from flora.communication.sampling import Decaying, Uniform
+from flora.communication.sampling import Dynamic, Uniform
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
 from flora.core import tree
@@ -179,7 +179,7 @@ def test_a_corrections_memory_travels_as_it_is(tiny_model: str) -> None:
 
 @pytest.mark.parametrize(("beta", "minimum"), [(0.0, 1), (0.1, 2), (0.5, 3), (5.0, 1)])
 def test_the_cohort_shrinks_as_the_closed_form_says(beta: float, minimum: int) -> None:
-    sampler = Decaying(fraction=0.5, beta=beta, minimum=minimum)
+    sampler = Dynamic(fraction=0.5, beta=beta, minimum=minimum)
     sizes = np.ones(40)
     found = [sampler.size_in(round, 40) for round in range(1, 31)]
     assert all(len(sampler.sample(sizes, number, Rng(0))) == number for number in found)
@@ -194,13 +194,13 @@ def test_the_cohort_shrinks_as_the_closed_form_says(beta: float, minimum: int) -
 def test_no_decay_is_uniform_sampling(tiny_model: str) -> None:
     parts = parts_of(tiny_model, cohort=3)
     plain, _ = rounds(parts, 3)
-    found, _ = rounds(dataclasses.replace(parts, sampler=Decaying(number=3, beta=0.0)), 3)
+    found, _ = rounds(dataclasses.replace(parts, sampler=Dynamic(number=3, beta=0.0)), 3)
     assert isinstance(parts.sampler, Uniform)
     assert all(torch.equal(plain[-1].adapter[name], found[-1].adapter[name]) for name in plain[-1].adapter)
 
 
 def test_the_minimum_is_no_more_than_the_first_cohort() -> None:
-    assert Decaying(number=3, minimum=10, beta=1.0).size_in(9, 20) == 3
+    assert Dynamic(number=3, minimum=10, beta=1.0).size_in(9, 20) == 3
 
 
 # Whole runs
@@ -226,7 +226,7 @@ def test_a_run_goes_on_with_its_feedback(raw_config: dict[str, Any]) -> None:
     raw = {**raw_config, "rounds": 4, "communication": {
         "broadcast": {"name": "normal_float", "bits": 4, "rounding": "stochastic"},
         "upload": {"name": "top_k", "fraction": 0.1}, "error_feedback": True,
-    }, "clients": {"number": 4, "cohort": {"name": "decaying", "beta": 0.3}}}  # fmt: skip
+    }, "clients": {"number": 4, "cohort": {"name": "dynamic", "beta": 0.3}}}  # fmt: skip
     whole = simulate(parse_config({**raw, "name": "whole"}))
     parts = simulate(parse_config({**raw, "name": "parts", "rounds": 2}))
     rest = resume(parts.directory, ["rounds=4"])

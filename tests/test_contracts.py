@@ -22,7 +22,7 @@ from flora.core.registry import Component, register
 from flora.data.datasets.base import ImageData, Split
 from flora.data.partition import Partitioner
 from flora.data.splits import Splitter
-from flora.server.aggregators import Combiner
+from flora.server.aggregators import Aggregator
 from flora.server.optimizers import ServerOptimizer
 from flora.server.strategies.base import Strategy
 from flora.simulate import simulate
@@ -66,9 +66,9 @@ def mean(deltas: Sequence[Any], weights: Sequence[float]) -> dict[str, torch.Ten
         (lambda delta: None, "a NoneType, expected tensors by name"),
     ],
 )  # fmt: skip
-def test_combiners_and_server_optimizers(raw_config: dict[str, Any], change: Any, message: str) -> None:
-    own(Combiner, "combine", lambda deltas, weights: change(mean(deltas, weights)))
-    assert fault(raw_config, server={"combiner": "mine"}) == f"server.combiner: mine returned {message}"
+def test_aggregators_and_server_optimizers(raw_config: dict[str, Any], change: Any, message: str) -> None:
+    own(Aggregator, "combine", lambda deltas, weights: change(mean(deltas, weights)))
+    assert fault(raw_config, server={"aggregator": "mine"}) == f"server.aggregator: mine returned {message}"
     own(ServerOptimizer, "step", lambda adapter, delta, state: (change(dict(adapter)), state))
     assert fault(raw_config, name="b", server={"optimizer": "mine"}) == f"server.optimizer: mine returned {message}"
     own(Strategy, "settle", lambda averaged, clients, weights: change(dict(averaged)))
@@ -184,10 +184,10 @@ def test_a_server_that_steps_too_far_is_named_beside_the_clients(raw_config: dic
     assert fault(raw, name="measured").endswith(line)
 
 
-def test_a_combiner_and_a_strategy_are_named(raw_config: dict[str, Any]) -> None:
-    own(Combiner, "combine", lambda deltas, weights: {n: tensor * float("nan") for n, tensor in deltas[0].items()})
-    message = "round 1: what server.combiner mine made of finite updates is not finite"
-    assert fault(raw_config, server={"combiner": "mine"}) == message
+def test_a_aggregator_and_a_strategy_are_named(raw_config: dict[str, Any]) -> None:
+    own(Aggregator, "combine", lambda deltas, weights: {n: tensor * float("nan") for n, tensor in deltas[0].items()})
+    message = "round 1: what server.aggregator mine made of finite updates is not finite"
+    assert fault(raw_config, server={"aggregator": "mine"}) == message
     own(Strategy, "settle", lambda averaged, *others: {n: tensor / 0 for n, tensor in averaged.items()})
     message = "round 1: what server.strategy mine made of a finite adapter is not finite"
     assert fault(raw_config, server={"strategy": "mine"}, name="b") == message

@@ -278,9 +278,9 @@ class ByLoss(Strategy):
         ({"local": {"correction": "scaffold", "optimizer": "sgd"},
           "server": {"screening": {"policy": "clip", "max_norm_ratio": 2}}},
          "server.screening.policy: expected skip or abort, because scaffold remembers what clip takes away"),
-        ({"local": {"correction": "feddyn"}, "server": {"combiner": "median"}},
-         "server.combiner: expected mean, because feddyn remembers the mean over all clients, those that median leaves "
-         "out or scales down included"),
+        ({"local": {"correction": "feddyn"}, "server": {"aggregator": "median"}},
+         "server.aggregator: expected mean, because feddyn remembers the mean over all clients, those that median "
+         "leaves out or scales down included"),
         ({"local": {"correction": "feddyn"}, "server": {"strategy": "by_loss"}},
          "local.correction: expected none or fedprox, because feddyn needs the weights of all clients, and by_loss has "
          "`weights` of its own: give it a `weight` instead"),

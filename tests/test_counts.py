@@ -32,7 +32,7 @@ def test_what_a_product_of_floating_point_numbers_misses() -> None:
     assert part_of(1e-7, 10**7) == 1 and part_of(np.float64(0.2), 5) == 1
 
 
-def test_combiners_leave_out_what_the_fraction_says() -> None:
+def test_aggregators_leave_out_what_the_fraction_says() -> None:
     """29 of 100 at either end, or 29 that may be bad."""
     numbers = [*range(-1029, -1000), *range(29, 71), *range(1071, 1100)]
     deltas = [{"a": torch.tensor([float(number)])} for number in numbers]

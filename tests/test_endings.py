@@ -173,12 +173,12 @@ def test_the_exit_status_with_every_stream_full(config_file: str) -> None:
 COMPONENT = """
 from dataclasses import dataclass
 from flora.core import tree
-from flora.server.aggregators import Combiner
+from flora.server.aggregators import Aggregator
 from flora.core.registry import option, register
 
 @register("halved")
 @dataclass(frozen=True)
-class Halved(Combiner):
+class Halved(Aggregator):
     factor: float = option("what the mean is multiplied with", 0.5)
 
     def combine(self, deltas, weights):
@@ -189,11 +189,11 @@ class Halved(Combiner):
 def test_every_program_takes_a_user_s_own_component(config_file: str, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "my_halved.py").write_text(COMPONENT)
     own = ["--import", str(tmp_path / "my_halved.py")]
-    assert main([config_file, "server.combiner=halved", *own]) == 0
+    assert main([config_file, "server.aggregator=halved", *own]) == 0
     run = tmp_path / "runs" / "mine"
     assert main(["--resume", str(run), "rounds=2", *own]) == 0
     assert export([str(run), str(tmp_path / "adapted"), *own]) == 0
-    assert sweep([config_file, "server.combiner=mean,halved", "--output", str(tmp_path / "sweep"), *own]) == 0
+    assert sweep([config_file, "server.aggregator=mean,halved", "--output", str(tmp_path / "sweep"), *own]) == 0
     table = capsys.readouterr().out
     assert "halved" in table
     assert main(["--list", *own]) == 0

@@ -74,7 +74,7 @@ def test_folders_name_the_clients(run: Callable[..., Path]) -> None:
     assert partition(directory)["clients_without_training_images"] == []
     assert yaml.safe_load((directory / "config.yaml").read_text())["clients"]["number"] is None
     assert names(run("clients.number=3", "name=given")) == names(directory)
-    assert names(run("protocol=averaging", "split=official", "name=protocol")) == names(directory)
+    assert names(run("preset=averaging", "split=official", "name=preset")) == names(directory)
 
 
 def test_a_csv_file_names_the_clients(run: Callable[..., Path], images: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_another_number_than_the_data_name_is_an_error(run: Callable[..., Path],
 
 
 def test_pooled_clients_of_the_data_are_one_without_a_name(run: Callable[..., Path]) -> None:
-    (client,) = partition(run("clients.pooled=true"))["clients"]
+    (client,) = partition(run("clients.centralized=true"))["clients"]
     assert "name" not in client
 
 

@@ -16,9 +16,9 @@ from flora.communication.network import (
     CsvNetwork,
     DrawnNetwork,
     Network,
-    Patience,
     Preset,
     Profiles,
+    StragglerPolicy,
     Trip,
     durations,
     trip,
@@ -46,13 +46,13 @@ def ids(found: Trip) -> tuple[list[int], list[int], list[int]]:
     return found.clients.tolist(), found.late.tolist(), found.dropped.tolist()
 
 
-def sent(network: Network, own: Profiles, patience: Patience, **changes: Any) -> Trip:
+def sent(network: Network, own: Profiles, stragglers: StragglerPolicy, **changes: Any) -> Trip:
     """Four clients, of 1, 2, 3 and 4 steps of a second, a megabyte down and two up: 4, 5, 6 and 7 seconds."""
     values: dict[str, Any] = {
         "asked": np.arange(4), "num_needed": 4, "num_steps": [1, 2, 3, 4], "downlink_bytes": [10**6] * 4,
         "uplink_bytes": [2 * 10**6] * 4, "rng": Rng(0),
     }  # fmt: skip
-    return trip(network, own, patience, **{**values, **changes})
+    return trip(network, own, stragglers, **{**values, **changes})
 
 
 SECOND = Preset(step_seconds=1.0)
@@ -65,7 +65,7 @@ def test_durations_by_hand() -> None:
 
 
 def test_the_server_waits_for_all_without_a_deadline() -> None:
-    found = sent(SECOND, profiles(), Patience())
+    found = sent(SECOND, profiles(), StragglerPolicy())
     assert (found.clients.tolist(), found.late.tolist(), found.dropped.tolist(), found.seconds) == (
         [0, 1, 2, 3],
         [],
@@ -75,26 +75,26 @@ def test_the_server_waits_for_all_without_a_deadline() -> None:
 
 
 def test_a_deadline_leaves_stragglers_behind() -> None:
-    found = sent(SECOND, profiles(), Patience(deadline_seconds=5.5))
+    found = sent(SECOND, profiles(), StragglerPolicy(deadline_seconds=5.5))
     assert (found.clients.tolist(), found.late.tolist(), found.seconds) == ([0, 1], [2, 3], 5.5)
-    found = sent(SECOND, profiles(), Patience(deadline_seconds=1.0))
+    found = sent(SECOND, profiles(), StragglerPolicy(deadline_seconds=1.0))
     assert (found.clients.tolist(), found.late.tolist(), found.seconds) == ([], [0, 1, 2, 3], 1.0)
 
 
 def test_the_first_count_where_more_are_asked_than_needed() -> None:
-    found = sent(SECOND, profiles(), Patience(over_selection=2.0), num_needed=2)
+    found = sent(SECOND, profiles(), StragglerPolicy(over_selection=2.0), num_needed=2)
     assert (found.clients.tolist(), found.late.tolist(), found.seconds) == ([0, 1], [2, 3], 5.0)
 
 
 def test_who_drops_out_delivers_nothing() -> None:
-    found = sent(SECOND, profiles(dropout=[0.0, 1.0, 0.0, 1.0]), Patience())
+    found = sent(SECOND, profiles(dropout=[0.0, 1.0, 0.0, 1.0]), StragglerPolicy())
     assert (found.clients.tolist(), found.late.tolist(), found.dropped.tolist(), found.seconds) == (
         [0, 2],
         [],
         [1, 3],
         6,
     )
-    nobody = sent(SECOND, profiles(dropout=[1.0] * 4), Patience())
+    nobody = sent(SECOND, profiles(dropout=[1.0] * 4), StragglerPolicy())
     assert (nobody.clients.tolist(), sorted(nobody.dropped), nobody.seconds) == ([], [0, 1, 2, 3], 7)
     assert sorted(nobody.asked) == [0, 1, 2, 3]
 
@@ -210,7 +210,7 @@ def test_the_clock_by_hand(raw_config: dict[str, Any]) -> None:
 def test_losses_are_counted_and_break_nothing(raw_config: dict[str, Any]) -> None:
     raw = {**raw_config, "rounds": 8, "clients": {"number": 8},
            "network": {"name": "drawn", "spread": 1.0, "availability": 0.7, "dropout": 0.3, "step_seconds": 1.0},
-           "server": {"patience": {"deadline_seconds": 4.0}}}  # fmt: skip
+           "server": {"stragglers": {"deadline_seconds": 4.0}}}  # fmt: skip
     result = simulate(parse_config({**raw, "name": "whole"}))
     assert result.summary.num_dropped > 0 and result.summary.num_late > 0
     for record in result.records[1:]:
@@ -244,8 +244,8 @@ def test_a_round_without_survivors_leaves_the_adapter_as_it_was(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"server": {"patience": {"deadline_seconds": 3}}},
-         "server.patience: expected a network: without one all clients deliver at once"),
+        ({"server": {"stragglers": {"deadline_seconds": 3}}},
+         "server.stragglers: expected a network: without one all clients deliver at once"),
         ({"network": {"name": "preset", "kind": "5g"}},
          "network.kind: expected one of fibre, broadband, 4g, 3g, phones, got '5g'"),
         ({"network": {"name": "preset", "day_curve": [1.0]}},

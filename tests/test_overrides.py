@@ -43,8 +43,8 @@ def test_another_component_starts_from_its_defaults(write: Any) -> None:
     assert config.partition == type(config.partition)()
 
 
-def test_the_name_may_be_the_protocol_s_or_an_option_of_an_option(write: Any) -> None:
-    path = write(protocol="paper", adapter={"alpha": 3.0}, local={"optimizer": {"weight_decay": 0.5}})
+def test_the_name_may_be_the_preset_s_or_an_option_of_an_option(write: Any) -> None:
+    path = write(preset="paper", adapter={"alpha": 3.0}, local={"optimizer": {"weight_decay": 0.5}})
     plain = load_config(path)
     names = [f"adapter={name}" for name in ("lora",)] + ["local.optimizer=adam"]
     assert type(plain.local.optimizer).__name__ == "Adam"
@@ -53,7 +53,7 @@ def test_the_name_may_be_the_protocol_s_or_an_option_of_an_option(write: Any) ->
 
 def test_the_order_of_overrides_is_of_no_matter(write: Any) -> None:
     path = write()
-    overrides = ["local.optimizer=sgd", "local.optimizer.momentum=0.5", "local={epochs: 3}", "protocol=paper"]
+    overrides = ["local.optimizer=sgd", "local.optimizer.momentum=0.5", "local={epochs: 3}", "preset=paper"]
     configs = [load_config(path, order) for order in itertools.permutations(overrides)]
     assert all(config == configs[0] for config in configs)
     assert configs[0].local.epochs == 3

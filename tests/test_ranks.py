@@ -162,8 +162,8 @@ def test_drawn_ranks() -> None:
          "clients.ranks: expected adapter lora, got linear_head"),
         ({"clients": {"number": 2, "ranks": [1, 2]}, "local": {"correction": "feddyn"}},
          "local.correction: expected none or fedprox, because clients have ranks of their own"),
-        ({"clients": {"number": 2, "ranks": [1, 2]}, "server": {"strategy": "hetlora", "combiner": "median"}},
-         "clients.ranks: expected server.combiner mean and server.optimizer sgd with its defaults"),
+        ({"clients": {"number": 2, "ranks": [1, 2]}, "server": {"strategy": "hetlora", "aggregator": "median"}},
+         "clients.ranks: expected server.aggregator mean and server.optimizer sgd with its defaults"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_is_one_line(raw_config: dict[str, Any], changes: dict[str, Any], message: str) -> None:

@@ -30,14 +30,14 @@ from flora.core.rng import Rng
 from flora.core.tree import State
 from flora.federated.federation import Federation
 from flora.federated.round import RoundResult, _End, _next, run_round
-from flora.server.aggregators import BoundedMean, Combiner, Mean, Median, MultiKrum, TrimmedMean
+from flora.server.aggregators import Aggregator, BoundedMean, Mean, Median, MultiKrum, TrimmedMean
 from flora.server.optimizers import Adaptive, ServerAdagrad, ServerAdam, ServerOptimizer, ServerSgd, ServerYogi
 from flora.server.strategies.averaging import FedAvg
 from flora.server.strategies.base import Strategy
 from flora.server.strategies.factors import FfaLora, RoLora
 from flora.server.strategies.products import FlexLora, HetLora, LoraFair
 
-COMBINERS = [Mean(), Median(), TrimmedMean(), MultiKrum(), BoundedMean(max_norm=1e6)]
+AGGREGATORS = [Mean(), Median(), TrimmedMean(), MultiKrum(), BoundedMean(max_norm=1e6)]
 ROBUST = [Median(), TrimmedMean(fraction=0.25), MultiKrum(fraction=0.25), BoundedMean(max_norm=3.0)]
 
 
@@ -53,11 +53,11 @@ def flat(state: State) -> list[float]:
     return torch.cat([tensor.flatten() for tensor in state.values()]).tolist()
 
 
-# Combiners
+# Aggregators
 
 
 @pytest.mark.parametrize(
-    ("combiner", "expected"),
+    ("aggregator", "expected"),
     [
         (Mean(), [2.5, 2.5, 22.0]),
         (Median(), [2.5, 2.5, 4.5]),
@@ -66,9 +66,9 @@ def flat(state: State) -> list[float]:
         (TrimmedMean(fraction=0.24), [2.5, 2.5, 22.0]),  # 0.96 clients are none
     ],
 )
-def test_combiners_by_hand(combiner: Combiner, expected: list[float]) -> None:
+def test_aggregators_by_hand(aggregator: Aggregator, expected: list[float]) -> None:
     cohort = deltas([1.0, 4.0, 4.0], [2.0, 3.0, 0.0], [3.0, 2.0, 79.0], [4.0, 1.0, 5.0])
-    assert flat(combiner.combine(cohort, [1.0] * 4)) == pytest.approx(expected)
+    assert flat(aggregator.combine(cohort, [1.0] * 4)) == pytest.approx(expected)
 
 
 def test_median_of_an_odd_number() -> None:
@@ -92,14 +92,14 @@ def test_bounded_mean_by_hand() -> None:
 rows = st.lists(st.lists(st.floats(-10, 10, width=32), min_size=3, max_size=3), min_size=1, max_size=7)
 
 
-@given(rows=rows, order=st.randoms(use_true_random=False), combiner=st.sampled_from(COMBINERS))
-def test_the_order_of_clients_is_irrelevant(rows: list[list[float]], order: Any, combiner: Combiner) -> None:
+@given(rows=rows, order=st.randoms(use_true_random=False), aggregator=st.sampled_from(AGGREGATORS))
+def test_the_order_of_clients_is_irrelevant(rows: list[list[float]], order: Any, aggregator: Aggregator) -> None:
     places = list(range(len(rows)))
     order.shuffle(places)
     weights = [1.0 + place for place in range(len(rows))]
-    straight = combiner.combine(deltas(*rows), weights)
-    shuffled = combiner.combine(deltas(*(rows[place] for place in places)), [weights[place] for place in places])
-    if not isinstance(combiner, MultiKrum):  # among equal scores it keeps the first ones
+    straight = aggregator.combine(deltas(*rows), weights)
+    shuffled = aggregator.combine(deltas(*(rows[place] for place in places)), [weights[place] for place in places])
+    if not isinstance(aggregator, MultiKrum):  # among equal scores it keeps the first ones
         assert flat(shuffled) == pytest.approx(flat(straight), abs=TOLERANCE)
 
 
@@ -108,26 +108,26 @@ def test_multi_krum_keeps_the_same_clients_in_any_order(order: list[int], fracti
     """Six clients whose scores all differ: whom it keeps is a matter of the deltas alone."""
     rows = [[0.0, 0.1], [0.3, 0.0], [0.0, 0.7], [1.5, 0.2], [4.0, 1.0], [11.0, 5.0]]
     weights = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
-    combiner = MultiKrum(fraction=fraction)
-    straight = combiner.combine(deltas(*rows), weights)
-    shuffled = combiner.combine(deltas(*(rows[place] for place in order)), [weights[place] for place in order])
+    aggregator = MultiKrum(fraction=fraction)
+    straight = aggregator.combine(deltas(*rows), weights)
+    shuffled = aggregator.combine(deltas(*(rows[place] for place in order)), [weights[place] for place in order])
     assert flat(shuffled) == pytest.approx(flat(straight), abs=TOLERANCE)
     assert (flat(straight) == pytest.approx(flat(Mean().combine(deltas(*rows), weights)))) == (fraction == 0.0)
 
 
-@given(row=rows.map(lambda found: found[0]), number=st.integers(1, 6), combiner=st.sampled_from(COMBINERS))
-def test_equal_clients_are_left_as_they_are(row: list[float], number: int, combiner: Combiner) -> None:
-    assert flat(combiner.combine(deltas(*[row] * number), [2.0] * number)) == pytest.approx(row, abs=TOLERANCE)
+@given(row=rows.map(lambda found: found[0]), number=st.integers(1, 6), aggregator=st.sampled_from(AGGREGATORS))
+def test_equal_clients_are_left_as_they_are(row: list[float], number: int, aggregator: Aggregator) -> None:
+    assert flat(aggregator.combine(deltas(*[row] * number), [2.0] * number)) == pytest.approx(row, abs=TOLERANCE)
 
 
 @given(honest=st.lists(st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=2), min_size=4, max_size=8),
-       poison=st.floats(-1e6, 1e6, width=32), combiner=st.sampled_from(ROBUST))  # fmt: skip
-def test_a_poisoned_client_moves_robust_combiners_within_a_bound(
-    honest: list[list[float]], poison: float, combiner: Combiner
+       poison=st.floats(-1e6, 1e6, width=32), aggregator=st.sampled_from(ROBUST))  # fmt: skip
+def test_a_poisoned_client_moves_robust_aggregators_within_a_bound(
+    honest: list[list[float]], poison: float, aggregator: Aggregator
 ) -> None:
-    combined = flat(combiner.combine(deltas(*honest, [poison, -poison]), [1.0] * (len(honest) + 1)))
+    combined = flat(aggregator.combine(deltas(*honest, [poison, -poison]), [1.0] * (len(honest) + 1)))
     assert max(map(abs, combined)) <= 3.0
-    if not isinstance(combiner, BoundedMean):
+    if not isinstance(aggregator, BoundedMean):
         assert max(map(abs, combined)) <= 1.0 + 1e-6 or abs(poison) < 10
 
 
@@ -250,12 +250,12 @@ SERVER_OPTIMIZERS = [ServerSgd(), ServerSgd(learning_rate=0.1, momentum=0.9), Se
 
 
 @pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
-@pytest.mark.parametrize("combiner", [Mean(), Median()])
+@pytest.mark.parametrize("aggregator", [Mean(), Median()])
 def test_what_the_server_does_afterwards_is_no_error_of_averaging(
-    optimizer: ServerOptimizer, combiner: Combiner
+    optimizer: ServerOptimizer, aggregator: Aggregator
 ) -> None:
     b_alone = [{"x.lora_B": torch.tensor([[float(client), 0.0], [0.0, 3.0]])} for client in range(3)]
-    found = errors(b_alone, strategy=FfaLora(), server_optimizer=optimizer, combiner=combiner)
+    found = errors(b_alone, strategy=FfaLora(), server_optimizer=optimizer, aggregator=aggregator)
     assert found == pytest.approx([0.0] * 3, abs=TOLERANCE)
 
 
@@ -413,9 +413,9 @@ def test_settling_brings_the_server_nearer_to_the_mean_product(tiny_model: str, 
 
 
 def test_one_client_is_left_as_it_is(tiny_model: str) -> None:
-    for combiner in COMBINERS:
+    for aggregator in AGGREGATORS:
         adapted = adapt(tiny_model, Lora(rank=2))
-        parts = dataclasses.replace(federation(adapted, LOCAL, cohort=1), combiner=combiner)
+        parts = dataclasses.replace(federation(adapted, LOCAL, cohort=1), aggregator=aggregator)
         _, result = run_round(parts, start(adapted))
         assert result.num_clients == 1
         assert result.aggregation_error == pytest.approx(0, abs=TOLERANCE)
@@ -437,8 +437,8 @@ def test_one_client_is_left_as_it_is(tiny_model: str) -> None:
          "personal: ditto can't be used, because the strategy gives A and B another basis each round, and a distance "
          "from them means nothing"),
         ({"server": {"strategy": "flexlora", "optimizer": "adam"}},
-         "server.strategy: flexlora replaces the plain mean: expected combiner mean, optimizer sgd with its defaults, "
-         "and no correction that the server remembers"),
+         "server.strategy: flexlora replaces the plain mean: expected aggregator mean, optimizer sgd with its "
+         "defaults, and no correction that the server remembers"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_one_line(
@@ -451,10 +451,10 @@ def test_what_does_not_go_together_is_one_line(
 
 def test_options_are_checked(raw_config: dict[str, Any]) -> None:
     config = parse_config(
-        {**raw_config, "server": {"strategy": "rolora", "combiner": {"name": "trimmed_mean", "fraction": 0.1},
+        {**raw_config, "server": {"strategy": "rolora", "aggregator": {"name": "trimmed_mean", "fraction": 0.1},
                                   "optimizer": {"name": "yogi", "learning_rate": 0.01}}}
     )  # fmt: skip
-    assert config.server.combiner == TrimmedMean(fraction=0.1)
+    assert config.server.aggregator == TrimmedMean(fraction=0.1)
     assert config.server.optimizer == ServerYogi(learning_rate=0.01)
     with pytest.raises(OptionError, match=r"fraction: expected a number at least 0 and below 0\.5, got 0\.5"):
         TrimmedMean(fraction=0.5)
@@ -538,8 +538,8 @@ def test_the_order_of_clients_decides_nothing(name: str) -> None:
     torch.testing.assert_close(found[0], found[1], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("combiner", ROBUST)
-def test_a_poisoned_client_in_a_round(tiny_model: str, combiner: Combiner) -> None:
+@pytest.mark.parametrize("aggregator", ROBUST)
+def test_a_poisoned_client_in_a_round(tiny_model: str, aggregator: Aggregator) -> None:
     """One of five sends noise of a thousand times its update; what the server does is still within the honest range."""
     adapted = adapt(tiny_model, Lora(rank=2))
     honest: list[ClientUpdate] = []
@@ -553,9 +553,9 @@ def test_a_poisoned_client_in_a_round(tiny_model: str, combiner: Combiner) -> No
         factor = 1000 * tree.norm(update.delta) / tree.norm(noise)
         return dataclasses.replace(update, delta=tree.scale(noise, factor))
 
-    bounded = isinstance(combiner, BoundedMean)
-    combiner = BoundedMean(max_norm=0.1) if bounded else combiner
-    parts = dataclasses.replace(federation(adapted, LOCAL), combiner=combiner, hooks=Hooks(update=poison))
+    bounded = isinstance(aggregator, BoundedMean)
+    aggregator = BoundedMean(max_norm=0.1) if bounded else aggregator
+    parts = dataclasses.replace(federation(adapted, LOCAL), aggregator=aggregator, hooks=Hooks(update=poison))
     before = start(adapted)
     after, _ = run_round(parts, before)
     moved = tree.subtract(after.adapter, before.adapter)
@@ -566,5 +566,5 @@ def test_a_poisoned_client_in_a_round(tiny_model: str, combiner: Combiner) -> No
             numbers = torch.stack([update.delta[key] for update in honest])
             assert (tensor <= numbers.max(dim=0).values + 1e-5).all()
             assert (tensor >= numbers.min(dim=0).values - 1e-5).all()
-    plain, _ = run_round(dataclasses.replace(parts, combiner=Mean()), before)
+    plain, _ = run_round(dataclasses.replace(parts, aggregator=Mean()), before)
     assert tree.norm(tree.subtract(plain.adapter, before.adapter)) > 20 * tree.norm(moved)

@@ -223,7 +223,7 @@ def _number(path: str, line: int, name: str, row: Mapping[str | None, Any]) -> f
 
 
 @dataclass(frozen=True)
-class Patience(Options):
+class StragglerPolicy(Options):
     """For whom the server waits."""
 
     deadline_seconds: float | None = option("a round ends then at the latest; none: when all have sent", None, above=0)
@@ -257,7 +257,7 @@ class Trip:
 def trip(
     network: Network,
     profiles: Profiles,
-    patience: Patience,
+    stragglers: StragglerPolicy,
     *,
     asked: np.ndarray,
     num_needed: int,
@@ -272,13 +272,13 @@ def trip(
     """
     takes = durations(network, profiles, asked, num_steps, downlink_bytes, uplink_bytes)
     stays = rng.numpy().random(len(asked)) >= profiles.dropout[asked]
-    in_time = stays & (takes <= (patience.deadline_seconds or math.inf))
+    in_time = stays & (takes <= (stragglers.deadline_seconds or math.inf))
     order = np.flatnonzero(in_time)[np.argsort(takes[in_time], kind="stable")][:num_needed]
     late = np.setdiff1d(np.flatnonzero(stays), order)
     if len(order) == num_needed:
         seconds = takes[order[-1]]
     else:  # without a deadline the server notices who is gone when the others have sent
-        seconds = patience.deadline_seconds or (takes[stays] if stays.any() else takes).max()
+        seconds = stragglers.deadline_seconds or (takes[stays] if stays.any() else takes).max()
     return Trip(np.sort(asked[order]), np.sort(asked[late]), asked[~stays], float(seconds))
 
 

@@ -64,9 +64,9 @@ class BySize(Sampler):
         return np.sort(rng.numpy().choice(len(sizes), number, replace=False, p=sizes / sizes.sum()))
 
 
-@register("decaying")
+@register("dynamic")
 @dataclass(frozen=True)
-class Decaying(Uniform):
+class Dynamic(Uniform):
     """Uniform, of ever fewer clients: C exp(-beta (t - 1)) in round t (dynamic sampling, arXiv:2003.09603, equation 3).
 
     C is `number`, or `fraction` of all. The numbers are rounded, and not below `minimum`, nor above C.

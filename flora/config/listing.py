@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 from flora import catalogue  # noqa: F401  (the catalogue registers the components)
-from flora.config import presets as protocols
+from flora.config import presets
 from flora.config.parse import config_to_dict
-from flora.config.presets import PROTOCOLS
+from flora.config.presets import PRESETS
 from flora.config.schema import ExperimentConfig
 from flora.core.registry import Bounds, Component, Options, components, kinds, name_of
 
@@ -23,9 +23,9 @@ def list_components() -> str:
         parts += ["", f"{kind.__name__.upper()}: {_summary(kind)}"]
         for name, component in components(kind).items():
             parts += [f"  {name}: {_summary(component)}", *_options(component, 6)]
-    parts += ["", "PROTOCOLS: sets of values below an experiment's own"]
-    for name, protocol in PROTOCOLS.items():
-        parts += [f"  {name}: {protocol.about}", *(f"      {line}" for line in protocols.lines(protocol))]
+    parts += ["", "PRESETS: sets of values below an experiment's own"]
+    for name, preset in PRESETS.items():
+        parts += [f"  {name}: {preset.about}", *(f"      {line}" for line in presets.lines(preset))]
     return "\n".join(parts)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flora.config.plain_yaml import YAML_ERRORS, read_plain_yaml, yaml_reason
-from flora.config.presets import with_protocol
+from flora.config.presets import with_preset
 from flora.core.errors import ConfigError
 from flora.core.registry import Component, Options, dotted, name_of, show
 
@@ -28,7 +28,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], root: type[Op
             values[key] = read_plain_yaml(override.partition("=")[2])
         except YAML_ERRORS as error:
             raise ConfigError(f"command line: {shown}: not valid YAML: {yaml_reason(error)}") from None
-    for key in sorted(values, key=lambda key: (key.count("."), key != "protocol", key)):
+    for key in sorted(values, key=lambda key: (key.count("."), key != "preset", key)):
         _set(raw, key.split("."), values[key], root)
 
 
@@ -60,8 +60,8 @@ def _set(raw: dict[str, Any], keys: Sequence[str], value: Any, root: type[Option
 
 
 def _name_there(raw: Mapping[str, Any], keys: Sequence[str], root: type[Options]) -> str | None:
-    """The name of the component at `keys`: as `raw` gives it, as its protocol does, or the default's."""
-    found: Any = with_protocol(raw)
+    """The name of the component at `keys`: as `raw` gives it, as its preset does, or the default's."""
+    found: Any = with_preset(raw)
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
     if _name(found) is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.config.overrides import apply_overrides, override_key
 from flora.config.plain_yaml import YAML_ERRORS, read_plain_yaml, yaml_reason
-from flora.config.presets import with_protocol
+from flora.config.presets import with_preset
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import ConfigError
 from flora.core.files import open_regular
@@ -32,6 +32,14 @@ from flora.core.registry import (
 from flora.data.partition import Partitioner
 
 MAX_CONFIG_BYTES = 1_000_000
+# What keys and components were called before: said, never read.
+RENAMED = {
+    "protocol": "preset",
+    "combiner": "aggregator",
+    "patience": "stragglers",
+    "pooled": "centralized",
+    "decaying": "dynamic",
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -82,13 +90,13 @@ def _flat(nested: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def parse_config(raw: Mapping[str, Any], *, is_complete: bool = False) -> ExperimentConfig:
-    """A checked config from nested mappings, over the values of the protocol that it names.
+    """A checked config from nested mappings, over the values of the preset that it names.
 
     `is_complete` says that those are in it already, as in a run's `config.yaml`: what a later version of the program
-    adds to a protocol must not change a run that has begun. Raises `OptionError` naming the dotted key.
+    adds to a preset must not change a run that has begun. Raises `OptionError` naming the dotted key.
     """
     if not is_complete:
-        raw = _with_clients_of_the_data(with_protocol(raw), raw)
+        raw = _with_clients_of_the_data(with_preset(raw), raw)
     config: ExperimentConfig = _parse(ExperimentConfig, raw, "")
     name = config.name
     if name in (".", "..") or not name.isprintable() or name != name.strip() or "/" in name or "\\" in name:
@@ -198,6 +206,8 @@ def _parse_component(kind: type[Component], raw: Any, path: str) -> Component:
     if "name" not in raw:
         raise OptionError(f"{path}.name", f"missing; expected one of {', '.join(known)}")
     name = raw["name"]
+    if isinstance(name, str) and RENAMED.get(name) in known:
+        raise OptionError(f"{path}.name", f"{name!r} is not known; it is called {RENAMED[name]!r} now")
     if not isinstance(name, str) or name not in known:
         raise OptionError(f"{path}.name", f"{show(name)} is not known; {suggest(show(name), known)}")
     options = {key: value for key, value in raw.items() if key != "name"}
@@ -239,6 +249,8 @@ def _parse_options(cls: type[Options], raw: Any, path: str) -> Options:
 def _unknown(key: Any, cls: type[Options]) -> str:
     """What to say of a key that a `cls` has no option for."""
     names = [field.name for field in dataclasses.fields(cls)]
+    if RENAMED.get(key) in names:
+        return f"unknown key; it is called {RENAMED[key]!r} now"
     elsewhere = next(_options_called(key, cls), None)
     if elsewhere is not None:
         return f"unknown key; did you mean {elsewhere!r}?"

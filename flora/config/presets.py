@@ -1,6 +1,6 @@
 """Presets: named sets of values for what an experiment's own file doesn't say.
 
-`PROTOCOLS[name]` is a protocol. Its `values` are nested like a YAML file's. Its `options` say, by the dotted key of a
+`PRESETS[name]` is a preset. Its `values` are nested like a YAML file's. Its `options` say, by the dotted key of a
 component and by the component's name, what that component's options are wherever it is chosen. Its `methods` are
 values too, by what clients train (`adapter`), and lie above `values`.
 """
@@ -16,7 +16,7 @@ Nested = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Preset:
     """What an experiment is where its own file doesn't say."""
 
     about: str
@@ -25,7 +25,7 @@ class Protocol:
     methods: Mapping[str, Nested] = field(default_factory=dict)
 
 
-_PAPER = Protocol(
+_PAPER = Preset(
     about="as FLoRA's released code (arXiv:2404.15182)",
     values={
         "rounds": 50,
@@ -72,7 +72,7 @@ _PAPER = Protocol(
 )
 
 # Learning rates were chosen on validation images; docs/results.md says how.
-_SMALL = Protocol(
+_SMALL = Preset(
     about="what the table in docs/results.md compares methods with: few images, few rounds",
     values={
         "rounds": 10,
@@ -93,7 +93,7 @@ _SMALL = Protocol(
     },
 )
 
-_AVERAGING = Protocol(
+_AVERAGING = Preset(
     about="what the tables in docs/averaging.md compare ways of averaging with: twenty unlike clients, twenty rounds",
     values={
         "rounds": 20,
@@ -107,9 +107,9 @@ _AVERAGING = Protocol(
     options={"split": {"sample": {"num_train": 4000, "num_test": 2000}}},
 )
 
-PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
+PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "standard": Protocol(
+        "standard": Preset(
             about="official splits, cross-entropy over all classes, alpha/r: the default",
             values={"adapter": "lora"},
             # Chosen on validation images; docs/results.md says how.
@@ -123,33 +123,33 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
 DEFAULT = "standard"
 
 
-def with_protocol(raw: Nested) -> Nested:
-    """`raw` over the values of the protocol that it names; unchanged if it names none that is known.
+def with_preset(raw: Nested) -> Nested:
+    """`raw` over the values of the preset that it names; unchanged if it names none that is known.
 
     What `raw` gives always wins, a null in place of a value included. Weights belong to their model: whoever names
-    another one gets none from the protocol. A component of another name takes nothing from the protocol's choice.
+    another one gets none from the preset. A component of another name takes nothing from the preset's choice.
     """
-    name = raw.get("protocol", DEFAULT)
-    protocol = PROTOCOLS.get(name) if isinstance(name, str) else None
-    if protocol is None:
+    name = raw.get("preset", DEFAULT)
+    preset = PRESETS.get(name) if isinstance(name, str) else None
+    if preset is None:
         return raw
     backbone = raw.get("backbone")
     if isinstance(backbone, Mapping) and "model" in backbone:
-        protocol = replace(protocol, values={key: each for key, each in protocol.values.items() if key != "backbone"})
-    method = _name(_over(protocol.values, raw).get("adapter"))
-    merged = _over(_over(protocol.values, protocol.methods.get(method or "", {})), raw)
-    for key, by_name in protocol.options.items():
+        preset = replace(preset, values={key: each for key, each in preset.values.items() if key != "backbone"})
+    method = _name(_over(preset.values, raw).get("adapter"))
+    merged = _over(_over(preset.values, preset.methods.get(method or "", {})), raw)
+    for key, by_name in preset.options.items():
         merged = _filled(merged, key.split("."), by_name)
     return dict(merged)
 
 
-def lines(protocol: Protocol) -> Iterator[str]:
-    """A protocol's values as `key: value` with dotted keys."""
-    yield from _flat(protocol.values)
-    for key, by_name in protocol.options.items():
+def lines(preset: Preset) -> Iterator[str]:
+    """A preset's values as `key: value` with dotted keys."""
+    yield from _flat(preset.values)
+    for key, by_name in preset.options.items():
         for name, options in by_name.items():
             yield from (f"{line}  (where {key} is {name})" for line in _flat(options, f"{key}."))
-    for method, values in protocol.methods.items():
+    for method, values in preset.methods.items():
         yield from (f"{line}  (where adapter is {method})" for line in _flat(values))
 
 

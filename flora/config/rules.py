@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from flora.clip.adapters.lora import Lora
-from flora.communication.network import Patience
+from flora.communication.network import StragglerPolicy
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.registry import OptionError, name_of
@@ -67,7 +67,7 @@ def _check_data(config: ExperimentConfig) -> None:
             "expected false or null where local.augmentation changes images: their features can't be kept",
         )
     number = config.clients.number_training
-    if number is not None and (config.clients.pooled or not config.partition.names_clients):
+    if number is not None and (config.clients.centralized or not config.partition.names_clients):
         check_clients(config, number)
 
 
@@ -105,12 +105,12 @@ def _check_buffer_fills(config: ExperimentConfig, number: int, names: Sequence[s
 def _check_combination(config: ExperimentConfig) -> None:
     """Raise `OptionError` if the strategy doesn't go with what else clients and the server do."""
     strategy, local, server = config.server.strategy, config.local, config.server
-    plain = (server.combiner, server.optimizer) == (Mean(), ServerSgd())
+    plain = (server.aggregator, server.optimizer) == (Mean(), ServerSgd())
     remembers = bool(local.correction.memory(torch.empty(1)))
     if strategy.replaces_mean and (not plain or remembers):
         raise OptionError(
             "server.strategy",
-            f"{name_of(strategy)} replaces the plain mean: expected combiner mean, optimizer sgd with "
+            f"{name_of(strategy)} replaces the plain mean: expected aggregator mean, optimizer sgd with "
             "its defaults, and no correction that the server remembers",
         )
     reasons = (
@@ -157,11 +157,11 @@ def _check_memory(config: ExperimentConfig) -> None:
         raise OptionError(
             "server.screening.policy", f"expected skip or abort, because {name} remembers what clip takes away"
         )
-    if server.combiner != Mean():
+    if server.aggregator != Mean():
         raise OptionError(
-            "server.combiner",
+            "server.aggregator",
             f"expected mean, because {name} remembers the mean over all clients, those that "
-            f"{name_of(server.combiner)} leaves out or scales down included",
+            f"{name_of(server.aggregator)} leaves out or scales down included",
         )
     if type(server.strategy).weights is not Strategy.weights:
         raise OptionError(
@@ -173,15 +173,15 @@ def _check_memory(config: ExperimentConfig) -> None:
 
 def _check_network(config: ExperimentConfig) -> None:
     """Raise `OptionError` if what needs a network has none, or the server waits for a buffer and can't."""
-    if config.network is None and config.server.patience != Patience():
-        raise OptionError("server.patience", "expected a network: without one all clients deliver at once")
+    if config.network is None and config.server.stragglers != StragglerPolicy():
+        raise OptionError("server.stragglers", "expected a network: without one all clients deliver at once")
     if not config.server.strategy.buffer_size:
         return
     name = name_of(config.server.strategy)
     if config.network is None:
         raise OptionError("network", f"missing: {name} needs to know who is how fast")
-    if config.server.patience != Patience():
-        raise OptionError("server.patience", f"expected the defaults: {name} waits for its buffer alone")
+    if config.server.stragglers != StragglerPolicy():
+        raise OptionError("server.stragglers", f"expected the defaults: {name} waits for its buffer alone")
     local, feedback = config.local, config.communication.error_feedback
     if local.correction.memory(torch.empty(1)) or local.optimizer_state == "kept" or feedback:
         raise OptionError(
@@ -206,8 +206,8 @@ def _check_ranks(config: ExperimentConfig) -> None:
             f"{name_of(strategy)} has no rule for factors of different sizes: expected server.strategy "
             "hetlora, flexlora or flora_stacking",
         )
-    if (config.server.combiner, config.server.optimizer) != (Mean(), ServerSgd()):
-        raise OptionError("clients.ranks", "expected server.combiner mean and server.optimizer sgd with its defaults")
+    if (config.server.aggregator, config.server.optimizer) != (Mean(), ServerSgd()):
+        raise OptionError("clients.ranks", "expected server.aggregator mean and server.optimizer sgd with its defaults")
     if not config.communication.is_exact:
         raise OptionError("clients.ranks", "expected communication.broadcast and communication.upload to lose nothing")
     highest = max(ranks) if isinstance(ranks, tuple) else ranks.highest

@@ -12,11 +12,11 @@ from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import Backbone
 from flora.clip.towers.towers import SpeedOptions
-from flora.communication.network import Network, Patience
+from flora.communication.network import Network, StragglerPolicy
 from flora.communication.options import CommunicationOptions
 from flora.communication.ranks import Ranks
 from flora.communication.sampling import Sampler, Uniform
-from flora.config.presets import DEFAULT, PROTOCOLS
+from flora.config.presets import DEFAULT, PRESETS
 from flora.core.registry import (
     OptionError,
     Options,
@@ -28,7 +28,7 @@ from flora.data.partition import Partitioner
 from flora.data.prompts import PromptOptions
 from flora.data.splits import Official, Splitter
 from flora.features.cache import CacheOptions
-from flora.server.aggregators import Combiner, Mean
+from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
 from flora.server.screening import Screening
 from flora.server.strategies.averaging import FedAvg
@@ -45,7 +45,7 @@ class ClientOptions(Options):
         at_least=1,
         at_most=10_000_000,
     )
-    pooled: bool = option("one client trains on what all of them would have: centralised training", False)
+    centralized: bool = option("one client trains on what all of them would have: centralised training", False)
     cohort: Sampler = option("which of them take part in a round", Uniform())
     holdout_fraction: float = option("share of a client's examples kept for its own test", 0.2, at_least=0, below=1)
     ranks: tuple[int, ...] | Ranks | None = option(
@@ -58,7 +58,7 @@ class ClientOptions(Options):
     @property
     def number_training(self) -> int | None:
         """How many clients there are to train: one where they are pooled, None if that is for the data to say."""
-        return 1 if self.pooled else self.number
+        return 1 if self.centralized else self.number
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class ServerOptions(Options):
     """What the server does with the updates."""
 
     strategy: Strategy = option("what of an adapter clients train and send", FedAvg())
-    combiner: Combiner = option("how the cohort's deltas become one", Mean())
+    aggregator: Aggregator = option("how the cohort's deltas become one", Mean())
     optimizer: ServerOptimizer = option("how the server steps along that delta", ServerSgd())
     screening: Screening = option("what becomes of updates that must not be averaged", Screening())
-    patience: Patience = option("for whom the server waits, where there is a network", Patience())
+    stragglers: StragglerPolicy = option("for whom the server waits, where there is a network", StragglerPolicy())
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class ExperimentConfig(Options):
 
     data: Dataset = option("where the images come from")
     partition: Partitioner = option("how the training examples are dealt out to the clients")
-    protocol: str = option("the set of values below this file's own", DEFAULT, choices=tuple(PROTOCOLS))
+    preset: str = option("the set of values below this file's own", DEFAULT, choices=tuple(PRESETS))
     name: str = option("the run's name, and its folder's below `output`; none: the file's name", "")
     seed: int = option("root of all random numbers", 0, at_least=0)
     rounds: int = option("rounds of federated training; 0: zero-shot only", 20, at_least=0)

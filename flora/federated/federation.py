@@ -14,7 +14,7 @@ from flora.client.personalization import OWN, NoPersonalization, Personalization
 from flora.client.training import CORRECTION, BlockResult, LocalTraining, train_block
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.compressors import Compressor
-from flora.communication.network import Network, Patience, Profiles, Trip, trip
+from flora.communication.network import Network, Profiles, StragglerPolicy, Trip, trip
 from flora.communication.options import FEEDBACK, CommunicationOptions, payload_bytes
 from flora.communication.sampling import Sampler
 from flora.core import tree
@@ -30,7 +30,7 @@ from flora.core.tree import State, StateLike
 from flora.data.batching import ClientBlock, batch_bytes, client_blocks
 from flora.features.features import Features
 from flora.federated import in_flight as pending
-from flora.server.aggregators import Combiner, Mean
+from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
 from flora.server.screening import Screening
 from flora.server.strategies.base import Strategy
@@ -56,14 +56,14 @@ class Federation:
     num_rounds: int
     clients_per_block: int
     rng: Rng
-    combiner: Combiner = field(default_factory=Mean)
+    aggregator: Aggregator = field(default_factory=Mean)
     server_optimizer: ServerOptimizer = field(default_factory=ServerSgd)
     personal: Personalization = field(default_factory=NoPersonalization)
     communication: CommunicationOptions = field(default_factory=CommunicationOptions)
     ranks: np.ndarray | None = None
     network: Network | None = None
     profiles: Profiles | None = None
-    patience: Patience = field(default_factory=Patience)
+    stragglers: StragglerPolicy = field(default_factory=StragglerPolicy)
     screening: Screening = field(default_factory=Screening)
     hooks: Hooks = field(default_factory=Hooks)
     log: Callable[[str], object] = lambda line: None
@@ -160,12 +160,12 @@ class Federation:
         if not len(present):
             return Trip(present, seconds=self.network.wait_seconds)
         needed = min(self.cohort_size(round), len(present))
-        number = min(math.ceil(part_of(self.patience.over_selection, needed)), len(present))
+        number = min(math.ceil(part_of(self.stragglers.over_selection, needed)), len(present))
         asked = self.cohort(present, number, rng.child("cohort"))
         return trip(
             self.network,
             self.profiles,
-            self.patience,
+            self.stragglers,
             asked=asked,
             num_needed=needed,
             num_steps=[self.num_steps(client) for client in asked],

@@ -135,14 +135,14 @@ def _next(
 
     Raises `UserError` naming the component that returns what it must not, `DivergedError` for what is not finite.
     """
-    strategy, combiner, round = federation.strategy, federation.combiner, state.round + 1
+    strategy, aggregator, round = federation.strategy, federation.aggregator, state.round + 1
     weights = checked_weights("server.strategy", strategy, strategy.weights(updates), len(updates))
     shared, ends = _in_server_terms(federation, state.adapter, updates, begin)
     deltas = [update.delta for update in updates]
     if federation.ranks is not None:
         deltas = [{name: end[name] - shared[name] for name in updates[0].delta} for end in ends]
-    delta = checked_state("server.combiner", combiner, combiner.combine(deltas, weights), deltas[0])
-    _require_finite(delta, f"round {round}: what server.combiner {called(combiner)} made of finite updates")
+    delta = checked_state("server.aggregator", aggregator, aggregator.combine(deltas, weights), deltas[0])
+    _require_finite(delta, f"round {round}: what server.aggregator {called(aggregator)} made of finite updates")
     delta, memory = _corrected(federation, delta, state.strategy, updates, weights)
     adapter, memory = _stepped(federation, state, delta, memory)
     settled = strategy.settle(adapter, ends, weights)

@@ -17,7 +17,7 @@ from flora.core.tree import State
 
 
 @dataclass(frozen=True)
-class Combiner(Component):
+class Aggregator(Component):
     """How the deltas of a cohort become one."""
 
     @abstractmethod
@@ -27,7 +27,7 @@ class Combiner(Component):
 
 @register("mean")
 @dataclass(frozen=True)
-class Mean(Combiner):
+class Mean(Aggregator):
     """The weighted mean (arXiv:1602.05629, algorithm 1)."""
 
     def combine(self, deltas: Sequence[State], weights: Sequence[float]) -> State:
@@ -36,7 +36,7 @@ class Mean(Combiner):
 
 @register("median")
 @dataclass(frozen=True)
-class Median(Combiner):
+class Median(Aggregator):
     """Each number's median over the clients, the mean of the middle two of an even number (arXiv:1803.01498).
 
     Every client counts the same. Fewer than half of the clients can't move it beyond the others' numbers.
@@ -48,7 +48,7 @@ class Median(Combiner):
 
 @register("trimmed_mean")
 @dataclass(frozen=True)
-class TrimmedMean(Combiner):
+class TrimmedMean(Aggregator):
     """Each number's mean over the clients without the largest and the smallest ones (arXiv:1803.01498).
 
     floor(fraction * K) of K are left out at either end. Every client counts the same.
@@ -62,7 +62,7 @@ class TrimmedMean(Combiner):
 
 @register("multi_krum")
 @dataclass(frozen=True)
-class MultiKrum(Combiner):
+class MultiKrum(Aggregator):
     """The weighted mean of the deltas that lie closest to their neighbours (arXiv:1703.02757, section 4).
 
     With f = floor(fraction * K), a delta's score is the sum of squared distances to its K - f - 2 nearest others (at
@@ -86,7 +86,7 @@ class MultiKrum(Combiner):
 
 @register("bounded_mean")
 @dataclass(frozen=True)
-class BoundedMean(Combiner):
+class BoundedMean(Aggregator):
     """The weighted mean of deltas scaled down to a norm of at most `max_norm` (arXiv:1911.07963, section 4)."""
 
     max_norm: float = option("largest Euclidean norm of a delta over all its tensors", 1.0, above=0)

@@ -46,7 +46,7 @@ class ServerSgd(ServerOptimizer):
 
 @dataclass(frozen=True)
 class Adaptive(ServerOptimizer):
-    """Steps of m / (sqrt(v) + tau), with m the decaying mean of deltas; subclasses say what v is (arXiv:2003.00295).
+    """Steps of m / (sqrt(v) + tau), with m the dynamic mean of deltas; subclasses say what v is (arXiv:2003.00295).
 
     As there m is not corrected for its start at 0, and v starts at tau squared.
     """
@@ -85,7 +85,7 @@ class ServerAdagrad(Adaptive):
 @register("adam")
 @dataclass(frozen=True)
 class ServerAdam(Adaptive):
-    """FedAdam: v is the decaying mean of squared deltas (arXiv:2003.00295)."""
+    """FedAdam: v is the dynamic mean of squared deltas (arXiv:2003.00295)."""
 
     beta2: float = option("decay of the mean of squared deltas", 0.99, at_least=0, below=1)
 

@@ -17,7 +17,7 @@ from flora.core.tree import State, StateLike
 class Strategy(Component):
     """What of an adapter the clients train and send. A tensor is called by its name in the adapter's state dict.
 
-    `server.combiner` makes one delta of what they send, `server.optimizer` steps along it.
+    `server.aggregator` makes one delta of what they send, `server.optimizer` steps along it.
     """
 
     alternates: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""A protocol lies below an experiment's own values, shows in the resolved config, and says what it promises."""
+"""A preset lies below an experiment's own values, shows in the resolved config, and says what it promises."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from flora.client.objectives import Contrastive, CrossEntropy
 from flora.client.optimizers import Adam, Constant, Sgd
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import Lora
-from flora.config import presets as protocols
+from flora.config import presets
 from flora.config.parse import config_to_dict, load_config, parse_config
-from flora.config.presets import PROTOCOLS, Protocol, with_protocol
+from flora.config.presets import PRESETS, Preset, with_preset
 from flora.core.errors import ConfigError
 from flora.data.partition import Dirichlet, FewShotChunks, FewShotOverlapping, Iid, Pathological
 from flora.data.splits import Merged, Official
@@ -21,10 +21,10 @@ from flora.runs.resume import resumed_config
 from flora.server.strategies.averaging import FedAvg
 from flora.simulate import simulate
 
-GIVEN: dict[str, Any] = {"name": "x", "protocol": "paper", "data": "digits", "partition": "iid"}
+GIVEN: dict[str, Any] = {"name": "x", "preset": "paper", "data": "digits", "partition": "iid"}
 
 
-def test_the_papers_protocol_is_what_its_code_does() -> None:
+def test_the_papers_preset_is_what_its_code_does() -> None:
     config = parse_config(GIVEN)
     assert config.adapter == Lora(
         towers=("text",), targets=("out",), layers=None, rank=2, alpha=32.0, scaling="alpha", dropout=0.0, init="normal"
@@ -76,11 +76,11 @@ def test_what_the_file_says_wins() -> None:
     assert other.local.optimizer == Sgd()  # nothing of Adam's
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_the_resolved_config_shows_all_and_means_the_same(protocol: str) -> None:
-    config = parse_config({**GIVEN, "protocol": protocol})
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_resolved_config_shows_all_and_means_the_same(preset: str) -> None:
+    config = parse_config({**GIVEN, "preset": preset})
     resolved = yaml.safe_load(yaml.safe_dump(config_to_dict(config)))
-    assert resolved["protocol"] == protocol
+    assert resolved["preset"] == preset
     assert parse_config(resolved) == config
 
 
@@ -91,47 +91,47 @@ def test_overrides_from_the_command_line_win(tmp_path: Any) -> None:
     assert config.partition == Dirichlet(concentration=0.1, cap=1.0)
     assert config.local.optimizer == Adam(beta2=0.98, eps=1e-6, weight_decay=0.0)
     assert isinstance(config.adapter, Lora) and (config.adapter.rank, config.adapter.alpha) == (3, 32.0)
-    assert load_config(path, ["protocol=standard"]).local.objective == CrossEntropy()
+    assert load_config(path, ["preset=standard"]).local.objective == CrossEntropy()
 
 
-@pytest.mark.parametrize("protocol", ["papper", 3, None, ["paper"]])
-def test_an_unknown_protocol_is_one_line(tmp_path: Any, protocol: Any) -> None:
+@pytest.mark.parametrize("preset", ["papper", 3, None, ["paper"]])
+def test_an_unknown_preset_is_one_line(tmp_path: Any, preset: Any) -> None:
     path = tmp_path / "x.yaml"
-    path.write_text(yaml.safe_dump({**GIVEN, "protocol": protocol}))
+    path.write_text(yaml.safe_dump({**GIVEN, "preset": preset}))
     with pytest.raises(
-        ConfigError, match=r"x\.yaml: protocol: expected (one of standard, paper, small, averaging|text), got"
+        ConfigError, match=r"x\.yaml: preset: expected (one of standard, paper, small, averaging|text), got"
     ):
         load_config(path)
 
 
 def test_values_by_method_lie_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    protocol = Protocol(
+    preset = Preset(
         about="a test",
         values={"adapter": "lora", "rounds": 3, "local": {"learning_rate": 0.1, "batch_size": 4}},
         methods={"full": {"local": {"learning_rate": 0.2}}, "lora": {"rounds": 7}},
     )
-    monkeypatch.setattr(protocols, "PROTOCOLS", {"test": protocol})
-    below = {"protocol": "test"}
-    assert with_protocol(below)["rounds"] == 7
-    full = with_protocol({**below, "adapter": {"name": "full"}})
+    monkeypatch.setattr(presets, "PRESETS", {"test": preset})
+    below = {"preset": "test"}
+    assert with_preset(below)["rounds"] == 7
+    full = with_preset({**below, "adapter": {"name": "full"}})
     assert (full["rounds"], full["local"]) == (3, {"learning_rate": 0.2, "batch_size": 4})
-    own = with_protocol({**below, "adapter": "full", "local": {"learning_rate": 0.3}})
+    own = with_preset({**below, "adapter": "full", "local": {"learning_rate": 0.3}})
     assert own["local"] == {"learning_rate": 0.3, "batch_size": 4}
-    assert with_protocol({**below, "adapter": {"rank": 3}})["adapter"] == {"name": "lora", "rank": 3}
+    assert with_preset({**below, "adapter": {"rank": 3}})["adapter"] == {"name": "lora", "rank": 3}
 
 
 def test_an_empty_section_says_nothing() -> None:
     assert parse_config({**GIVEN, "local": None, "clients": None, "server": None}) == parse_config(GIVEN)
 
 
-def test_another_model_gets_no_weights_from_the_protocol() -> None:
+def test_another_model_gets_no_weights_from_the_preset() -> None:
     config = parse_config({**GIVEN, "backbone": {"model": "quickstart"}})
     assert (config.backbone.model, config.backbone.weights) == ("quickstart", None)
     config = parse_config({**GIVEN, "backbone": {"precision": "bf16"}})
     assert (config.backbone.model, config.backbone.weights) == ("ViT-B-32-quickgelu", "openai")
 
 
-def test_what_is_added_to_a_protocol_later_does_not_change_a_run(
+def test_what_is_added_to_a_preset_later_does_not_change_a_run(
     raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     simulate(parse_config({**raw_config, "rounds": 1}))
@@ -139,19 +139,19 @@ def test_what_is_added_to_a_protocol_later_does_not_change_a_run(
     stored = yaml.safe_load((path / "config.yaml").read_text())
     del stored["local"]["clip_norm"]  # as if the option had not existed then
     (path / "config.yaml").write_text(yaml.safe_dump(stored))
-    later = Protocol(about="later", values={"adapter": "lora", "local": {"clip_norm": 1e-9}})
-    monkeypatch.setattr(protocols, "PROTOCOLS", {"standard": later})
+    later = Preset(about="later", values={"adapter": "lora", "local": {"clip_norm": 1e-9}})
+    monkeypatch.setattr(presets, "PRESETS", {"standard": later})
     assert resumed_config(path, []).local.clip_norm is None
 
 
 def test_nothing_given_is_changed() -> None:
     raw = {**GIVEN, "local": {"optimizer": {"beta2": 0.9}}, "partition": {"name": "dirichlet"}}
     before = yaml.safe_dump(raw)
-    with_protocol(raw)
+    with_preset(raw)
     assert yaml.safe_dump(raw) == before
-    assert PROTOCOLS["paper"].options["partition"]["dirichlet"]["concentration"] == 0.1
+    assert PRESETS["paper"].options["partition"]["dirichlet"]["concentration"] == 0.1
 
 
 def test_values_that_are_no_mappings_reach_the_checks() -> None:
     for value in (3, None, "x", [1]):
-        with_protocol({**GIVEN, "local": value, "adapter": value, "partition": value})
+        with_preset({**GIVEN, "local": value, "adapter": value, "partition": value})
