@@ -28,7 +28,7 @@ from flora.core.errors import UserError
 from flora.core.files import open_regular, write_whole
 from flora.core.registry import OptionError, suggest
 from flora.core.rng import Rng
-from flora.core.tree import State, fits, is_finite, named_below, state_digest
+from flora.core.tree import State, fits, is_finite, state_digest, strip_prefix
 from flora.runs.checkpoints import CheckpointFolder
 from flora.runs.run_directory import ADAPTER_FORMAT, read_json
 
@@ -84,7 +84,7 @@ def merged_model(run: Path, client: str | None = None, overrides: Sequence[str] 
     clip = _backbone(run, config)
     state_dict = dict(clip.model.state_dict())
     attached = config.adapter.attach(clip)
-    if attached.is_beside_the_model:
+    if not attached.mergeable:
         raise UserError(f"{run}: its adapter works beside the model, and OpenCLIP's weights have no place for it")
     expected = config.server.strategy.initial(attached.initial_state(Rng(0)))
     if config.backbone.precision == "fp64":
@@ -140,7 +140,7 @@ def _own_tensors(run: Path, client: str) -> State:
     """What of its adapter a client kept for itself until the run's last checkpoint."""
     checkpoints, index = CheckpointFolder(run / "checkpoints"), _client_id(run, client)
     rounds = checkpoints.rounds()
-    own = named_below(OWN, checkpoints.client(rounds[0], index)) if rounds else {}
+    own = strip_prefix(OWN, checkpoints.client(rounds[0], index)) if rounds else {}
     if not own:
         raise UserError(f"{run}: client {client} has kept no adapter of its own in this run")
     return own

@@ -122,7 +122,7 @@ def test_uploads_written_out(tiny_model: str, upload: Compressor, error_feedback
         mean = tree.weighted_mean([read[client] for client in order], [SIZES[client] for client in order])
         assert_states_close(states[round].adapter, tree.add(theta, mean))
         assert results[round - 1].uplink_bytes == num_bytes
-        kept = {client: tree.named_below(FEEDBACK, own) for client, own in states[round].clients.items()}
+        kept = {client: tree.strip_prefix(FEEDBACK, own) for client, own in states[round].clients.items()}
         assert kept.keys() == lost.keys()
         for client, own in kept.items():
             assert_states_close(own, lost[client])

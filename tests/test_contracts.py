@@ -71,7 +71,7 @@ def test_aggregators_and_server_optimizers(raw_config: dict[str, Any], change: A
     assert fault(raw_config, server={"aggregator": "mine"}) == f"server.aggregator: mine returned {message}"
     own(ServerOptimizer, "step", lambda adapter, delta, state: (change(dict(adapter)), state))
     assert fault(raw_config, name="b", server={"optimizer": "mine"}) == f"server.optimizer: mine returned {message}"
-    own(Strategy, "settle", lambda averaged, clients, weights: change(dict(averaged)))
+    own(Strategy, "finalize", lambda averaged, clients, weights: change(dict(averaged)))
     assert fault(raw_config, name="c", server={"strategy": "mine"}) == f"server.strategy: mine returned {message}"
 
 
@@ -188,6 +188,6 @@ def test_a_aggregator_and_a_strategy_are_named(raw_config: dict[str, Any]) -> No
     own(Aggregator, "combine", lambda deltas, weights: {n: tensor * float("nan") for n, tensor in deltas[0].items()})
     message = "round 1: what server.aggregator mine made of finite updates is not finite"
     assert fault(raw_config, server={"aggregator": "mine"}) == message
-    own(Strategy, "settle", lambda averaged, *others: {n: tensor / 0 for n, tensor in averaged.items()})
+    own(Strategy, "finalize", lambda averaged, *others: {n: tensor / 0 for n, tensor in averaged.items()})
     message = "round 1: what server.strategy mine made of a finite adapter is not finite"
     assert fault(raw_config, server={"strategy": "mine"}, name="b") == message

@@ -157,10 +157,10 @@ def quadratic_end(correction: Correction, weighting: str, cohorts: list[list[int
         clients_per_block=1,
         rng=Rng(0),
     )
-    state = ServerState(0, {"x": torch.zeros(1)}, tree.below("correction.", correction.memory(torch.zeros(1))))
+    state = ServerState(0, {"x": torch.zeros(1)}, tree.add_prefix("correction.", correction.memory(torch.zeros(1))))
     kept = {client: correction.memory(torch.zeros(1)) for client in range(3)}
     for cohort in cohorts:
-        server, start = tree.named_below("correction.", state.strategy), state.adapter["x"]
+        server, start = tree.strip_prefix("correction.", state.strategy), state.adapter["x"]
         updates = []
         for client in cohort:
             x = start.clone()

@@ -13,13 +13,13 @@ import torch
 
 from flora.communication.network import (
     PRESETS,
+    CohortOutcome,
     CsvNetwork,
     DrawnNetwork,
     Network,
     Preset,
     Profiles,
     StragglerPolicy,
-    Trip,
     durations,
     trip,
 )
@@ -41,12 +41,12 @@ def profiles(**columns: list[float]) -> Profiles:
     return Profiles(**{name: np.array(columns.get(name, [value] * 4)) for name, value in usual.items()})
 
 
-def ids(found: Trip) -> tuple[list[int], list[int], list[int]]:
+def ids(found: CohortOutcome) -> tuple[list[int], list[int], list[int]]:
     """Who delivers in time, who too late, who is lost."""
     return found.clients.tolist(), found.late.tolist(), found.dropped.tolist()
 
 
-def sent(network: Network, own: Profiles, stragglers: StragglerPolicy, **changes: Any) -> Trip:
+def sent(network: Network, own: Profiles, stragglers: StragglerPolicy, **changes: Any) -> CohortOutcome:
     """Four clients, of 1, 2, 3 and 4 steps of a second, a megabyte down and two up: 4, 5, 6 and 7 seconds."""
     values: dict[str, Any] = {
         "asked": np.arange(4), "num_needed": 4, "num_steps": [1, 2, 3, 4], "downlink_bytes": [10**6] * 4,

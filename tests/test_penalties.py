@@ -11,7 +11,7 @@ from helpers import adapt, assert_states_close, federation, mean, start
 
 from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.client.optimizers import Sgd
-from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty, Seen
+from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty, StepView
 from flora.client.training import LocalTraining
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.heads_and_prompts import LinearHead
@@ -30,13 +30,13 @@ def unit(*rows: list[float]) -> torch.Tensor:
 def test_anchor_by_hand() -> None:
     images, frozen = unit([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]), unit([1.0, 0.0], [0.0, 1.0])
     classes = torch.stack([frozen, unit([0.0, 1.0], [0.0, -1.0])])  # as they were; at 90 and 180 degrees
-    found = Anchor(weight=3.0).loss(Seen(images.expand(2, -1, -1), classes, images, frozen, MASK, SCALE))
+    found = Anchor(weight=3.0).loss(StepView(images.expand(2, -1, -1), classes, images, frozen, MASK, SCALE))
     assert found.tolist() == pytest.approx([0.0, 3.0 * (1 + 2) / 2])
 
 
 def test_distillation_by_hand() -> None:
     images, classes = unit([1.0, 0.0], [0.0, 1.0], [5.0, 1.0]), unit([1.0, 0.0], [0.0, 1.0])
-    seen = Seen(images.unsqueeze(0), classes.unsqueeze(0), images.unsqueeze(0), classes, MASK, SCALE)
+    seen = StepView(images.unsqueeze(0), classes.unsqueeze(0), images.unsqueeze(0), classes, MASK, SCALE)
     same = Distillation().loss(seen)
     assert same.tolist() == pytest.approx([0.0])
     # The adapted model has swapped the two classes; at temperature 4 the logits are 1/2 and 0.

@@ -70,7 +70,7 @@ def rounds(parts: Federation, number: int) -> list[ServerState]:
 
 
 def own(state: ServerState, client: int) -> State:
-    return tree.named_below(OWN, state.clients[client])
+    return tree.strip_prefix(OWN, state.clients[client])
 
 
 def plain_training(
@@ -407,7 +407,7 @@ def test_adamw_and_dropout_go_with_everything(tiny_model: str) -> None:
 
 
 def own_or_nothing(state: ServerState, client: int) -> State:
-    return tree.named_below(OWN, state.clients.get(client, {}))
+    return tree.strip_prefix(OWN, state.clients.get(client, {}))
 
 
 @pytest.mark.parametrize("changes", [

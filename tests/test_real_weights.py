@@ -347,7 +347,7 @@ def test_a_download_that_could_run_code_is_refused_and_not_run(hub: Hub, tmp_pat
         lambda: torch.save({"state_dict": source_model(TINY).state_dict(), "args": Evil(trace)}, path),
         lambda: torch.save(nn.Linear(1, 1), path),
         lambda: torch.save({"best": np.float64(3.0)}, path),  # Meta's own .pt files have such a number
-        lambda: path.write_bytes(pickle.dumps(Evil(trace), preset=2)),
+        lambda: path.write_bytes(pickle.dumps(Evil(trace), protocol=2)),
         lambda: path.write_bytes(b"<!DOCTYPE html><html>not a model</html>"),
         lambda: path.write_bytes(b""),
     ]

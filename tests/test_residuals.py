@@ -51,7 +51,7 @@ def begun(strategy: WithResidual, adapter: State) -> State:
 
 def settled(strategy: WithResidual, server: State, clients: list[State], weights: list[float]) -> State:
     """What the server has after a round."""
-    after = strategy.settle({**server, **tree.weighted_mean(clients, weights)}, clients, weights)
+    after = strategy.finalize({**server, **tree.weighted_mean(clients, weights)}, clients, weights)
     assert not (strategy.restarts and after["x.lora_B"].any())
     return after
 
@@ -77,7 +77,7 @@ def test_stacking_by_hand() -> None:
         {"x.lora_A": torch.tensor([[0.0, 1.0], [0.0, 2.0]]), "x.lora_B": torch.tensor([[0.0, 0.0], [4.0, 2.0]])},
     ]  # of ranks 1 and 2: weights 1 and 3 of 4 make diag(4, 0) / 4 + diag(0, 8) 3 / 4
     server = begun(FloraStacking(), clients[0])
-    after = FloraStacking().settle(server, clients, [1.0, 3.0])
+    after = FloraStacking().finalize(server, clients, [1.0, 3.0])
     ((left, right),) = residual_of(after, "x")
     torch.testing.assert_close(left @ right, torch.diag(torch.tensor([1.0, 6.0])).double(), atol=TOLERANCE, rtol=0)
 
@@ -122,7 +122,7 @@ def test_tolerance_says_what_is_left_out() -> None:
     clients = [{"x.lora_A": torch.eye(2, 6), "x.lora_B": torch.diag(torch.tensor([1.0, 1e-3]))}]
     for tolerance, rank in ((1e-2, 1), (1e-4, 2)):
         strategy = FloraStacking(tolerance=tolerance)
-        assert len(strategy.settle(strategy.initial(clients[0]), clients, [1.0])["x.residual_A"]) == rank
+        assert len(strategy.finalize(strategy.initial(clients[0]), clients, [1.0])["x.residual_A"]) == rank
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1e-8])

@@ -290,7 +290,7 @@ def test_flexlora_keeps_the_nearest_product(number: int) -> None:
     )
     u, values, v = torch.linalg.svd(dense)
     nearest = u[:, :2] @ values[:2].diag() @ v[:2]
-    settled = FlexLora().settle(tree.weighted_mean(clients, weights), clients, weights)
+    settled = FlexLora().finalize(tree.weighted_mean(clients, weights), clients, weights)
     torch.testing.assert_close(product(settled), nearest, atol=TOLERANCE, rtol=0)
     gram = settled["x.lora_A"] @ settled["x.lora_A"].T
     torch.testing.assert_close(gram, torch.eye(2, dtype=torch.float64), atol=TOLERANCE, rtol=0)
@@ -300,7 +300,7 @@ def test_flexlora_keeps_the_nearest_product(number: int) -> None:
 
 def test_flexlora_leaves_an_untrained_start_alone() -> None:
     clients = [{**client, "x.lora_B": torch.zeros(5, 2)} for client in low_rank_clients(1)] * 3
-    settled = FlexLora().settle(clients[0], clients, [1.0] * 3)
+    settled = FlexLora().finalize(clients[0], clients, [1.0] * 3)
     assert torch.equal(settled["x.lora_A"], clients[0]["x.lora_A"])
     assert not settled["x.lora_B"].any()
 
@@ -316,7 +316,7 @@ def test_lora_fair_is_the_ridge_regression(number: int) -> None:
     stacked = torch.cat([A.T, penalty**0.5 * torch.eye(2, dtype=torch.float64)])
     target = torch.cat([(dense - B @ A).T, torch.zeros(2, 5, dtype=torch.float64)])
     expected = B + torch.linalg.lstsq(stacked, target).solution.T
-    settled = LoraFair(penalty=penalty).settle(averaged, clients, weights)
+    settled = LoraFair(penalty=penalty).finalize(averaged, clients, weights)
     torch.testing.assert_close(settled["x.lora_B"].double(), expected, atol=TOLERANCE, rtol=0)
     assert torch.equal(settled["x.lora_A"], averaged["x.lora_A"])
     better, before = (aggregation_error(clients, weights, each) for each in (settled, averaged))
@@ -533,7 +533,7 @@ def test_the_order_of_clients_decides_nothing(name: str) -> None:
     for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
         some, own = [clients[place] for place in order], [weights[place] for place in order]
         server = strategy.initial({"x.lora_A": clients[0]["x.lora_A"], "x.lora_B": torch.zeros(5, 2)})
-        settled = strategy.settle({**server, **tree.weighted_mean(some, own)}, some, own)
+        settled = strategy.finalize({**server, **tree.weighted_mean(some, own)}, some, own)
         found.append(multiplied(settled, "x"))
     torch.testing.assert_close(found[0], found[1], atol=TOLERANCE, rtol=0)
 

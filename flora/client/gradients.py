@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flora.client.capacity import clients_at_once
 from flora.client.objectives import Objective
-from flora.client.penalties import NoPenalty, Penalty, Seen, divergence
-from flora.clip.adapters.base import Mutual
+from flora.client.penalties import NoPenalty, Penalty, StepView, divergence
+from flora.clip.adapters.base import MutualDistillation
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.contracts import checked_tensor
 from flora.core.tree import State, StateLike
@@ -56,7 +56,7 @@ class Loss:
 
     objective: Objective
     penalty: Penalty = NoPenalty()
-    mutual: Mutual | None = None
+    mutual: MutualDistillation | None = None
 
     @property
     def in_batch(self) -> bool:
@@ -77,7 +77,7 @@ class Loss:
             loss = self.objective.loss(images, classes, batch.labels, batch.example_mask, scale)
             losses = losses + checked_tensor("local.objective", self.objective, loss, losses.shape)
             if frozen is not None:
-                loss = self.penalty.loss(Seen(images, classes, *frozen, batch.example_mask, scale))
+                loss = self.penalty.loss(StepView(images, classes, *frozen, batch.example_mask, scale))
                 losses = losses + checked_tensor("local.penalty", self.penalty, loss, losses.shape)
         if self.mutual is not None:
             one, two = (scale * torch.bmm(images, classes.transpose(1, 2)) for images, classes in models)

@@ -14,7 +14,7 @@ from flora.client.objectives import masked_mean
 from flora.core.registry import Component, option, register
 
 
-class Seen(NamedTuple):
+class StepView(NamedTuple):
     """What K clients make of a step's batch: unit features, but for the rows of a linear head.
 
     `images` `(K, B, d)` and `classes` `(K, C, d)` are with adapters, `frozen_images` `(K, B, d)` and `frozen_classes`
@@ -36,7 +36,7 @@ class Penalty(Component):
     is_idle: ClassVar[bool] = False
 
     @abstractmethod
-    def loss(self, seen: Seen) -> Tensor:
+    def loss(self, seen: StepView) -> Tensor:
         """Each client's penalty, `(K,)`."""
 
 
@@ -47,7 +47,7 @@ class NoPenalty(Penalty):
 
     is_idle = True
 
-    def loss(self, seen: Seen) -> Tensor:
+    def loss(self, seen: StepView) -> Tensor:
         return torch.zeros(len(seen.images), device=seen.images.device)
 
 
@@ -62,7 +62,7 @@ class Anchor(Penalty):
 
     weight: float = option("weight beside the objective", 1.0, above=0)
 
-    def loss(self, seen: Seen) -> Tensor:
+    def loss(self, seen: StepView) -> Tensor:
         return self.weight * (1 - F.cosine_similarity(seen.classes, seen.frozen_classes, dim=-1)).mean(dim=-1)
 
 
@@ -74,7 +74,7 @@ class Distillation(Penalty):
     weight: float = option("weight beside the objective", 1.0, above=0)
     temperature: float = option("what logits are divided by: higher looks at all classes", 2.0, above=0)
 
-    def loss(self, seen: Seen) -> Tensor:
+    def loss(self, seen: StepView) -> Tensor:
         own = seen.logit_scale * torch.bmm(seen.images, seen.classes.transpose(1, 2))
         frozen = seen.logit_scale * seen.frozen_images @ seen.frozen_classes.T
         return self.weight * divergence(own, frozen, seen.example_mask, self.temperature)

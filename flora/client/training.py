@@ -64,7 +64,7 @@ class LocalTraining(Options):
         vector, state = tree.vector_like(trained), {}
         if self.optimizer_state == "kept":
             state = {name: tensor[0] for name, tensor in self.optimizer.init(vector.unsqueeze(0)).items()}
-        return state | tree.below(CORRECTION, self.correction.memory(vector))
+        return state | tree.add_prefix(CORRECTION, self.correction.memory(vector))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ def train_block(
             state[name][row] = own[name].to(model.device)  # type: ignore[index]
     beside = {name: tensor.to(model.device) for name, tensor in (beside or {}).items()}
     origin = flat if anchor is None else FlatStack(anchor, model.device, trained)
-    drift = _Drift(local.correction, origin.matrix[:, is_trained], kept, server_memory or {})
+    drift = _CorrectionState(local.correction, origin.matrix[:, is_trained], kept, server_memory or {})
     gates = flat.columns(model.adapter.gates)
     dropout = [rng.child("dropout").torch() for rng in rngs] if model.adapter.has_dropout else None
     loss = Loss(local.objective, local.penalty, model.adapter.mutual)
@@ -156,7 +156,7 @@ def train_block(
     )
 
 
-class _Drift:
+class _CorrectionState:
     """A correction at work on a block: what K clients got from the server, and what they and the server remember."""
 
     def __init__(
@@ -166,7 +166,7 @@ class _Drift:
         self._start = start if self._is_idle else start.clone()
         self._server = {name: tensor.to(start.device).unsqueeze(0) for name, tensor in server_memory.items()}
         fresh = correction.memory(torch.empty(start.shape[1], dtype=start.dtype))
-        found = [tree.named_below(CORRECTION, own or {}) or fresh for own in kept] or [fresh] * len(start)
+        found = [tree.strip_prefix(CORRECTION, own or {}) or fresh for own in kept] or [fresh] * len(start)
         self._own = {name: torch.stack([own[name] for own in found]).to(start.device) for name in fresh}
 
     def correct(self, gradients: Tensor, parameters: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class _Drift:
             for each in (self._own, after)
         )
         sent = [self._correction.sent(before, now) for before, now in zip(old, new, strict=True)]
-        return [tree.below(CORRECTION, now) for now in new], sent
+        return [tree.add_prefix(CORRECTION, now) for now in new], sent
 
 
 class _Batches:

@@ -237,7 +237,7 @@ def _nobody() -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Trip:
+class CohortOutcome:
     """How a round goes: who delivers in time, who too late, who is lost on the way, how long the server waits.
 
     Ids are sorted. Without a network all who are asked deliver, and no time passes.
@@ -265,7 +265,7 @@ def trip(
     downlink_bytes: Sequence[int],
     uplink_bytes: Sequence[int],
     rng: Rng,
-) -> Trip:
+) -> CohortOutcome:
     """What becomes of the clients `asked`, of whom the first `num_needed` to deliver count.
 
     A client takes its download, its steps and its upload one after the other, and the latency twice.
@@ -279,7 +279,7 @@ def trip(
         seconds = takes[order[-1]]
     else:  # without a deadline the server notices who is gone when the others have sent
         seconds = stragglers.deadline_seconds or (takes[stays] if stays.any() else takes).max()
-    return Trip(np.sort(asked[order]), np.sort(asked[late]), asked[~stays], float(seconds))
+    return CohortOutcome(np.sort(asked[order]), np.sort(asked[late]), asked[~stays], float(seconds))
 
 
 def durations(

@@ -108,7 +108,7 @@ def mean_product(clients: Sequence[StateLike], weights: Sequence[float], layer: 
     return [(weight / total * left, right) for weight, (left, right) in zip(weights, pairs, strict=True)]
 
 
-def nearest(pairs: Sequence[Pair], *, rank: int | None = None, tolerance: float | None = None) -> Pair:
+def low_rank_of_sum(pairs: Sequence[Pair], *, rank: int | None = None, tolerance: float | None = None) -> Pair:
     """B `(d_out, r)` and A `(r, d_in)` of the product nearest to the sum of products; A's rows are orthonormal.
 
     `rank` is the largest that r may be; with a `tolerance`, singular values of at most that share of the largest
@@ -125,7 +125,7 @@ def nearest(pairs: Sequence[Pair], *, rank: int | None = None, tolerance: float 
     return left_basis @ (u[:, :rank] * values[:rank]), v[:rank] @ right_basis.T
 
 
-def nearest_left(
+def ridge_left_factor(
     clients: Sequence[StateLike], weights: Sequence[float], layer: str, server: StateLike, penalty: float
 ) -> Tensor:
     """B + dB for the server's B and A, with the dB that minimises |sum p_k B_k A_k - (B + dB) A|^2 + penalty |dB|^2."""

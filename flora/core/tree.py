@@ -72,12 +72,12 @@ def unstack(stacked: StateLike) -> list[State]:
     return [{name: tensor[index] for name, tensor in stacked.items()} for index in range(size)]
 
 
-def below(prefix: str, state: StateLike) -> State:
+def add_prefix(prefix: str, state: StateLike) -> State:
     """Return the state with `prefix` in front of its names."""
     return {f"{prefix}{name}": tensor for name, tensor in state.items()}
 
 
-def named_below(prefix: str, state: StateLike) -> State:
+def strip_prefix(prefix: str, state: StateLike) -> State:
     """The tensors whose names begin with `prefix`, which is taken away."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 

@@ -50,7 +50,7 @@ def clients_with_own_adapters(federation: Federation, state: ServerState) -> np.
         return np.arange(len(federation.clients))
     if not federation.own_names(state.adapter):
         return None
-    return np.array(sorted(client for client, kept in state.clients.items() if tree.named_below(OWN, kept)), dtype=int)
+    return np.array(sorted(client for client, kept in state.clients.items() if tree.strip_prefix(OWN, kept)), dtype=int)
 
 
 def own_adapters(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flora.communication.network import Network, Profiles, Trip, durations
+from flora.communication.network import CohortOutcome, Network, Profiles, durations
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.records import ServerState
@@ -61,7 +61,7 @@ def deliver_buffered(federation: Federation, state: ServerState, rng: Rng) -> De
         there=there,
         before={client: own for client, own in before.items() if own},
         kept={client: own for client, own in clients.items() if own},
-        trip=Trip(
+        trip=CohortOutcome(
             np.array(arrived, dtype=np.int64),
             dropped=np.array(sorted(work.dropped), dtype=np.int64),
             seconds=now - clock,

@@ -14,7 +14,7 @@ from flora.client.personalization import OWN, NoPersonalization, Personalization
 from flora.client.training import CORRECTION, BlockResult, LocalTraining, train_block
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.compressors import Compressor
-from flora.communication.network import Network, Profiles, StragglerPolicy, Trip, trip
+from flora.communication.network import CohortOutcome, Network, Profiles, StragglerPolicy, trip
 from flora.communication.options import FEEDBACK, CommunicationOptions, payload_bytes
 from flora.communication.sampling import Sampler
 from flora.core import tree
@@ -84,7 +84,7 @@ class Federation:
     def initial_state(self, adapter: State) -> ServerState:
         """The server before the first round, from the adapter that clients start with."""
         memory = self.local.correction.memory(tree.vector_like(self.trained(adapter, round=1)))
-        strategy = {**self.server_optimizer.init(adapter), **tree.below(CORRECTION, memory)}
+        strategy = {**self.server_optimizer.init(adapter), **tree.add_prefix(CORRECTION, memory)}
         if self.network is not None:
             strategy[CLOCK] = torch.zeros(1, dtype=torch.float64)
         return ServerState(0, self.strategy.initial(adapter), strategy)
@@ -92,9 +92,9 @@ class Federation:
     def client_state(self, adapter: StateLike) -> State:
         """What one client keeps between its rounds: names and shapes."""
         own = {name: adapter[name] for name in self.own_names(adapter)}
-        state = self.local.client_state(self.trained(adapter, round=1)) | tree.below(OWN, own)
+        state = self.local.client_state(self.trained(adapter, round=1)) | tree.add_prefix(OWN, own)
         if self.communication.error_feedback:
-            state |= tree.below(FEEDBACK, self.sent(adapter, round=1))
+            state |= tree.add_prefix(FEEDBACK, self.sent(adapter, round=1))
         return state | (pending.like(self.sent(adapter, round=1)) if self.strategy.buffer_size else {})
 
     def stays(self, name: str) -> bool:
@@ -127,7 +127,7 @@ class Federation:
 
     def own_adapter(self, state: ServerState, client: int) -> State:
         """A client's own adapter: the server's, with what the client keeps of it for itself."""
-        own = tree.named_below(OWN, state.clients.get(client, {}))
+        own = tree.strip_prefix(OWN, state.clients.get(client, {}))
         adapter = self.received(state.adapter, client)
         return {**adapter, **own} if own else adapter
 
@@ -149,16 +149,16 @@ class Federation:
         found = self.network.available(self.profiles, clock, rng)
         return checked_ids("network", self.network, found, len(self.clients), what="clients that can be asked")
 
-    def trip(self, state: ServerState, rng: Rng, *, downlink_bytes: Callable[[int], int]) -> Trip:
+    def trip(self, state: ServerState, rng: Rng, *, downlink_bytes: Callable[[int], int]) -> CohortOutcome:
         """Who is asked in the round after `state`, and what becomes of them; `downlink_bytes` is what each gets."""
         round = state.round + 1
         if self.network is None or self.profiles is None:
             everybody = np.arange(len(self.clients))
-            return Trip(self.cohort(everybody, self.cohort_size(round), rng.child("cohort")))
+            return CohortOutcome(self.cohort(everybody, self.cohort_size(round), rng.child("cohort")))
         own = rng.child("network")
         present = self.available(float(state.strategy[CLOCK]), own.child("available"))
         if not len(present):
-            return Trip(present, seconds=self.network.wait_seconds)
+            return CohortOutcome(present, seconds=self.network.wait_seconds)
         needed = min(self.cohort_size(round), len(present))
         number = min(math.ceil(part_of(self.stragglers.over_selection, needed)), len(present))
         asked = self.cohort(present, number, rng.child("cohort"))
@@ -190,7 +190,7 @@ class Federation:
 
     def _count_uplink_bytes(self, adapter: StateLike, round: int, client: int) -> int:
         fresh = self.local.correction.memory(tree.vector_like(self.trained(adapter, round)))
-        extra = tree.below(CORRECTION, self.local.correction.sent(fresh, fresh) if fresh else {})
+        extra = tree.add_prefix(CORRECTION, self.local.correction.sent(fresh, fresh) if fresh else {})
         zeros = tree.scale(self.sent(adapter, round), 0.0)
         return self.upload(zeros, {}, extra, client, self.rng)[2]
 

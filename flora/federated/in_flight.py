@@ -49,18 +49,18 @@ def write(round: int, update: ClientUpdate, arrival: float) -> State:
         "num_bytes": update.num_bytes,
         "failed_step": -1 if update.failed_step is None else update.failed_step,
     }
-    own = {name: _number(value) for name, value in numbers.items()} | tree.below("delta.", update.delta)
-    return tree.below(PENDING, own)
+    own = {name: _number(value) for name, value in numbers.items()} | tree.add_prefix("delta.", update.delta)
+    return tree.add_prefix(PENDING, own)
 
 
 def read(client: int, own: StateLike, num_examples: int) -> tuple[int, ClientUpdate]:
     """The inverse of `write`: the round, and the update."""
-    found = tree.named_below(PENDING, own)
+    found = tree.strip_prefix(PENDING, own)
     failed_step = int(found["failed_step"])
     return int(found["round"]), ClientUpdate(
         client=client,
         num_examples=num_examples,
-        delta=tree.named_below("delta.", found),
+        delta=tree.strip_prefix("delta.", found),
         loss=float(found["loss"]),
         num_steps=int(found["num_steps"]),
         num_bytes=int(found["num_bytes"]),

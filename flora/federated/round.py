@@ -125,7 +125,7 @@ def _train_own(federation: Federation, found: Delivery, round: int, rng: Rng) ->
                 ended = {}
             after = {**own[client], **ended}
             # Copies, so that no client keeps its whole block in memory, nor another's tensors.
-            yield client, tree.below(OWN, {name: after[name].clone() for name in names}), block.num_steps[place]
+            yield client, tree.add_prefix(OWN, {name: after[name].clone() for name in names}), block.num_steps[place]
 
 
 def _next(
@@ -145,7 +145,7 @@ def _next(
     _require_finite(delta, f"round {round}: what server.aggregator {called(aggregator)} made of finite updates")
     delta, memory = _corrected(federation, delta, state.strategy, updates, weights)
     adapter, memory = _stepped(federation, state, delta, memory)
-    settled = strategy.settle(adapter, ends, weights)
+    settled = strategy.finalize(adapter, ends, weights)
     adapter = checked_state("server.strategy", strategy, settled, with_any_residual(state.adapter))
     _require_finite(adapter, f"round {round}: what server.strategy {called(strategy)} made of a finite adapter")
     if strategy.has_personal:  # no product is the server's alone
@@ -161,7 +161,7 @@ def _corrected(
     federation: Federation, delta: State, memory: State, updates: Sequence[ClientUpdate], weights: Sequence[float]
 ) -> tuple[State, State]:
     """What the correction makes of the combined delta, and of what the server remembers."""
-    before, correction = tree.named_below(CORRECTION, memory), federation.local.correction
+    before, correction = tree.strip_prefix(CORRECTION, memory), federation.local.correction
     if not before:
         return delta, memory
     cohort = Cohort(
@@ -175,7 +175,7 @@ def _corrected(
     vector = checked_tensor("local.correction", correction, vector, flat.shape)
     after = checked_state("local.correction", correction, after, before)
     _require_finite({"": vector, **after}, f"what local.correction {called(correction)} made of a finite mean")
-    return tree.unflatten(vector, delta), {**memory, **tree.below(CORRECTION, after)}
+    return tree.unflatten(vector, delta), {**memory, **tree.add_prefix(CORRECTION, after)}
 
 
 def _stepped(federation: Federation, state: ServerState, delta: State, memory: State) -> tuple[State, State]:

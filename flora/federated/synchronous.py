@@ -10,7 +10,7 @@ import numpy as np
 
 from flora.client.personalization import OWN
 from flora.client.training import CORRECTION, BlockResult
-from flora.communication.network import Trip
+from flora.communication.network import CohortOutcome
 from flora.communication.options import FEEDBACK, payload_bytes
 from flora.core import tree
 from flora.core.records import ClientUpdate, ServerState
@@ -34,7 +34,7 @@ class Delivery:
     there: ServerState
     before: Mapping[int, State]
     kept: dict[int, State]
-    trip: Trip
+    trip: CohortOutcome
     uplink_bytes: int
     downlink_bytes: int
     staleness: list[int] = field(default_factory=list)
@@ -89,12 +89,12 @@ def trained(
     """What the clients in `begin` send, in the order of ids, and what each keeps, if anything."""
     updates: list[ClientUpdate] = []
     kept: dict[int, State] = {}
-    memory = tree.named_below(CORRECTION, there.strategy)
+    memory = tree.strip_prefix(CORRECTION, there.strategy)
     for block, result in federation.train(
         np.array(list(begin)), begin, there.clients, round=there.round + 1, rng=rng, server_memory=memory
     ):
         for place, client in enumerate(block.clients):
-            lost = tree.named_below(FEEDBACK, there.clients.get(client, {}))
+            lost = tree.strip_prefix(FEEDBACK, there.clients.get(client, {}))
             update, own = _update(federation, begin[client], block, result, place, lost, rng)
             updates.append(update)
             if own:
@@ -120,7 +120,7 @@ def _update(
     if failed_step < 0 and not tree.is_finite(own):
         failed_step = num_steps - 1
     delta = {name: tensor - begin[name] for name, tensor in trained.items() if name not in own}
-    extra = tree.below(CORRECTION, result.sent[place])
+    extra = tree.add_prefix(CORRECTION, result.sent[place])
     delta, lost, num_bytes = federation.upload(delta, lost, extra, client, rng.child("client", client, "upload"))
     update = ClientUpdate(
         client=client,
@@ -132,4 +132,4 @@ def _update(
         extra=result.sent[place],
         failed_step=failed_step if failed_step >= 0 else None,
     )
-    return update, result.kept[place] | tree.below(OWN, own) | tree.below(FEEDBACK, lost)
+    return update, result.kept[place] | tree.add_prefix(OWN, own) | tree.add_prefix(FEEDBACK, lost)

@@ -19,7 +19,7 @@ TOWERS = ("text", "vision")
 
 
 @dataclass(frozen=True)
-class Mutual:
+class MutualDistillation:
     """How two models of one client learn from each other: by `weight` T^2 KL(other || own) at temperature T."""
 
     weight: float
@@ -31,7 +31,7 @@ class AttachedAdapter(ABC):
 
     `trained_from` says for each tower which of its stages is the first that the adapter changes: stage 0 is the
     embedding, stage 1 + i block i, stage 1 + num_layers the head, and 2 + num_layers means that it changes none.
-    `is_large` says that it is about as large as the model, `is_beside_the_model` that it can't be merged into it.
+    `is_large` says that it is about as large as the model, `mergeable` that it can be merged into its weights.
     `gates` are tensors that `threshold` times the learning rate draws nearer to zero after each step, and not beyond.
     """
 
@@ -39,10 +39,10 @@ class AttachedAdapter(ABC):
     max_clients_per_block: int | None = None
     has_dropout = False
     is_large = False
-    is_beside_the_model = False
+    mergeable = True
     gates: tuple[str, ...] = ()
     threshold: float = 0.0
-    mutual: Mutual | None = None
+    mutual: MutualDistillation | None = None
     learned_context: Mapping[str, Any] | None = None
     """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flora.clip.adapters.base import Mutual
+from flora.clip.adapters.base import MutualDistillation
 from flora.clip.adapters.lora import AttachedLora, Lora
 from flora.clip.backbone import Architecture, FrozenClip
 from flora.core.registry import OptionError, option, register
@@ -56,7 +56,7 @@ class AttachedDualLora(AttachedLora):
         self._local_rank = options.local_rank
         self.gates = tuple(f"{name}.local_gate" for name in self.layers)
         self.threshold = options.threshold
-        self.mutual = Mutual(options.distillation, options.temperature)
+        self.mutual = MutualDistillation(options.distillation, options.temperature)
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         state = super().initial_state(rng)

@@ -26,7 +26,7 @@ class AttachedBeside(AttachedAdapter):
     """An adapter outside of the frozen model: `stack` is its tensors `(K, ...)` while they are bound, else None."""
 
     stack: StateLike | None = None
-    is_beside_the_model = True
+    mergeable = False
 
     def __init__(self, clip: FrozenClip) -> None:
         self.dtype = clip.dtype
@@ -87,7 +87,7 @@ class VisionAndHead(FitsEveryModel):
 class AttachedVisionAndHead(AttachedFull):
     """Its state dict is `head.weight` `(C, embed_dim)` and the vision tower's parameters under OpenCLIP's names."""
 
-    is_beside_the_model = True
+    mergeable = False
 
     def __init__(self, clip: FrozenClip) -> None:
         super().__init__(clip, below="visual.")
@@ -260,7 +260,7 @@ class AttachedNorm(AttachedBeside):
     The norm is taken out of the vision tower's stem, so that what the stem gives can be kept.
     """
 
-    is_beside_the_model = False
+    mergeable = True
 
     def __init__(self, clip: FrozenClip) -> None:
         super().__init__(clip)

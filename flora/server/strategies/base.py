@@ -34,7 +34,7 @@ class Strategy(Component):
     has_personal: ClassVar[bool] = False
     """Whether some tensors stay with their clients."""
     replaces_mean: ClassVar[bool] = False
-    """Whether `settle` starts from the plain mean of the clients, and nothing else."""
+    """Whether `finalize` starts from the plain mean of the clients, and nothing else."""
 
     weighting: str = option("what a client's weight is", "examples", choices=("examples", "uniform"))
 
@@ -62,7 +62,7 @@ class Strategy(Component):
         """What the server starts from: the adapter, with all that the strategy adds to it."""
         return adapter
 
-    def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
+    def finalize(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
         """The next adapter, from the one that averaging came to and those that the clients ended with."""
         return averaged
 

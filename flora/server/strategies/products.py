@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flora.core.low_rank import layers, mean_product, nearest, nearest_left
+from flora.core.low_rank import layers, low_rank_of_sum, mean_product, ridge_left_factor
 from flora.core.registry import option, register
 from flora.core.tree import State, StateLike
 from flora.server.strategies.base import LoraStrategy
@@ -36,10 +36,12 @@ class FlexLora(LoraStrategy):
     changes_basis = True
     takes_ranks = True
 
-    def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
+    def finalize(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
         settled = dict(averaged)
         for layer in layers(averaged):
-            lora_B, lora_A = nearest(mean_product(clients, weights, layer), rank=len(averaged[f"{layer}.lora_A"]))
+            lora_B, lora_A = low_rank_of_sum(
+                mean_product(clients, weights, layer), rank=len(averaged[f"{layer}.lora_A"])
+            )
             if lora_B.any():  # the product is zero while nobody has trained: then A stays at its random start
                 dtype = averaged[f"{layer}.lora_A"].dtype
                 settled |= {f"{layer}.lora_A": lora_A.to(dtype), f"{layer}.lora_B": lora_B.to(dtype)}
@@ -58,9 +60,9 @@ class LoraFair(LoraStrategy):
     replaces_mean = True
     penalty: float = option("weight of the term's own squared norm", 0.01, above=0)
 
-    def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
+    def finalize(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
         settled = dict(averaged)
         for layer in layers(averaged):
-            lora_B = nearest_left(clients, weights, layer, averaged, self.penalty)
+            lora_B = ridge_left_factor(clients, weights, layer, averaged, self.penalty)
             settled[f"{layer}.lora_B"] = lora_B.to(averaged[f"{layer}.lora_B"].dtype)
         return settled

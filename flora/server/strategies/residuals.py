@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flora.core.low_rank import Pair, factor_of, layers, mean_product, nearest, product_of, residual_of
+from flora.core.low_rank import Pair, factor_of, layers, low_rank_of_sum, mean_product, product_of, residual_of
 from flora.core.registry import option, register
 from flora.core.tree import State, StateLike
 from flora.server.strategies.base import LoraStrategy
@@ -44,7 +44,7 @@ class WithResidual(LoraStrategy):
         # for ranks: they would differ with the order of sums, and travel.
         noise = 4 * torch.finfo(adapter[f"{layer}.lora_A"].dtype).eps
         products = [*residual_of(adapter, layer), *products]
-        return _residual(layer, nearest(products, tolerance=max(self.tolerance, noise)), like=adapter)
+        return _residual(layer, low_rank_of_sum(products, tolerance=max(self.tolerance, noise)), like=adapter)
 
 
 @register("flora_stacking")
@@ -61,7 +61,7 @@ class FloraStacking(WithResidual):
     def broadcasts(self, name: str) -> bool:
         return factor_of(name) is None
 
-    def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
+    def finalize(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
         settled = dict(averaged)
         for layer in layers(averaged):
             settled |= self.grown(averaged, layer, mean_product(clients, weights, layer))
@@ -74,7 +74,7 @@ class FloraStacking(WithResidual):
 class FedExLora(WithResidual):
     """The means of A and B; what their product lacks to the mean product goes into the residual (arXiv:2410.09432)."""
 
-    def settle(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
+    def finalize(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
         settled = dict(averaged)
         for layer in layers(averaged):
             lora_B, lora_A = product_of(averaged, layer)
