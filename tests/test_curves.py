@@ -244,7 +244,7 @@ def test_a_picture_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
 
     with pytest.raises(UserError, match=r"accuracy_over_rounds\.png: can't be written: No such file or directory"):
         draw_curves(sweep(1, 1, 1), tmp_path / "nowhere")
-    monkeypatch.setattr("flora.sweep.curves.os.fsync", fail)
+    monkeypatch.setattr("flora.core.files.os.fsync", fail)
     with pytest.raises(UserError, match=r"accuracy_over_rounds\.png: can't be written: No space left on device"):
         draw_curves(sweep(1, 1, 1), tmp_path)
     assert list(tmp_path.iterdir()) == []

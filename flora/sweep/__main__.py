@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import os
 import re
 import sys
 from collections import Counter
@@ -22,6 +21,7 @@ from flora.config.rules import check_experiment
 from flora.config.schema import ExperimentConfig
 from flora.core.command_line import Parser, run_program, split_arguments
 from flora.core.errors import UserError
+from flora.core.files import write_whole
 from flora.core.interrupts import Interrupted, Interrupts
 from flora.core.registry import suggest
 from flora.runs.run_directory import lock_file
@@ -199,10 +199,7 @@ def _report(grid: Sequence[Combination], outcomes: Outcomes, folder: Path, refer
 
 
 def _write(path: Path, text: str) -> Path:
-    """Write a file under another name first, so that under its own it is never half-written."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, text.encode())
     return path
 
 

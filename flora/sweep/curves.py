@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import os
 import statistics
 import textwrap
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flora.core.errors import UserError
+from flora.core.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -285,15 +284,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file under another name first, so that under its own it is never half-written."""
-    part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_whole(path, content)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
