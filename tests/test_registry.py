@@ -180,7 +180,7 @@ def test_the_list_has_every_component_and_option() -> None:
             assert any(line.startswith(f"  {field.name}: ") and field.metadata["help"] in line for line in lines)
 
 
-def test_the_list_shows_what_protocols_set() -> None:
+def test_the_list_shows_what_presets_set() -> None:
     text = list_components()
     assert "\n  paper: as FLoRA's released code (arXiv:2404.15182)\n" in text
     assert "\n      local.learning_rate: 5e-05\n" in text

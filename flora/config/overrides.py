@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flora.config.plain_yaml import YAML_ERRORS, read_plain_yaml, yaml_reason
-from flora.config.presets import with_preset
+from flora.config.presets import component_name, with_preset
 from flora.core.errors import ConfigError
 from flora.core.registry import Component, Options, dotted, name_of, show
 
@@ -53,7 +53,7 @@ def _set(raw: dict[str, Any], keys: Sequence[str], value: Any, root: type[Option
             raise ConfigError(f"command line: {dotted(keys)}: {holder} is {show(inner)}, not a mapping")
         target[parent] = inner or {}
         target = target[parent]
-    before, name = target.get(last), _name(value)
+    before, name = target.get(last), component_name(value)
     if isinstance(before, dict) and name is not None and name == _name_there(raw, keys, root):
         value = {**before, **(value if isinstance(value, dict) else {"name": name})}
     target[last] = value
@@ -64,15 +64,9 @@ def _name_there(raw: Mapping[str, Any], keys: Sequence[str], root: type[Options]
     found: Any = with_preset(raw)
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
-    if _name(found) is not None:
-        return _name(found)
+    if component_name(found) is not None:
+        return component_name(found)
     default: Any = {field.name: field.default for field in dataclasses.fields(root)}.get(keys[0])
     for key in keys[1:]:
         default = getattr(default, key, None)
     return name_of(default) if isinstance(default, Component) else None
-
-
-def _name(component: Any) -> str | None:
-    """The name of a component as YAML gives it."""
-    name = component.get("name") if isinstance(component, Mapping) else component
-    return name if isinstance(name, str) else None

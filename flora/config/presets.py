@@ -136,7 +136,7 @@ def with_preset(raw: Nested) -> Nested:
     backbone = raw.get("backbone")
     if isinstance(backbone, Mapping) and "model" in backbone:
         preset = replace(preset, values={key: each for key, each in preset.values.items() if key != "backbone"})
-    method = _name(_over(preset.values, raw).get("adapter"))
+    method = component_name(_over(preset.values, raw).get("adapter"))
     merged = _over(_over(preset.values, preset.methods.get(method or "", {})), raw)
     for key, by_name in preset.options.items():
         merged = _filled(merged, key.split("."), by_name)
@@ -161,7 +161,7 @@ def _flat(values: Nested, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}: {'none' if value is None else value}"
 
 
-def _name(component: Any) -> str | None:
+def component_name(component: Any) -> str | None:
     """The name of a component as YAML gives it."""
     name = component.get("name") if isinstance(component, Mapping) else component
     return name if isinstance(name, str) else None
@@ -189,5 +189,5 @@ def _filled(values: Any, path: list[str], by_name: Mapping[str, Nested]) -> Any:
     inner = values[path[0]]
     if len(path) > 1:
         return {**values, path[0]: _filled(inner, path[1:], by_name)}
-    options = by_name.get(_name(inner) or "", {})
-    return {**values, path[0]: _over({"name": _name(inner), **options}, inner)} if options else values
+    options = by_name.get(component_name(inner) or "", {})
+    return {**values, path[0]: _over({"name": component_name(inner), **options}, inner)} if options else values
