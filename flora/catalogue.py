@@ -21,6 +21,8 @@ import flora.data.datasets.tiny_imagenet
 import flora.data.datasets.torchvision_sets
 import flora.data.partition
 import flora.data.splits
+import flora.federated.buffered
+import flora.federated.synchronous
 import flora.server.aggregators
 import flora.server.optimizers
 import flora.server.strategies.averaging

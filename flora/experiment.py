@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.client.capacity import choose_clients_per_block
 from flora.clip.backbone import parameter_count
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.network import COLUMNS, Profiles
+from flora.communication.participation import Participation
 from flora.config.rules import below, check_clients, check_experiment
 from flora.config.schema import ExperimentConfig
 from flora.core.contracts import checked_column, checked_parts, refuse
@@ -21,13 +21,15 @@ from flora.core.counts import part_of
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.core.progress import Progress
-from flora.core.records import ClientData, ServerState
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
+from flora.core.states import ClientData, ServerState
 from flora.core.tree import State, state_digest
 from flora.data.datasets.base import ImageData, checked_images
 from flora.data.partition import group_names
 from flora.data.value_range import with_one_range
+from flora.engine.capacity import choose_clients_per_block
+from flora.engine.engine import Engine
 from flora.features.features import (
     Features,
     StoredFeatures,
@@ -36,7 +38,7 @@ from flora.features.features import (
     load_features,
     move_if_they_fit,
 )
-from flora.federated.federation import Federation
+from flora.federated.federation import Federation, ServerParts
 
 # Clients that a line of the log names.
 MAX_NAMED = 10
@@ -137,26 +139,25 @@ def build_experiment(
     if new:
         log(f"{len(new[0]):,} more test images, of {len(new_names)} new classes")
     federation = Federation(
-        model=model,
-        features=train,
+        engine=Engine(model, train, clients_per_block, hooks or Hooks(), log),
         clients=clients,
+        participation=Participation(
+            config.clients.cohort,
+            np.array([len(client.train) for client in clients]),
+            config.network,
+            roster.profiles,
+            config.server.stragglers,
+        ),
         local=config.local,
-        sampler=config.clients.cohort,
-        strategy=config.server.strategy,
-        aggregator=config.server.aggregator,
-        server_optimizer=config.server.optimizer,
+        schedule=config.server.schedule,
+        num_rounds=config.rounds,
+        rng=rng.child("federation"),
+        server=ServerParts(
+            config.server.strategy, config.server.aggregator, config.server.optimizer, config.server.screening
+        ),
         personal=config.personal,
         communication=config.communication,
-        network=config.network,
-        profiles=roster.profiles,
-        stragglers=config.server.stragglers,
         ranks=_ranks(config, len(clients), rng.child("ranks")),
-        num_rounds=config.rounds,
-        clients_per_block=clients_per_block,
-        rng=rng.child("federation"),
-        screening=config.server.screening,
-        hooks=hooks or Hooks(),
-        log=log,
     )
     return Experiment(
         config=config,

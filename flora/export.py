@@ -18,7 +18,6 @@ import safetensors.torch
 import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.client.personalization import OWN
 from flora.clip.backbone import EXPORT_METADATA, FrozenClip
 from flora.config.overrides import apply_overrides
 from flora.config.parse import config_to_dict, parse_config, read_yaml
@@ -28,7 +27,7 @@ from flora.core.errors import UserError
 from flora.core.files import open_regular, write_whole
 from flora.core.registry import OptionError, suggest
 from flora.core.rng import Rng
-from flora.core.tree import State, fits, is_finite, state_digest, strip_prefix
+from flora.core.tree import State, fits, is_finite, state_digest
 from flora.runs.checkpoints import CheckpointFolder
 from flora.runs.run_directory import ADAPTER_FORMAT, read_json
 
@@ -94,7 +93,7 @@ def merged_model(run: Path, client: str | None = None, overrides: Sequence[str] 
     if client is not None and not config.communication.broadcast.is_identity:
         raise UserError(f"{run}: its broadcast is quantised: no client has the server's adapter as this run keeps it")
     if client is not None:
-        adapter = dict(attached.views({**adapter, **_own_tensors(run, client)})[-1])
+        adapter = dict(attached.models({**adapter, **_own_tensors(run, client)})[-1])
     named = Path(config.backbone.model)
     return MergedModel(
         backbone=str(named.resolve()) if named.exists() else config.backbone.model,
@@ -140,7 +139,7 @@ def _own_tensors(run: Path, client: str) -> State:
     """What of its adapter a client kept for itself until the run's last checkpoint."""
     checkpoints, index = CheckpointFolder(run / "checkpoints"), _client_id(run, client)
     rounds = checkpoints.rounds()
-    own = strip_prefix(OWN, checkpoints.client(rounds[0], index)) if rounds else {}
+    own = checkpoints.client(rounds[0], index).own if rounds else {}
     if not own:
         raise UserError(f"{run}: client {client} has kept no adapter of its own in this run")
     return own

@@ -13,23 +13,26 @@ import open_clip
 import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
+from flora.client.local_training import LocalTraining
 from flora.client.optimizers import Sgd
-from flora.client.training import LocalTraining
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import Backbone, FrozenClip
 from flora.clip.towers.towers import AdaptedClip, SpeedOptions
+from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform
 from flora.core import tree
-from flora.core.records import ClientData, ServerState
 from flora.core.registry import option, register
 from flora.core.rng import Rng
+from flora.core.states import ClientData, ServerState
 from flora.core.tree import State
 from flora.data.datasets.base import Dataset, ImageArrays, ImageData, Split
+from flora.engine.engine import Engine
+from flora.engine.tasks import ClientResult
 from flora.features.features import StoredFeatures
 from flora.federated.federation import Federation
 from flora.federated.round import RoundResult, run_round
-from flora.server.strategies.averaging import FedAvg
+from flora.federated.synchronous import Synchronous
 
 # The tensors here are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
@@ -187,27 +190,51 @@ TEXTS = tuple(f"a photo of a {name}." for name in CLASSES)
 
 
 def federation(
-    model: AdaptedClip, local: LocalTraining, *, per_block: int = 1, cohort: int | None = None
+    model: AdaptedClip, local: LocalTraining, *, per_block: int = 1, cohort: int | None = None, **parts: Any
 ) -> Federation:
-    """Five clients of 13, 4, 9, 1 and 6 examples."""
+    """Five clients of 13, 4, 9, 1 and 6 examples; `parts` are as for `variant`."""
     ends = np.cumsum(SIZES)
     none = np.array([], dtype=np.int64)
     count = len(LABELS)
-    return Federation(
-        model=model,
-        features=StoredFeatures(model.vision.stem(PIXELS), torch.arange(count), LABELS, np.arange(count)),
+    features = StoredFeatures(model.vision.stem(PIXELS), torch.arange(count), LABELS, np.arange(count))
+    made = Federation(
+        engine=Engine(model, features, per_block),
         clients=[ClientData(np.arange(end - size, end), none) for size, end in zip(SIZES, ends, strict=True)],
+        participation=Participation(Uniform(number=cohort), np.array(SIZES)),
         local=local,
-        sampler=Uniform(number=cohort),
-        strategy=FedAvg(),
+        schedule=Synchronous(),
         num_rounds=3,
-        clients_per_block=per_block,
         rng=Rng(7),
     )
+    return variant(made, **parts)
+
+
+def variant(parts: Federation, **changes: Any) -> Federation:
+    """A federation with other parts, wherever they are: `strategy`, `sampler`, `network`, `hooks`, `local`, ..."""
+    holders: dict[str, Any] = {"server": parts.server, "participation": parts.participation, "engine": parts.engine}
+    for holder, held in holders.items():
+        names = {field.name for field in dataclasses.fields(held)}
+        own = {name: changes.pop(name) for name in names & changes.keys()}
+        changes[holder] = dataclasses.replace(changes.get(holder, held), **own)
+    return dataclasses.replace(parts, **changes)
+
+
+def train(
+    parts: Federation,
+    starts: dict[int, State],
+    *,
+    round: int,
+    rng: Rng,
+    local: LocalTraining | None = None,
+) -> dict[int, ClientResult]:
+    """What comes of the local training of some clients, each from its own of `starts`, by id."""
+    setup = parts.setup(round, parts.roles.trained(next(iter(starts.values())), round), local)
+    tasks = [parts.task(client, start, setup, rng) for client, start in starts.items()]
+    return {result.client: result for result in parts.engine.train(tasks)}
 
 
 def start(model: AdaptedClip) -> ServerState:
-    return ServerState(0, model.initial_adapter(Rng(1)), {})
+    return ServerState(0, model.initial_adapter(Rng(1)))
 
 
 def run(model: AdaptedClip, local: LocalTraining, rounds: int = 2, **options: int) -> ServerState:
@@ -220,7 +247,7 @@ def run(model: AdaptedClip, local: LocalTraining, rounds: int = 2, **options: in
 
 def rounds(parts: Federation, number: int) -> tuple[list[ServerState], list[RoundResult]]:
     """All states, the first one included, and what each round did."""
-    states, results = [parts.initial_state(parts.model.initial_adapter(Rng(1)))], []
+    states, results = [parts.initial_state(parts.engine.model.initial_adapter(Rng(1)))], []
     for _ in range(number):
         state, result = run_round(parts, states[-1])
         states.append(state)

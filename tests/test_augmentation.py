@@ -11,22 +11,24 @@ import torch
 from helpers import CLASSES, TOLERANCE, adapt
 from PIL import Image
 
+from flora.client.local_training import LocalTraining
 from flora.client.optimizers import Sgd
-from flora.client.training import LocalTraining
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.towers.towers import AdaptedClip
+from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
 from flora.core.errors import UserError
-from flora.core.records import ClientData, ServerState
 from flora.core.rng import Rng
+from flora.core.states import ClientData, ServerState
 from flora.data.augmentation import CropFlip, NoAugmentation
 from flora.data.datasets.base import ImageArrays, ImageFiles, Split
+from flora.engine.engine import Engine
 from flora.features.features import LiveFeatures, live_features
 from flora.federated.federation import Federation
 from flora.federated.round import run_round
-from flora.server.strategies.averaging import FedAvg
+from flora.federated.synchronous import Synchronous
 from flora.simulate import simulate
 
 CPU = torch.device("cpu")
@@ -104,17 +106,15 @@ def test_a_clients_images_do_not_depend_on_the_block(tiny_model: str, augmentati
     results = []
     for per_block in (1, 3):
         federation = Federation(
-            model=model,
-            features=live(model, augmentation),
+            engine=Engine(model, live(model, augmentation), per_block),
+            participation=Participation(Uniform(), np.array([3, 2, 7])),
+            schedule=Synchronous(),
             clients=[ClientData(own, own[:0]) for own in np.split(np.arange(12), [3, 5])],
             local=LocalTraining(batch_size=2, learning_rate=0.1, optimizer=Sgd(), augmentation=augmentation),
-            sampler=Uniform(),
-            strategy=FedAvg(),
             num_rounds=2,
-            clients_per_block=per_block,
             rng=Rng(7),
         )
-        state = ServerState(0, model.adapter.initial_state(Rng(1)), {})
+        state = ServerState(0, model.adapter.initial_state(Rng(1)))
         for _ in range(2):
             state, _ = run_round(federation, state)
         results.append(state.adapter)

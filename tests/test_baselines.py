@@ -22,12 +22,13 @@ from helpers import (
     random_pixels,
     run,
     start,
+    train,
 )
 from torch import nn
 
+from flora.client.local_training import LocalTraining
 from flora.client.objectives import Contrastive
 from flora.client.optimizers import Sgd
-from flora.client.training import LocalTraining
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.heads_and_prompts import (
@@ -208,8 +209,7 @@ def test_vision_tower_and_head_equal_plain_pytorch(tiny_model: str) -> None:
     model = adapt(tiny_model, VisionAndHead())
     local = LocalTraining(learning_rate=0.01, batch_size=40, optimizer=Sgd(momentum=0.9), steps=3)
     parts, state = federation(model, local), start(model)
-    for _, result in parts.train(torch.tensor([2]).numpy(), {2: state.adapter}, {}, round=1, rng=Rng(0)):
-        ours = tree.unstack(result.adapters)[0]
+    ours = train(parts, {2: state.adapter}, round=1, rng=Rng(0))[2].adapter
     plain = load_plain(tiny_model).model
     plain.requires_grad_(False)
     visual: Any = plain.visual

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flora.client.local_training import LocalTraining
 from flora.core.rng import Rng
-from flora.data.batching import batch_bytes, client_blocks, count_steps
+from flora.engine.blocks import block_bytes, make_blocks
+from flora.engine.tasks import ClientTask, TrainingSetup
 
 sizes_strategy = st.lists(st.integers(1, 23), min_size=1, max_size=7)
 
@@ -19,12 +19,14 @@ def blocks_of(sizes: list[int], *, per_block: int, batch_size: int, epochs: int 
     ends = np.cumsum(sizes)
     examples = [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     cohort = [10 + client for client in range(len(sizes))]
-    return list(
-        client_blocks(
-            cohort, examples, Rng(3), batch_size=batch_size, width=min(batch_size, max(sizes)), epochs=epochs,
-            steps=steps, clients_per_block=per_block,
-        )
-    ), dict(zip(cohort, examples, strict=True))  # fmt: skip
+    local = LocalTraining(batch_size=batch_size, epochs=epochs, steps=steps)
+    owned = dict(zip(cohort, examples, strict=True))
+    return list(make_blocks(tasks_of(owned, local, min(batch_size, max(sizes))), per_block)), owned
+
+
+def tasks_of(owned: dict[int, np.ndarray], local: LocalTraining, width: int) -> list[ClientTask]:
+    setup = TrainingSetup(1, local, 0.1, (), width)
+    return [ClientTask(client, {}, own, Rng(3).child("client", client), setup) for client, own in owned.items()]
 
 
 @given(sizes=sizes_strategy, per_block=st.integers(1, 4), batch_size=st.integers(1, 9), epochs=st.integers(1, 3))
@@ -76,9 +78,7 @@ def test_steps_in_place_of_epochs() -> None:
 
 def test_the_bytes_of_a_cohorts_batches_are_counted_before_they_are_made() -> None:
     examples = [np.arange(size) for size in (13, 4, 9, 1, 6)]
-    options: dict[str, Any] = {"batch_size": 4, "epochs": 2, "steps": None}
-    steps = [count_steps(len(own), **options) for own in examples]
+    tasks = tasks_of(dict(enumerate(examples)), LocalTraining(batch_size=4, epochs=2), 4)
     for per_block in (1, 2, 5):
-        made = client_blocks(range(5), examples, Rng(0), width=4, clients_per_block=per_block, **options)
-        found = sum(block.indices.nbytes + block.example_mask.nbytes for block in made)
-        assert batch_bytes(steps, width=4, clients_per_block=per_block) == found
+        found = sum(block.indices.nbytes + block.example_mask.nbytes for block in make_blocks(tasks, per_block))
+        assert block_bytes(tasks, per_block) == found

@@ -113,7 +113,7 @@ def test_where_a_rounds_time_goes(
     listed = [float(line.split("%")[0]) for line in lines[1:]]
     assert listed == sorted(listed, reverse=True)
     assert sum(listed) <= shares[1] + 0.1
-    assert any("client/training.py: train_block" in line for line in lines[1:])
+    assert any("engine/training.py: train_block" in line for line in lines[1:])
 
 
 @pytest.mark.parametrize(

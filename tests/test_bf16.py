@@ -9,7 +9,6 @@ import torch
 from helpers import random_adapters, random_pixels
 from torch import nn
 
-from flora.client.gradients import Batch, FlatStack, Loss, gradient_function
 from flora.client.objectives import CrossEntropy
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
@@ -18,6 +17,7 @@ from flora.clip.layers import LoraAttention
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.parse import parse_config
 from flora.core.rng import Rng
+from flora.engine.gradients import Batch, FlatStack, Loss, gradient_function
 from flora.export import merged_model
 from flora.simulate import simulate
 
@@ -38,8 +38,9 @@ def step(model: AdaptedClip) -> tuple[torch.Tensor, ...]:
     stem = model.vision.stem(random_pixels(8).float())
     adapters = {name: tensor.float() for name, tensor in random_adapters(model, 2).items()}
     flat = FlatStack(adapters, model.device)
-    batch = Batch(stem, torch.tensor([[0, 1, 2, 0], [1, 1, 2, 2]]), torch.ones(2, 4, dtype=torch.bool))
-    return stem, *gradient_function(model, Loss(CrossEntropy()), flat, None, batch_size=4)(flat.matrix, batch)
+    labels, mask = torch.tensor([[0, 1, 2, 0], [1, 1, 2, 2]]), torch.ones(2, 4, dtype=torch.bool)
+    compute = gradient_function(model, Loss((("local.objective", CrossEntropy()),)), flat, None, batch_size=4)
+    return stem, *compute(flat.matrix, Batch({"stem": stem, "labels": labels, "example_mask": mask}))
 
 
 def test_weights_kept_in_bf16_change_no_bit(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:

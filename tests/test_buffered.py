@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LOCAL, SIZES, TOLERANCE, adapt, federation, rounds
+from helpers import LOCAL, SIZES, TOLERANCE, adapt, federation, rounds, train, variant
 
 from flora.clip.adapters.lora import Lora
 from flora.communication.network import Preset, Profiles
@@ -19,10 +19,11 @@ from flora.config.rules import check_experiment
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
-from flora.core.records import ClientUpdate
-from flora.federated import in_flight as pending
-from flora.federated.federation import CLOCK, Federation
-from flora.server.strategies.averaging import FedAvg, FedBuff
+from flora.core.states import ClientUpdate
+from flora.federated.buffered import Buffered
+from flora.federated.federation import Federation
+from flora.federated.synchronous import Synchronous
+from flora.server.strategies.averaging import FedAvg
 from flora.simulate import resume, simulate
 
 SMALL = dataclasses.replace(LOCAL, learning_rate=0.02, epochs=1)
@@ -35,9 +36,10 @@ def parts_of(
     """Five clients, each of two steps of a second on a machine of speed 1; bytes and latency take no time."""
     adapted = adapt(model, Lora(rank=2))
     local = dataclasses.replace(SMALL, steps=steps)
-    return dataclasses.replace(
+    return variant(
         federation(adapted, local, per_block=per_block),
-        strategy=FedBuff(buffer=buffer, weighting=weighting),
+        strategy=FedAvg(weighting=weighting),
+        schedule=Buffered(buffer=buffer),
         sampler=Uniform(number=at_work),
         network=Preset(step_seconds=1.0),
         profiles=Profiles(
@@ -55,7 +57,7 @@ def parts_of(
 def test_a_buffer_of_all_clients_is_fedavg_bit_for_bit(tiny_model: str) -> None:
     parts = parts_of(tiny_model, 5, speeds=[1.0, 0.5, 2.0, 0.1, 1.0], weighting="examples")
     found, results = rounds(parts, 3)
-    plain, others = rounds(dataclasses.replace(parts, strategy=FedAvg()), 3)
+    plain, others = rounds(variant(parts, schedule=Synchronous()), 3)
     for one, other in zip(found, plain, strict=True):
         assert all(torch.equal(one.adapter[name], other.adapter[name]) for name in one.adapter)
     for result, other in zip(results, others, strict=True):
@@ -72,7 +74,7 @@ def test_who_arrives_when_by_hand(tiny_model: str) -> None:
         return update
 
     speeds = [2.0, 1.0, 0.8, 0.1, 0.05]
-    parts = dataclasses.replace(parts_of(tiny_model, 2, speeds=speeds), hooks=Hooks(update=watch))
+    parts = variant(parts_of(tiny_model, 2, speeds=speeds), hooks=Hooks(update=watch))
     states, results = rounds(parts, 4)
     # Whoever has delivered is asked again when the server has stepped, since no one else is free before.
     # Round 1: 0 and 1 at 1 and 2 s. Round 2, from 2 s: 2 at 2.5, 0 again at 3; round 3, from 3 s: 1 (asked at 2) at 4,
@@ -80,8 +82,8 @@ def test_who_arrives_when_by_hand(tiny_model: str) -> None:
     assert order == [(1, 0), (1, 1), (2, 0), (2, 2), (3, 0), (3, 1), (4, 0), (4, 2)]
     assert [result.simulated_seconds for result in results] == pytest.approx([2.0, 1.0, 1.0, 1.5])
     assert [result.mean_staleness for result in results] == [0.0, 0.5, 0.5, 0.5]
-    assert float(states[-1].strategy[CLOCK]) == pytest.approx(5.5)
-    on_their_way = {client for client, own in states[-1].clients.items() if pending.is_on_its_way(own)}
+    assert states[-1].clock == pytest.approx(5.5)
+    on_their_way = {client for client, each in states[-1].clients.items() if each.in_flight and each.in_flight.update}
     assert on_their_way == {1, 3, 4}
 
 
@@ -93,8 +95,8 @@ def test_an_old_update_counts_less_and_began_where_it_was_asked(tiny_model: str)
     for client, round in ((2, 1), (0, 2)):
         start = states[round - 1].adapter
         rng = parts.rng.child("round", round)
-        ((_, result),) = parts.train(np.array([client]), {client: start}, {}, round=round, rng=rng)
-        ends[client] = tree.subtract({name: tensor[0] for name, tensor in result.adapters.items()}, start)
+        result = train(parts, {client: start}, round=round, rng=rng)[client]
+        ends[client] = tree.subtract(result.adapter, start)
     mean = tree.weighted_mean([ends[0], tree.scale(ends[2], 2**-0.5)], [1, 1])
     expected = tree.add(states[1].adapter, mean)
     for name, tensor in states[2].adapter.items():
@@ -122,7 +124,7 @@ def test_one_who_drops_out_holds_nobody_up(tiny_model: str) -> None:
 
 def test_a_server_that_nobody_answers_goes_on(tiny_model: str) -> None:
     parts = parts_of(tiny_model, 2, dropout=[1.0] * 5)
-    parts = dataclasses.replace(parts, network=Preset(step_seconds=1.0, day_curve=(1.0, *[0.0] * 23)))
+    parts = variant(parts, network=Preset(step_seconds=1.0, day_curve=(1.0, *[0.0] * 23)))
     states, results = rounds(parts, 1)
     assert results[0].num_clients == 0 and results[0].num_dropped >= 5 and results[0].train_loss is None
     assert all(torch.equal(states[0].adapter[name], states[1].adapter[name]) for name in states[0].adapter)
@@ -133,7 +135,7 @@ def test_a_buffer_that_hardly_ever_fills_ends_in_one_line(tiny_model: str) -> No
     with pytest.raises(UserError) as caught:
         rounds(parts, 1)
     assert str(caught.value) == (
-        "round 1: 10,000 clients in a row dropped out, and the buffer has 1 of 2 updates: lower server.strategy.buffer "
+        "round 1: 10,000 clients in a row dropped out, and the buffer has 1 of 2 updates: lower server.schedule.buffer "
         "or network.dropout"
     )
 
@@ -145,11 +147,11 @@ def test_a_buffer_larger_than_the_clients_that_can_deliver_is_refused(
     profiles.write_text("dropout,availability\n0,1\n1,1\n0.5,0\n0,0.1\n")
     raw = {**raw_buffered(raw_config), "clients": {"number": 4}, "network": {"name": "csv", "path": str(profiles)}}
     check_experiment(parse_config(raw))
-    raw["server"] = {"strategy": {"name": "fedbuff", "buffer": 3}}
+    raw["server"] = {"schedule": {"name": "buffered", "buffer": 3}}
     with pytest.raises(UserError) as caught:
         check_experiment(parse_config(raw))
     assert str(caught.value) == (
-        "server.strategy.buffer: expected at most 2, the clients that can ever deliver (the others have a "
+        "server.schedule.buffer: expected at most 2, the clients that can ever deliver (the others have a "
         "network.dropout of 1 or an availability of 0), got 3"
     )
 
@@ -159,11 +161,11 @@ def test_an_update_that_is_left_out_is_not_waited_for_again(tiny_model: str) -> 
         broken = {name: tensor * float("nan") for name, tensor in update.delta.items()}
         return dataclasses.replace(update, delta=broken) if update.client == 2 else update
 
-    parts = dataclasses.replace(parts_of(tiny_model, 2, speeds=[2.0, 1.0, 0.8, 0.1, 0.05]), hooks=Hooks(update=spoil))
+    parts = variant(parts_of(tiny_model, 2, speeds=[2.0, 1.0, 0.8, 0.1, 0.05]), hooks=Hooks(update=spoil))
     states, results = rounds(parts, 3)
     assert [[rejection.client for rejection in result.rejections] for result in results] == [[], [2], []]
-    clock = float(states[2].strategy[CLOCK])
-    assert all(pending.arrival(own) >= clock for own in states[2].clients.values() if pending.is_on_its_way(own))
+    clock = states[2].clock
+    assert all(each.in_flight.arrival_seconds >= clock for each in states[2].clients.values() if each.in_flight)
 
 
 def test_clients_per_block_change_nothing(tiny_model: str) -> None:
@@ -182,7 +184,10 @@ def raw_buffered(raw_config: dict[str, Any]) -> dict[str, Any]:
         "rounds": 6,
         "clients": {"number": 8, "cohort": {"name": "uniform", "number": 5}},
         "network": {"name": "drawn", "spread": 1.0, "step_seconds": 1.0, "dropout": 0.2, "availability": 0.8},
-        "server": {"strategy": {"name": "fedbuff", "buffer": 2}},
+        "server": {
+            "strategy": {"name": "fedavg", "weighting": "uniform"},
+            "schedule": {"name": "buffered", "buffer": 2},
+        },
         "communication": {"upload": {"name": "top_k", "fraction": 0.3}},
     }
 
@@ -203,17 +208,30 @@ def test_a_run_goes_on_with_what_is_on_its_way(raw_config: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"network": None}, "network: missing: fedbuff needs to know who is how fast"),
-        ({"server": {"strategy": "fedbuff", "stragglers": {"over_selection": 2}}},
-         "server.stragglers: expected the defaults: fedbuff waits for its buffer alone"),
+        ({"network": None}, "network: missing: a buffered schedule needs to know who is how fast"),
+        ({"server": {"schedule": "buffered", "stragglers": {"over_selection": 2}}},
+         "server.stragglers: expected the defaults: a buffered schedule waits for its buffer alone"),
         ({"local": {"optimizer_state": "kept"}},
-         "server.strategy: fedbuff can't be used where clients remember what belongs to their last update: expected "
+         "server.schedule: buffered can't be used where clients remember what belongs to their last update: expected "
          "no error feedback, local.optimizer_state fresh, local.correction none or fedprox"),
-        ({"server": {"strategy": {"name": "fedbuff", "buffer": 9}}},
-         "server.strategy.buffer: expected at most 8, the clients there are, got 9"),
-        ({"personal": "ditto"}, "server.strategy: fedbuff can't be used with adapters of the clients' own"),
-        ({"server": {"strategy": {"name": "fedbuff", "buffer": 0}}},
-         "server.strategy.buffer: expected a number at least 1, got 0"),
+        ({"server": {"schedule": {"name": "buffered", "buffer": 9}}},
+         "server.schedule.buffer: expected at most 8, the clients there are, got 9"),
+        ({"personal": "ditto"}, "server.schedule: buffered can't be used with adapters of the clients' own"),
+        ({"server": {"schedule": "buffered", "strategy": "rolora"}},
+         "server.schedule: expected synchronous, because rolora trains other tensors from round to round than an "
+         "update of an earlier round has"),
+        ({"server": {"schedule": "buffered", "strategy": "flora_stacking"}},
+         "server.schedule: expected synchronous, because flora_stacking gives A and B another basis each round"),
+        ({"server": {"schedule": "buffered", "strategy": "lora_fair"}},
+         "server.schedule: expected synchronous, because lora_fair needs the products B A of clients that began from "
+         "the same adapter"),
+        ({"server": {"schedule": "buffered", "strategy": "plora"}},
+         "server.schedule: buffered can't be used with adapters of the clients' own"),
+        ({"server": {"strategy": "fedbuff"}},
+         "server.strategy.name: 'fedbuff' is not known; it is a schedule now: server.schedule={name: buffered, "
+         "buffer: 10}, with strategy.weighting=uniform"),
+        ({"server": {"schedule": {"name": "buffered", "buffer": 0}}},
+         "server.schedule.buffer: expected a number at least 1, got 0"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_is_one_line(raw_config: dict[str, Any], changes: dict[str, Any], message: str) -> None:

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from flora.core.errors import UserError
-from flora.core.records import RoundRecord, ServerState
+from flora.core.records import RoundRecord
+from flora.core.states import ClientState, ServerState
 from flora.runs.checkpoints import FORMAT, Checkpoint, CheckpointFolder, DamagedError
 from flora.runs.resume import find_start
 from flora.runs.run_directory import RunDirectory
+from flora.runs.stored_state import client_tensors, server_tensors
 
 ROUNDS = (1, 2, 3, 4)
 
@@ -26,11 +28,14 @@ def state_of(round: int) -> ServerState:
     generator = torch.Generator().manual_seed(round)
     adapter = {"b.lora_A": torch.randn(2, 3, generator=generator), "a": torch.randn((), generator=generator)}
     strategy = {"momentum": torch.randn(4, generator=generator)}
-    clients = {client: {"mean": torch.randn(5, generator=generator), "steps": torch.ones(1)} for client in (17, 3)}
-    return ServerState(round, adapter, strategy, clients)
+    clients = {
+        client: ClientState(optimizer={"mean": torch.randn(5, generator=generator), "steps": torch.ones(1)})
+        for client in (17, 3)
+    }
+    return ServerState(round, adapter, strategy, {}, 2.5, clients)
 
 
-CLIENT = {"mean": torch.zeros(5), "steps": torch.zeros(1)}
+CLIENT = ClientState(optimizer={"mean": torch.zeros(5), "steps": torch.zeros(1)})
 
 
 def checkpoint_of(round: int, records: tuple[int, str] = (0, "")) -> Checkpoint:
@@ -45,9 +50,10 @@ def record_of(round: int) -> RoundRecord:
 
 def assert_same_state(left: ServerState, right: ServerState) -> None:
     assert left.round == right.round
-    parts = [(left.adapter, right.adapter), (left.strategy, right.strategy)]
+    parts = [(left.adapter, right.adapter), (server_tensors(left), server_tensors(right))]
     assert left.clients.keys() == right.clients.keys()
-    for ours, theirs in parts + [(left.clients[client], right.clients[client]) for client in left.clients]:
+    parts += [(client_tensors(each), client_tensors(right.clients[client])) for client, each in left.clients.items()]
+    for ours, theirs in parts:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -62,7 +68,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert found.wall_seconds == 1.5
     assert list(found.state.adapter) == list(state_of(0).adapter)  # the order counts where states are flattened
     assert sorted(path.name for path in (tmp_path / "checkpoints").rglob("*")) == [
-        "adapter.safetensors", "clients.safetensors", "manifest.json", "round-0003", "strategy.safetensors",
+        "adapter.safetensors", "clients.safetensors", "manifest.json", "round-0003", "server.safetensors",
     ]  # fmt: skip
 
 
@@ -112,8 +118,8 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
         ({**like.adapter, "a": torch.zeros((), dtype=torch.float64)}, r"a is \(\) torch\.float32, expected \(\) torch"),
     ):
         with pytest.raises(UserError, match=rf"round-0005/adapter\.safetensors: {message}"):
-            folder.load(5, like=ServerState(0, wrong, like.strategy), client_like=CLIENT)
-    with pytest.raises(UserError, match=r"round-0005/strategy\.safetensors: momentum does not belong here"):
+            folder.load(5, like=ServerState(0, wrong, like.optimizer), client_like=CLIENT)
+    with pytest.raises(UserError, match=r"round-0005/server\.safetensors: optimizer\.momentum does not belong here"):
         folder.load(5, like=ServerState(0, like.adapter, {}), client_like=CLIENT)
     (tmp_path / "round-0005").rename(tmp_path / "round-0006")
     with pytest.raises(UserError, match=r"round-0006/manifest\.json: it belongs to round 5"):
@@ -224,11 +230,11 @@ def forged() -> list[str]:
 
 def test_another_format_is_left_alone(run: Path) -> None:
     manifest = run / "checkpoints" / "round-0004" / "manifest.json"
-    content = json.loads(manifest.read_text())["manifest"] | {"format": "flora-checkpoint-2"}
+    content = json.loads(manifest.read_text())["manifest"] | {"format": "flora-checkpoint-1"}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     manifest.write_text(json.dumps({"manifest": content, "sha256": digest}))
     directory, folder = RunDirectory(run), CheckpointFolder(run / "checkpoints")
-    with pytest.raises(UserError, match="'flora-checkpoint-2', which another version of this program has written"):
+    with pytest.raises(UserError, match="'flora-checkpoint-1', which another version of this program has written"):
         find_start(directory, folder, state_of(0), print, client_like=CLIENT, keep=1)
     assert folder.rounds() == [4, 3, 2, 1]
 
@@ -293,9 +299,9 @@ def test_a_checkpoint_can_be_set_aside_twice(run: Path) -> None:
 def test_client_states_of_other_names_or_shapes(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     folder.save(checkpoint_of(1), keep=1)
-    for wrong in ({}, {"mean": torch.zeros(5)}, {**CLIENT, "mean": torch.zeros(6)}):
+    for wrong in ({}, {"mean": torch.zeros(5)}, {**CLIENT.optimizer, "mean": torch.zeros(6)}):
         with pytest.raises(DamagedError, match=r"round-0001/clients\.safetensors: "):
-            folder.load(1, like=state_of(0), client_like=wrong)
+            folder.load(1, like=state_of(0), client_like=ClientState(optimizer=wrong))
 
 
 def test_nothing_in_a_checkpoint_is_code(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LOCAL, SIZES, TOLERANCE, adapt, assert_states_close, federation, fp64, rounds
+from helpers import LOCAL, SIZES, TOLERANCE, adapt, assert_states_close, federation, fp64, rounds, train, variant
 
 from flora.client.corrections import Scaffold
 from flora.clip.adapters.lora import Lora
@@ -22,7 +22,7 @@ from flora.communication.compressors import (
     TopK,
     UniformQuantizer,
 )
-from flora.communication.options import FEEDBACK, CommunicationOptions, payload_bytes
+from flora.communication.options import CommunicationOptions, payload_bytes
 from flora.communication.sampling import Dynamic, Uniform
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
@@ -50,7 +50,7 @@ def parts_of(
 ) -> Federation:  # fmt: skip
     adapted = adapt(model, Lora(rank=2), precision=precision)
     parts = federation(adapted, local, per_block=per_block, cohort=cohort)
-    return dataclasses.replace(parts, strategy=strategy or FedAvg(), communication=CommunicationOptions(**options))
+    return variant(parts, strategy=strategy or FedAvg(), communication=CommunicationOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,8 @@ def test_a_round_of_fedlpp_written_out(tiny_model: str) -> None:
         assert (q["text.0.q.lora_A"] - theta["text.0.q.lora_A"]).abs().max() > 1e-3
         deltas = {}
         rng = parts.rng.child("round", round)
-        for block, result in parts.train(np.arange(5), dict.fromkeys(range(5), q), {}, round=round, rng=rng):
-            ended = {name: tensor[0] for name, tensor in result.adapters.items()}
-            deltas[block.clients[0]] = tree.subtract(ended, q)
+        for client, result in train(parts, dict.fromkeys(range(5), q), round=round, rng=rng).items():
+            deltas[client] = tree.subtract(result.adapter, q)
         mean = tree.weighted_mean([deltas[client] for client in range(5)], SIZES)
         assert_states_close(states[round].adapter, tree.add(theta, mean))
         assert results[round - 1].downlink_bytes == 5 * len(payload) < 5 * payload_bytes(theta) / 4
@@ -106,12 +105,11 @@ def test_uploads_written_out(tiny_model: str, upload: Compressor, error_feedback
     for round in range(1, 5):
         theta = states[round - 1].adapter
         rng = parts.rng.child("round", round)
-        cohort = parts.sampler.sample(parts.sizes, 3, rng.child("cohort"))
+        cohort = parts.participation.sampler.sample(parts.participation.sizes, 3, rng.child("cohort"))
         read, num_bytes = {}, 0
         begin = dict.fromkeys(cohort.tolist(), theta)
-        for block, result in parts.train(cohort, begin, {}, round=round, rng=rng):
-            (client,) = block.clients
-            delta = tree.subtract({name: tensor[0] for name, tensor in result.adapters.items()}, theta)
+        for client, result in train(parts, begin, round=round, rng=rng).items():
+            delta = tree.subtract(result.adapter, theta)
             meant = tree.add(delta, lost[client]) if client in lost else delta
             payload = upload.encode(meant, rng.child("client", client, "upload"))
             read[client] = fp64(upload.decode(payload, meant))
@@ -122,7 +120,7 @@ def test_uploads_written_out(tiny_model: str, upload: Compressor, error_feedback
         mean = tree.weighted_mean([read[client] for client in order], [SIZES[client] for client in order])
         assert_states_close(states[round].adapter, tree.add(theta, mean))
         assert results[round - 1].uplink_bytes == num_bytes
-        kept = {client: tree.strip_prefix(FEEDBACK, own) for client, own in states[round].clients.items()}
+        kept = {client: carried.feedback for client, carried in states[round].clients.items() if carried.feedback}
         assert kept.keys() == lost.keys()
         for client, own in kept.items():
             assert_states_close(own, lost[client])
@@ -135,12 +133,13 @@ def test_uploads_written_out(tiny_model: str, upload: Compressor, error_feedback
 def test_with_feedback_what_was_sent_comes_to_what_was_meant(tiny_model: str, upload: Compressor) -> None:
     """Over rounds of the same delta: what is still owed stays bounded, so the mean of what was sent comes near it."""
     parts = parts_of(tiny_model, upload=upload, error_feedback=True)
-    start = parts.model.initial_adapter(Rng(1))
+    start = parts.engine.model.initial_adapter(Rng(1))
     delta = {name: torch.randn(tensor.shape, generator=Rng(2).child(name).torch()) for name, tensor in start.items()}
     lost: State = {}
     sent, errors = tree.scale(delta, 0.0), []
     for round in range(1, 241):
-        read, lost, _ = parts.upload(delta, lost, {}, 0, Rng(3).child(round))
+        upload_read = parts.link.upload(delta, lost, {}, 0, Rng(3).child(round))
+        read, lost = upload_read.delta, upload_read.feedback
         sent = tree.add(sent, read)
         errors.append(tree.norm(tree.subtract(tree.scale(sent, 1 / round), delta)) / tree.norm(delta))
         assert_states_close(tree.add(sent, lost), tree.scale(delta, float(round)), atol=1e-3 * round)
@@ -194,8 +193,8 @@ def test_the_cohort_shrinks_as_the_closed_form_says(beta: float, minimum: int) -
 def test_no_decay_is_uniform_sampling(tiny_model: str) -> None:
     parts = parts_of(tiny_model, cohort=3)
     plain, _ = rounds(parts, 3)
-    found, _ = rounds(dataclasses.replace(parts, sampler=Dynamic(number=3, beta=0.0)), 3)
-    assert isinstance(parts.sampler, Uniform)
+    found, _ = rounds(variant(parts, sampler=Dynamic(number=3, beta=0.0)), 3)
+    assert isinstance(parts.participation.sampler, Uniform)
     assert all(torch.equal(plain[-1].adapter[name], found[-1].adapter[name]) for name in plain[-1].adapter)
 
 
@@ -269,11 +268,12 @@ def test_what_can_not_be_is_one_line(raw_config: dict[str, Any], changes: dict[s
 def test_the_gap_is_that_of_the_adapter_that_is_sent_next(tiny_model: str) -> None:
     parts = parts_of(tiny_model, broadcast=UniformQuantizer(bits=2))
     state = rounds(parts, 2)[0][-1]
-    read, payload = parts.broadcast(state)
-    assert isinstance(payload, bytes)
-    again = UniformQuantizer(bits=2).decode(payload, state.adapter)
+    broadcast, view = parts.broadcast(state)
+    read = view.adapter
+    assert isinstance(broadcast.payload, bytes)
+    again = UniformQuantizer(bits=2).decode(broadcast.payload, state.adapter)
     assert all(torch.equal(read[name], again[name]) for name in again)
-    found = evaluate(parts.model, tree.expand(read, 1), parts.features, batch_size=50)[0]
+    found = evaluate(parts.engine.model, tree.expand(read, 1), parts.engine.features, batch_size=50)[0]
     assert 0 <= found.accuracy <= 1 and isinstance(NoCompression().is_identity, bool)
 
 
@@ -281,8 +281,8 @@ def test_own_adapters_are_what_clients_can_have(tiny_model: str) -> None:
     """With a factor that stays, the other one is as the client reads it, not as the server keeps it."""
     parts = parts_of(tiny_model, strategy=FedSaLora(), broadcast=UniformQuantizer(bits=2))
     state = rounds(parts, 2)[0][-1]
-    read, _ = parts.broadcast(state)
-    ((clients, stack),) = own_adapters(dataclasses.replace(parts, clients_per_block=5), state, np.arange(5))
+    read = parts.broadcast(state)[1].adapter
+    ((clients, stack),) = own_adapters(variant(parts, clients_per_block=5), state, np.arange(5))
     for place in range(len(clients)):
         assert torch.equal(stack["text.0.q.lora_A"][place], read["text.0.q.lora_A"])
     assert not torch.equal(read["text.0.q.lora_A"], state.adapter["text.0.q.lora_A"])

@@ -150,10 +150,10 @@ def test_compressors(raw_config: dict[str, Any]) -> None:
 
 
 def test_what_a_step_minimises(raw_config: dict[str, Any]) -> None:
-    own(Objective, "loss", lambda images, *others: images.sum())
+    own(Objective, "loss", lambda view: view.images.sum())
     message = "local.objective: mine returned float32 (), expected shape (4,)"
     assert fault(raw_config, local={**raw_config["local"], "objective": "mine"}, name="a") == message
-    own(Penalty, "loss", lambda seen: seen.images.sum())
+    own(Penalty, "loss", lambda view: view.images.sum())
     message = "local.penalty: mine returned float32 (), expected shape (4,)"
     assert fault(raw_config, local={**raw_config["local"], "penalty": "mine"}, name="b") == message
     own(Schedule, "after_warmup", lambda progress: float("nan"))

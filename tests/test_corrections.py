@@ -10,26 +10,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TOLERANCE, adapt, assert_states_close, comparable, federation, mean, start
+from helpers import TOLERANCE, adapt, assert_states_close, comparable, federation, mean, start, variant
 
 from flora.client.corrections import Correction, FedDyn, FedProx, NoCorrection, Scaffold
+from flora.client.local_training import LocalTraining
 from flora.client.optimizers import Sgd
-from flora.client.training import LocalTraining
 from flora.clip.adapters.lora import Lora
 from flora.communication.options import payload_bytes
+from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
-from flora.core.records import ClientData, ClientUpdate, ServerState
 from flora.core.registry import register
 from flora.core.rng import Rng
+from flora.core.states import ClientData, ClientUpdate, ServerState
 from flora.core.tree import State
-from flora.evaluation.local_only import train_alone
-from flora.federated.federation import Federation
-from flora.federated.round import _next, run_round
+from flora.engine.engine import Engine
+from flora.evaluation.local_only import train_local_only
+from flora.federated.aggregation import step
+from flora.federated.federation import Federation, ServerParts
+from flora.federated.round import run_round
+from flora.federated.synchronous import Synchronous
 from flora.server.strategies.averaging import FedAvg
 from flora.server.strategies.base import Strategy
 from flora.simulate import resume, simulate
@@ -54,7 +58,7 @@ def trained(
     model: str, correction: Correction, rounds: int = ROUNDS, *, weighting: str = "examples", **options: Any
 ) -> ServerState:
     parts, state = prepared(model, correction, **options)
-    parts.strategy = FedAvg(weighting=weighting)
+    parts = variant(parts, strategy=FedAvg(weighting=weighting))
     for _ in range(rounds):
         state, _ = run_round(parts, state)
     return state
@@ -64,11 +68,11 @@ def gradient(parts: Federation, client: int, vector: torch.Tensor, like: State) 
     """The gradient of one client's mean cross-entropy over all its examples, flat."""
     leaf = vector.clone().requires_grad_()
     adapter = tree.unflatten(leaf, like)
-    examples = parts.clients[client].train
-    stem = parts.features.take(torch.from_numpy(examples), torch.device("cpu"))
-    with parts.model.adapter.bind({name: tensor.unsqueeze(0) for name, tensor in adapter.items()}):
-        logits = parts.model.logit_scale() * parts.model.image_features(stem, 1)[0] @ parts.model.class_features(1)[0].T
-    torch.nn.functional.cross_entropy(logits, parts.features.labels[examples]).backward()
+    examples, model = parts.clients[client].train, parts.engine.model
+    stem = parts.engine.features.take(torch.from_numpy(examples), torch.device("cpu"))
+    with model.adapter.bind({name: tensor.unsqueeze(0) for name, tensor in adapter.items()}):
+        logits = model.logit_scale() * model.image_features(stem, 1)[0] @ model.class_features(1)[0].T
+    torch.nn.functional.cross_entropy(logits, parts.engine.features.labels[examples]).backward()
     assert leaf.grad is not None
     return leaf.grad
 
@@ -112,9 +116,9 @@ def test_scaffold_equals_a_plain_loop(tiny_model: str, weighting: str) -> None:
         x, c = (torch.stack(ends) * share).sum(dim=0), c + (torch.stack(changes) * share).sum(dim=0)
     found = trained(tiny_model, Scaffold(), weighting=weighting)
     assert_states_close(found.adapter, tree.unflatten(x, state.adapter))
-    torch.testing.assert_close(found.strategy["correction.control"], c, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(found.correction["control"], c, atol=TOLERANCE, rtol=0)
     for client in range(5):
-        torch.testing.assert_close(found.clients[client]["correction.control"], own[client], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(found.clients[client].correction["control"], own[client], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
@@ -136,7 +140,7 @@ def test_feddyn_equals_a_plain_loop(tiny_model: str, weighting: str) -> None:
         x = (torch.stack(ends) * share).sum(dim=0) - h / alpha
     found = trained(tiny_model, FedDyn(alpha=alpha), weighting=weighting)
     assert_states_close(found.adapter, tree.unflatten(x, state.adapter))
-    torch.testing.assert_close(found.strategy["correction.gradient"], h, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(found.correction["gradient"], h, atol=TOLERANCE, rtol=0)
 
 
 # Three clients of 1, 2 and 9 examples, whose losses are |x - 0|^2 / 2, |x - 1|^2 / 2 and |x - 8|^2 / 2.
@@ -147,20 +151,19 @@ def quadratic_end(correction: Correction, weighting: str, cohorts: list[list[int
     """Where the server comes to on the quadratic clients, which take 5 steps at rate 0.1 in each round."""
     clients = [ClientData(np.arange(number), np.arange(0)) for number in EXAMPLES]
     parts = Federation(
-        model=None,  # type: ignore[arg-type]
-        features=None,  # type: ignore[arg-type]
+        engine=Engine(None, None, 1),  # type: ignore[arg-type]
         clients=clients,
+        participation=Participation(Uniform(), np.array(EXAMPLES)),
         local=local(correction),
-        sampler=Uniform(),
-        strategy=FedAvg(weighting=weighting),
+        schedule=Synchronous(),
         num_rounds=len(cohorts),
-        clients_per_block=1,
         rng=Rng(0),
+        server=ServerParts(FedAvg(weighting=weighting)),
     )
-    state = ServerState(0, {"x": torch.zeros(1)}, tree.add_prefix("correction.", correction.memory(torch.zeros(1))))
+    state = ServerState(0, {"x": torch.zeros(1)}, correction=correction.memory(torch.zeros(1)))
     kept = {client: correction.memory(torch.zeros(1)) for client in range(3)}
     for cohort in cohorts:
-        server, start = tree.strip_prefix("correction.", state.strategy), state.adapter["x"]
+        server, start = state.correction, state.adapter["x"]
         updates = []
         for client in cohort:
             x = start.clone()
@@ -172,8 +175,8 @@ def quadratic_end(correction: Correction, weighting: str, cohorts: list[list[int
             after = {name: row[0] for name, row in correction.remember(moved, own, common, steps, 0.1).items()}
             sent, kept[client] = correction.sent(kept[client], after), after
             updates.append(ClientUpdate(client, EXAMPLES[client], {"x": x - start}, 0.0, 5, extra=sent))
-        adapter, strategy, _ = _next(parts, state, updates, {})
-        state = ServerState(state.round + 1, adapter, strategy)
+        moved_to = step(parts, state, updates, {})
+        state = ServerState(state.round + 1, moved_to.adapter, moved_to.optimizer, moved_to.correction)
     return float(state.adapter["x"])
 
 
@@ -212,7 +215,7 @@ def test_what_corrects_nothing_is_fedavg(tiny_model: str, correction: Correction
 def test_only_clients_that_took_part_remember(tiny_model: str) -> None:
     state = trained(tiny_model, Scaffold(), rounds=1, cohort=2)
     assert len(state.clients) == 2
-    assert {name for own in state.clients.values() for name in own} == {"correction.control"}
+    assert {name for carried in state.clients.values() for name in carried.correction} == {"control"}
 
 
 def test_both_controls_travel(tiny_model: str) -> None:
@@ -230,7 +233,7 @@ def test_who_trains_alone_is_not_corrected(tiny_model: str) -> None:
     found = []
     for correction in (NoCorrection(), Scaffold(), FedDyn(alpha=5.0)):
         parts, state = prepared(tiny_model, correction)
-        found.append(train_alone(parts, state.adapter, np.array([0, 2]), advance=lambda number: None))
+        found.append(train_local_only(parts, state.adapter, np.array([0, 2]), advance=lambda number: None))
     for other in found[1:]:
         assert_states_close(found[0], other)
 
@@ -252,7 +255,7 @@ def test_a_corrected_run_that_stopped_goes_on(raw_config: dict[str, Any], tmp_pa
     assert whole["adapter.safetensors"] == parts["adapter.safetensors"]
     assert whole["rounds.jsonl"] == parts["rounds.jsonl"]
     assert whole["checkpoints/round-0004/clients.safetensors"] == parts["checkpoints/round-0004/clients.safetensors"]
-    assert whole["checkpoints/round-0004/strategy.safetensors"] == parts["checkpoints/round-0004/strategy.safetensors"]
+    assert whole["checkpoints/round-0004/server.safetensors"] == parts["checkpoints/round-0004/server.safetensors"]
 
 
 @register("by_loss")

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from helpers import CLASSES, TOLERANCE, adapt, load_plain, random_adapters, random_pixels
 from PIL import Image
 
-from flora.client import capacity as memory
-from flora.client.capacity import choose_clients_per_block, clients_at_once
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.core.errors import UserError
 from flora.data.datasets.base import ImageFiles, Split
+from flora.engine import capacity as memory
+from flora.engine.capacity import choose_clients_per_block, clients_at_once
 from flora.evaluation.accuracy import evaluate
 from flora.features.cache import CacheOptions
 from flora.features.features import StoredFeatures, load_features

@@ -10,13 +10,13 @@ import pytest
 import torch
 from helpers import ALL_ON, TOLERANCE, adapt, random_adapters, random_pixels
 
-from flora.client import gradients
-from flora.client.gradients import Batch, Compute, FlatStack, Loss, gradient_function
 from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.towers.towers import AdaptedClip, SpeedOptions
+from flora.engine import gradients
+from flora.engine.gradients import Batch, Compute, FlatStack, Loss, gradient_function
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -29,7 +29,11 @@ def batch_of(model: AdaptedClip, seed: int, *, num_clients: int = 2) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (num_clients, 4), generator=generator).to(model.device)
     stem = model.vision.stem(random_pixels(4 * num_clients, seed).to(model.device))
-    return Batch(stem, labels, torch.ones_like(labels, dtype=torch.bool))
+    return Batch({"stem": stem, "labels": labels, "example_mask": torch.ones_like(labels, dtype=torch.bool)})
+
+
+def loss_of(objective: Objective) -> Loss:
+    return Loss((("local.objective", objective),))
 
 
 def test_gradients_are_finite_differences(tiny_model: str) -> None:
@@ -38,11 +42,13 @@ def test_gradients_are_finite_differences(tiny_model: str) -> None:
     flat = FlatStack(random_adapters(model, 2), model.device)
     generator = torch.Generator().manual_seed(0)
     batch = Batch(
-        model.vision.stem(random_pixels(8)),
-        torch.tensor([[0, 1, 2, 0], [1, 1, 2, 2]]),
-        torch.ones(2, 4, dtype=torch.bool),
+        {
+            "stem": model.vision.stem(random_pixels(8)),
+            "labels": torch.tensor([[0, 1, 2, 0], [1, 1, 2, 2]]),
+            "example_mask": torch.ones(2, 4, dtype=torch.bool),
+        }
     )
-    compute = gradient_function(model, Loss(CrossEntropy()), flat, None, batch_size=4)
+    compute = gradient_function(model, loss_of(CrossEntropy()), flat, None, batch_size=4)
     _, found = compute(flat.matrix, batch)
     direction = torch.randn(flat.matrix.shape, generator=generator, dtype=torch.float64)
     direction /= direction.norm(dim=1, keepdim=True)
@@ -68,7 +74,7 @@ def test_clients_go_through_the_model_in_parts(
     for at_once in (5, 2, 1):
         monkeypatch.setattr(gradients, "clients_at_once", lambda model, batch_size, at_once=at_once: at_once)
         generators = [torch.Generator().manual_seed(seed) for seed in range(5)] if dropout else None
-        compute = gradient_function(model, Loss(CrossEntropy()), flat, generators, batch_size=4)
+        compute = gradient_function(model, loss_of(CrossEntropy()), flat, generators, batch_size=4)
         results.append(compute(flat.matrix, batch))
     assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1]
     for losses, rows in results[1:]:
@@ -85,11 +91,11 @@ def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora, objective: 
     flat = FlatStack(random_adapters(model, 2), model.device)
     for seed in range(gradients.STEPS_BEFORE_RECORDING + 4):
         batch = batch_of(model, seed)
-        expected = gradient_function(plain, Loss(objective), flat, None, batch_size=4)(flat.matrix, batch)
+        expected = gradient_function(plain, loss_of(objective), flat, None, batch_size=4)(flat.matrix, batch)
         for new_block in (False, True):  # a later block finds what was recorded
             stack = FlatStack(random_adapters(model, 2), model.device) if new_block else flat
             stack.matrix.copy_(flat.matrix)
-            found = gradient_function(model, Loss(objective), stack, None, batch_size=4)(stack.matrix, batch)
+            found = gradient_function(model, loss_of(objective), stack, None, batch_size=4)(stack.matrix, batch)
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
         flat.matrix.add_(0.01)
@@ -109,7 +115,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(tiny_model: str, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "graph", fail)
     model = adapt(tiny_model, device="cuda")
     flat = FlatStack(random_adapters(model, 2), model.device)
-    compute = gradient_function(model, Loss(CrossEntropy()), flat, None, batch_size=4)
+    compute = gradient_function(model, loss_of(CrossEntropy()), flat, None, batch_size=4)
     results = [compute(flat.matrix, batch_of(model, 0))[0] for _ in range(gradients.STEPS_BEFORE_RECORDING + 3)]
     assert all(torch.equal(result, results[0]) for result in results)
     assert not gradients._Recorder.of(model).works
@@ -140,17 +146,17 @@ def test_a_recorded_step_is_replayed_for_its_own_layout_alone(tiny_model: str, m
     class Replay:
         """What a CUDA graph does: the recorded step, on copies of the inputs."""
 
-        def __init__(self, compute: Compute, inputs: Sequence[torch.Tensor]) -> None:
-            self._compute, self._inputs = compute, [each.clone() for each in inputs]
+        def __init__(self, compute: Compute, inputs: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+            self._compute, self._names, self._inputs = compute, names, [each.clone() for each in inputs]
 
         def replay(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
             for own, given in zip(self._inputs, inputs, strict=True):
                 own.copy_(given)
             replays.append(len(inputs))
-            return self._compute(self._inputs[0], Batch(*self._inputs[1:]))
+            return self._compute(self._inputs[0], Batch(dict(zip(self._names, self._inputs[1:], strict=True))))
 
-    def record(self: Any, key: object, compute: Compute, inputs: Sequence[torch.Tensor]) -> None:
-        self.recordings[key] = Replay(compute, inputs)
+    def record(self: Any, key: object, compute: Compute, inputs: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+        self.recordings[key] = Replay(compute, inputs, names)
 
     model, stack = adapt(tiny_model), random_adapters(adapt(tiny_model), 2)
     kinds = [[name for name in stack if name.endswith(end)] for end in ("lora_B", "lora_A", "")]
@@ -159,7 +165,7 @@ def test_a_recorded_step_is_replayed_for_its_own_layout_alone(tiny_model: str, m
         gradients_of = []
         for names in kinds:
             flat = FlatStack(stack, model.device, names)
-            compute = gradient_function(model, Loss(CrossEntropy()), flat, None, batch_size=4)
+            compute = gradient_function(model, loss_of(CrossEntropy()), flat, None, batch_size=4)
             gradients_of += [compute(flat.matrix, batch_of(model, seed))[1].clone() for seed in range(6)]
         return gradients_of
 
@@ -169,10 +175,3 @@ def test_a_recorded_step_is_replayed_for_its_own_layout_alone(tiny_model: str, m
     for ours, expected in zip(found(), plain, strict=True):
         torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
     assert len(replays) == 3 * 2
-
-
-def test_columns_by_name() -> None:
-    stack = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 2, 2), "c": torch.zeros(2, 1)}
-    flat = FlatStack(stack, torch.device("cpu"), ["b", "c"])
-    assert flat.columns(["c"]).tolist() == [4] and flat.columns(["b"]).tolist() == [0, 1, 2, 3]
-    assert flat.columns([]).tolist() == [] and flat.columns(["a"]).tolist() == []

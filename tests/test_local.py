@@ -20,19 +20,20 @@ from helpers import (
     load_plain,
     run,
     start,
+    train,
 )
 
-from flora.client.gradients import FlatStack
+from flora.client.local_training import LocalTraining
 from flora.client.objectives import Contrastive, CrossEntropy, MultiPositive
 from flora.client.optimizers import Adam, AdamW, Cosine, Sgd
-from flora.client.training import LocalTraining
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.towers.towers import SpeedOptions
 from flora.core import tree
 from flora.core.rng import Rng
 from flora.data.batching import client_batches
-from flora.evaluation.local_only import train_alone
+from flora.engine.gradients import FlatStack
+from flora.evaluation.local_only import train_local_only
 from flora.federated.round import run_round
 
 LOCALS = {
@@ -63,7 +64,7 @@ def test_the_number_of_clients_per_block_changes_nothing(tiny_model, towers, loc
     assert_states_close(alone.adapter, together.adapter)
     assert alone.clients.keys() == together.clients.keys()
     for client in alone.clients:
-        assert_states_close(dict(alone.clients[client]), dict(together.clients[client]))
+        assert_states_close(alone.clients[client].optimizer, together.clients[client].optimizer)
 
 
 ANIMALS = tuple(
@@ -153,7 +154,7 @@ def test_full_fine_tuning_equals_plain_pytorch(tiny_model: str) -> None:
     frozen_before = {name: tensor.clone() for name, tensor in model.clip.model.state_dict().items()}
     local = LocalTraining(learning_rate=1e-3, batch_size=40, optimizer=AdamW(weight_decay=0.1, eps=1e-4), steps=2)
     state = start(model)
-    alone = train_alone(federation(model, local), state.adapter, np.array([2]), advance=lambda done: None)
+    alone = train_local_only(federation(model, local), state.adapter, np.array([2]), advance=lambda done: None)
     plain = load_plain(tiny_model)
     for parameter in plain.model.parameters():
         parameter.requires_grad_(True)
@@ -187,13 +188,12 @@ def test_one_client_alone_ends_where_a_federation_of_one_does(tiny_model: str) -
     model = adapt(tiny_model)
     local = LocalTraining(learning_rate=0.1, batch_size=8, optimizer=Sgd(momentum=0.5), steps=2)
     parts = federation(model, local)
-    alone = train_alone(parts, start(model).adapter, np.array([4]), advance=lambda done: None)
+    alone = train_local_only(parts, start(model).adapter, np.array([4]), advance=lambda done: None)
     # All six examples make one batch, so the order of examples, which has its own stream, doesn't matter.
     adapter = start(model).adapter
     for round in range(1, 4):
         rng = Rng(99).child(round)
-        for _, result in parts.train(np.array([4]), {4: adapter}, {}, round=round, rng=rng):
-            adapter = tree.unstack(result.adapters)[0]
+        adapter = train(parts, {4: adapter}, round=round, rng=rng)[4].adapter
     assert_states_close(tree.unstack(alone)[0], adapter)
 
 
@@ -223,13 +223,13 @@ def test_flat_stack_puts_what_is_trained_first() -> None:
 def test_divergence_is_noticed_at_its_step(tiny_model: str) -> None:
     local = LocalTraining(learning_rate=1e200, batch_size=4, optimizer=Sgd(), epochs=3)
     parts = federation(adapt(tiny_model), local, per_block=5)
-    state, result = run_round(parts, start(parts.model))
+    state, result = run_round(parts, start(parts.engine.model))
     # The first step goes too far; the gradient of the second is the first that is not finite.
     assert [(each.client, each.step, each.reason) for each in result.rejections] == [
         (client, 1, "not finite") for client in range(5)
     ]
     assert result.train_loss is None
-    assert_states_close(state.adapter, start(parts.model).adapter, atol=0)
+    assert_states_close(state.adapter, start(parts.engine.model).adapter, atol=0)
 
 
 def test_cross_entropy_is_what_the_oracle_uses() -> None:

@@ -12,16 +12,18 @@ import torch
 from helpers import CLASSES, adapt
 
 from flora.benchmark.__main__ import resident_bytes
-from flora.client.training import LocalTraining
+from flora.client.local_training import LocalTraining
+from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform
 from flora.config.parse import parse_config
-from flora.core.records import ServerState
 from flora.core.rng import Rng
+from flora.core.states import ServerState
+from flora.engine.engine import Engine
 from flora.experiment import deal_out
 from flora.features.features import StoredFeatures
 from flora.federated.federation import Federation
 from flora.federated.round import run_round
-from flora.server.strategies.averaging import FedAvg
+from flora.federated.synchronous import Synchronous
 
 NUM_EXAMPLES = 200_000
 
@@ -38,18 +40,17 @@ def test_clients_that_do_not_take_part_cost_nothing(
     for number in (50, 100_000):
         before = resident_bytes()
         config = parse_config({**raw_config, "clients": {"number": number}, "partition": partition})
+        clients = deal_out(config, labels, None, Rng(0))
         federation = Federation(
-            model=model,
-            features=features,
-            clients=deal_out(config, labels, None, Rng(0)),
+            engine=Engine(model, features, 32),
+            clients=clients,
+            participation=Participation(Uniform(number=50), np.array([len(client.train) for client in clients])),
             local=LocalTraining(steps=1, batch_size=4),
-            sampler=Uniform(number=50),
-            strategy=FedAvg(),
+            schedule=Synchronous(),
             num_rounds=3,
-            clients_per_block=32,
             rng=Rng(0),
         )
-        state = ServerState(0, model.adapter.initial_state(Rng(1)), {})
+        state = ServerState(0, model.adapter.initial_state(Rng(1)))
         for _ in range(2):
             state, _ = run_round(federation, state)
         profiler = cProfile.Profile()

@@ -14,7 +14,7 @@ from flora.config.parse import parse_config
 from flora.core import tree
 from flora.core.hooks import Hooks
 from flora.evaluation.accuracy import evaluate
-from flora.evaluation.local_only import train_alone
+from flora.evaluation.local_only import train_local_only
 from flora.experiment import build_experiment
 from flora.simulate import RunResult, resume, simulate
 
@@ -94,12 +94,14 @@ def test_both_adapters_on_both_sets(raw_config: dict[str, Any]) -> None:
     result = simulate(parse_config(raw))
     experiment = build_experiment(parse_config(raw), progress=lambda *_: lambda _: None, log=lambda _: None)
     federation = experiment.federation
-    adapters = train_alone(federation, experiment.initial_adapter, np.array([0, 2, 4]), advance=lambda _: None)
+    adapters = train_local_only(federation, experiment.initial_adapter, np.array([0, 2, 4]), advance=lambda _: None)
     rows, held_out = client_rows(result), []
     for place, client in enumerate((0, 2, 4)):
         one = {name: tensor[place : place + 1] for name, tensor in adapters.items()}
-        own = federation.features.subset(federation.clients[client].held_out)
-        found = [evaluate(federation.model, one, each, batch_size=512)[0].accuracy for each in (own, experiment.test)]
+        own = federation.engine.features.subset(federation.clients[client].held_out)
+        found = [
+            evaluate(federation.engine.model, one, each, batch_size=512)[0].accuracy for each in (own, experiment.test)
+        ]
         cells = [rows[client][column] for column in ("alone_held_out_accuracy", "alone_accuracy")]
         assert cells == [f"{accuracy:.6f}" for accuracy in found]
         held_out.append(found[0])

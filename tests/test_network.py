@@ -13,6 +13,7 @@ import torch
 
 from flora.communication.network import (
     PRESETS,
+    ClientLoad,
     CohortOutcome,
     CsvNetwork,
     DrawnNetwork,
@@ -20,8 +21,8 @@ from flora.communication.network import (
     Preset,
     Profiles,
     StragglerPolicy,
+    cohort_outcome,
     durations,
-    trip,
 )
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
@@ -48,19 +49,18 @@ def ids(found: CohortOutcome) -> tuple[list[int], list[int], list[int]]:
 
 def sent(network: Network, own: Profiles, stragglers: StragglerPolicy, **changes: Any) -> CohortOutcome:
     """Four clients, of 1, 2, 3 and 4 steps of a second, a megabyte down and two up: 4, 5, 6 and 7 seconds."""
-    values: dict[str, Any] = {
-        "asked": np.arange(4), "num_needed": 4, "num_steps": [1, 2, 3, 4], "downlink_bytes": [10**6] * 4,
-        "uplink_bytes": [2 * 10**6] * 4, "rng": Rng(0),
-    }  # fmt: skip
-    return trip(network, own, stragglers, **{**values, **changes})
+    asked = np.arange(4)
+    values: dict[str, Any] = {"takes": durations(network, own, asked, LOAD), "num_needed": 4, "rng": Rng(0)}
+    return cohort_outcome(stragglers, asked, dropout=own.dropout, **{**values, **changes})
 
 
 SECOND = Preset(step_seconds=1.0)
+LOAD = ClientLoad(lambda client: client + 1, lambda client: 10**6, lambda client: 2 * 10**6)
 
 
 def test_durations_by_hand() -> None:
     own = profiles(latency_seconds=[0.0, 0.5, 0.0, 0.0], compute_speed=[1.0, 1.0, 2.0, 1.0], upload_mbps=[8, 8, 8, 16])
-    found = durations(SECOND, own, np.arange(4), [1, 2, 3, 4], [10**6] * 4, [2 * 10**6] * 4)
+    found = durations(SECOND, own, np.arange(4), LOAD)
     assert found.tolist() == pytest.approx([1 + 1 + 2, 1 + 1 + 2 + 2, 1 + 1.5 + 2, 1 + 4 + 1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,17 +10,18 @@ import torch
 import torch.nn.functional as F
 from helpers import adapt, assert_states_close, federation, mean, start
 
+from flora.client.local_training import LocalTraining
 from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.client.optimizers import Sgd
-from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty, StepView
-from flora.client.training import LocalTraining
+from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.heads_and_prompts import LinearHead
 from flora.clip.adapters.lora import Lora
+from flora.clip.loss_terms import StepView
 from flora.core import tree
 from flora.federated.round import run_round
 
-MASK = torch.tensor([[True, True, False]])
+BATCH = {"labels": torch.zeros(1, 3, dtype=torch.int64), "example_mask": torch.tensor([[True, True, False]])}
 SCALE = torch.tensor(2.0)
 
 
@@ -30,20 +32,20 @@ def unit(*rows: list[float]) -> torch.Tensor:
 def test_anchor_by_hand() -> None:
     images, frozen = unit([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]), unit([1.0, 0.0], [0.0, 1.0])
     classes = torch.stack([frozen, unit([0.0, 1.0], [0.0, -1.0])])  # as they were; at 90 and 180 degrees
-    found = Anchor(weight=3.0).loss(StepView(images.expand(2, -1, -1), classes, images, frozen, MASK, SCALE))
+    found = Anchor(weight=3.0).loss(StepView(images.expand(2, -1, -1), classes, SCALE, BATCH, images, frozen))
     assert found.tolist() == pytest.approx([0.0, 3.0 * (1 + 2) / 2])
 
 
 def test_distillation_by_hand() -> None:
     images, classes = unit([1.0, 0.0], [0.0, 1.0], [5.0, 1.0]), unit([1.0, 0.0], [0.0, 1.0])
-    seen = StepView(images.unsqueeze(0), classes.unsqueeze(0), images.unsqueeze(0), classes, MASK, SCALE)
+    seen = StepView(images.unsqueeze(0), classes.unsqueeze(0), SCALE, BATCH, images.unsqueeze(0), classes)
     same = Distillation().loss(seen)
     assert same.tolist() == pytest.approx([0.0])
     # The adapted model has swapped the two classes; at temperature 4 the logits are 1/2 and 0.
     swapped = classes.flip(0).unsqueeze(0)
     p = math.exp(0.5) / (math.exp(0.5) + 1)
     divergence = p * math.log(p / (1 - p)) + (1 - p) * math.log((1 - p) / p)
-    found = Distillation(weight=0.5, temperature=4.0).loss(seen._replace(classes=swapped))
+    found = Distillation(weight=0.5, temperature=4.0).loss(dataclasses.replace(seen, classes=swapped))
     assert found.tolist() == pytest.approx([0.5 * 16 * divergence], rel=1e-5)
 
 
@@ -67,8 +69,8 @@ def test_a_round_equals_a_plain_loop(tiny_model: str, penalty: Penalty, adapter:
     frozen_classes = model.class_features(1)[0].detach()
     ends = []
     for client in parts.clients:
-        stem = parts.features.take(torch.from_numpy(client.train), torch.device("cpu"))
-        labels = parts.features.labels[client.train].unsqueeze(0)
+        stem = parts.engine.features.take(torch.from_numpy(client.train), torch.device("cpu"))
+        labels = parts.engine.features.labels[client.train].unsqueeze(0)
         frozen_images = model.image_features(stem, 1).detach()
         mask = torch.ones_like(labels, dtype=torch.bool)
         vector = tree.flatten(state.adapter)
@@ -77,7 +79,7 @@ def test_a_round_equals_a_plain_loop(tiny_model: str, penalty: Penalty, adapter:
             own = {name: each.unsqueeze(0) for name, each in tree.unflatten(leaf, state.adapter).items()}
             with model.adapter.bind(own):
                 images, classes, scale = model.image_features(stem, 1), model.class_features(1), model.logit_scale()
-                loss = objective.loss(images, classes, labels, mask, scale)
+                loss = objective.loss(StepView(images, classes, scale, {"labels": labels, "example_mask": mask}))
                 if isinstance(penalty, Anchor):
                     loss = loss + penalty.weight * (1 - F.cosine_similarity(classes[0], frozen_classes)).mean()
                 elif isinstance(penalty, Distillation):

@@ -21,11 +21,12 @@ from helpers import (
     changed,
     federation,
     random_adapters,
+    variant,
 )
 
+from flora.client.local_training import LocalTraining
 from flora.client.optimizers import AdamW, Cosine, Sgd
-from flora.client.personalization import OWN, Ditto, FineTuning, NoPersonalization, Personalization
-from flora.client.training import LocalTraining
+from flora.client.personalization import Ditto, FineTuning, NoPersonalization, Personalization
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.lora import Lora
@@ -35,8 +36,8 @@ from flora.config.rules import check_experiment
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
-from flora.core.records import ClientUpdate, ServerState
 from flora.core.rng import Rng
+from flora.core.states import ClientUpdate, ServerState
 from flora.core.tree import State
 from flora.data.batching import client_batches
 from flora.evaluation.accuracy import evaluate, own_accuracies
@@ -55,29 +56,25 @@ def parts_of(
     model: AdaptedClip, strategy: Strategy | None = None, local: LocalTraining = SMALL,
     personal: Personalization | None = None, **options: Any,
 ) -> Federation:  # fmt: skip
-    return dataclasses.replace(
-        federation(model, local, **options),
-        strategy=strategy or FedAvg(),
-        personal=personal or NoPersonalization(),
-    )
+    return federation(model, local, strategy=strategy or FedAvg(), personal=personal or NoPersonalization(), **options)
 
 
 def rounds(parts: Federation, number: int) -> list[ServerState]:
-    states = [parts.initial_state(parts.model.initial_adapter(Rng(1)))]
+    states = [parts.initial_state(parts.engine.model.initial_adapter(Rng(1)))]
     for _ in range(number):
         states.append(run_round(parts, states[-1])[0])
     return states
 
 
 def own(state: ServerState, client: int) -> State:
-    return tree.strip_prefix(OWN, state.clients[client])
+    return state.clients[client].own
 
 
 def plain_training(
     parts: Federation, start: State, client: int, rng: Rng, names: set[str], anchor: State | None = None, mu: float = 0
 ) -> State:
     """One client's epoch of SGD by autograd alone, one client at a time."""
-    model, local = parts.model, parts.local
+    model, local = parts.engine.model, parts.local
     leaves = {name: tensor.clone().requires_grad_(name in names) for name, tensor in start.items()}
     trained = [leaves[name] for name in leaves if name in names]
     optimizer = torch.optim.SGD(trained, lr=local.learning_rate)
@@ -85,7 +82,7 @@ def plain_training(
     steps = -(-len(data.train) // 4)
     indices, masks = client_batches(data.train, rng.child("client", client), batch_size=4, width=4, num_steps=steps)
     for batch, real in zip(indices, masks, strict=True):
-        stem = parts.features.take(batch[real], torch.device("cpu"))
+        stem = parts.engine.features.take(batch[real], torch.device("cpu"))
         with model.adapter.bind({name: leaf.unsqueeze(0) for name, leaf in leaves.items()}):
             logits = model.logit_scale() * model.image_features(stem, 1)[0] @ model.class_features(1)[0].T
         loss = F.cross_entropy(logits, LABELS[batch[real]])
@@ -108,7 +105,7 @@ def test_one_factor_stays_as_in_a_plain_loop(tiny_model: str, strategy: OneFacto
     names = set(server)
     for round in (1, 2, 3):
         rng = parts.rng.child("round", round)
-        cohort = parts.sampler.sample(parts.sizes, 3, rng.child("cohort")).tolist()
+        cohort = parts.participation.sampler.sample(parts.participation.sizes, 3, rng.child("cohort")).tolist()
         ends = {
             client: plain_training(parts, {**server, **kept.get(client, {})}, client, rng, names) for client in cohort
         }
@@ -131,13 +128,13 @@ def test_the_factor_that_stays_is_never_sent(tiny_model: str, strategy: Strategy
         seen.update(update.delta)
         return update
 
-    watching = dataclasses.replace(parts, hooks=Hooks(update=watch))
-    state = watching.initial_state(watching.model.initial_adapter(Rng(1)))
+    watching = variant(parts, hooks=Hooks(update=watch))
+    state = watching.initial_state(watching.engine.model.initial_adapter(Rng(1)))
     after, result = run_round(watching, state)
     assert {name.rpartition(".")[2] for name in seen} == {shared}
     assert changed(state.adapter, after.adapter) == {shared}
     assert result.aggregation_error is None
-    _, plain = run_round(parts_of(parts.model), state)
+    _, plain = run_round(parts_of(parts.engine.model), state)
     assert result.uplink_bytes == result.downlink_bytes < 0.6 * plain.uplink_bytes
 
 
@@ -149,7 +146,7 @@ def test_a_client_that_is_left_out_keeps_what_it_had(tiny_model: str) -> None:
         broken = {name: tensor * float("nan") for name, tensor in update.delta.items()}
         return dataclasses.replace(update, delta=broken) if update.client == 2 else update
 
-    second, result = run_round(dataclasses.replace(parts, hooks=Hooks(update=spoil)), first)
+    second, result = run_round(variant(parts, hooks=Hooks(update=spoil)), first)
     assert [rejection.client for rejection in result.rejections] == [2]
     assert all(torch.equal(own(first, 2)[name], tensor) for name, tensor in own(second, 2).items())
     assert any(not torch.equal(own(first, 1)[name], tensor) for name, tensor in own(second, 1).items())
@@ -169,7 +166,7 @@ def test_ditto_as_in_a_plain_loop_and_the_server_as_without(tiny_model: str, str
         assert all(torch.equal(server[name], without[round - 1].adapter[name]) for name in server)  # bit for bit
         rng = parts.rng.child("round", round)
         names = {name for name in server if strategy.trains(name, round)}
-        for client in parts.sampler.sample(parts.sizes, 3, rng.child("cohort")).tolist():
+        for client in parts.participation.sampler.sample(parts.participation.sizes, 3, rng.child("cohort")).tolist():
             start = {**server, **kept.get(client, {})}
             kept[client] = plain_training(parts, start, client, rng.child("personal"), names, server, 0.7)
         assert set(states[round].clients) == set(kept)
@@ -194,7 +191,7 @@ def test_a_heavy_weight_holds_ditto_at_the_server(tiny_model: str) -> None:
 def test_dual_adapters_have_two_models(tiny_model: str) -> None:
     model = adapt(tiny_model, DualLora(rank=2, local_rank=5))
     stack = random_adapters(model, 3)
-    server, local = model.adapter.views(stack)
+    server, local = model.adapter.models(stack)
     plain = adapt(tiny_model, Lora(rank=5, alpha=8 * 5))  # the scaling is that of rank 2 and alpha 16
     merged = {
         f"{layer}.{factor}": stack[f"{layer}.local_{factor[-1]}"]
@@ -211,10 +208,14 @@ def test_dual_adapters_have_two_models(tiny_model: str) -> None:
             assert (model.class_features(3) - ours).abs().max() > 1e-3
 
 
+def gates(state: State) -> list[str]:
+    return [name for name in state if name.endswith(".local_gate")]
+
+
 def dual_loss(model: AdaptedClip, leaves: State, stem: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Both models' cross-entropies and what they learn from each other, written out."""
     logits = []
-    for view in model.adapter.views({name: leaf.unsqueeze(0) for name, leaf in leaves.items()}):
+    for view in model.adapter.models({name: leaf.unsqueeze(0) for name, leaf in leaves.items()}):
         with model.adapter.bind(view):
             logits.append(model.logit_scale() * model.image_features(stem, 1)[0] @ model.class_features(1)[0].T)
     loss = F.cross_entropy(logits[0], labels) + F.cross_entropy(logits[1], labels)
@@ -238,12 +239,12 @@ def test_dual_adapters_as_in_a_plain_loop(tiny_model: str, per_block: int) -> No
         for client, data in enumerate(parts.clients):
             leaves = {n: t.clone().requires_grad_() for n, t in {**server, **kept.get(client, {})}.items()}
             optimizer = torch.optim.SGD(leaves.values(), lr=0.02, momentum=0.9)
-            stem = parts.features.take(torch.from_numpy(data.train), torch.device("cpu"))
+            stem = parts.engine.features.take(torch.from_numpy(data.train), torch.device("cpu"))
             for _ in range(3):
                 optimizer.zero_grad()
-                dual_loss(model, leaves, stem, parts.features.labels[data.train]).backward()
+                dual_loss(model, leaves, stem, parts.engine.features.labels[data.train]).backward()
                 optimizer.step()
-                for name in model.adapter.gates:
+                for name in gates(server):
                     gate = leaves[name].data
                     leaves[name].data = gate.sign() * (gate.abs() - 0.02 * 2.0).clamp(min=0)
             ends.append({name: leaf.detach() for name, leaf in leaves.items()})
@@ -260,13 +261,13 @@ def test_a_higher_threshold_leaves_fewer_ranks(tiny_model: str) -> None:
     for threshold in (0.0, 2.4, 1000.0):
         model = adapt(tiny_model, DualLora(rank=2, local_rank=4, threshold=threshold))
         state = rounds(parts_of(model, local=dataclasses.replace(LOCAL, learning_rate=0.05)), 2)[-1]
-        counts.append(sum(int(own(state, 0)[name].count_nonzero()) for name in model.adapter.gates))
+        counts.append(sum(int(own(state, 0)[name].count_nonzero()) for name in gates(state.adapter)))
     assert counts[0] == 16 and counts[0] > counts[1] > counts[2] == 0
 
 
 def test_dual_adapters_send_the_small_one_alone(tiny_model: str) -> None:
     both, small = (
-        run_round(parts, parts.initial_state(parts.model.initial_adapter(Rng(1))))[1]
+        run_round(parts, parts.initial_state(parts.engine.model.initial_adapter(Rng(1))))[1]
         for parts in (
             parts_of(adapt(tiny_model, options)) for options in (DualLora(rank=2, local_rank=7), Lora(rank=2))
         )
@@ -279,7 +280,7 @@ def test_dual_adapters_send_the_small_one_alone(tiny_model: str) -> None:
 
 def test_own_accuracies_equal_one_by_one(tiny_model: str) -> None:
     model = adapt(tiny_model, Lora(rank=2))
-    features = federation(model, LOCAL).features
+    features = federation(model, LOCAL).engine.features
     stack = random_adapters(model, 3, scale=3.0)
     examples = [np.arange(0, 13), np.array([], dtype=np.int64), np.arange(20, 25)]
     for batch_size in (1, 7, 500):
@@ -298,7 +299,7 @@ def test_own_adapters(tiny_model: str, per_block: int) -> None:
     state = rounds(parts, 1)[1]
     with_own = clients_with_own_adapters(parts, state)
     assert with_own is not None and with_own.tolist() == sorted(state.clients) and len(with_own) == 2
-    assert clients_with_own_adapters(parts_of(parts.model), state) is None
+    assert clients_with_own_adapters(parts_of(parts.engine.model), state) is None
     found = {}
     for clients, stack in own_adapters(parts, state, np.arange(5)):
         found |= dict(zip(clients, tree.unstack(stack), strict=True))
@@ -317,7 +318,7 @@ def test_fine_tuning_as_in_a_plain_loop(tiny_model: str, strategy: Strategy) -> 
     for clients, stack in own_adapters(parts, state, np.arange(5)):
         found |= dict(zip(clients, tree.unstack(stack), strict=True))
     for client in range(5):
-        start = parts.own_adapter(state, client)
+        start = parts.client_adapter(state, client)
         expected = plain_training(parts, start, client, parts.rng.child("personal", 3), set(start))
         assert_states_close(found[client], expected)
         assert max(float((expected[name] - start[name]).abs().max()) for name in start) > 1e-3
@@ -407,7 +408,7 @@ def test_adamw_and_dropout_go_with_everything(tiny_model: str) -> None:
 
 
 def own_or_nothing(state: ServerState, client: int) -> State:
-    return tree.strip_prefix(OWN, state.clients.get(client, {}))
+    return state.clients[client].own if client in state.clients else {}
 
 
 @pytest.mark.parametrize("changes", [
@@ -444,6 +445,6 @@ def test_running_out_of_memory_is_learned_once(tiny_model: str) -> None:
         if len(clients) > 2:
             raise torch.OutOfMemoryError("simulated")
 
-    parts = dataclasses.replace(parts, hooks=Hooks(before_block=before), log=lines.append)
+    parts = variant(parts, hooks=Hooks(before_block=before), log=lines.append)
     rounds(parts, 2)
-    assert len(lines) == 2 and parts.clients_per_block == 2  # 5 to 3, then 3 to 2
+    assert len(lines) == 2 and parts.engine.clients_per_block == 2  # 5 to 3, then 3 to 2

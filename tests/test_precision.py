@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import LOCAL, LOOSE, adapt, comparable, federation, rounds
+from helpers import LOCAL, LOOSE, adapt, comparable, federation, rounds, variant
 
 from flora.client.corrections import Correction, FedDyn, FedProx, Scaffold
 from flora.clip.adapters.base import Adapter
@@ -22,6 +22,7 @@ from flora.config.parse import parse_config
 from flora.core import tree
 from flora.core.registry import components
 from flora.federated.federation import Federation
+from flora.runs.stored_state import client_tensors, server_tensors
 from flora.server.strategies.base import Strategy
 from flora.simulate import resume, simulate
 
@@ -29,7 +30,7 @@ ADAPTERS = {name: cls() for name, cls in components(Adapter).items()} | {
     "lora": Lora(towers=("text", "vision"), targets=TARGETS, rank=2),
     "dual_lora": DualLora(rank=2, local_rank=2),
 }
-STRATEGIES = {name: cls() for name, cls in components(Strategy).items() if not cls().buffer_size}
+STRATEGIES = {name: cls() for name, cls in components(Strategy).items()}
 CORRECTIONS = {"fedprox": FedProx(), "scaffold": Scaffold(), "feddyn": FedDyn(alpha=0.5)}
 COMPRESSORS = {name: cls() for name, cls in components(Compressor).items()}
 
@@ -40,12 +41,12 @@ def in_both(model: str, adapter: Adapter, **parts: Any) -> tuple[tree.State, tre
     for precision in ("fp32", "fp64"):
         whole: Federation = federation(adapt(model, adapter, precision=precision), parts.get("local", GENTLE))
         others = {name: part for name, part in parts.items() if name != "local"}
-        states, _ = rounds(dataclasses.replace(whole, **others), 2)
+        states, _ = rounds(variant(whole, **others), 2)
         begin = states[0].adapter
         ends.append(states[-1].adapter)
         wanted = torch.float64 if precision == "fp64" else torch.float32
         for state in states:
-            kept = [state.adapter, state.strategy, *state.clients.values()]
+            kept = [state.adapter, server_tensors(state), *map(client_tensors, state.clients.values())]
             assert {tensor.dtype for each in kept for tensor in each.values()} <= {wanted, torch.float64}
             assert {tensor.dtype for tensor in state.adapter.values()} == {wanted}
     return ends[0], ends[1], begin

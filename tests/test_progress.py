@@ -19,7 +19,7 @@ from flora.config.parse import parse_config
 from flora.core import progress
 from flora.core.hooks import Hooks
 from flora.core.progress import MAX_ROUND_LINES, has_line, image_progress
-from flora.federated import federation
+from flora.engine import engine
 from flora.simulate import main, simulate
 
 
@@ -121,15 +121,15 @@ def test_hooks_are_told_of_every_client_step(raw_config: dict[str, Any], per_blo
 def test_a_block_that_is_halved_is_not_counted_twice(
     raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = federation.train_block, []
+    real, seen = engine.train_block, []
 
-    def only_two(model: Any, block: Any, **options: Any) -> Any:
-        result = real(model, block, **options)
-        if len(block.clients) > 2:
+    def only_two(model: Any, features: Any, block: Any, advance: Any) -> Any:
+        result = real(model, features, block, advance)
+        if len(block.tasks) > 2:
             raise MemoryError
         return result
 
-    monkeypatch.setattr(federation, "train_block", only_two)
+    monkeypatch.setattr(engine, "train_block", only_two)
     result = simulate(
         parse_config({**raw_config, "rounds": 1}), hooks=Hooks(after_step=lambda *pair: seen.append(pair))
     )

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LOCAL, SIZES, TOLERANCE, adapt, assert_states_close, federation
+from helpers import LOCAL, SIZES, TOLERANCE, adapt, assert_states_close, federation, train, variant
 
+from flora.client.local_training import LocalTraining
 from flora.client.optimizers import AdamW, Sgd
-from flora.client.training import LocalTraining
 from flora.clip.adapters.lora import Lora
 from flora.communication.options import payload_bytes
 from flora.communication.ranks import Drawn
@@ -19,10 +19,9 @@ from flora.config.parse import config_to_dict, parse_config
 from flora.config.rules import check_experiment
 from flora.core.errors import UserError
 from flora.core.low_rank import aggregation_error, layers, rank_first, rank_padded
-from flora.core.records import ServerState
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
-from flora.core.tree import State
+from flora.core.states import ServerState
 from flora.federated.federation import Federation
 from flora.federated.round import RoundResult, run_round
 from flora.server.screening import Screening
@@ -36,11 +35,11 @@ RANKS = np.array([4, 1, 2, 4, 3])
 
 def parts_of(model: str, strategy: Strategy, local: LocalTraining = LOCAL, per_block: int = 1) -> Federation:
     adapted = adapt(model, Lora(rank=4, alpha=8))
-    return dataclasses.replace(federation(adapted, local, per_block=per_block), strategy=strategy, ranks=RANKS)
+    return federation(adapted, local, per_block=per_block, strategy=strategy, ranks=RANKS)
 
 
 def rounds(parts: Federation, number: int) -> tuple[ServerState, list[RoundResult]]:
-    state, results = parts.initial_state(parts.model.initial_adapter(Rng(1))), []
+    state, results = parts.initial_state(parts.engine.model.initial_adapter(Rng(1))), []
     for _ in range(number):
         state, result = run_round(parts, state)
         results.append(result)
@@ -61,37 +60,31 @@ def test_cut_and_padded_by_hand() -> None:
 def test_a_client_of_lower_rank_trains_as_if_all_had_its_rank(tiny_model: str, optimizer: Any) -> None:
     local = dataclasses.replace(LOCAL, learning_rate=0.01, optimizer=optimizer, epochs=2)
     parts = parts_of(tiny_model, HetLora(), local, per_block=5)
-    start = parts.model.initial_adapter(Rng(1))
-    rng, cohort = Rng(3), np.arange(5)
+    start = parts.engine.model.initial_adapter(Rng(1))
+    rng = Rng(3)
     received = {client: parts.received(start, client) for client in range(5)}
-    ends: dict[int, State] = {}
-    for block, result in parts.train(cohort, received, {}, round=1, rng=rng):
-        ends |= {
-            client: {n: t[place] for n, t in result.adapters.items()} for place, client in enumerate(block.clients)
-        }
+    ends = {client: result.adapter for client, result in train(parts, received, round=1, rng=rng).items()}
     for client, rank in enumerate(RANKS.tolist()):
         narrow = adapt(tiny_model, Lora(rank=rank, alpha=2 * rank))  # the same scaling, 2
         alone = federation(narrow, local)
-        own = {client: rank_first(start, rank)}
-        ((_, result),) = alone.train(np.array([client]), own, {}, round=1, rng=rng)
-        assert_states_close(rank_first(ends[client], rank), {n: t[0] for n, t in result.adapters.items()})
+        (result,) = train(alone, {client: rank_first(start, rank)}, round=1, rng=rng).values()
+        assert_states_close(rank_first(ends[client], rank), result.adapter)
         assert all(torch.equal(ends[client][name], rank_padded(ends[client], rank)[name]) for name in start)
 
 
 def test_hetlora_is_the_zero_padded_mean(tiny_model: str) -> None:
     parts = parts_of(tiny_model, HetLora())
-    start = parts.model.initial_adapter(Rng(1))
+    start = parts.engine.model.initial_adapter(Rng(1))
     state, (result,) = rounds(parts, 1)
     received = {client: parts.received(start, client) for client in range(5)}
     mean = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
     rng = parts.rng.child("round", 1)
     sent = 0
-    for block, trained in parts.train(np.arange(5), received, {}, round=1, rng=rng):
-        for place, client in enumerate(block.clients):
-            own = {name: tensor[place] for name, tensor in trained.adapters.items()}
-            sent += payload_bytes(rank_first(own, int(RANKS[client])))
-            for name in mean:
-                mean[name] += SIZES[client] / sum(SIZES) * own[name]
+    for client, result_alone in train(parts, received, round=1, rng=rng).items():
+        own = result_alone.adapter
+        sent += payload_bytes(rank_first(own, int(RANKS[client])))
+        for name in mean:
+            mean[name] += SIZES[client] / sum(SIZES) * own[name]
     assert_states_close(state.adapter, mean)
     assert result.uplink_bytes == result.downlink_bytes == sent < 5 * payload_bytes(start)
 
@@ -188,14 +181,14 @@ def test_ranks_from_a_config(raw_config: dict[str, Any]) -> None:
 def test_screening_looks_at_what_a_client_did(tiny_model: str) -> None:
     """What a client of a lower rank lacks is no part of its update: at a small rate it would be most of it."""
     local = dataclasses.replace(LOCAL, learning_rate=1e-3)
-    parts = dataclasses.replace(parts_of(tiny_model, FlexLora(), local), screening=Screening(max_norm_ratio=20.0))
+    parts = variant(parts_of(tiny_model, FlexLora(), local), screening=Screening(max_norm_ratio=20.0))
     for result in rounds(parts, 2)[1]:
         assert not result.rejections
 
 
 def test_ranks_that_nobody_in_the_cohort_has_stay_alive(tiny_model: str) -> None:
-    parts = dataclasses.replace(parts_of(tiny_model, HetLora()), ranks=np.array([1, 2, 1, 2, 1]))
-    start = parts.model.initial_adapter(Rng(1))
+    parts = variant(parts_of(tiny_model, HetLora()), ranks=np.array([1, 2, 1, 2, 1]))
+    start = parts.engine.model.initial_adapter(Rng(1))
     state, _ = rounds(parts, 2)
     for layer in layers(start):
         rows, first = state.adapter[f"{layer}.lora_A"], start[f"{layer}.lora_A"]

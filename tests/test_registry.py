@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flora.client.training import LocalTraining
+from flora.client.local_training import LocalTraining
 from flora.config.listing import list_components
 from flora.config.schema import ClientOptions, EvaluationOptions, ExperimentConfig, ServerOptions
 from flora.core import registry

@@ -28,8 +28,8 @@ from flora.communication.options import payload_bytes
 from flora.config.parse import parse_config
 from flora.core import tree
 from flora.core.low_rank import aggregation_error, layers, product_of, residual_of, residuals_at_their_smallest
-from flora.core.records import ServerState
 from flora.core.rng import Rng
+from flora.core.states import ServerState
 from flora.core.tree import State, StateLike
 from flora.federated.round import RoundResult, run_round
 from flora.server.strategies.residuals import FedExLora, FloraStacking, WithResidual
@@ -187,7 +187,7 @@ def rounds(
 ) -> tuple[list[ServerState], list[RoundResult]]:
     adapted = adapt(model, Lora(rank=2))
     local = dataclasses.replace(LOCAL, learning_rate=0.02, **options)
-    parts = dataclasses.replace(federation(adapted, local, per_block=per_block), strategy=strategy)
+    parts = federation(adapted, local, per_block=per_block, strategy=strategy)
     states, results = [parts.initial_state(adapted.initial_adapter(Rng(1)))], []
     for _ in range(number):
         state, result = run_round(parts, states[-1])

@@ -24,7 +24,7 @@ from PIL import Image
 from flora.config.parse import parse_config
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
-from flora.core.records import ClientUpdate
+from flora.core.states import ClientUpdate
 from flora.runs.run_directory import RunDirectory
 from flora.simulate import main, resume, simulate
 

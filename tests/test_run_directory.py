@@ -21,7 +21,8 @@ import yaml
 from flora.config.parse import config_to_dict, parse_config
 from flora.core import tree
 from flora.core.errors import UserError
-from flora.core.records import ClientData, RoundRecord
+from flora.core.records import RoundRecord
+from flora.core.states import ClientData
 from flora.runs.run_directory import ADAPTER_FORMAT, RunDirectory
 from flora.simulate import RunResult, simulate
 

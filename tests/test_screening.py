@@ -15,9 +15,10 @@ from helpers import TOLERANCE
 from flora.config.parse import parse_config
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
-from flora.core.records import ClientUpdate, Rejection, ServerState
+from flora.core.records import Rejection
 from flora.core.registry import OptionError
-from flora.federated import federation
+from flora.core.states import ClientUpdate, ServerState
+from flora.engine import engine
 from flora.server.screening import Screening, screen
 from flora.simulate import RunResult, resume, simulate
 
@@ -185,12 +186,12 @@ def test_a_rejected_client_keeps_its_earlier_optimiser_state(raw_config: dict[st
 
     result = simulate(parse_config(raw_config), hooks=Hooks(update=spoil))
     folder = CheckpointFolder(result.directory / "checkpoints")
-    like = ServerState(0, result.adapter, {})
+    like = ServerState(0, result.adapter)
     kept = parse_config(raw_config).local.client_state(result.adapter)
     first, second = (folder.load(round, like=like, client_like=kept).state.clients for round in (1, 2))
     assert first.keys() == second.keys() == {1, 2, 3}
-    assert torch.equal(first[1]["mean"], second[1]["mean"])
-    assert not torch.equal(first[2]["mean"], second[2]["mean"])
+    assert torch.equal(first[1].optimizer["mean"], second[1].optimizer["mean"])
+    assert not torch.equal(first[2].optimizer["mean"], second[2].optimizer["mean"])
 
 
 NO_MEMORY = [
@@ -264,7 +265,7 @@ def test_one_client_that_does_not_fit_is_an_error_with_an_estimate(raw_config: d
 def test_batches_that_do_not_fit_are_refused_before_they_are_made(
     raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(federation, "available_memory_bytes", lambda device: 10**9)
+    monkeypatch.setattr(engine, "available_memory_bytes", lambda device: 10**9)
     raw_config["partition"], raw_config["local"]["steps"] = "iid", 10_000_000
     with pytest.raises(UserError) as caught:
         simulate(parse_config(raw_config))

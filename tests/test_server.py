@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from flora.communication.options import payload_bytes
 from flora.communication.sampling import BySize, Uniform
 from flora.core import tree
-from flora.core.records import ClientUpdate, Evaluation
+from flora.core.records import Evaluation
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
+from flora.core.states import ClientUpdate
 from flora.evaluation.accuracy import class_accuracy, client_accuracies, spread
 from flora.server.aggregators import Mean
 from flora.server.optimizers import ServerSgd

@@ -9,14 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LOCAL, TOLERANCE, adapt, assert_states_close, changed, federation, fp64, low_rank_clients, start
+from helpers import (
+    LOCAL,
+    TOLERANCE,
+    adapt,
+    assert_states_close,
+    changed,
+    federation,
+    fp64,
+    low_rank_clients,
+    start,
+    train,
+    variant,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flora.client.local_training import LocalTraining
 from flora.client.optimizers import Adam, Sgd
-from flora.client.training import LocalTraining
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import Lora
+from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
@@ -24,12 +37,15 @@ from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.core.low_rank import aggregation_error, layers, product_of, residual_of
-from flora.core.records import ClientData, ClientUpdate, ServerState
 from flora.core.registry import OptionError, components
 from flora.core.rng import Rng
+from flora.core.states import ClientData, ClientUpdate, ServerState
 from flora.core.tree import State
+from flora.engine.engine import Engine
+from flora.federated.aggregation import _End, step
 from flora.federated.federation import Federation
-from flora.federated.round import RoundResult, _End, _next, run_round
+from flora.federated.round import RoundResult, run_round
+from flora.federated.synchronous import Synchronous
 from flora.server.aggregators import Aggregator, BoundedMean, Mean, Median, MultiKrum, TrimmedMean
 from flora.server.optimizers import Adaptive, ServerAdagrad, ServerAdam, ServerOptimizer, ServerSgd, ServerYogi
 from flora.server.strategies.averaging import FedAvg
@@ -225,24 +241,23 @@ def errors(changes: list[State], **options: Any) -> list[float | None]:
     """The error of three rounds that begin with `LEFT`, in each of which clients of equal weight change the same."""
     clients = [ClientData(np.arange(1), np.arange(0)) for _ in changes]
     parts = Federation(
-        model=None,  # type: ignore[arg-type]
-        features=None,  # type: ignore[arg-type]
+        engine=Engine(None, None, 1),  # type: ignore[arg-type]
         clients=clients,
+        participation=Participation(Uniform(), np.ones(len(changes))),
         local=LOCAL,
-        sampler=Uniform(),
+        schedule=Synchronous(),
         num_rounds=3,
-        clients_per_block=1,
         rng=Rng(0),
-        **options,
     )
-    state = ServerState(0, LEFT, parts.server_optimizer.init(LEFT))
+    parts = variant(parts, **options)
+    state = ServerState(0, LEFT, parts.server.optimizer.init(LEFT))
     found = []
     for round in range(1, 4):
         begin = {client: parts.received(state.adapter, client) for client in range(len(changes))}
         updates = [ClientUpdate(client, 1, fp64(delta), 0.0, 1) for client, delta in enumerate(changes)]
-        adapter, strategy, error = _next(parts, state, updates, begin)
-        state = ServerState(round, adapter, strategy)
-        found.append(error)
+        after = step(parts, state, updates, begin)
+        state = ServerState(round, after.adapter, after.optimizer, after.correction)
+        found.append(after.aggregation_error)
     return found
 
 
@@ -255,14 +270,14 @@ def test_what_the_server_does_afterwards_is_no_error_of_averaging(
     optimizer: ServerOptimizer, aggregator: Aggregator
 ) -> None:
     b_alone = [{"x.lora_B": torch.tensor([[float(client), 0.0], [0.0, 3.0]])} for client in range(3)]
-    found = errors(b_alone, strategy=FfaLora(), server_optimizer=optimizer, aggregator=aggregator)
+    found = errors(b_alone, strategy=FfaLora(), optimizer=optimizer, aggregator=aggregator)
     assert found == pytest.approx([0.0] * 3, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
 def test_the_error_of_a_round_by_hand(optimizer: ServerOptimizer) -> None:
     one = {"x.lora_A": torch.tensor([[1.0, 0.0], [0.0, 0.0]]), "x.lora_B": torch.tensor([[1.0, 0.0], [0.0, 0.0]])}
-    found = errors([one, tree.scale(one, 0.0)], strategy=FedAvg(), server_optimizer=optimizer)
+    found = errors([one, tree.scale(one, 0.0)], strategy=FedAvg(), optimizer=optimizer)
     # From I and I one client comes to diag(2, 1) twice, the other stays. The mean product is diag(2.5, 1), of norm
     # sqrt(7.25), the product of the means diag(2.25, 1), whatever the server makes of them.
     assert found[0] == pytest.approx(0.25 / 7.25**0.5, rel=TOLERANCE)
@@ -330,7 +345,7 @@ def rounds(
     model: str, strategy: Strategy, number: int, local: LocalTraining = LOCAL, **options: Any
 ) -> tuple[list[ServerState], list[RoundResult]]:
     adapted = adapt(model, Lora(rank=2))
-    parts: Federation = dataclasses.replace(federation(adapted, local, **options), strategy=strategy)
+    parts = federation(adapted, local, strategy=strategy, **options)
     states, results = [start(adapted)], []
     for _ in range(number):
         state, result = run_round(parts, states[-1])
@@ -375,8 +390,8 @@ def test_frozen_factors_equal_a_plain_loop(tiny_model: str, strategy: Strategy, 
                 torch_optimizer: Any = torch.optim.Adam(trained, lr=0.05, weight_decay=0.1)
             else:
                 torch_optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9, weight_decay=0.1)
-            stem = parts.features.take(torch.from_numpy(client.train), torch.device("cpu"))
-            labels = parts.features.labels[client.train]
+            stem = parts.engine.features.take(torch.from_numpy(client.train), torch.device("cpu"))
+            labels = parts.engine.features.labels[client.train]
             for _ in range(3):
                 with model.adapter.bind({name: leaf.unsqueeze(0) for name, leaf in leaves.items()}):
                     classes = model.class_features(1)[0]
@@ -415,7 +430,7 @@ def test_settling_brings_the_server_nearer_to_the_mean_product(tiny_model: str, 
 def test_one_client_is_left_as_it_is(tiny_model: str) -> None:
     for aggregator in AGGREGATORS:
         adapted = adapt(tiny_model, Lora(rank=2))
-        parts = dataclasses.replace(federation(adapted, LOCAL, cohort=1), aggregator=aggregator)
+        parts = federation(adapted, LOCAL, cohort=1, aggregator=aggregator)
         _, result = run_round(parts, start(adapted))
         assert result.num_clients == 1
         assert result.aggregation_error == pytest.approx(0, abs=TOLERANCE)
@@ -477,7 +492,7 @@ def test_full_fine_tuning_has_no_low_rank_error_and_makes_no_clients_adapter(
 # Every strategy
 
 ALL = {name: cls() for name, cls in components(Strategy).items()}
-PRODUCTS = {name: each for name, each in ALL.items() if not each.has_personal and not each.buffer_size}
+PRODUCTS = {name: each for name, each in ALL.items() if not each.has_personal}
 
 
 def multiplied(state: State, layer: str) -> torch.Tensor:
@@ -490,9 +505,10 @@ def after_round(model: str, strategy: Strategy, sizes: list[np.ndarray], cohort:
     """Federation, state before and after a round, and its result, of clients with these examples, all in one batch."""
     adapted = adapt(model, Lora(rank=2))
     local = dataclasses.replace(LOCAL, batch_size=100)
-    parts = dataclasses.replace(federation(adapted, local, cohort=cohort), strategy=strategy)
+    parts = federation(adapted, local, cohort=cohort, strategy=strategy)
     none = np.array([], dtype=np.int64)
-    parts = dataclasses.replace(parts, clients=[ClientData(examples, none) for examples in sizes])
+    clients = [ClientData(examples, none) for examples in sizes]
+    parts = variant(parts, clients=clients, sizes=np.array([len(examples) for examples in sizes]))
     state = parts.initial_state(adapted.initial_adapter(Rng(1)))
     state, _ = run_round(parts, state)  # so that neither factor begins at zero
     return parts, state, *run_round(parts, state)
@@ -503,8 +519,7 @@ def test_one_client_ends_at_the_server(tiny_model: str, name: str) -> None:
     strategy, examples = PRODUCTS[name], np.arange(9)
     parts, before, after, result = after_round(tiny_model, strategy, [examples])
     rng = parts.rng.child("round", 2)
-    ((_, trained),) = parts.train(np.array([0]), {0: before.adapter}, {}, round=2, rng=rng)
-    client = {**before.adapter, **{key: tensor[0] for key, tensor in trained.adapters.items()}}
+    client = {**before.adapter, **train(parts, {0: before.adapter}, round=2, rng=rng)[0].adapter}
     for layer in layers(before.adapter):
         there, here = multiplied(after.adapter, layer), multiplied(client, layer)
         # LoRA-FAIR's penalty on its own term is all that could keep it away.
@@ -555,7 +570,7 @@ def test_a_poisoned_client_in_a_round(tiny_model: str, aggregator: Aggregator) -
 
     bounded = isinstance(aggregator, BoundedMean)
     aggregator = BoundedMean(max_norm=0.1) if bounded else aggregator
-    parts = dataclasses.replace(federation(adapted, LOCAL), aggregator=aggregator, hooks=Hooks(update=poison))
+    parts = federation(adapted, LOCAL, aggregator=aggregator, hooks=Hooks(update=poison))
     before = start(adapted)
     after, _ = run_round(parts, before)
     moved = tree.subtract(after.adapter, before.adapter)
@@ -566,5 +581,5 @@ def test_a_poisoned_client_in_a_round(tiny_model: str, aggregator: Aggregator) -
             numbers = torch.stack([update.delta[key] for update in honest])
             assert (tensor <= numbers.max(dim=0).values + 1e-5).all()
             assert (tensor >= numbers.min(dim=0).values - 1e-5).all()
-    plain, _ = run_round(dataclasses.replace(parts, aggregator=Mean()), before)
+    plain, _ = run_round(variant(parts, aggregator=Mean()), before)
     assert tree.norm(tree.subtract(plain.adapter, before.adapter)) > 20 * tree.norm(moved)

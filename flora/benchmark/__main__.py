@@ -24,11 +24,11 @@ from tqdm import tqdm
 from flora.benchmark.experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND, measure_experiment
 from flora.benchmark.profile import profile_round
 from flora.benchmark.variants import ROUND_STEPS, VARIANTS, Setting
-from flora.client.gradients import STEPS_BEFORE_RECORDING
 from flora.clip.backbone import Backbone
 from flora.core.command_line import Parser, run_program
 from flora.core.errors import UserError
 from flora.core.memory import peak_memory_bytes
+from flora.engine.gradients import STEPS_BEFORE_RECORDING
 from flora.evaluation.summary import size
 
 

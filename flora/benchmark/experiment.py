@@ -9,19 +9,21 @@ import numpy as np
 import torch
 
 from flora.benchmark.variants import LEARNING_RATE, TEMPLATE, Setting, fresh_adapter, plain_loss
-from flora.client.training import LocalTraining
+from flora.client.local_training import LocalTraining
 from flora.clip.backbone import FrozenClip
 from flora.clip.towers.towers import AdaptedClip
+from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform
 from flora.core import tree
-from flora.core.records import ClientData, ServerState
 from flora.core.rng import Rng
+from flora.core.states import ClientData, ServerState
 from flora.data.batching import client_batches
+from flora.engine.engine import Engine
 from flora.evaluation.accuracy import evaluate
 from flora.features.features import StoredFeatures
 from flora.federated.federation import Federation
 from flora.federated.round import run_round
-from flora.server.strategies.averaging import FedAvg
+from flora.federated.synchronous import Synchronous
 
 NUM_ROUNDS, STEPS_PER_ROUND = 2, 2
 
@@ -77,17 +79,15 @@ def our_experiment(setting: Setting) -> Callable[[], tree.State]:
         rows = torch.arange(len(labels), device=setting.torch_device)
         features = StoredFeatures(stem, rows, labels.cpu(), np.arange(len(labels)))
         federation = Federation(
-            model=model,
-            features=features,
+            engine=Engine(model, features, setting.num_clients),
             clients=[ClientData(own, np.array([], dtype=np.int64)) for own in examples],
+            participation=Participation(Uniform(), np.array([len(own) for own in examples])),
             local=LocalTraining(learning_rate=LEARNING_RATE, batch_size=setting.batch_size, objective=setting.loss()),
-            sampler=Uniform(),
-            strategy=FedAvg(),
+            schedule=Synchronous(),
             num_rounds=NUM_ROUNDS,
-            clients_per_block=setting.num_clients,
             rng=Rng(0),
         )
-        state = ServerState(0, fresh_adapter(attached, None), {})
+        state = ServerState(0, fresh_adapter(attached, None))
         for _ in range(NUM_ROUNDS):
             state, _ = run_round(federation, state)
             evaluate(model, tree.expand(state.adapter, 1), features, batch_size=256)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flora.client.local_training import LocalTraining
 from flora.client.objectives import Contrastive, CrossEntropy, Objective
-from flora.client.training import LocalTraining, train_block
 from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import Backbone, FrozenClip
 from flora.clip.towers.towers import AdaptedClip, SpeedOptions
@@ -20,7 +20,8 @@ from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.rng import Rng
 from flora.core.tree import State
-from flora.data.batching import client_blocks
+from flora.engine.engine import Engine
+from flora.engine.tasks import ClientTask, TrainingSetup
 from flora.evaluation.accuracy import evaluate
 from flora.features.features import Features, StoredFeatures
 
@@ -260,17 +261,17 @@ def ours(speed: SpeedOptions, *, stores: bool = True, many_clients: bool = False
         del pixels
         number = setting.num_clients if many_clients else 1
         local = LocalTraining(learning_rate=LEARNING_RATE, batch_size=setting.batch_size, objective=setting.loss())
-        adapters = tree.expand(fresh_adapter(attached, None), number)
-        rngs = [Rng(0).child(client) for client in range(number)]
+        adapter, engine = fresh_adapter(attached, None), Engine(model, chosen, number)
 
         def run(num_steps: int) -> None:
-            (block,) = client_blocks(
-                range(number), [places] * number, Rng(0), batch_size=setting.batch_size, width=setting.batch_size,
-                epochs=1, steps=num_steps, clients_per_block=number,
-            )  # fmt: skip
-            train_block(
-                model, block, adapters=adapters, features=chosen, local=local, learning_rate=LEARNING_RATE, rngs=rngs
+            setup = TrainingSetup(
+                1, replace(local, steps=num_steps), LEARNING_RATE, tuple(adapter), width=setting.batch_size
             )
+            tasks = [
+                ClientTask(client, adapter, places, Rng(0).child("client", client), setup) for client in range(number)
+            ]
+            for _ in engine.train(tasks):
+                pass
 
         return Step(
             run,

@@ -10,29 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flora.clip.loss_terms import StepView, masked_mean
 from flora.core.registry import Component, option, register
 
 
 @dataclass(frozen=True)
 class Objective(Component):
-    """What a local step minimises. `in_batch` says that no class matters but those of the batch."""
+    """What a local step minimises: the first term of the loss. `in_batch`: no class matters but the batch's."""
 
     in_batch: ClassVar[bool] = False
+    needs_frozen: ClassVar[bool] = False
 
     @abstractmethod
-    def loss(
-        self, image_features: Tensor, class_features: Tensor, labels: Tensor, example_mask: Tensor, logit_scale: Tensor
-    ) -> Tensor:
-        """Each client's mean loss over its real examples, `(K,)`.
-
-        `image_features` `(K, B, d)` and `class_features` `(K, C, d)` are unit vectors, `labels` is `(K, B)` int64,
-        `example_mask` `(K, B)` is True for real examples, `logit_scale` a scalar. Each client has a real example.
-        """
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean along the last axis of `values` `(K, B)` where `mask` is True, `(K,)`."""
-    return torch.where(mask, values, 0.0).sum(dim=-1) / mask.sum(dim=-1)
+    def loss(self, view: StepView) -> Tensor:
+        """Each client's mean loss over its real examples, `(K,)`."""
 
 
 @register("cross_entropy")
@@ -42,26 +33,23 @@ class CrossEntropy(Objective):
 
     label_smoothing: float = option("share of the target spread evenly over all classes", 0.0, at_least=0, below=1)
 
-    def loss(
-        self, image_features: Tensor, class_features: Tensor, labels: Tensor, example_mask: Tensor, logit_scale: Tensor
-    ) -> Tensor:
-        logits = logit_scale * torch.bmm(image_features, class_features.transpose(1, 2))
+    def loss(self, view: StepView) -> Tensor:
+        labels = view.labels
         losses = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=self.label_smoothing
+            view.logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=self.label_smoothing
         )
-        return masked_mean(losses.view(labels.shape), example_mask)
+        return masked_mean(losses.view(labels.shape), view.example_mask)
 
 
-def _in_batch_log_probabilities(
-    image_features: Tensor, class_features: Tensor, labels: Tensor, example_mask: Tensor, logit_scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def _in_batch_log_probabilities(view: StepView) -> tuple[Tensor, Tensor]:
     """Log-softmax over the texts for each image, and over the images for each text, both `(K, B, B)`.
 
     Row i of the first is image i, row j of the second the prompt of example j. Padding takes no probability.
     """
+    labels, example_mask = view.labels, view.example_mask
     # By index rather than `gather`, whose gradient adds up in any order on CUDA.
-    texts = class_features[torch.arange(len(labels), device=labels.device).unsqueeze(1), labels]
-    logits = logit_scale * torch.bmm(image_features, texts.transpose(1, 2))
+    texts = view.classes[torch.arange(len(labels), device=labels.device).unsqueeze(1), labels]
+    logits = view.logit_scale * torch.bmm(view.images, texts.transpose(1, 2))
     # A finite number: a padded row would otherwise be all -inf, and its gradient NaN.
     lowest = torch.finfo(logits.dtype).min / 2
     to_texts = logits.masked_fill(~example_mask.unsqueeze(1), lowest)
@@ -76,12 +64,9 @@ class Contrastive(Objective):
 
     in_batch: ClassVar[bool] = True
 
-    def loss(
-        self, image_features: Tensor, class_features: Tensor, labels: Tensor, example_mask: Tensor, logit_scale: Tensor
-    ) -> Tensor:
-        both = _in_batch_log_probabilities(image_features, class_features, labels, example_mask, logit_scale)
-        losses = [-log_probabilities.diagonal(dim1=1, dim2=2) for log_probabilities in both]
-        return masked_mean((losses[0] + losses[1]) / 2, example_mask)
+    def loss(self, view: StepView) -> Tensor:
+        losses = [-each.diagonal(dim1=1, dim2=2) for each in _in_batch_log_probabilities(view)]
+        return masked_mean((losses[0] + losses[1]) / 2, view.example_mask)
 
 
 @register("multi_positive")
@@ -97,13 +82,11 @@ class MultiPositive(Objective):
 
     in_batch: ClassVar[bool] = True
 
-    def loss(
-        self, image_features: Tensor, class_features: Tensor, labels: Tensor, example_mask: Tensor, logit_scale: Tensor
-    ) -> Tensor:
-        classes = torch.arange(class_features.shape[1], device=labels.device)
+    def loss(self, view: StepView) -> Tensor:
+        labels, example_mask, logits = view.labels, view.example_mask, view.logits
+        classes = torch.arange(logits.shape[2], device=labels.device)
         is_own = (labels.unsqueeze(2) == classes) & example_mask.unsqueeze(2)  # (K, B, C)
         counts = is_own.sum(dim=1)
-        logits = logit_scale * torch.bmm(image_features, class_features.transpose(1, 2))
         # A finite number, as above.
         lowest = torch.finfo(logits.dtype).min / 2
         to_texts = logits.masked_fill((counts == 0).unsqueeze(1), lowest).log_softmax(dim=2)

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flora.client.objectives import masked_mean
+from flora.clip.loss_terms import StepView, divergence
 from flora.core.registry import Component, option, register
-
-
-class StepView(NamedTuple):
-    """What K clients make of a step's batch: unit features, but for the rows of a linear head.
-
-    `images` `(K, B, d)` and `classes` `(K, C, d)` are with adapters, `frozen_images` `(K, B, d)` and `frozen_classes`
-    `(C, d)` without. `example_mask` `(K, B)` is True for real examples.
-    """
-
-    images: Tensor
-    classes: Tensor
-    frozen_images: Tensor
-    frozen_classes: Tensor
-    example_mask: Tensor
-    logit_scale: Tensor
 
 
 @dataclass(frozen=True)
 class Penalty(Component):
-    """What is added to each client's loss."""
+    """What is added to each client's loss: a term that compares with the frozen model."""
 
     is_idle: ClassVar[bool] = False
+    in_batch: ClassVar[bool] = False
+    needs_frozen: ClassVar[bool] = True
 
     @abstractmethod
-    def loss(self, seen: StepView) -> Tensor:
+    def loss(self, view: StepView) -> Tensor:
         """Each client's penalty, `(K,)`."""
 
 
@@ -47,8 +34,8 @@ class NoPenalty(Penalty):
 
     is_idle = True
 
-    def loss(self, seen: StepView) -> Tensor:
-        return torch.zeros(len(seen.images), device=seen.images.device)
+    def loss(self, view: StepView) -> Tensor:
+        return torch.zeros(len(view.images), device=view.images.device)
 
 
 @register("anchor")
@@ -62,8 +49,9 @@ class Anchor(Penalty):
 
     weight: float = option("weight beside the objective", 1.0, above=0)
 
-    def loss(self, seen: StepView) -> Tensor:
-        return self.weight * (1 - F.cosine_similarity(seen.classes, seen.frozen_classes, dim=-1)).mean(dim=-1)
+    def loss(self, view: StepView) -> Tensor:
+        assert view.frozen_classes is not None
+        return self.weight * (1 - F.cosine_similarity(view.classes, view.frozen_classes, dim=-1)).mean(dim=-1)
 
 
 @register("distillation")
@@ -74,14 +62,7 @@ class Distillation(Penalty):
     weight: float = option("weight beside the objective", 1.0, above=0)
     temperature: float = option("what logits are divided by: higher looks at all classes", 2.0, above=0)
 
-    def loss(self, seen: StepView) -> Tensor:
-        own = seen.logit_scale * torch.bmm(seen.images, seen.classes.transpose(1, 2))
-        frozen = seen.logit_scale * seen.frozen_images @ seen.frozen_classes.T
-        return self.weight * divergence(own, frozen, seen.example_mask, self.temperature)
-
-
-def divergence(own: Tensor, other: Tensor, example_mask: Tensor, temperature: float) -> Tensor:
-    """Each client's mean of T^2 KL(other's probabilities || own ones), `(K,)`, from logits `(K, B, C)`."""
-    own, other = ((logits / temperature).log_softmax(dim=-1) for logits in (own, other))
-    each = F.kl_div(own, other, reduction="none", log_target=True).sum(dim=-1)
-    return temperature**2 * masked_mean(each, example_mask)
+    def loss(self, view: StepView) -> Tensor:
+        assert view.frozen_images is not None and view.frozen_classes is not None
+        frozen = view.logit_scale * view.frozen_images @ view.frozen_classes.T
+        return self.weight * divergence(view.logits, frozen, view.example_mask, self.temperature)

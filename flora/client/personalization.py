@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from flora.client.corrections import FedProx, NoCorrection
+from flora.client.local_training import LocalTraining
 from flora.client.optimizers import Constant
-from flora.client.training import LocalTraining
 from flora.core.registry import Component, option, register
-
-# What precedes the names of a client's own tensors, among all that it keeps.
-OWN = "own."
 
 
 @dataclass(frozen=True)

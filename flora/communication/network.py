@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -254,24 +254,44 @@ class CohortOutcome:
         return [*self.clients.tolist(), *self.late.tolist(), *self.dropped.tolist()]
 
 
-def trip(
-    network: Network,
-    profiles: Profiles,
+@dataclass(frozen=True)
+class ClientLoad:
+    """What a client does in a round, by its id: local steps, bytes that it gets, bytes that it sends."""
+
+    num_steps: Callable[[int], int]
+    downlink_bytes: Callable[[int], int]
+    uplink_bytes: Callable[[int], int]
+
+
+def durations(network: Network, profiles: Profiles, clients: np.ndarray, load: ClientLoad) -> np.ndarray:
+    """How many seconds each of `clients` takes from being asked to having delivered.
+
+    A client takes its download, its steps and its upload one after the other, and the latency twice.
+    """
+    num_steps, downlink_bytes, uplink_bytes = (
+        np.array([of(client) for client in clients.tolist()], dtype=np.int64)
+        for of in (load.num_steps, load.downlink_bytes, load.uplink_bytes)
+    )
+    down = downlink_bytes * 8e-6 / profiles.download_mbps[clients]
+    up = uplink_bytes * 8e-6 / profiles.upload_mbps[clients]
+    work = num_steps * network.step_seconds / profiles.compute_speed[clients]
+    return 2 * profiles.latency_seconds[clients] + down + work + up
+
+
+def cohort_outcome(
     stragglers: StragglerPolicy,
-    *,
     asked: np.ndarray,
+    *,
+    takes: np.ndarray,
+    dropout: np.ndarray,
     num_needed: int,
-    num_steps: Sequence[int],
-    downlink_bytes: Sequence[int],
-    uplink_bytes: Sequence[int],
     rng: Rng,
 ) -> CohortOutcome:
     """What becomes of the clients `asked`, of whom the first `num_needed` to deliver count.
 
-    A client takes its download, its steps and its upload one after the other, and the latency twice.
+    `takes` `(len(asked),)` are the seconds that each needs, `dropout` the probabilities that it is gone by then.
     """
-    takes = durations(network, profiles, asked, num_steps, downlink_bytes, uplink_bytes)
-    stays = rng.numpy().random(len(asked)) >= profiles.dropout[asked]
+    stays = rng.numpy().random(len(asked)) >= dropout
     in_time = stays & (takes <= (stragglers.deadline_seconds or math.inf))
     order = np.flatnonzero(in_time)[np.argsort(takes[in_time], kind="stable")][:num_needed]
     late = np.setdiff1d(np.flatnonzero(stays), order)
@@ -280,18 +300,3 @@ def trip(
     else:  # without a deadline the server notices who is gone when the others have sent
         seconds = stragglers.deadline_seconds or (takes[stays] if stays.any() else takes).max()
     return CohortOutcome(np.sort(asked[order]), np.sort(asked[late]), asked[~stays], float(seconds))
-
-
-def durations(
-    network: Network,
-    profiles: Profiles,
-    clients: np.ndarray,
-    num_steps: Sequence[int],
-    downlink_bytes: Sequence[int],
-    uplink_bytes: Sequence[int],
-) -> np.ndarray:
-    """How many seconds each of `clients` takes from being asked to having delivered."""
-    down = np.asarray(downlink_bytes) * 8e-6 / profiles.download_mbps[clients]
-    up = np.asarray(uplink_bytes) * 8e-6 / profiles.upload_mbps[clients]
-    work = np.asarray(num_steps) * network.step_seconds / profiles.compute_speed[clients]
-    return 2 * profiles.latency_seconds[clients] + down + work + up

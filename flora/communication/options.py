@@ -12,9 +12,6 @@ from flora.communication.compressors import Compressor, NoCompression
 from flora.core.registry import OptionError, Options, name_of, option
 from flora.core.tree import StateLike
 
-# What precedes the names of what was lost of a client's deltas, among all that it keeps.
-FEEDBACK = "feedback."
-
 
 @dataclass(frozen=True)
 class CommunicationOptions(Options):

@@ -40,6 +40,9 @@ RENAMED = {
     "pooled": "centralized",
     "decaying": "dynamic",
 }
+MOVED = {
+    "fedbuff": "it is a schedule now: server.schedule={name: buffered, buffer: 10}, with strategy.weighting=uniform"
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -208,6 +211,8 @@ def _parse_component(kind: type[Component], raw: Any, path: str) -> Component:
     name = raw["name"]
     if isinstance(name, str) and RENAMED.get(name) in known:
         raise OptionError(f"{path}.name", f"{name!r} is not known; it is called {RENAMED[name]!r} now")
+    if isinstance(name, str) and name in MOVED and name not in known:
+        raise OptionError(f"{path}.name", f"{name!r} is not known; {MOVED[name]}")
     if not isinstance(name, str) or name not in known:
         raise OptionError(f"{path}.name", f"{show(name)} is not known; {suggest(show(name), known)}")
     options = {key: value for key, value in raw.items() if key != "name"}

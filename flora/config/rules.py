@@ -13,6 +13,7 @@ from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.registry import OptionError, name_of
 from flora.core.rng import Rng
+from flora.federated.buffered import Buffered
 from flora.server.aggregators import Mean
 from flora.server.optimizers import ServerSgd
 from flora.server.strategies.base import Strategy
@@ -77,7 +78,7 @@ def check_clients(config: ExperimentConfig, number: int, names: Sequence[str] | 
         config.clients.cohort.cohort_size(number)
     counts = {
         "evaluation.num_alone": config.evaluation.num_alone,
-        "server.strategy.buffer": config.server.strategy.buffer_size,
+        "server.schedule.buffer": _buffer(config),
     }
     for option, count in counts.items():
         if count > number:
@@ -85,7 +86,7 @@ def check_clients(config: ExperimentConfig, number: int, names: Sequence[str] | 
     ranks = config.clients.ranks
     if isinstance(ranks, tuple) and len(ranks) != number:
         raise OptionError("clients.ranks", f"expected {number} numbers, one for each client, got {len(ranks)}")
-    if config.server.strategy.buffer_size and config.network is not None:
+    if _buffer(config) and config.network is not None:
         _check_buffer_fills(config, number, names)
 
 
@@ -93,13 +94,19 @@ def _check_buffer_fills(config: ExperimentConfig, number: int, names: Sequence[s
     """Raise `OptionError` if fewer clients than the server waits for can ever deliver."""
     assert config.network is not None
     profiles = config.network.profiles(number, Rng(config.seed).child("network"), names=names)
-    delivering, size = len(config.network.can_ever_deliver(profiles)), config.server.strategy.buffer_size
+    delivering, size = len(config.network.can_ever_deliver(profiles)), _buffer(config)
     if size > delivering:
         raise OptionError(
-            "server.strategy.buffer",
+            "server.schedule.buffer",
             f"expected at most {delivering}, the clients that can ever deliver (the others have a network.dropout of 1 "
             f"or an availability of 0), got {size}",
         )
+
+
+def _buffer(config: ExperimentConfig) -> int:
+    """How many updates the server waits for; 0 where it waits for its cohort."""
+    schedule = config.server.schedule
+    return schedule.buffer if isinstance(schedule, Buffered) else 0
 
 
 def _check_combination(config: ExperimentConfig) -> None:
@@ -175,22 +182,31 @@ def _check_network(config: ExperimentConfig) -> None:
     """Raise `OptionError` if what needs a network has none, or the server waits for a buffer and can't."""
     if config.network is None and config.server.stragglers != StragglerPolicy():
         raise OptionError("server.stragglers", "expected a network: without one all clients deliver at once")
-    if not config.server.strategy.buffer_size:
+    if not config.server.schedule.waits_for_buffer:
         return
-    name = name_of(config.server.strategy)
+    strategy = config.server.strategy
     if config.network is None:
-        raise OptionError("network", f"missing: {name} needs to know who is how fast")
+        raise OptionError("network", "missing: a buffered schedule needs to know who is how fast")
     if config.server.stragglers != StragglerPolicy():
-        raise OptionError("server.stragglers", f"expected the defaults: {name} waits for its buffer alone")
+        raise OptionError("server.stragglers", "expected the defaults: a buffered schedule waits for its buffer alone")
     local, feedback = config.local, config.communication.error_feedback
     if local.correction.memory(torch.empty(1)) or local.optimizer_state == "kept" or feedback:
         raise OptionError(
-            "server.strategy",
-            f"{name} can't be used where clients remember what belongs to their last update: expected no error "
+            "server.schedule",
+            "buffered can't be used where clients remember what belongs to their last update: expected no error "
             "feedback, local.optimizer_state fresh, local.correction none or fedprox",
         )
-    if config.adapter.has_personal or config.personal.in_round(config.local) is not None:
-        raise OptionError("server.strategy", f"{name} can't be used with adapters of the clients' own")
+    if config.adapter.has_personal or strategy.has_personal or config.personal.in_round(config.local) is not None:
+        raise OptionError("server.schedule", "buffered can't be used with adapters of the clients' own")
+    reasons = (
+        (strategy.alternates, "trains other tensors from round to round than an update of an earlier round has"),
+        (strategy.restarts or strategy.changes_basis, "gives A and B another basis each round"),
+        (strategy.replaces_mean, "needs the products B A of clients that began from the same adapter"),
+        (config.clients.ranks is not None, "is used with clients' own ranks, and needs what each of them began with"),
+    )
+    for applies, reason in reasons:
+        if applies:
+            raise OptionError("server.schedule", f"expected synchronous, because {name_of(strategy)} {reason}")
 
 
 def _check_ranks(config: ExperimentConfig) -> None:

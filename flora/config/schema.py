@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from flora import catalogue  # noqa: F401  (registers the components)
+from flora.client.local_training import LocalTraining
 from flora.client.personalization import NoPersonalization, Personalization
-from flora.client.training import LocalTraining
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import Backbone
@@ -28,6 +28,8 @@ from flora.data.partition import Partitioner
 from flora.data.prompts import PromptOptions
 from flora.data.splits import Official, Splitter
 from flora.features.cache import CacheOptions
+from flora.federated.federation import RoundSchedule
+from flora.federated.synchronous import Synchronous
 from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
 from flora.server.screening import Screening
@@ -57,7 +59,7 @@ class ClientOptions(Options):
 
     @property
     def number_training(self) -> int | None:
-        """How many clients there are to train: one where they are pooled, None if that is for the data to say."""
+        """How many clients train: one where training is centralised, None if that is for the data to say."""
         return 1 if self.centralized else self.number
 
 
@@ -68,6 +70,7 @@ class ServerOptions(Options):
     strategy: Strategy = option("what of an adapter clients train and send", FedAvg())
     aggregator: Aggregator = option("how the cohort's deltas become one", Mean())
     optimizer: ServerOptimizer = option("how the server steps along that delta", ServerSgd())
+    schedule: RoundSchedule = option("for whose updates the server waits before it steps", Synchronous())
     screening: Screening = option("what becomes of updates that must not be averaged", Screening())
     stragglers: StragglerPolicy = option("for whom the server waits, where there is a network", StragglerPolicy())
 

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from flora.core import tree
 from flora.core.errors import UserError
-from flora.core.registry import Component, name_of
+from flora.core.registry import name_of
 from flora.core.tree import State, StateLike
 
 
-def refuse(setting: str, component: Component, fault: str) -> NoReturn:
+def refuse(setting: str, component: Any, fault: str) -> NoReturn:
     """Raise `UserError`: the component chosen by `setting` returned `fault`."""
     raise UserError(f"{setting}: {called(component)} returned {fault}")
 
 
-def called(component: Component) -> str:
+def called(component: Any) -> str:
     """The name of the component, or of its class if that is not registered."""
     try:
         return name_of(component)
@@ -32,7 +32,7 @@ def called(component: Component) -> str:
         return type(component).__name__
 
 
-def checked_state(setting: str, component: Component, found: Any, like: StateLike) -> State:
+def checked_state(setting: str, component: Any, found: Any, like: StateLike) -> State:
     """Return `found` in the order of `like`, whose names, types and shapes it must have; a size of 0 stands for any."""
     if not isinstance(found, Mapping):
         refuse(setting, component, f"{_kind(found)}, expected tensors by name")
@@ -48,14 +48,14 @@ def checked_state(setting: str, component: Component, found: Any, like: StateLik
     return {name: found[name] for name in like}
 
 
-def checked_tensor(setting: str, component: Component, found: Any, shape: Sequence[int]) -> Tensor:
+def checked_tensor(setting: str, component: Any, found: Any, shape: Sequence[int]) -> Tensor:
     """Return `found`, which must be a tensor of that shape."""
     if not isinstance(found, Tensor) or found.shape != torch.Size(shape):
         refuse(setting, component, f"{_kind(found)}, expected shape {tuple(shape)}")
     return found
 
 
-def checked_weights(setting: str, component: Component, found: Sequence[float], number: int) -> list[float]:
+def checked_weights(setting: str, component: Any, found: Sequence[float], number: int) -> list[float]:
     """Return `found`, which must be `number` finite weights of at least 0 with a sum above 0."""
     weights = [float(weight) for weight in found]
     if len(weights) != number:
@@ -67,7 +67,7 @@ def checked_weights(setting: str, component: Component, found: Sequence[float], 
 
 
 def checked_ids(
-    setting: str, component: Component, found: Any, below: int, *, what: str = "clients", number: int | None = None
+    setting: str, component: Any, found: Any, below: int, *, what: str = "clients", number: int | None = None
 ) -> np.ndarray:
     """Return `found` sorted, int64: `number` distinct ids (None: any number) from 0 to `below` - 1, called `what`."""
     ids = np.asarray(found)
@@ -85,7 +85,7 @@ def checked_ids(
     return ids
 
 
-def checked_parts(setting: str, component: Component, found: Any, number: int, num_examples: int) -> list[np.ndarray]:
+def checked_parts(setting: str, component: Any, found: Any, number: int, num_examples: int) -> list[np.ndarray]:
     """Return the examples of each of `number` clients, sorted: distinct ids from 0 to `num_examples` - 1.
 
     Two clients may share an example.
@@ -98,7 +98,7 @@ def checked_parts(setting: str, component: Component, found: Any, number: int, n
     ]
 
 
-def checked_column(setting: str, component: Component, found: Any, number: int, *, what: str) -> np.ndarray:
+def checked_column(setting: str, component: Any, found: Any, number: int, *, what: str) -> np.ndarray:
     """Return `found`, which must be `number` finite numbers called `what`, one for each client."""
     column = np.asarray(found)
     if column.shape != (number,) or column.dtype.kind not in "iuf":

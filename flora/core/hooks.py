@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flora.core.records import ClientUpdate
+from flora.core.states import ClientUpdate
 
 
 @dataclass(frozen=True)

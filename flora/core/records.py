@@ -1,59 +1,10 @@
-"""The named types of a run: server state, client data, updates, records of rounds, the summary."""
+"""What is written down of a run: rejected updates, evaluations, the record of a round, the summary."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-
-from flora.core.tree import State
-
-
-@dataclass(frozen=True, eq=False)
-class ClientData:
-    """One client's share: sorted indices into the training examples, and those it keeps for its own test.
-
-    `name` is what the data call it, if they do.
-    """
-
-    train: np.ndarray
-    held_out: np.ndarray
-    name: str | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class ServerState:
-    """All that the server knows between two rounds; with the configuration, all that a resumed run needs.
-
-    `round` rounds are done. `adapter` and `strategy` are state dicts on the CPU without a client axis. `clients` keeps,
-    by client id, what a client carries from one round to the next: its optimiser's state, a correction's memory, the
-    tensors that are its own.
-    """
-
-    round: int
-    adapter: State
-    strategy: State
-    clients: Mapping[int, State] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class ClientUpdate:
-    """What one client sends after local training: `delta` = local - broadcast, without a client axis.
-
-    It is what the server reads, after `num_bytes` of it have travelled.
-    `failed_step` is the first of its steps, counted from 0, at which loss or gradient was not finite; `extra` is what
-    it sends beside the delta.
-    """
-
-    client: int
-    num_examples: int
-    delta: State
-    loss: float
-    num_steps: int
-    num_bytes: int = 0
-    failed_step: int | None = None
-    extra: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

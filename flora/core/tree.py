@@ -82,6 +82,11 @@ def strip_prefix(prefix: str, state: StateLike) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def select(state: StateLike, names: Iterable[str]) -> State:
+    """The tensors called `names`, in their order."""
+    return {name: state[name] for name in names}
+
+
 def flatten(state: StateLike) -> Tensor:
     """All numbers of a state in one vector, in the order of its names."""
     return torch.cat([tensor.flatten() for tensor in state.values()])

@@ -22,11 +22,13 @@ import safetensors.torch
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.files import free_name, read_bytes
-from flora.core.records import ServerState
+from flora.core.states import ClientState, ServerState
 from flora.core.tree import State, StateLike
+from flora.runs.stored_state import client_layout as layout_of_client
+from flora.runs.stored_state import client_state, client_tensors, server_state, server_tensors
 
-FORMAT = "flora-checkpoint-1"
-PARTS = ("adapter", "strategy", "clients")
+FORMAT = "flora-checkpoint-2"
+PARTS = ("adapter", "server", "clients")
 MANIFEST_TYPES: dict[str, Any] = {
     "format": str,
     "round": int,
@@ -92,38 +94,41 @@ class CheckpointFolder:
             shutil.rmtree(part, ignore_errors=True)
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
 
-    def load(self, round: int, *, like: ServerState, client_like: StateLike) -> Checkpoint:
+    def load(self, round: int, *, like: ServerState, client_like: ClientState) -> Checkpoint:
         """Read and verify the checkpoint of `round`.
 
-        `like` has the shapes to expect, `client_like` those of one client's state. Raises `DamagedError` that says what
-        is wrong with it, and `UserError` if it can't be read, or is of another format: then it may well be good.
+        `like` has the shapes to expect, `client_like` all that one client may carry. Raises `DamagedError` that says
+        what is wrong with it, and `UserError` if it can't be read, or is of another format: then it may well be good.
         """
         path = self._folder(round)
         manifest = self.manifest(round)
         parts = {name: self._part(round, name, manifest) for name in PARTS}
         clients = _by_client(parts["clients"], path / "clients.safetensors")
+        server_like, client_layout = server_tensors(like), layout_of_client(client_like)
         comparisons: list[tuple[str, State, StateLike]] = [
             ("adapter", parts["adapter"], like.adapter),
-            ("strategy", parts["strategy"], like.strategy),
-            *(("clients", own, _kinds_of(own, client_like)) for own in clients.values()),
+            ("server", parts["server"], server_like),
+            *(("clients", own, _kinds_of(own, client_layout)) for own in clients.values()),
         ]
         for name, found, expected in comparisons:
             wrong = _difference(found, expected)
             if wrong:
                 raise DamagedError(f"{path / name}.safetensors: {wrong}")
         # Safetensors orders names in its own way; what is flattened in the order of names must find its places.
-        adapter = {key: parts["adapter"][key] for key in like.adapter}
-        strategy = {key: parts["strategy"][key] for key in like.strategy}
-        clients = {client: {key: own[key] for key in client_like if key in own} for client, own in clients.items()}
+        states = {
+            client: client_state({key: own[key] for key in client_layout if key in own})
+            for client, own in clients.items()
+        }
+        adapter, server = tree.select(parts["adapter"], like.adapter), tree.select(parts["server"], server_like)
         return Checkpoint(
-            state=ServerState(round, adapter, strategy, clients),
+            state=server_state(round, adapter, server, states),
             **{key: manifest[key] for key in MANIFEST_TYPES if key not in ("format", "round", "sha256")},
         )
 
-    def client(self, round: int, client: int) -> State:
-        """What one client keeps, as the checkpoint of `round` has it; empty if it keeps nothing. Raises as `load`."""
+    def client(self, round: int, client: int) -> ClientState:
+        """What one client carries, as the checkpoint of `round` has it; empty if it is nothing. Raises as `load`."""
         flat = self._part(round, "clients", self.manifest(round))
-        return _by_client(flat, self._folder(round) / "clients.safetensors").get(client, {})
+        return client_state(_by_client(flat, self._folder(round) / "clients.safetensors").get(client, {}))
 
     def tidy(self, round: int, *, keep: int, set_aside: Path) -> None:
         """Make room for a run that goes on after `round`: later checkpoints are moved to `set_aside`.
@@ -187,8 +192,8 @@ class CheckpointFolder:
         state, digests = checkpoint.state, {}
         for name, tensors in (
             ("adapter", state.adapter),
-            ("strategy", state.strategy),
-            ("clients", _flat(state.clients)),
+            ("server", server_tensors(state)),
+            ("clients", _flat({client: client_tensors(each) for client, each in state.clients.items()})),
         ):
             content = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
             digests[name] = hashlib.sha256(content).hexdigest()

@@ -17,7 +17,7 @@ EXAMPLE_COLUMNS = ("image", "class", "split", "client", "name")
 
 def prompts_as_used(experiment: Experiment) -> dict[str, Any]:
     """The content of `prompts.json`: each class's prompts as the text tower gets them, as JSON types."""
-    config, data, model = experiment.config, experiment.data, experiment.federation.model
+    config, data, model = experiment.config, experiment.data, experiment.federation.engine.model
     assert data is not None
     given = config.prompts.templates or config.data.templates
     shown = dict(zip(model.templates, config.adapter.shown_templates(given), strict=True))
@@ -53,13 +53,14 @@ def examples_as_used(experiment: Experiment) -> Iterator[tuple[str, str, str, st
     has. An image that several clients have has a row for each. Images that can't be read have none.
     """
     data, federation = experiment.data, experiment.federation
+    features = federation.engine.features
     assert data is not None
-    used = np.zeros(len(federation.features), bool)
+    used = np.zeros(len(features), bool)
     for index, client in enumerate(federation.clients):
         for split, examples in (("train", client.train), ("held_out", client.held_out)):
             used[examples] = True
-            yield from _rows(data.train, federation.features, examples, data.class_names, split, index, client.name)
-    yield from _rows(data.train, federation.features, np.flatnonzero(~used), data.class_names, "unused")
+            yield from _rows(data.train, features, examples, data.class_names, split, index, client.name)
+    yield from _rows(data.train, features, np.flatnonzero(~used), data.class_names, "unused")
     yield from _rows(data.test, experiment.test, np.arange(len(experiment.test)), data.class_names, "test")
     if experiment.new is not None and data.new is not None:
         features = experiment.new[1]

@@ -23,7 +23,8 @@ from flora.core.errors import DivergedError, UserError
 from flora.core.hooks import Hooks
 from flora.core.memory import peak_memory_bytes
 from flora.core.progress import StepBar, bar, has_line, image_progress, on_terminal, round_line
-from flora.core.records import RoundRecord, ServerState, Summary
+from flora.core.records import RoundRecord, Summary
+from flora.core.states import ServerState
 from flora.core.tree import State
 from flora.evaluation import summary as report
 from flora.experiment import Experiment, build_experiment, choose_device
@@ -122,7 +123,7 @@ def resume(
         checkpoints = CheckpointFolder(directory.path / "checkpoints", hooks.before_write)
 
         def start(experiment: Experiment, log: Callable[[str], object]) -> Start:
-            for line in directory.what_differs(environment(experiment.federation.model.device, config.seed, 0)):
+            for line in directory.what_differs(environment(experiment.federation.engine.model.device, config.seed, 0)):
                 log(f"warning: this run began elsewhere: {line}; the last bits may differ")
             initial = experiment.initial_state()
             found = find_start(
@@ -137,7 +138,7 @@ def resume(
             found = _with_first_and_last_record(experiment, found, directory)
             directory.write_config(config)
             if config.clients.per_block is None and found.clients_per_block:
-                experiment.federation.clients_per_block = found.clients_per_block
+                experiment.federation.engine.clients_per_block = found.clients_per_block
             return found
 
         return _run_in(directory, config, hooks, echo, start)
@@ -197,10 +198,10 @@ def _run_in(
             (log if number < MAX_SHOWN else directory.log)(f"left out: {line}")
         directory.write_start(
             config,
-            device=federation.model.device,
-            clients_per_block=federation.clients_per_block,
+            device=federation.engine.model.device,
+            clients_per_block=federation.engine.clients_per_block,
             clients=federation.clients,
-            labels=federation.features.labels.numpy(),
+            labels=federation.engine.features.labels.numpy(),
             class_names=experiment.class_names,
             digests=experiment.digests,
             value_range=experiment.value_range,
@@ -275,7 +276,7 @@ def _run(
             saver.save(recorded)
         if directory.records_end[0] and not isinstance(error, DivergedError):
             with suppress(UserError):
-                federation.log(f"to go on: {_program()} --resume {shlex.quote(str(directory.path))}")
+                federation.engine.log(f"to go on: {_program()} --resume {shlex.quote(str(directory.path))}")
         raise
     if clients is None:  # the run was stopped behind its last round
         clients = measure_clients(experiment, state)
@@ -288,9 +289,9 @@ def _run(
         alone=alone.test[~np.isnan(alone.test)].tolist(),
         **compare_held_out(clients, alone),
         wall_seconds=time.perf_counter() + saver.wall_offset,
-        peak_memory_bytes=peak_memory_bytes(federation.model.device),
+        peak_memory_bytes=peak_memory_bytes(federation.engine.model.device),
         memory_before_bytes=memory_before,
-        trainable_parameters=tree.count(federation.trained_ever(state.adapter)),
+        trainable_parameters=tree.count(tree.select(state.adapter, federation.roles.ever_trained(state.adapter))),
         backbone_parameters=experiment.backbone_parameters,
         num_unreadable=len(experiment.unreadable),
     )
@@ -306,7 +307,7 @@ class _Saver:
     ) -> None:
         self._federation, self._directory = federation, directory
         self._options, self._config = config.checkpoints, config_to_dict(config)
-        self._folder = CheckpointFolder(directory.path / "checkpoints", federation.hooks.before_write)
+        self._folder = CheckpointFolder(directory.path / "checkpoints", federation.engine.hooks.before_write)
         self._saved = start.state.round
         self.wall_offset = start.wall_seconds - started
 
@@ -323,7 +324,7 @@ class _Saver:
         num_bytes, sha256 = self._directory.records_end
         wall_seconds = time.perf_counter() + self.wall_offset
         checkpoint = Checkpoint(
-            state, self._config, num_bytes, sha256, wall_seconds, self._federation.clients_per_block
+            state, self._config, num_bytes, sha256, wall_seconds, self._federation.engine.clients_per_block
         )
         self._folder.save(checkpoint, keep=self._options.keep)
         self._saved = state.round

@@ -11,7 +11,8 @@ import numpy as np
 
 from flora.core import tree
 from flora.core.memory import peak_memory_bytes
-from flora.core.records import RoundRecord, ServerState
+from flora.core.records import RoundRecord
+from flora.core.states import ServerState
 from flora.core.tree import StateLike
 from flora.evaluation.accuracy import (
     class_accuracy,
@@ -22,7 +23,7 @@ from flora.evaluation.accuracy import (
     own_accuracies,
     spread,
 )
-from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_alone
+from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_local_only
 from flora.experiment import Experiment
 from flora.federated.round import RoundResult
 
@@ -84,7 +85,7 @@ def measure(
         downlink_bytes=result.downlink_bytes if result else 0,
         train_seconds=result.train_seconds if result else 0.0,
         eval_seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(experiment.federation.model.device),
+        peak_memory_bytes=peak_memory_bytes(experiment.federation.engine.model.device),
         learning_rate=result.learning_rate if result else None,
         num_steps=result.num_steps if result else 0,
         num_examples=result.num_examples if result else 0,
@@ -102,14 +103,14 @@ def measure(
 def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any]:
     """What a round's record says of the server's adapter on the common test images."""
     stack = _server_stack(state)
-    model, size = experiment.federation.model, experiment.config.evaluation.batch_size
+    model, size = experiment.federation.engine.model, experiment.config.evaluation.batch_size
     evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
     by_class = class_accuracy(evaluation, experiment.test.labels.cpu().numpy(), experiment.class_names)
     results = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "class_accuracy": by_class}
     results["domain_accuracy"] = domain_accuracy(evaluation, experiment.test_domains)
     if state.round and not experiment.federation.communication.broadcast.is_identity:
-        read, _ = experiment.federation.broadcast(state)
-        accuracy = evaluate(model, tree.expand(read, 1), experiment.test, batch_size=size)[0].accuracy
+        _, view = experiment.federation.broadcast(state)
+        accuracy = evaluate(model, tree.expand(view.adapter, 1), experiment.test, batch_size=size)[0].accuracy
         results |= {"broadcast_accuracy": accuracy, "model_privacy_gap": evaluation.accuracy - accuracy}
     if experiment.new is not None:
         new_model, features = experiment.new
@@ -140,7 +141,7 @@ def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults
     with_own = clients_with_own_adapters(federation, state)
     server = np.full(len(sizes), np.nan)
     if len(experiment.held_out):
-        evaluation = evaluate(federation.model, _server_stack(state), experiment.held_out, batch_size=size)[0]
+        evaluation = evaluate(federation.engine.model, _server_stack(state), experiment.held_out, batch_size=size)[0]
         server = client_accuracies(evaluation, sizes)
     if with_own is None:
         return ClientResults(server)
@@ -154,13 +155,14 @@ def _on_held_out(experiment: Experiment, ends: np.ndarray, clients: Sequence[int
     """Accuracy of each of `adapters` `(K, ...)` on its client's held-out examples, `(K,)`; these end at `ends`."""
     starts, size = ends - experiment.held_out_sizes, experiment.config.evaluation.batch_size
     examples = [np.arange(starts[client], ends[client]) for client in clients]
-    return own_accuracies(experiment.federation.model, adapters, experiment.held_out, examples, batch_size=size)
+    return own_accuracies(experiment.federation.engine.model, adapters, experiment.held_out, examples, batch_size=size)
 
 
 def _on_test_images(experiment: Experiment, adapters: StateLike) -> list[float]:
     """Accuracy of each of `adapters` `(K, ...)` on the common test images."""
     size = max(1, experiment.config.evaluation.batch_size // len(next(iter(adapters.values()))))
-    return [each.accuracy for each in evaluate(experiment.federation.model, adapters, experiment.test, batch_size=size)]
+    model = experiment.federation.engine.model
+    return [each.accuracy for each in evaluate(model, adapters, experiment.test, batch_size=size)]
 
 
 def measure_alone(experiment: Experiment, state: ServerState, *, advance: Callable[[int], object]) -> AloneResults:
@@ -170,14 +172,18 @@ def measure_alone(experiment: Experiment, state: ServerState, *, advance: Callab
     """
     number, federation = experiment.config.evaluation.num_alone, experiment.federation
     chosen = np.unique(np.linspace(0, len(federation.clients) - 1, number).round().astype(int))
-    adapters = train_alone(federation, experiment.initial_adapter, chosen, advance=advance)
+    adapters = train_local_only(federation, experiment.initial_adapter, chosen, advance=advance)
     results, ends = AloneResults.of_nobody(len(federation.clients)), np.cumsum(experiment.held_out_sizes)
-    for start in range(0, len(chosen), federation.clients_per_block):
-        part = slice(start, start + federation.clients_per_block)
-        block, clients = {name: tensor[part] for name, tensor in adapters.items()}, chosen[part].tolist()
-        own = federation.model.adapter.views(block)[-1]
+
+    def evaluate_some(places: Sequence[int]) -> None:
+        clients = chosen[places].tolist()
+        part = {name: tensor[places] for name, tensor in adapters.items()}
+        own = federation.engine.model.adapter.models(part)[-1]
         results.test[clients] = _on_test_images(experiment, own)
         results.held_out[clients] = _on_held_out(experiment, ends, clients, own)
+
+    for _ in federation.engine.in_blocks(range(len(chosen)), evaluate_some):
+        pass
     with_own = clients_with_own_adapters(federation, state)
     if with_own is None:
         return results

@@ -13,9 +13,9 @@ from flora.config.overrides import apply_overrides
 from flora.config.parse import flat_settings, parse_config, read_yaml
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import ConfigError, UserError
-from flora.core.records import RoundRecord, ServerState
+from flora.core.records import RoundRecord
 from flora.core.registry import OptionError
-from flora.core.tree import StateLike
+from flora.core.states import ClientState, ServerState
 from flora.runs.checkpoints import Checkpoint, CheckpointFolder, DamagedError
 from flora.runs.run_directory import RunDirectory, read_json
 
@@ -93,7 +93,7 @@ def find_start(
     initial: ServerState,
     log: Callable[[str], object],
     *,
-    client_like: StateLike,
+    client_like: ClientState,
     keep: int,
     accept_lost_records: bool = False,
 ) -> Start:

@@ -29,7 +29,8 @@ from flora.config.parse import config_to_dict
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import DivergedError, UserError
 from flora.core.files import free_name, open_regular, read_bytes, refuse_irregular, write_whole
-from flora.core.records import ClientData, Rejection, RoundRecord, Summary
+from flora.core.records import Rejection, RoundRecord, Summary
+from flora.core.states import ClientData
 from flora.core.tree import StateLike, state_digest
 
 try:

@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 
 from flora.client.corrections import NoCorrection
-from flora.client.training import train_block
-from flora.core import tree
 from flora.core.rng import Rng
-from flora.data.batching import client_blocks
+from flora.engine.engine import Engine
 from flora.experiment import Experiment
 from flora.features.features import StoredFeatures
 
@@ -74,32 +72,13 @@ def num_others_running() -> float:
 def _training_step(experiment: Experiment) -> Callable[[], object] | None:
     """What trains some clients for a step and forgets it; None on a CUDA device, and where each step reads images."""
     federation, config = experiment.federation, experiment.config
-    if (
-        federation.model.device.type != "cpu"
-        or not isinstance(federation.features, StoredFeatures)
-        or not config.rounds
-    ):
+    engine = federation.engine
+    if engine.model.device.type != "cpu" or not isinstance(engine.features, StoredFeatures) or not config.rounds:
         return None
-    clients = list(range(min(NUM_CLIENTS, federation.clients_per_block, len(federation.clients))))
-    (block,) = client_blocks(
-        clients,
-        [federation.clients[client].train for client in clients],
-        Rng(0),
-        batch_size=config.local.batch_size,
-        width=config.local.batch_size,
-        epochs=1,
-        steps=1,
-        clients_per_block=len(clients),
-    )
-    adapters = tree.expand(experiment.initial_adapter, len(clients))
-    local = replace(config.local, correction=NoCorrection())
-    rngs = [Rng(0).child(client) for client in clients]
-    return lambda: train_block(
-        federation.model,
-        block,
-        adapters=adapters,
-        features=federation.features,
-        local=local,
-        learning_rate=1e-6,
-        rngs=rngs,
-    )
+    number = min(NUM_CLIENTS, engine.clients_per_block, len(federation.clients))
+    local = replace(config.local, correction=NoCorrection(), epochs=1, steps=1)
+    trained = federation.roles.trained(experiment.initial_adapter, round=1)
+    setup = replace(federation.setup(1, trained, local), learning_rate=1e-6, width=local.batch_size)
+    tasks = [federation.task(client, experiment.initial_adapter, setup, Rng(0)) for client in range(number)]
+    quiet = Engine(engine.model, engine.features, clients_per_block=number)
+    return lambda: list(quiet.train(tasks))

@@ -11,8 +11,9 @@ import torch
 
 from flora.core import tree
 from flora.core.errors import DivergedError
-from flora.core.records import ClientUpdate, Rejection
+from flora.core.records import Rejection
 from flora.core.registry import OptionError, Options, option
+from flora.core.states import ClientUpdate
 from flora.core.tree import StateLike
 
 NOT_FINITE = "not finite"

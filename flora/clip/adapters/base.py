@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,19 +11,12 @@ import torch
 from torch import Tensor
 
 from flora.clip.backbone import Architecture, FrozenClip
+from flora.clip.loss_terms import LossTerm
 from flora.core.registry import Component
 from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 
 TOWERS = ("text", "vision")
-
-
-@dataclass(frozen=True)
-class MutualDistillation:
-    """How two models of one client learn from each other: by `weight` T^2 KL(other || own) at temperature T."""
-
-    weight: float
-    temperature: float
 
 
 class AttachedAdapter(ABC):
@@ -32,7 +25,9 @@ class AttachedAdapter(ABC):
     `trained_from` says for each tower which of its stages is the first that the adapter changes: stage 0 is the
     embedding, stage 1 + i block i, stage 1 + num_layers the head, and 2 + num_layers means that it changes none.
     `is_large` says that it is about as large as the model, `mergeable` that it can be merged into its weights.
-    `gates` are tensors that `threshold` times the learning rate draws nearer to zero after each step, and not beyond.
+    `num_models` is how many models it stands for: see `models`. `loss_terms` are terms of its own that are added to a
+    client's loss. `after_step(stack, learning_rate)`, if there is one, changes the trained tensors `(K, ...)` in place
+    after each local step.
     """
 
     trained_from: dict[str, int]
@@ -40,9 +35,9 @@ class AttachedAdapter(ABC):
     has_dropout = False
     is_large = False
     mergeable = True
-    gates: tuple[str, ...] = ()
-    threshold: float = 0.0
-    mutual: MutualDistillation | None = None
+    num_models = 1
+    loss_terms: tuple[LossTerm, ...] = ()
+    after_step: Callable[[StateLike, float], None] | None = None
     learned_context: Mapping[str, Any] | None = None
     """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
 
@@ -66,7 +61,7 @@ class AttachedAdapter(ABC):
         """Whether a tensor never leaves its client."""
         return False
 
-    def views(self, stack: StateLike) -> list[StateLike]:
+    def models(self, stack: StateLike) -> list[StateLike]:
         """The models that an adapter stands for, each as what to `bind`: the server's first, the client's own last."""
         return [stack]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from flora.clip.adapters.base import MutualDistillation
 from flora.clip.adapters.lora import AttachedLora, Lora
 from flora.clip.backbone import Architecture, FrozenClip
+from flora.clip.loss_terms import StepView, divergence
 from flora.core.registry import OptionError, option, register
 from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
@@ -45,18 +47,36 @@ class DualLora(Lora):
         return AttachedDualLora(self, clip)
 
 
+@dataclass(frozen=True)
+class MutualDistillation:
+    """What two models of one client learn from each other: weight * T^2 KL(other's probabilities || own ones)."""
+
+    weight: float
+    temperature: float
+    in_batch: ClassVar[bool] = False
+    needs_frozen: ClassVar[bool] = False
+
+    def loss(self, view: StepView) -> Tensor:
+        """Each client's divergence from its other model, which gets no gradient from it, `(K,)`."""
+        ((images, classes),) = view.others
+        other = (view.logit_scale * torch.bmm(images, classes.transpose(1, 2))).detach()
+        return self.weight * divergence(view.logits, other, view.example_mask, self.temperature)
+
+
 class AttachedDualLora(AttachedLora):
     """LoRA layers as in `AttachedLora`, and beside each its local rival.
 
     That is `T.i.t.local_A` `(local_rank, d_in)`, `T.i.t.local_B` `(d_out, local_rank)` and `T.i.t.local_gate`.
     """
 
+    num_models = 2
+
     def __init__(self, options: DualLora, clip: FrozenClip) -> None:
         super().__init__(options, clip)
         self._local_rank = options.local_rank
-        self.gates = tuple(f"{name}.local_gate" for name in self.layers)
-        self.threshold = options.threshold
-        self.mutual = MutualDistillation(options.distillation, options.temperature)
+        self._threshold = options.threshold
+        self.loss_terms = (MutualDistillation(options.distillation, options.temperature),)
+        self.after_step = self._shrink_gates
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         state = super().initial_state(rng)
@@ -69,7 +89,13 @@ class AttachedDualLora(AttachedLora):
     def stays(self, name: str) -> bool:
         return name.rpartition(".")[2] in ("local_A", "local_B", "local_gate")
 
-    def views(self, stack: StateLike) -> list[StateLike]:
+    def _shrink_gates(self, stack: StateLike, learning_rate: float) -> None:
+        """Draw the gates nearer to zero by threshold times the learning rate, and not beyond it."""
+        for name in self.layers:
+            gate = stack[f"{name}.local_gate"]
+            gate.copy_(F.softshrink(gate, learning_rate * self._threshold))
+
+    def models(self, stack: StateLike) -> list[StateLike]:
         local = {}
         for name in self.layers:
             local[f"{name}.lora_A"] = stack[f"{name}.local_A"]

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.lora import Lora
-from flora.core.records import ClientUpdate
 from flora.core.registry import Component, OptionError, name_of, option
+from flora.core.states import ClientUpdate
 from flora.core.tree import State, StateLike
 
 
@@ -37,11 +37,6 @@ class Strategy(Component):
     """Whether `finalize` starts from the plain mean of the clients, and nothing else."""
 
     weighting: str = option("what a client's weight is", "examples", choices=("examples", "uniform"))
-
-    @property
-    def buffer_size(self) -> int:
-        """How many updates the server waits for, whoever sends them; 0: it waits for the cohort."""
-        return 0
 
     def check_fits(self, adapter: Adapter) -> None:
         """Raise `OptionError` if the strategy is for other adapters."""

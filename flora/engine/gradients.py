@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from flora.client.capacity import clients_at_once
-from flora.client.objectives import Objective
-from flora.client.penalties import NoPenalty, Penalty, StepView, divergence
-from flora.clip.adapters.base import MutualDistillation
+from flora.client.local_training import LocalTraining
+from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.loss_terms import ImagesAndClasses, LossTerm, StepView
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.contracts import checked_tensor
 from flora.core.tree import State, StateLike
+from flora.engine.capacity import clients_at_once
 
 # Steps of one shape that run as they are before one is recorded: a recording costs about as much as ten of them.
 STEPS_BEFORE_RECORDING = 3
@@ -24,66 +23,56 @@ STEPS_BEFORE_RECORDING = 3
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What K clients see in one step, on the device.
+    """What K clients see in one step, on the device: tensors by name, each client-major.
 
-    `stem` `(K * B, ...)` are stem outputs, client-major; `labels` and `example_mask` are `(K, B)`. With `classes`
-    `(K, C)`, on the CPU, only those are encoded, and labels are places among them.
+    `stem` `(K * B, ...)` are stem outputs, `labels` and `example_mask` are `(K, B)`. With `classes` `(K, C)`, on the
+    CPU, only those are encoded, and labels are places among them.
     """
 
-    stem: Tensor
-    labels: Tensor
-    example_mask: Tensor
+    tensors: Mapping[str, Tensor]
     classes: Tensor | None = None
 
     def of_clients(self, start: int, stop: int) -> Batch:
         """What the clients from `start` to `stop` see."""
-        rows = len(self.stem) // len(self.labels)
+        number = len(self.tensors["labels"])
+        rows = {name: len(tensor) // number for name, tensor in self.tensors.items()}
         return Batch(
-            self.stem[start * rows : stop * rows],
-            self.labels[start:stop],
-            self.example_mask[start:stop],
+            {name: tensor[start * rows[name] : stop * rows[name]] for name, tensor in self.tensors.items()},
             None if self.classes is None else self.classes[start:stop],
         )
 
 
-Features = tuple[Tensor, Tensor]
-"""Unit features of images `(K, B, embed_dim)` and of classes `(K, C, embed_dim)`."""
-
-
 @dataclass(frozen=True)
 class Loss:
-    """What a step minimises: an objective, a penalty, and what a client's two models learn from each other."""
+    """What a step minimises: the sum of terms, each with the setting that it comes from."""
 
-    objective: Objective
-    penalty: Penalty = NoPenalty()
-    mutual: MutualDistillation | None = None
+    terms: tuple[tuple[str, LossTerm], ...]
+
+    @classmethod
+    def of(cls, local: LocalTraining, adapter: AttachedAdapter) -> Loss:
+        """The objective, the penalty unless it is idle, and the adapter's own terms."""
+        terms: list[tuple[str, LossTerm]] = [("local.objective", local.objective)]
+        if not local.penalty.is_idle:
+            terms.append(("local.penalty", local.penalty))
+        return cls((*terms, *(("adapter", term) for term in adapter.loss_terms)))
 
     @property
     def in_batch(self) -> bool:
         """Whether no class matters but those of the batch."""
-        return self.objective.in_batch and self.penalty.is_idle and self.mutual is None
+        return all(term.in_batch for _, term in self.terms)
 
-    def frozen(self, model: AdaptedClip, batch: Batch, num_clients: int) -> Features | None:
-        """What the penalty compares with: features of images and classes while no adapter is bound."""
-        if self.penalty.is_idle:
-            return None
-        with torch.no_grad():
-            return model.image_features(batch.stem, num_clients), model.frozen_class_features()
+    @property
+    def needs_frozen(self) -> bool:
+        """Whether a term compares with the frozen model's features."""
+        return any(term.needs_frozen for _, term in self.terms)
 
-    def of(self, batch: Batch, models: Sequence[Features], scale: Tensor, frozen: Features | None) -> Tensor:
-        """Each client's loss `(K,)`, summed over its models, from features with adapters and those without."""
-        losses = torch.zeros(len(batch.labels), device=batch.labels.device)
-        for images, classes in models:
-            loss = self.objective.loss(images, classes, batch.labels, batch.example_mask, scale)
-            losses = losses + checked_tensor("local.objective", self.objective, loss, losses.shape)
-            if frozen is not None:
-                loss = self.penalty.loss(StepView(images, classes, *frozen, batch.example_mask, scale))
-                losses = losses + checked_tensor("local.penalty", self.penalty, loss, losses.shape)
-        if self.mutual is not None:
-            one, two = (scale * torch.bmm(images, classes.transpose(1, 2)) for images, classes in models)
-            for own, other in ((one, two), (two, one)):
-                learned = divergence(own, other.detach(), batch.example_mask, self.mutual.temperature)
-                losses = losses + self.mutual.weight * learned
+    def total(self, views: Sequence[StepView]) -> Tensor:
+        """Each client's loss `(K,)`: the sum of all terms over the models that its adapter stands for."""
+        labels = views[0].labels
+        losses = torch.zeros(len(labels), device=labels.device)
+        for setting, term in self.terms:
+            for view in views:
+                losses = losses + checked_tensor(setting, term, term.loss(view), losses.shape)
         return losses
 
 
@@ -123,16 +112,6 @@ class FlatStack:
         """What the columns mean: how many tensors are trained, and the names of all in their order."""
         return len(self._trained), tuple(self._shapes)
 
-    def columns(self, names: Collection[str]) -> Tensor:
-        """The columns of the trained tensors called so."""
-        ends = list(itertools.accumulate(shape.numel() for shape in self._shapes.values()))
-        ranges = [
-            torch.arange(end - self._shapes[name].numel(), end)
-            for name, end in zip(self._trained, ends, strict=False)
-            if name in names
-        ]
-        return torch.cat(ranges).to(self.matrix.device) if ranges else torch.empty(0, dtype=torch.int64)
-
     def leaves(self, matrix: Tensor) -> tuple[State, list[Tensor]]:
         """The rows of a matrix `(K, P)` as detached tensors; also those that are trained, as leaves for autograd."""
         state = {name: tensor.detach() for name, tensor in self.state(matrix).items()}
@@ -150,12 +129,12 @@ def gradient_function(
     dropout: Sequence[torch.Generator] | None,
     *,
     batch_size: int,
-    beside: StateLike | None = None,
+    shared_residual: StateLike | None = None,
 ) -> Compute:
     """What computes each client's loss, and its gradient with respect to all of its parameters that are trained.
 
-    Clients don't depend on each other, so as many go through the model at once as is fastest. `beside` are tensors
-    `(1, ...)` that are bound with every client's own.
+    Clients don't depend on each other, so as many go through the model at once as is fastest. `shared_residual` are
+    tensors `(1, ...)` that are bound with every client's own.
     """
 
     at_once = clients_at_once(model, batch_size=batch_size)
@@ -167,14 +146,8 @@ def gradient_function(
         number = len(parameters)
         place = parameters.data_ptr(), number
         state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
-        frozen = loss.frozen(model, batch, number)
-        models = []
-        for view in model.adapter.views({**state, **beside} if beside else state):
-            with model.adapter.bind(view, None if dropout is None else dropout[first : first + number]):
-                images = model.image_features(batch.stem, number)
-                models.append((images, model.class_features(number, batch.classes)))
-                scale = model.logit_scale()
-        losses = loss.of(batch, models, scale, frozen)
+        generators = None if dropout is None else dropout[first : first + number]
+        losses = loss.total(_step_views(model, loss, {**state, **(shared_residual or {})}, batch, generators))
         return losses.detach(), _rows(losses, leaves)
 
     def compute_in_parts(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -188,9 +161,33 @@ def gradient_function(
         losses, gradients = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(gradients)
 
-    if _is_recorded(model, dropout, beside):
+    if _is_recorded(model, dropout, shared_residual):
         return _Recorder.of(model).wrap(compute_in_parts, (loss, flat.layout))
     return compute_in_parts
+
+
+def _step_views(
+    model: AdaptedClip,
+    loss: Loss,
+    stack: StateLike,
+    batch: Batch,
+    generators: Sequence[torch.Generator] | None,
+) -> list[StepView]:
+    """What the loss sees of each of the models that K adapters `(K, ...)` stand for."""
+    stem, number = batch.tensors["stem"], len(batch.tensors["labels"])
+    frozen: tuple[Tensor | None, Tensor | None] = (None, None)
+    if loss.needs_frozen:
+        with torch.no_grad():
+            frozen = model.image_features(stem, number), model.frozen_class_features()
+    features: list[ImagesAndClasses] = []
+    for bound in model.adapter.models(stack):
+        with model.adapter.bind(bound, generators):
+            features.append((model.image_features(stem, number), model.class_features(number, batch.classes)))
+            scale = model.logit_scale()
+    return [
+        StepView(images, classes, scale, batch.tensors, *frozen, (*features[:place], *features[place + 1 :]))
+        for place, (images, classes) in enumerate(features)
+    ]
 
 
 def _is_recorded(model: AdaptedClip, dropout: object, residual: object) -> bool:
@@ -239,24 +236,24 @@ class _Recorder:
         def recorded(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             if batch.classes is not None or not self.works:
                 return compute(parameters, batch)
-            inputs = (parameters, batch.stem, batch.labels, batch.example_mask)
-            key = (kind, *((each.shape, each.dtype) for each in inputs))
+            inputs = (parameters, *batch.tensors.values())
+            key = (kind, tuple(batch.tensors), *((each.shape, each.dtype) for each in inputs))
             if key in self.recordings:
                 return self.recordings[key].replay(inputs)
             self.counts[key] = self.counts.get(key, 0) + 1
             if self.counts[key] > STEPS_BEFORE_RECORDING:
-                self._record(key, compute, inputs)
+                self._record(key, compute, inputs, tuple(batch.tensors))
             return compute(parameters, batch)
 
         return recorded
 
-    def _record(self, key: object, compute: Compute, inputs: Sequence[Tensor]) -> None:
+    def _record(self, key: object, compute: Compute, inputs: Sequence[Tensor], names: Sequence[str]) -> None:
         own = tuple(each.clone() for each in inputs)
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.graph(graph, pool=self.pool):  # type: ignore[arg-type]
-                outputs = compute(own[0], Batch(*own[1:]))
+                outputs = compute(own[0], Batch(dict(zip(names, own[1:], strict=True))))
         except RuntimeError:  # an operation that can't be recorded, or no memory for it
             self.works = False
             self.recordings.clear()

@@ -26,9 +26,8 @@ def choose_clients_per_block(model: AdaptedClip, *, batch_size: int) -> int:
 
 def client_bytes(model: AdaptedClip, *, batch_size: int) -> int:
     """About what one client's step keeps until its gradient is computed."""
-    num_models = 1 if model.adapter.mutual is None else 2
     size = model.clip.dtype.itemsize
-    return size * ACTIVATIONS_PER_TOKEN * num_models * max(1, sum(_trained_streams(model, batch_size)))
+    return size * ACTIVATIONS_PER_TOKEN * model.adapter.num_models * max(1, sum(_trained_streams(model, batch_size)))
 
 
 def clients_at_once(model: AdaptedClip, *, batch_size: int) -> int:

@@ -1,0 +1,64 @@
+"""The options of local training: what every client does with its data in a round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flora.client.corrections import Correction, NoCorrection
+from flora.client.objectives import CrossEntropy, Objective
+from flora.client.optimizers import AdamW, Constant, Optimizer, Schedule
+from flora.client.penalties import NoPenalty, Penalty
+from flora.core import tree
+from flora.core.contracts import refuse
+from flora.core.registry import OptionError, Options, option
+from flora.core.states import ClientState
+from flora.core.tree import StateLike
+from flora.data.augmentation import Augmentation, NoAugmentation
+from flora.data.batching import count_steps
+
+
+@dataclass(frozen=True)
+class LocalTraining(Options):
+    """What every client does with its data in a round."""
+
+    learning_rate: float = option("step size", 1e-3, above=0)
+    epochs: int = option("passes over a client's examples in a round", 1, at_least=1, at_most=1_000_000)
+    steps: int | None = option(
+        "steps in a round, the same for every client, in place of `epochs`", None, at_least=1, at_most=10_000_000
+    )
+    batch_size: int = option("examples in a step", 32, at_least=1, at_most=1_000_000)
+    optimizer: Optimizer = option("how gradients become steps", AdamW())
+    optimizer_state: str = option(
+        "whether a client's optimiser starts fresh each round or is kept from its last one",
+        "fresh",
+        choices=("fresh", "kept"),
+    )
+    schedule: Schedule = option("the learning rate over rounds", Constant())
+    clip_norm: float | None = option("largest norm of a client's gradient; none: no clipping", None, above=0)
+    objective: Objective = option("what a step minimises", CrossEntropy())
+    penalty: Penalty = option("what is added to the loss against forgetting the frozen model", NoPenalty())
+    correction: Correction = option("what is added to the gradient against drifting apart", NoCorrection())
+    augmentation: Augmentation = option("how training images are changed at random", NoAugmentation())
+
+    def check(self) -> None:
+        if self.steps is not None and self.epochs != 1:
+            raise OptionError("steps", "give either `steps` or `epochs`, not both")
+
+    def num_steps(self, num_examples: int) -> int:
+        """How many steps a client of so many examples takes in a round."""
+        return count_steps(num_examples, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps)
+
+    def client_state(self, trained: StateLike) -> ClientState:
+        """What one client keeps between its rounds when it trains such tensors: names and shapes."""
+        vector, state = tree.vector_like(trained), {}
+        if self.optimizer_state == "kept":
+            state = {name: tensor[0] for name, tensor in self.optimizer.init(vector.unsqueeze(0)).items()}
+        return ClientState(optimizer=state, correction=self.correction.memory(vector))
+
+    def rate(self, round: int, num_rounds: int) -> float:
+        """The learning rate of a round, counted from 1. Raises `UserError` if the schedule's factor is no number."""
+        factor = self.schedule.factor(round, num_rounds)
+        if not 0 <= factor < math.inf:
+            refuse("local.schedule", self.schedule, f"a factor of {factor} in round {round}")
+        return self.learning_rate * factor

@@ -1,0 +1,75 @@
+"""What a loss reads of one local step of K clients, and what every term of a loss does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ImagesAndClasses = tuple[Tensor, Tensor]
+"""Features of images `(K, B, embed_dim)` and of classes `(K, C, embed_dim)`."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepView:
+    """What a term of the loss sees of K clients' step: unit features, but for the rows of a linear head.
+
+    `images` `(K, B, d)` and `classes` `(K, C, d)` are with adapters; `frozen_images` `(K, B, d)` and `frozen_classes`
+    `(C, d)` without, where a term has `needs_frozen`. `batch` are the step's tensors by name: `labels` `(K, B)` int64,
+    `example_mask` `(K, B)`, True for real examples, of which each client has one. `others` are the features that the
+    clients' other models make of the same step, where an adapter stands for several.
+    """
+
+    images: Tensor
+    classes: Tensor
+    logit_scale: Tensor
+    batch: Mapping[str, Tensor]
+    frozen_images: Tensor | None = None
+    frozen_classes: Tensor | None = None
+    others: tuple[ImagesAndClasses, ...] = ()
+
+    @property
+    def labels(self) -> Tensor:
+        """The examples' classes `(K, B)`, int64."""
+        return self.batch["labels"]
+
+    @property
+    def example_mask(self) -> Tensor:
+        """True for real examples, False for padding, `(K, B)`."""
+        return self.batch["example_mask"]
+
+    @property
+    def logits(self) -> Tensor:
+        """The scaled similarities of images and classes, `(K, B, C)`."""
+        return self.logit_scale * torch.bmm(self.images, self.classes.transpose(1, 2))
+
+
+class LossTerm(Protocol):
+    """A term of the loss: a number for each client of a step, independent of the others."""
+
+    @property
+    def needs_frozen(self) -> bool:
+        """Whether it compares with the frozen model's features."""
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether no class matters to it but those of the batch."""
+
+    def loss(self, view: StepView) -> Tensor:
+        """Each client's number, `(K,)`, a mean over its real examples."""
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean along the last axis of `values` `(K, B)` where `mask` is True, `(K,)`."""
+    return torch.where(mask, values, 0.0).sum(dim=-1) / mask.sum(dim=-1)
+
+
+def divergence(logits: Tensor, target: Tensor, example_mask: Tensor, temperature: float) -> Tensor:
+    """Each client's mean of T^2 KL(target's probabilities || own ones), `(K,)`, from logits `(K, B, C)`."""
+    own, other = ((each / temperature).log_softmax(dim=-1) for each in (logits, target))
+    each = F.kl_div(own, other, reduction="none", log_target=True).sum(dim=-1)
+    return temperature**2 * masked_mean(each, example_mask)

@@ -1,0 +1,80 @@
+"""Who takes part in a round: who can be asked, who is chosen, and what becomes of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flora.communication.network import (
+    ClientLoad,
+    CohortOutcome,
+    Network,
+    Profiles,
+    StragglerPolicy,
+    cohort_outcome,
+    durations,
+)
+from flora.communication.sampling import Sampler
+from flora.core.contracts import checked_ids, refuse
+from flora.core.counts import part_of
+from flora.core.rng import Rng
+
+
+@dataclass(frozen=True, eq=False)
+class Participation:
+    """Draws cohorts of clients of these `sizes` `(num_clients,)`, their numbers of training examples.
+
+    With a `network` the clients have `profiles`, and `stragglers` says for whom the server waits.
+    """
+
+    sampler: Sampler
+    sizes: np.ndarray
+    network: Network | None = None
+    profiles: Profiles | None = None
+    stragglers: StragglerPolicy = field(default_factory=StragglerPolicy)
+
+    def cohort_size(self, round: int) -> int:
+        """How many clients take part in a round, counted from 1."""
+        size, most = self.sampler.size_in(round, len(self.sizes)), len(self.sizes)
+        if not 1 <= size <= most:
+            refuse("clients.cohort", self.sampler, f"a cohort of {size} in round {round}, expected 1 to {most}")
+        return size
+
+    def cohort(self, present: np.ndarray, number: int, rng: Rng) -> np.ndarray:
+        """A cohort of `number` of the clients `present`, sorted."""
+        chosen = self.sampler.sample(self.sizes[present], number, rng)
+        return present[checked_ids("clients.cohort", self.sampler, chosen, len(present), number=number)]
+
+    def available(self, clock: float, rng: Rng) -> np.ndarray:
+        """The clients that can be asked at a time of the network's clock, sorted."""
+        assert self.network is not None and self.profiles is not None
+        found = self.network.available(self.profiles, clock, rng)
+        return checked_ids("network", self.network, found, len(self.sizes), what="clients that can be asked")
+
+    def durations(self, clients: np.ndarray, load: ClientLoad) -> np.ndarray:
+        """How many seconds each of `clients` takes from being asked to having delivered."""
+        assert self.network is not None and self.profiles is not None
+        return durations(self.network, self.profiles, clients, load)
+
+    def outcome(self, round: int, clock: float, load: ClientLoad, rng: Rng) -> CohortOutcome:
+        """Who is asked in a round that begins at a time of the clock, and what becomes of them."""
+        if self.network is None or self.profiles is None:
+            everybody = np.arange(len(self.sizes))
+            return CohortOutcome(self.cohort(everybody, self.cohort_size(round), rng.child("cohort")))
+        own = rng.child("network")
+        present = self.available(clock, own.child("available"))
+        if not len(present):
+            return CohortOutcome(present, seconds=self.network.wait_seconds)
+        needed = min(self.cohort_size(round), len(present))
+        number = min(math.ceil(part_of(self.stragglers.over_selection, needed)), len(present))
+        asked = self.cohort(present, number, rng.child("cohort"))
+        return cohort_outcome(
+            self.stragglers,
+            asked,
+            takes=self.durations(asked, load),
+            dropout=self.profiles.dropout[asked],
+            num_needed=needed,
+            rng=own.child("dropout"),
+        )

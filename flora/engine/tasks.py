@@ -1,0 +1,77 @@
+"""What goes into the engine and what comes out: a task and a result for each client that trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flora.client.local_training import LocalTraining
+from flora.core import tree
+from flora.core.rng import Rng
+from flora.core.states import FRESH, ClientState
+from flora.core.tree import State, StateLike
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSetup:
+    """What all tasks have in common that may share a step.
+
+    `trained` are the names of the tensors that are trained. `width` is how many examples a step's batch has room for:
+    one number for all clients of a run, so that a client's dropout masks don't depend on its neighbours.
+    `server_correction` is what the correction remembers at the server. `round` is for hooks and messages.
+    """
+
+    round: int
+    local: LocalTraining
+    learning_rate: float
+    trained: tuple[str, ...]
+    width: int
+    server_correction: StateLike = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ClientTask:
+    """All that one client's local training needs.
+
+    It trains from `adapter`, a state dict without a client axis, on the training examples `examples` `(N,)`; `rng` is
+    what its batches, dropout and augmentation are drawn from; `state` is what it carries from its last round. `anchor`
+    is what a correction measures distances from, in place of `adapter`.
+    """
+
+    client: int
+    adapter: StateLike
+    examples: np.ndarray
+    rng: Rng
+    setup: TrainingSetup
+    state: ClientState = FRESH
+    anchor: StateLike | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """How many local steps the client takes."""
+        return self.setup.local.num_steps(len(self.examples))
+
+
+@dataclass(frozen=True, eq=False)
+class ClientResult:
+    """All that comes of one client's local training, on the CPU.
+
+    `adapter` are the trained tensors alone, without a client axis: views into the memory of all clients that shared its
+    steps, so whoever keeps one copies it. `loss` is the mean over its steps. `failed_step` is the first step, counted
+    from 0, at which loss or gradient was not finite. `state` is what the client carries on of its optimiser and of a
+    correction; `sent_correction` is what the correction sends to the server.
+    """
+
+    client: int
+    adapter: State
+    loss: float
+    num_steps: int
+    failed_step: int | None
+    state: ClientState
+    sent_correction: State
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no step failed and every number of the adapter is finite."""
+        return self.failed_step is None and tree.is_finite(self.adapter)

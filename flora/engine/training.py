@@ -1,0 +1,192 @@
+"""Train one block of K clients together, each on its own data with its own adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flora.client.corrections import NoCorrection
+from flora.client.optimizers import clip_rows
+from flora.clip.towers.towers import AdaptedClip
+from flora.core import tree
+from flora.core.contracts import checked_state, checked_tensor
+from flora.core.low_rank import is_residual
+from flora.core.states import ClientState
+from flora.core.tree import State, StateLike
+from flora.engine.blocks import Block
+from flora.engine.gradients import Batch, Compute, FlatStack, Loss, gradient_function
+from flora.engine.tasks import ClientResult
+from flora.features.features import Features
+
+
+def train_block(
+    model: AdaptedClip,
+    features: Features,
+    block: Block,
+    advance: Callable[[int], object] = lambda number: None,
+) -> list[ClientResult]:
+    """Train K clients together and return their results, in the order of the block.
+
+    A step minimises the sum over clients of each one's mean loss over its real examples, so no client's gradient
+    depends on another. Clients that have taken all their steps are no longer touched. `advance` is told after each step
+    how many clients took it.
+    """
+    local, learning_rate = block.setup.local, block.setup.learning_rate
+    flat = FlatStack(_stacked([task.adapter for task in block.tasks]), model.device, block.setup.trained)
+    trained = flat.matrix[:, : flat.num_trained]
+    state = _optimizer_state(block, trained)
+    correction = _CorrectionState(block, _anchors(block, flat, model.device))
+    loss = Loss.of(local, model.adapter)
+    gradients_of = _gradient_function(model, loss, flat, block)
+    batches = _Batches(model, features, block, in_batch=loss.in_batch)
+    totals = torch.zeros(len(block.tasks), device=model.device, dtype=flat.matrix.dtype)
+    failed = torch.full((len(block.tasks),), -1, device=model.device)
+    for num_active, steps in block.segments():
+        parameters = flat.matrix[:num_active]
+        stack = flat.state(parameters)
+        active_state = {name: tensor[:num_active] for name, tensor in state.items()}
+        for step in steps:
+            losses, gradients = gradients_of(parameters, batches.of_step(step, num_active))
+            # A sum is not finite if one of its terms isn't: one pass over the gradients, and no wait for the device.
+            broke = ~torch.isfinite(losses + gradients.sum(dim=1)) & (failed[:num_active] < 0)
+            failed[:num_active].masked_fill_(broke, step)
+            gradients = correction.correct(gradients, trained[:num_active])
+            if local.clip_norm is not None:
+                gradients = clip_rows(gradients, local.clip_norm)
+            local.optimizer.step(trained[:num_active], gradients, active_state, learning_rate)
+            if model.adapter.after_step is not None:
+                model.adapter.after_step(stack, learning_rate)
+            totals[:num_active] += losses
+            advance(num_active)
+    remembered, sent = correction.finish(trained)
+    return _results(block, flat, totals, failed, _client_states(block, state, remembered), sent)
+
+
+def _stacked(adapters: Sequence[StateLike]) -> StateLike:
+    """The adapters `(K, ...)` without their residuals, and without a copy where all clients start from one."""
+    is_one = all(adapter is adapters[0] for adapter in adapters)
+    parts = [
+        {name: tensor for name, tensor in adapter.items() if not is_residual(name)}
+        for adapter in (adapters[:1] if is_one else adapters)
+    ]
+    return tree.expand(parts[0], len(adapters)) if is_one else tree.stack(parts)
+
+
+def _anchors(block: Block, flat: FlatStack, device: torch.device) -> Tensor:
+    """What the correction measures distances from, `(K, P)`: the tasks' anchors if they have any, else their starts."""
+    anchors = [task.anchor for task in block.tasks if task.anchor is not None]
+    origin = FlatStack(_stacked(anchors), device, block.setup.trained) if anchors else flat
+    return origin.matrix[:, : flat.num_trained]
+
+
+def _optimizer_state(block: Block, trained: Tensor) -> State:
+    """The optimiser's state for `trained` `(K, P)`: what clients carry from their last round, else fresh."""
+    state = block.setup.local.optimizer.init(trained)
+    for row, task in enumerate(block.tasks):
+        for name in state.keys() & task.state.optimizer.keys():
+            state[name][row] = task.state.optimizer[name].to(trained.device)
+    return state
+
+
+def _gradient_function(model: AdaptedClip, loss: Loss, flat: FlatStack, block: Block) -> Compute:
+    """What computes the losses and gradients of this block's steps, with the residual that all its clients share."""
+    first = block.tasks[0].adapter
+    residual = {name: tensor.unsqueeze(0).to(model.device) for name, tensor in first.items() if is_residual(name)}
+    dropout = None
+    if model.adapter.has_dropout:
+        dropout = [task.rng.child("dropout").torch() for task in block.tasks]
+    return gradient_function(model, loss, flat, dropout, batch_size=block.indices.shape[2], shared_residual=residual)
+
+
+def _client_states(block: Block, optimizer: State, remembered: Sequence[State]) -> list[ClientState]:
+    """What each client carries to its next round; copies, so that none keeps its whole block in memory."""
+    keep = block.setup.local.optimizer_state == "kept"
+    return [
+        ClientState(
+            optimizer={name: tensor[row].cpu().clone() for name, tensor in optimizer.items() if keep},
+            correction=remembered[row],
+        )
+        for row in range(len(block.tasks))
+    ]
+
+
+def _results(
+    block: Block, flat: FlatStack, totals: Tensor, failed: Tensor, states: Sequence[ClientState], sent: Sequence[State]
+) -> list[ClientResult]:
+    """A result for each client, from the block's parameters, summed losses `(K,)` and first failed steps `(K,)`."""
+    adapters = tree.unstack(flat.trained_part(flat.matrix.cpu()))
+    losses = (totals.cpu() / torch.tensor(block.num_steps)).tolist()
+    return [
+        ClientResult(
+            client=task.client,
+            adapter=adapters[row],
+            loss=losses[row],
+            num_steps=block.num_steps[row],
+            failed_step=None if failed_step < 0 else failed_step,
+            state=states[row],
+            sent_correction=sent[row],
+        )
+        for row, (task, failed_step) in enumerate(zip(block.tasks, failed.tolist(), strict=True))
+    ]
+
+
+class _CorrectionState:
+    """A correction at work on a block: what K clients got from the server, and what they and the server remember."""
+
+    def __init__(self, block: Block, start: Tensor) -> None:
+        self._setup, self._num_steps = block.setup, block.num_steps
+        self._correction = block.setup.local.correction
+        self._is_idle = isinstance(self._correction, NoCorrection)
+        self._start = start if self._is_idle else start.clone()
+        server = block.setup.server_correction
+        self._server = {name: tensor.to(start.device).unsqueeze(0) for name, tensor in server.items()}
+        fresh = self._correction.memory(torch.empty(start.shape[1], dtype=start.dtype))
+        found = [task.state.correction or fresh for task in block.tasks]
+        self._own = {name: torch.stack([own[name] for own in found]).to(start.device) for name in fresh}
+
+    def correct(self, gradients: Tensor, parameters: Tensor) -> Tensor:
+        """The corrected gradients `(k, P)` of the first k clients."""
+        if self._is_idle:
+            return gradients
+        own = {name: tensor[: len(gradients)] for name, tensor in self._own.items()}
+        found = self._correction.correct(gradients, parameters, self._start[: len(gradients)], own, self._server)
+        return checked_tensor("local.correction", self._correction, found, gradients.shape)
+
+    def finish(self, end: Tensor) -> tuple[list[State], list[State]]:
+        """What each client remembers from now on, and what it sends."""
+        if not self._own:
+            return [{} for _ in self._num_steps], [{} for _ in self._num_steps]
+        counts = torch.tensor(self._num_steps, device=end.device, dtype=end.dtype).unsqueeze(1)
+        moved = end - self._start
+        after = self._correction.remember(moved, self._own, self._server, counts, self._setup.learning_rate)
+        after = checked_state("local.correction", self._correction, after, self._own)
+        # Copies, so that no client keeps its whole block in memory.
+        old, new = (
+            [{name: tensor[row].cpu().clone() for name, tensor in each.items()} for row in range(len(self._num_steps))]
+            for each in (self._own, after)
+        )
+        return new, [self._correction.sent(before, now) for before, now in zip(old, new, strict=True)]
+
+
+class _Batches:
+    """The steps of a block, moved to the device at once where they can be."""
+
+    def __init__(self, model: AdaptedClip, features: Features, block: Block, *, in_batch: bool) -> None:
+        self._model, self._features, self._in_batch = model, features, in_batch
+        self._rngs = [task.rng for task in block.tasks]
+        self._indices = block.indices.to(features.device)
+        self._mask = block.example_mask.to(model.device)
+        self._labels = features.labels[block.indices]
+        self._labels_on_device = self._labels.to(model.device)
+
+    def of_step(self, step: int, num_active: int) -> Batch:
+        """What the first `num_active` clients see at a step."""
+        streams = (rng.child("augmentation", step) for rng in self._rngs[:num_active])
+        stem = self._features.take(self._indices[step, :num_active].flatten(), self._model.device, streams)
+        labels, classes = self._labels_on_device[step, :num_active], None
+        selected = self._model.select_classes(self._labels[step, :num_active]) if self._in_batch else None
+        if selected is not None:
+            classes, labels = selected[0], selected[1].to(self._model.device)
+        return Batch({"stem": stem, "labels": labels, "example_mask": self._mask[step, :num_active]}, classes)

@@ -1,0 +1,128 @@
+"""The server's next adapter, from updates that may be averaged: aggregator, correction, server optimizer, strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flora.client.corrections import Cohort
+from flora.core import tree
+from flora.core.contracts import called, checked_state, checked_tensor, checked_weights
+from flora.core.errors import DivergedError
+from flora.core.low_rank import aggregation_error, layers, rank_padded, with_any_residual
+from flora.core.states import ClientUpdate, ServerState
+from flora.core.tree import State, StateLike
+from flora.federated.federation import Federation
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The server's adapter, its optimizer's state and a correction's memory after a step along the cohort's deltas.
+
+    `aggregation_error` is what averaging got wrong of the mean product B A; None where there is none to compare with.
+    """
+
+    adapter: State
+    optimizer: State
+    correction: State
+    aggregation_error: float | None
+
+
+def step(
+    federation: Federation, state: ServerState, updates: Sequence[ClientUpdate], starts: Mapping[int, StateLike]
+) -> Step:
+    """Step from `state` along the updates' deltas; `starts` are the adapters that their clients trained from, by id.
+
+    Raises `UserError` naming the component that returns what it must not, `DivergedError` for what is not finite.
+    """
+    strategy, aggregator, round = federation.server.strategy, federation.server.aggregator, state.round + 1
+    weights = checked_weights("server.strategy", strategy, strategy.weights(updates), len(updates))
+    shared, ends = _in_server_terms(federation, state.adapter, updates, starts)
+    deltas = [update.delta for update in updates]
+    if federation.ranks is not None:
+        deltas = [{name: end[name] - shared[name] for name in updates[0].delta} for end in ends]
+    delta = checked_state("server.aggregator", aggregator, aggregator.combine(deltas, weights), deltas[0])
+    _require_finite(delta, f"round {round}: what server.aggregator {called(aggregator)} made of finite updates")
+    delta, correction = _corrected(federation, delta, state.correction, updates, weights)
+    adapter, optimizer = _stepped(federation, state, delta)
+    finalized = strategy.finalize(adapter, ends, weights)
+    adapter = checked_state("server.strategy", strategy, finalized, with_any_residual(state.adapter))
+    _require_finite(adapter, f"round {round}: what server.strategy {called(strategy)} made of a finite adapter")
+    error = None
+    if not strategy.has_personal:  # else no product is the server's alone
+        averaged = adapter
+        if not strategy.replaces_mean and layers(adapter):
+            mean = tree.weighted_mean(deltas, weights)
+            averaged = {**shared, **tree.add(tree.select(shared, mean), mean)}
+        error = aggregation_error(ends, weights, averaged, state.adapter)
+    return Step(adapter, optimizer, correction, error)
+
+
+def _corrected(
+    federation: Federation, delta: State, memory: State, updates: Sequence[ClientUpdate], weights: Sequence[float]
+) -> tuple[State, State]:
+    """What the correction makes of the combined delta, and of what the server remembers."""
+    correction = federation.local.correction
+    if not memory:
+        return delta, memory
+    cohort = Cohort(
+        moved=[tree.flatten(update.delta) for update in updates],
+        sent=[update.extra for update in updates],
+        weights=weights,
+        total_weight=sum(map(federation.server.strategy.weight, federation.participation.sizes.tolist())),
+    )
+    flat = tree.flatten(delta)
+    vector, after = correction.at_server(flat, memory, cohort)
+    vector = checked_tensor("local.correction", correction, vector, flat.shape)
+    after = checked_state("local.correction", correction, after, memory)
+    _require_finite({"": vector, **after}, f"what local.correction {called(correction)} made of a finite mean")
+    return tree.unflatten(vector, delta), after
+
+
+def _stepped(federation: Federation, state: ServerState, delta: State) -> tuple[State, State]:
+    """The adapter and the server optimizer's state after a step along `delta`."""
+    optimizer = federation.server.optimizer
+    adapter, after = optimizer.step(state.adapter, delta, state.optimizer)
+    adapter = checked_state("server.optimizer", optimizer, adapter, state.adapter)
+    after = checked_state("server.optimizer", optimizer, after, state.optimizer)
+    made_by = f"the step of server.optimizer {called(optimizer)} at learning rate {optimizer.learning_rate:g}"
+    _require_finite(adapter, f"round {state.round + 1}: {made_by}", "; lower server.optimizer.learning_rate")
+    return adapter, after
+
+
+def _require_finite(state: State, made_by: str, advice: str = "") -> None:
+    """Raise `DivergedError` if a number is not finite: no client's fault, since what they send is screened."""
+    if not tree.is_finite(state):
+        raise DivergedError(f"{made_by} is not finite{advice}")
+
+
+def _in_server_terms(
+    federation: Federation, adapter: State, updates: Sequence[ClientUpdate], starts: Mapping[int, StateLike]
+) -> tuple[StateLike, list[StateLike]]:
+    """What of the server's adapter the cohort can have, and the adapters that clients ended with.
+
+    A client of a lower rank has zeros where it has no ranks. What is beyond the ranks of the whole cohort stays as it
+    is: where A and B were both zero, nothing would ever change again.
+    """
+    if federation.ranks is None:
+        return adapter, [_End(adapter, update.delta) for update in updates]
+    shared = rank_padded(adapter, int(federation.ranks[[update.client for update in updates]].max()))
+    return shared, [_End(starts[update.client], update.delta) for update in updates]
+
+
+class _End(Mapping[str, Tensor]):
+    """The adapter that a client ended with. Its tensors are made when they are read: mostly nobody does."""
+
+    def __init__(self, start: StateLike, delta: StateLike) -> None:
+        self._start, self._delta = start, delta
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._start[name] + self._delta[name] if name in self._delta else self._start[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._start)
+
+    def __len__(self) -> int:
+        return len(self._start)

@@ -1,0 +1,62 @@
+"""What the server reads of what clients send, and what they carry on to their next round."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from flora.core import tree
+from flora.core.rng import Rng
+from flora.core.states import FRESH, ClientState, ClientUpdate, ServerState
+from flora.engine.tasks import ClientResult, ClientTask
+from flora.federated.federation import Federation, RoundPlan
+
+
+def send_updates(
+    federation: Federation, plan: RoundPlan, results: Iterable[ClientResult]
+) -> dict[int, tuple[ClientUpdate, ClientState]]:
+    """Let each client send what it has trained: its update as the server reads it, and what it carries on, by id."""
+    tasks = {task.client: task for task in plan.tasks}
+    return {result.client: _send(federation, plan.view, tasks[result.client], result, plan.rng) for result in results}
+
+
+def _send(
+    federation: Federation, view: ServerState, task: ClientTask, result: ClientResult, rng: Rng
+) -> tuple[ClientUpdate, ClientState]:
+    client, stays = task.client, federation.roles.stays
+    # Copies, so that no client keeps the memory of all that shared its steps.
+    own = {name: tensor.clone() for name, tensor in result.adapter.items() if stays(name)}
+    failed_step = result.failed_step
+    if failed_step is None and not tree.is_finite(own):
+        failed_step = result.num_steps - 1
+    delta = {name: tensor - task.adapter[name] for name, tensor in result.adapter.items() if name not in own}
+    feedback = view.clients.get(client, FRESH).feedback
+    upload = federation.link.upload(
+        delta, feedback, result.sent_correction, client, rng.child("client", client, "upload")
+    )
+    update = ClientUpdate(
+        client=client,
+        num_examples=len(task.examples),
+        delta=upload.delta,
+        num_bytes=upload.num_bytes,
+        loss=result.loss,
+        num_steps=result.num_steps,
+        extra=result.sent_correction,
+        failed_step=failed_step,
+    )
+    return update, dataclasses.replace(result.state, own=own, feedback=upload.feedback)
+
+
+def personal_states(
+    federation: Federation, plan: RoundPlan, results: Iterable[ClientResult]
+) -> Iterator[tuple[int, tree.State]]:
+    """The adapters that clients have trained for themselves, by id; one that diverged stays as it was."""
+    starts = {task.client: task.adapter for task in plan.personal_tasks}
+    names = federation.roles.own(plan.view.adapter)
+    for result in results:
+        client = result.client
+        if not result.is_finite:
+            federation.engine.log(f"round {plan.round}: client {client}'s own adapter diverged, and stays as it was")
+        after = {**starts[client], **(result.adapter if result.is_finite else {})}
+        # Copies, so that no client keeps the memory of all that shared its steps, nor another's tensors.
+        yield client, {name: after[name].clone() for name in names}
