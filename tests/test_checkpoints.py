@@ -45,7 +45,7 @@ def checkpoint_of(round: int, records: tuple[int, str] = (0, "")) -> Checkpoint:
 
 
 def record_of(round: int) -> RoundRecord:
-    return RoundRecord(round, 0.5, 1.0 + round, None, 2, 10, 20, 0.25, 0.125, 1000)
+    return RoundRecord(round, {"accuracy": 0.5, "loss": 1.0 + round, "num_clients": 2, "uplink_bytes": 10})
 
 
 def assert_same_state(left: ServerState, right: ServerState) -> None:

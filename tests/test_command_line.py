@@ -89,7 +89,7 @@ def refused(capsys: Capture, runs: Path) -> Callable[..., str]:
 
 
 def test_a_run(config_file: str, runs: Path, capsys: Capture) -> None:
-    assert main([config_file, "rounds=2", "evaluation.num_alone=2"]) == 0
+    assert main([config_file, "rounds=2", "evaluation.num_local_only=2"]) == 0
     assert names(runs) == ["mine"]
     assert names(runs / "mine") == [
         "adapter.safetensors", "checkpoints", "clients.csv", "config.yaml", "environment.json", "examples.csv",
@@ -311,7 +311,10 @@ def test_a_value_longer_than_any_file_name(config_file: str, refused: Callable[.
         (["clients.number=50", "partition.minimum_examples=0", "local.steps=2"], "partition: "),
         (["clients.number=50", "partition.minimum_examples=0", "clients.cohort=by_size"], "partition: "),
         (["clients.cohort.number=5"], "clients.cohort.number: expected at most the number of clients, 4, got 5"),
-        (["evaluation.num_alone=5"], "evaluation.num_alone: expected at most 4, the clients there are, got 5"),
+        (
+            ["evaluation.num_local_only=5"],
+            "evaluation.num_local_only: expected at most 4, the clients there are, got 5",
+        ),
         (
             ["partition=pathological", "partition.classes_per_client=4"],
             "partition.classes_per_client: expected at most ",
@@ -512,8 +515,8 @@ def test_a_defect_of_ours_is_not_hidden(config_file: str, runs: Path, monkeypatc
 
 def test_a_bad_config_from_python_makes_no_folder(raw_config: dict[str, Any], runs: Path) -> None:
     config = parse_config(raw_config)
-    with pytest.raises(UserError, match="num_alone"):
-        simulate(dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, num_alone=9)))
+    with pytest.raises(UserError, match="num_local_only"):
+        simulate(dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, num_local_only=9)))
     wrong = copy.deepcopy(raw_config)
     wrong["clients"]["number"] = 100
     with pytest.raises(UserError, match=r"clients\.number"):

@@ -92,7 +92,12 @@ def test_half_precision_and_what_is_refused(
 def test_a_clients_own_adapter(
     raw_config: dict[str, Any], tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    raw = {**raw_config, "clients": {"number": 4, "holdout_fraction": 0.5}, "evaluation": {"num_alone": 4}, **changes}
+    raw = {
+        **raw_config,
+        "clients": {"number": 4, "holdout_fraction": 0.5},
+        "evaluation": {"num_local_only": 4},
+        **changes,
+    }
     result = simulate(parse_config(raw))
     server, own = tmp_path / "server.safetensors", tmp_path / "own.safetensors"
     assert export.main([str(result.directory), str(server)]) == 0

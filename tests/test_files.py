@@ -17,7 +17,7 @@ from flora.core.files import open_regular, read_text, refuse_irregular
 from flora.core.hooks import Hooks
 from flora.export import read_adapter
 from flora.simulate import main, simulate
-from flora.sweep.table import read_outcome
+from flora.sweep.outcomes import read_outcome
 
 
 @pytest.fixture(autouse=True)

@@ -90,7 +90,7 @@ def test_the_weighted_mean_is_that_of_all_held_out_examples(raw_config: dict[str
 def test_both_adapters_on_both_sets(raw_config: dict[str, Any]) -> None:
     """What a client reaches alone, as evaluating it by itself on its own held-out and on all test images says."""
     raw = {**raw_config, "data": {"name": "patterns", "num_train": 240, "num_classes": 8}, "rounds": 3}
-    raw |= {"clients": {"number": 5, "per_block": 2, "holdout_fraction": 0.4}, "evaluation": {"num_alone": 3}}
+    raw |= {"clients": {"number": 5, "per_block": 2, "holdout_fraction": 0.4}, "evaluation": {"num_local_only": 3}}
     result = simulate(parse_config(raw))
     experiment = build_experiment(parse_config(raw), progress=lambda *_: lambda _: None, log=lambda _: None)
     federation = experiment.federation
@@ -102,15 +102,15 @@ def test_both_adapters_on_both_sets(raw_config: dict[str, Any]) -> None:
         found = [
             evaluate(federation.engine.model, one, each, batch_size=512)[0].accuracy for each in (own, experiment.test)
         ]
-        cells = [rows[client][column] for column in ("alone_held_out_accuracy", "alone_accuracy")]
+        cells = [rows[client][column] for column in ("local_only_held_out_accuracy", "local_only_accuracy")]
         assert cells == [f"{accuracy:.6f}" for accuracy in found]
         held_out.append(found[0])
     assert len({*held_out, *(float(row["accuracy"]) for row in rows)}) > 2
-    assert [row["alone_held_out_accuracy"] == "" for row in rows] == [False, True, False, True, False]
+    assert [row["local_only_held_out_accuracy"] == "" for row in rows] == [False, True, False, True, False]
     assert {row["test_accuracy"] for row in rows} == {f"{result.summary.last_accuracy:.6f}"}
     summary = result.summary
     assert summary.held_out_num_clients == 3
-    assert summary.held_out_alone_accuracy == pytest.approx(np.mean(held_out), abs=1e-9)
+    assert summary.held_out_local_only_accuracy == pytest.approx(np.mean(held_out), abs=1e-9)
     federated = np.mean([float(rows[client]["accuracy"]) for client in (0, 2, 4)])
     assert summary.held_out_federated_accuracy == pytest.approx(federated, abs=1e-6)
     line = f"federated {100 * federated:.1f} %, alone {100 * np.mean(held_out):.1f} %   (3 clients)"
@@ -118,17 +118,17 @@ def test_both_adapters_on_both_sets(raw_config: dict[str, Any]) -> None:
 
 
 def test_without_held_out_examples_there_is_nothing_to_compare(raw_config: dict[str, Any]) -> None:
-    raw = {**raw_config, "clients": {"number": 4, "holdout_fraction": 0.0}, "evaluation": {"num_alone": 4}}
+    raw = {**raw_config, "clients": {"number": 4, "holdout_fraction": 0.0}, "evaluation": {"num_local_only": 4}}
     result = simulate(parse_config(raw))
     assert result.summary.held_out_num_clients == 0
     assert result.summary.client_accuracy_weighted_mean is None
-    assert all(row["alone_accuracy"] and not row["alone_held_out_accuracy"] for row in client_rows(result))
+    assert all(row["local_only_accuracy"] and not row["local_only_held_out_accuracy"] for row in client_rows(result))
     assert "together or alone" not in (result.directory / "log.txt").read_text()
 
 
 def test_whose_adapter_a_personal_figure_is_of(raw_config: dict[str, Any]) -> None:
     raw = {**raw_config, "rounds": 1, "clients": {"number": 4, "cohort": {"number": 2}, "holdout_fraction": 0.5}}
-    result = simulate(parse_config({**raw, "personal": "ditto", "evaluation": {"num_alone": 4}}))
+    result = simulate(parse_config({**raw, "personal": "ditto", "evaluation": {"num_local_only": 4}}))
     rows = client_rows(result)
     for client, row in enumerate(rows):
         took_part = client in (result.records[-1].cohort or ())

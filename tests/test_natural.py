@@ -115,7 +115,7 @@ def test_what_needs_the_number_of_clients_is_checked_when_the_data_are_known(
     run: Callable[..., Path], capsys: Capture
 ) -> None:
     for override, message in (
-        ("evaluation.num_alone=4", "evaluation.num_alone: expected at most 3, the clients there are, got 4"),
+        ("evaluation.num_local_only=4", "evaluation.num_local_only: expected at most 3, the clients there are, got 4"),
         ("clients.cohort.number=5", "clients.cohort.number: expected at most the number of clients, 3, got 5"),
         ("clients.ranks=[1,2]", "clients.ranks: expected 3 numbers, one for each client, got 2"),
     ):

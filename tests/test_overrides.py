@@ -102,7 +102,7 @@ def test_all_mistakes_are_found_at_once_and_each_is_said_where_it_is(write: Any)
 
 
 def test_check_says_all_of_it_and_goes_on_with_the_next_file(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = write(clients={"number": 3, "ranks": [1, 2]}, adapter="linear_head", evaluation={"num_alone": 7})
+    wrong = write(clients={"number": 3, "ranks": [1, 2]}, adapter="linear_head", evaluation={"num_local_only": 7})
     good = wrong.with_name("good.yaml")
     good.write_text(yaml.safe_dump(BASE))
     broken = wrong.with_name("broken.yaml")
@@ -114,5 +114,5 @@ def test_check_says_all_of_it_and_goes_on_with_the_next_file(write: Any, capsys:
     assert lines[0].startswith(f"{broken}: not valid YAML")
     assert [line.split(": ")[:2] for line in lines[1:]] == [
         [str(wrong), "clients.ranks"],
-        [str(wrong), "evaluation.num_alone"],
+        [str(wrong), "evaluation.num_local_only"],
     ]

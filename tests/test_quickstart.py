@@ -19,8 +19,8 @@ def test_quickstart_gains_more_than_twenty_points_and_beats_clients_alone(tmp_pa
     config = load_config(ROOT / "experiments/quickstart.yaml", [f"output={tmp_path}"])
     summary = simulate(config).summary
     assert summary.last_accuracy > summary.zero_shot_accuracy + 0.2
-    assert summary.alone_accuracy_best is not None
-    assert summary.last_accuracy > summary.alone_accuracy_best + 0.1
+    assert summary.local_only_accuracy_best is not None
+    assert summary.last_accuracy > summary.local_only_accuracy_best + 0.1
     assert summary.uplink_bytes_per_client_round < 30_000
 
 

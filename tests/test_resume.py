@@ -40,7 +40,7 @@ CHANGES: dict[str, dict[str, Any]] = {
             "augmentation": "crop_flip",
             "objective": "contrastive",
         },
-        "evaluation": {"every": 2, "num_alone": 2},
+        "evaluation": {"every": 2, "num_local_only": 2},
     },
     "a checkpoint every other round": {"checkpoints": {"every": 2, "keep": 1}},
     "a checkpoint only when it ends": {"checkpoints": {"every": None, "keep": 1}},
@@ -283,7 +283,7 @@ def test_more_rounds(raw: dict[str, Any], tmp_path: Path) -> None:
             "partition.concentration: 0.5 then, None now; partition.minimum_examples: 3 then, None now; ",
         ),
         ("seed=3", "seed: 0 then, 3 now"),
-        ("evaluation.num_alone=1", "evaluation.num_alone: 0 then, 1 now"),
+        ("evaluation.num_local_only=1", "evaluation.num_local_only: 0 then, 1 now"),
     ],
 )
 def test_other_settings_are_refused_with_the_difference(raw: dict[str, Any], override: str, difference: str) -> None:

@@ -286,7 +286,7 @@ def test_other_errors_are_not_taken_for_memory(raw_config: dict[str, Any]) -> No
 
 def test_a_client_alone_that_diverges_stays_where_it_was(raw_config: dict[str, Any]) -> None:
     raw_config["local"] = {"learning_rate": 1e30, "batch_size": 4, "optimizer": "sgd", "epochs": 3}
-    raw_config["evaluation"] = {"num_alone": 2}
+    raw_config["evaluation"] = {"num_local_only": 2}
     result = simulate(parse_config(raw_config))
-    assert result.summary.alone_accuracy_mean == result.summary.zero_shot_accuracy
+    assert result.summary.local_only_accuracy_mean == result.summary.zero_shot_accuracy
     assert np.isfinite(result.summary.last_accuracy)

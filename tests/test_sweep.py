@@ -29,14 +29,12 @@ from flora.simulate import main as simulate_main
 from flora.sweep import __main__ as sweep
 from flora.sweep import workers
 from flora.sweep.__main__ import combinations, configurations, split_values
+from flora.sweep.outcomes import Outcome, Point, columns, read_outcome
 from flora.sweep.runs import Outcomes, run_all
 from flora.sweep.table import (
-    Outcome,
-    Point,
     Ratios,
     Row,
     collect,
-    read_outcome,
     to_csv,
     to_curves,
     to_markdown,
@@ -88,8 +86,8 @@ def test_a_sweep_and_what_it_leaves(config_file: str, tmp_path: Path, capsys: py
             for seed in (0, 1)
         ]
         accuracies = [each["last_accuracy"] for each in lasts]
-        assert float(row["last"]) == pytest.approx(sum(accuracies) / 2)
-        assert float(row["last_std"]) == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+        assert float(row["last_accuracy"]) == pytest.approx(sum(accuracies) / 2)
+        assert float(row["last_accuracy_std"]) == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
     assert (folder / "table.md").read_text().splitlines()[1].startswith("| --- | --- |")
     # What was run stays as it is; what is missing is added.
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("summary.json")}
@@ -402,22 +400,21 @@ def test_mistakes(
 
 def outcome(last: float, **changes: Any) -> Outcome:
     points = (Point(0, 0, 0.25), Point(1, 100, last / 2), Point(2, 200, last))
-    values: dict[str, Any] = {
-        "points": points,
-        "zero_shot": 0.25, "last": last, "best": 0.9, "alone": None, "bytes_to_arrive": 1000, "rounds_to_arrive": 3,
-        "uplink_bytes": 50.0, "step_seconds": 0.01, "train_seconds": 2.0, "memory_bytes": 10**9, "parameters": 1234,
-        "new": None, "harmonic": None, "clients": 0.5, "clients_worst": 0.25, "personal": None, "personal_worst": None,
-        "broadcast": None, "privacy_gap": None, "simulated_seconds": 90.0, "seconds_to_arrive": 30.0,
-        "aggregation_error": 0.125, "downlink_bytes": 60.0, "round_seconds": 0.5,
+    figures: dict[str, Any] = dict.fromkeys(columns()) | {
+        "zero_shot_accuracy": 0.25, "last_accuracy": last, "best_accuracy": 0.9, "bytes_to_arrive": 1000,
+        "rounds_to_arrive": 3, "uplink_bytes_per_client_round": 50.0, "step_seconds": 0.01, "train_seconds": 2.0,
+        "memory_bytes": 10**9, "trainable_parameters": 1234, "client_accuracy_mean": 0.5,
+        "client_accuracy_worst_decile": 0.25, "simulated_seconds": 90.0, "seconds_to_arrive": 30.0,
+        "aggregation_error_mean": 0.125, "downlink_bytes_per_client_round": 60.0, "round_seconds": 0.5,
     }  # fmt: skip
-    return Outcome(**{**values, **changes})
+    return Outcome(changes.pop("points", points), {**figures, **changes})
 
 
 def test_means_and_deviations_by_hand() -> None:
     row = Row({"method": "a|b"}, (outcome(0.5), outcome(0.7), outcome(0.6)))
-    assert row.mean("last") == pytest.approx(0.6)
-    assert row.deviation("last") == pytest.approx(0.1)
-    assert row.mean("alone") is None
+    assert row.mean("last_accuracy") == pytest.approx(0.6)
+    assert row.deviation("last_accuracy") == pytest.approx(0.1)
+    assert row.mean("local_only_accuracy_mean") is None
     text = to_markdown([row, Row({"method": "c"}, ())])
     assert "| a\\|b | 3 | 25.0 ± 0.0 % | 60.0 ± 10.0 % |" in text
     assert text.splitlines()[-1] == "| c | 0 |" + " - |" * 17  # what no run has is no column
@@ -430,7 +427,7 @@ def test_means_and_deviations_by_hand() -> None:
 
 def test_what_a_run_needed_to_arrive(tmp_path: Path) -> None:
     summary = {
-        "zero_shot_accuracy": 0.1, "last_accuracy": 0.8, "best_accuracy": 0.9, "alone_accuracy_mean": 0.3,
+        "zero_shot_accuracy": 0.1, "last_accuracy": 0.8, "best_accuracy": 0.9, "local_only_accuracy_mean": 0.3,
         "uplink_bytes_per_client_round": 10, "train_seconds": 6.0, "peak_memory_bytes": 7, "trainable_parameters": 8,
         "memory_before_bytes": 3, "num_clients": 4, "rounds": 4, "total_downlink_bytes": 20,
         "client_accuracy_mean": 0.5, "client_accuracy_worst_decile": 0.25, "personal_accuracy_mean": 0.75,
@@ -452,17 +449,19 @@ def test_what_a_run_needed_to_arrive(tmp_path: Path) -> None:
     ]
     (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     found = read_outcome(tmp_path)
-    assert (found.rounds_to_arrive, found.bytes_to_arrive) == (3, 45)  # 95 % of 80 % are 76 %
-    assert found.step_seconds == pytest.approx(0.6)
-    assert found.memory_bytes == 4
-    assert (found.simulated_seconds, found.seconds_to_arrive, found.privacy_gap) == (40.0, 30.0, None)
-    assert (found.clients_worst, found.personal, found.personal_worst, found.new) == (0.25, 0.75, None, None)
-    assert (found.downlink_bytes, found.round_seconds) == (20 / 8, 1.5)
+    figures = found.figures
+    assert (figures["rounds_to_arrive"], figures["bytes_to_arrive"]) == (3, 45)  # 95 % of 80 % are 76 %
+    assert figures["step_seconds"] == pytest.approx(0.6)
+    assert figures["memory_bytes"] == 4
+    assert (figures["simulated_seconds"], figures["seconds_to_arrive"]) == (40.0, 30.0)
+    assert figures["model_privacy_gap"] is None and figures["new_accuracy"] is None
+    assert (figures["client_accuracy_worst_decile"], figures["personal_accuracy_mean"]) == (0.25, 0.75)
+    assert (figures["downlink_bytes_per_client_round"], figures["round_seconds"]) == (20 / 8, 1.5)
     assert found.points == (Point(0, 0, 0.1), Point(2, 30, 0.75), Point(3, 45, 0.76), Point(4, 60, 0.8))
 
 
 def test_ratios_by_hand() -> None:
-    full = outcome(0.8, step_seconds=0.1, uplink_bytes=5000.0, memory_bytes=4 * 10**9)
+    full = outcome(0.8, step_seconds=0.1, uplink_bytes_per_client_round=5000.0, memory_bytes=4 * 10**9)
     slow = outcome(0.8, points=(Point(0, 0, 0.25), Point(4, 40, 0.75), Point(6, 50, 0.77)))  # 95 % of 80 % are 76 %
     never = outcome(0.7)
     rows = with_ratios(

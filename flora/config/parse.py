@@ -39,6 +39,7 @@ RENAMED = {
     "patience": "stragglers",
     "pooled": "centralized",
     "decaying": "dynamic",
+    "num_alone": "num_local_only",
 }
 MOVED = {
     "fedbuff": "it is a schedule now: server.schedule={name: buffered, buffer: 10}, with strategy.weighting=uniform"

@@ -77,7 +77,7 @@ def check_clients(config: ExperimentConfig, number: int, names: Sequence[str] | 
     with below("clients.cohort"):
         config.clients.cohort.cohort_size(number)
     counts = {
-        "evaluation.num_alone": config.evaluation.num_alone,
+        "evaluation.num_local_only": config.evaluation.num_local_only,
         "server.schedule.buffer": _buffer(config),
     }
     for option, count in counts.items():

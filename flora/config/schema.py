@@ -86,7 +86,9 @@ class EvaluationOptions(Options):
         at_least=1,
     )
     batch_size: int = option("images through the trained part of a tower at once", 512, at_least=1, at_most=1_000_000)
-    num_alone: int = option("clients that are also trained alone, for comparison (spread over the ids)", 0, at_least=0)
+    num_local_only: int = option(
+        "clients that are also trained alone, for comparison (spread over the ids)", 0, at_least=0
+    )
 
 
 @dataclass(frozen=True)

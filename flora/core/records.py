@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +20,14 @@ class Rejection:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Results of one adapter on a set of examples: `correct` (bool) and `losses` (float64), both `(N,)`."""
+    """Results of one adapter on a set of examples, all `(N,)`.
+
+    `predicted` are classes, `correct` says which of them are right, `losses` are cross-entropies in double precision.
+    """
 
     correct: np.ndarray
     losses: np.ndarray
+    predicted: np.ndarray
 
     @property
     def accuracy(self) -> float:
@@ -34,113 +40,58 @@ class Evaluation:
         return float(self.losses.mean()) if len(self.losses) else float("nan")
 
 
-@dataclass(frozen=True)
-class RoundRecord:
-    """One line of `rounds.jsonl`. Fractions are 0 to 1; round 0 is zero-shot and has neither training nor traffic.
+class _ByName:
+    """Lets what is in a mapping be read as attributes."""
 
-    `cohort` are the ids of the `num_clients` clients whose updates came, those in `rejected_clients` included; None in
-    a record of a version that did not say.
-    `domain_accuracy` is that of test images by the group that the data name for them (a client, a camera).
-    `client_accuracy_...` is the server's adapter on clients' own held-out examples, `personal_accuracy_...` that of
-    each client's own adapter; `..._weighted_mean` counts a client as often as it has held-out examples. `new_accuracy`
-    is on classes that nobody trains on, if some are set aside; `accuracy` is on the others then, and `harmonic_mean`
-    that of both. `broadcast_accuracy` is that of what clients would read of the next broadcast, if that is quantised,
-    and `model_privacy_gap` by how much the server's own adapter is better.
-    `simulated_seconds` is how long the round took on the network's clock; `num_dropped` clients were lost on the way,
-    `num_late` delivered when the round was over; `mean_staleness` is how many rounds old the updates were.
+    _mapping: str
+
+    def __getattr__(self, name: str) -> Any:
+        mapping = self.__dict__.get(self._mapping, {})
+        if name in mapping:
+            return mapping[name]
+        raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {', '.join(mapping)}")
+
+
+@dataclass(frozen=True)
+class RoundRecord(_ByName):
+    """One line of `rounds.jsonl`: the metrics of a round, by name, which are attributes too (`record.accuracy`).
+
+    Round 0 is zero-shot, and has neither training nor traffic. `cohort` are the ids of the clients whose updates came,
+    those in `rejected_clients` included; None in a record of a version that did not say.
     """
+
+    _mapping = "metrics"
 
     round: int
-    accuracy: float | None
-    loss: float | None
-    train_loss: float | None
-    num_clients: int
-    uplink_bytes: int
-    downlink_bytes: int
-    train_seconds: float
-    eval_seconds: float
-    peak_memory_bytes: int
-    learning_rate: float | None = None
-    num_steps: int = 0
-    num_examples: int = 0
-    aggregation_error: float | None = None
-    rejected_clients: tuple[Rejection, ...] = ()
-    class_accuracy: dict[str, float | None] | None = None
-    client_accuracy_mean: float | None = None
-    client_accuracy_std: float | None = None
-    client_accuracy_worst_decile: float | None = None
-    client_accuracy_best_decile: float | None = None
-    personal_accuracy_mean: float | None = None
-    personal_accuracy_std: float | None = None
-    personal_accuracy_worst_decile: float | None = None
-    personal_accuracy_best_decile: float | None = None
-    new_accuracy: float | None = None
-    harmonic_mean: float | None = None
-    broadcast_accuracy: float | None = None
-    model_privacy_gap: float | None = None
-    simulated_seconds: float | None = None
-    num_dropped: int = 0
-    num_late: int = 0
-    mean_staleness: float | None = None
+    metrics: Mapping[str, Any]
     cohort: tuple[int, ...] | None = None
-    client_accuracy_weighted_mean: float | None = None
-    personal_accuracy_weighted_mean: float | None = None
-    domain_accuracy: dict[str, float] | None = None
+    rejected_clients: tuple[Rejection, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON types."""
+        return {
+            "round": self.round,
+            **self.metrics,
+            "rejected_clients": [asdict(each) for each in self.rejected_clients],
+            "cohort": None if self.cohort is None else list(self.cohort),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> RoundRecord:
+        """The inverse of `to_dict`."""
+        metrics = {key: value for key, value in fields.items() if key not in ("round", "rejected_clients", "cohort")}
+        rejected = tuple(Rejection(**each) for each in fields["rejected_clients"])
+        cohort = fields.get("cohort")
+        return cls(fields["round"], metrics, None if cohort is None else tuple(cohort), rejected)
 
 
 @dataclass(frozen=True)
-class Summary:
-    """`summary.json`. The result is the LAST round; the best round is chosen on the test set and only shown.
+class Summary(_ByName):
+    """`summary.json`: the figures of a whole run by name, which are attributes too (`summary.last_accuracy`).
 
-    `seconds_to_accuracy` says of each tenth of accuracy that was reached after how many simulated seconds that was.
-    `held_out_...` compare, on the held-out examples of the `held_out_num_clients` clients that were also trained alone,
-    the server's adapter with what each reached alone, and with its personal adapter, as means over these clients.
+    The result is the LAST round; the best round is chosen on the test set and only shown.
     """
 
-    name: str
-    rounds: int
-    num_clients: int
-    zero_shot_accuracy: float
-    last_accuracy: float
-    best_accuracy: float
-    best_round: int
-    alone_accuracy_mean: float | None
-    alone_accuracy_best: float | None
-    num_alone: int
-    client_accuracy_mean: float | None
-    client_accuracy_std: float | None
-    client_accuracy_worst_decile: float | None
-    client_accuracy_best_decile: float | None
-    personal_accuracy_mean: float | None
-    personal_accuracy_std: float | None
-    personal_accuracy_worst_decile: float | None
-    personal_accuracy_best_decile: float | None
-    zero_shot_new_accuracy: float | None
-    new_accuracy: float | None
-    harmonic_mean: float | None
-    broadcast_accuracy: float | None
-    model_privacy_gap: float | None
-    aggregation_error_mean: float | None
-    simulated_seconds: float | None
-    seconds_to_accuracy: dict[str, float] | None
-    num_dropped: int
-    num_late: int
-    total_uplink_bytes: int
-    total_downlink_bytes: int
-    uplink_bytes_per_client_round: float
-    wall_seconds: float
-    train_seconds: float
-    eval_seconds: float
-    peak_memory_bytes: int
-    memory_before_bytes: int
-    trainable_parameters: int
-    backbone_parameters: int
-    num_unreadable: int
-    num_rejected: int
-    client_accuracy_weighted_mean: float | None = None
-    personal_accuracy_weighted_mean: float | None = None
-    held_out_num_clients: int = 0
-    held_out_federated_accuracy: float | None = None
-    held_out_alone_accuracy: float | None = None
-    held_out_personal_accuracy: float | None = None
-    domain_accuracy: dict[str, float] | None = None
+    _mapping = "figures"
+
+    figures: Mapping[str, Any]

@@ -29,7 +29,7 @@ def evaluate(
     """
     stack = {name: tensor.to(model.device) for name, tensor in (adapters or {}).items()}
     num_adapters = len(next(iter(stack.values()))) if adapters else 1
-    correct, losses = [], []
+    predicted, losses = [], []
     with model.adapter.bind(stack) if adapters else nullcontext():
         classes = model.class_features(num_adapters).transpose(1, 2)
         for start in range(0, len(features), batch_size):
@@ -38,11 +38,12 @@ def evaluate(
             repeated = stem.unsqueeze(0).expand(num_adapters, *stem.shape).flatten(0, 1)
             logits = model.logit_scale() * torch.bmm(model.image_features(repeated, num_adapters), classes)
             targets = features.labels[start:stop].to(model.device).unsqueeze(0).expand(num_adapters, -1)
-            correct.append(logits.argmax(dim=-1) == targets)
+            predicted.append(logits.argmax(dim=-1))
             losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
-    all_correct = torch.cat(correct, dim=1).cpu().numpy()
+    all_predicted = torch.cat(predicted, dim=1).cpu().numpy()
     all_losses = torch.cat(losses, dim=1).double().cpu().numpy()
-    return [Evaluation(*pair) for pair in zip(all_correct, all_losses, strict=True)]
+    labels = features.labels.cpu().numpy()
+    return [Evaluation(own == labels, each, own) for own, each in zip(all_predicted, all_losses, strict=True)]
 
 
 def class_accuracy(evaluation: Evaluation, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, float | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,70 +9,13 @@ from flora.config.parse import config_to_dict
 from flora.config.schema import ExperimentConfig
 from flora.core.records import RoundRecord, Summary
 from flora.core.registry import Component, name_of
-
-# What the summary takes over from the last round's record.
-COPIED = (
-    *(
-        f"{whose}_accuracy_{figure}"
-        for whose in ("client", "personal")
-        for figure in ("mean", "std", "worst_decile", "best_decile", "weighted_mean")
-    ),
-    "new_accuracy",
-    "harmonic_mean",
-    "broadcast_accuracy",
-    "model_privacy_gap",
-    "domain_accuracy",
-)
+from flora.evaluation.metrics import FIGURES, summed_up
 
 
-def summarise(records: Sequence[RoundRecord], *, alone: Sequence[float], **measured: Any) -> Summary:
-    """Add a run up. `measured` are the fields of `Summary` that the records don't hold."""
-    evaluated = [(record.accuracy, -record.round) for record in records if record.accuracy is not None]
-    best_accuracy, negative_round = max(evaluated)
-    last = records[-1]
-    uplink = sum(record.uplink_bytes for record in records)
-    client_rounds = sum(record.num_clients + record.num_late for record in records)
-    clock = list(itertools.accumulate(record.simulated_seconds or 0.0 for record in records))
-    errors = [record.aggregation_error for record in records if record.aggregation_error is not None]
-    assert records[0].accuracy is not None and last.accuracy is not None  # rounds 0 and last are always evaluated
-    return Summary(
-        rounds=last.round,
-        zero_shot_accuracy=records[0].accuracy,
-        last_accuracy=last.accuracy,
-        best_accuracy=best_accuracy,
-        best_round=-negative_round,
-        alone_accuracy_mean=sum(alone) / len(alone) if alone else None,
-        alone_accuracy_best=max(alone, default=None),
-        num_alone=len(alone),
-        **{name: getattr(last, name) for name in COPIED},
-        zero_shot_new_accuracy=records[0].new_accuracy,
-        simulated_seconds=None if records[-1].simulated_seconds is None else clock[-1],
-        seconds_to_accuracy=_seconds_to_accuracy(records, clock) if records[-1].simulated_seconds is not None else None,
-        num_dropped=sum(record.num_dropped for record in records),
-        num_late=sum(record.num_late for record in records),
-        aggregation_error_mean=sum(errors) / len(errors) if errors else None,
-        total_uplink_bytes=uplink,
-        total_downlink_bytes=sum(record.downlink_bytes for record in records),
-        uplink_bytes_per_client_round=uplink / client_rounds if client_rounds else 0.0,
-        train_seconds=sum(record.train_seconds for record in records),
-        eval_seconds=sum(record.eval_seconds for record in records),
-        num_rejected=sum(len(record.rejected_clients) for record in records),
-        **measured,
-    )
-
-
-def _seconds_to_accuracy(records: Sequence[RoundRecord], clock: Sequence[float]) -> dict[str, float]:
-    """When each tenth of accuracy was first reached, above that of the frozen model."""
-    reached: dict[str, float] = {}
-    for tenth in range(1, 11):
-        times = [
-            seconds
-            for record, seconds in zip(records, clock, strict=True)
-            if record.accuracy is not None and record.accuracy >= tenth / 10
-        ]
-        if times and times[0] > 0:
-            reached[f"{tenth / 10:.1f}"] = times[0]
-    return reached
+def summarise(records: Sequence[RoundRecord], **measured: Any) -> Summary:
+    """Add a run up. `measured` are the figures that the records don't hold."""
+    assert records[0].accuracy is not None and records[-1].accuracy is not None  # rounds 0 and last are evaluated
+    return Summary(summed_up(records, measured))
 
 
 def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
@@ -101,11 +43,12 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
     if summary.domain_accuracy:
         (worst, low), *_, (best, high) = sorted(summary.domain_accuracy.items(), key=lambda pair: pair[1])
         rows.append(("by domain", f"worst {worst} {percent(low)}, best {best} {percent(high)}   (of the test images)"))
-    if summary.alone_accuracy_mean is not None:
-        note = f"(mean of {summary.num_alone}; the best {percent(summary.alone_accuracy_best)})"
-        rows.append(("one client alone", f"{percent(summary.alone_accuracy_mean)}   {note}"))
+    if summary.local_only_accuracy_mean is not None:
+        note = f"(mean of {summary.num_local_only}; the best {percent(summary.local_only_accuracy_best)})"
+        rows.append(("one client alone", f"{percent(summary.local_only_accuracy_mean)}   {note}"))
     if summary.held_out_num_clients:
         rows.append(("together or alone", _comparison(summary)))
+    rows += own_rows(summary)
     rows += [
         ("trained parameters", _trained(summary)),
         ("sent up, down", f"{size(summary.total_uplink_bytes)}, {size(summary.total_downlink_bytes)}"),
@@ -123,12 +66,24 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
     return ["", *(f"  {title:<{width}}  {value}" for title, value in rows), "", final_line(summary, config)]
 
 
+def own_rows(summary: Summary) -> list[tuple[str, str]]:
+    """The figures that are declared with a row of their own in the final table."""
+    declared = [(figure.row, figure.unit, summary.figures[name]) for name, figure in FIGURES.items() if figure.row]
+    return [(title, shown(unit, value)) for title, unit, value in declared if value is not None]
+
+
+def shown(unit: str, value: Any) -> str:
+    """A figure in a table: "84.7 %", "24.1 KB", "3.5 h", "0.613"."""
+    formats = {"fraction": percent, "points": percent, "bytes": size, "seconds": duration, "count": "{:,.0f}".format}
+    return str(formats[unit](value)) if unit in formats else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _comparison(summary: Summary) -> str:
     """What the clients that were also trained alone reach on their own held-out examples, together and alone."""
     found = {
         "federated": summary.held_out_federated_accuracy,
         "personal": summary.held_out_personal_accuracy,
-        "alone": summary.held_out_alone_accuracy,
+        "alone": summary.held_out_local_only_accuracy,
     }
     figures = ", ".join(f"{how} {percent(accuracy)}" for how, accuracy in found.items() if accuracy is not None)
     number = summary.held_out_num_clients

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,11 @@ class RoundResult:
     num_late: int
     mean_staleness: float | None
     cohort: tuple[int, ...] = ()
+
+    def metrics(self) -> dict[str, Any]:
+        """The result's metrics by name: all of it but the ids of clients."""
+        names = (field.name for field in dataclasses.fields(self) if field.name not in ("rejections", "cohort"))
+        return {name: getattr(self, name) for name in names}
 
 
 def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, RoundResult]:

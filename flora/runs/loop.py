@@ -33,13 +33,14 @@ from flora.federated.round import run_round
 from flora.runs.checkpoints import Checkpoint, CheckpointFolder
 from flora.runs.inventory import EXAMPLE_COLUMNS, examples_as_used, prompts_as_used
 from flora.runs.measure import (
-    AloneResults,
     ClientResults,
+    LocalOnlyResults,
     client_columns,
     compare_held_out,
+    local_only_figures,
     measure,
-    measure_alone,
     measure_clients,
+    measure_local_only,
 )
 from flora.runs.resume import (
     Start,
@@ -286,7 +287,7 @@ def _run(
         records,
         name=directory.path.resolve().name,
         num_clients=len(federation.clients),
-        alone=alone.test[~np.isnan(alone.test)].tolist(),
+        **local_only_figures(alone),
         **compare_held_out(clients, alone),
         wall_seconds=time.perf_counter() + saver.wall_offset,
         peak_memory_bytes=peak_memory_bytes(federation.engine.model.device),
@@ -340,13 +341,13 @@ def _stop_if_diverged(records: Sequence[RoundRecord]) -> None:
         raise DivergedError(f"{first} (no update could be used in {MAX_LOST_ROUNDS} rounds in a row)")
 
 
-def _alone(experiment: Experiment, state: ServerState, log: Callable[[str], object]) -> AloneResults:
+def _alone(experiment: Experiment, state: ServerState, log: Callable[[str], object]) -> LocalOnlyResults:
     """What those clients reach that also train without the others, if there are to be any."""
-    if not experiment.config.evaluation.num_alone:
-        return AloneResults.of_nobody(len(experiment.federation.clients))
+    if not experiment.config.evaluation.num_local_only:
+        return LocalOnlyResults.of_nobody(len(experiment.federation.clients))
     started = time.perf_counter()
     with bar("alone", experiment.config.rounds, "round") as rounds:
-        alone = measure_alone(experiment, state, advance=rounds.update)
+        alone = measure_local_only(experiment, state, advance=rounds.update)
     log(f"{np.sum(~np.isnan(alone.test))} clients trained alone in {time.perf_counter() - started:.1f} s")
     return alone
 

@@ -15,15 +15,14 @@ from flora.core.records import RoundRecord
 from flora.core.states import ServerState
 from flora.core.tree import StateLike
 from flora.evaluation.accuracy import (
-    class_accuracy,
     client_accuracies,
-    domain_accuracy,
     evaluate,
     harmonic_mean,
     own_accuracies,
     spread,
 )
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_local_only
+from flora.evaluation.metrics import ServerView, complete, computed
 from flora.experiment import Experiment
 from flora.federated.round import RoundResult
 
@@ -42,7 +41,7 @@ class ClientResults:
 
 
 @dataclass(frozen=True, eq=False)
-class AloneResults:
+class LocalOnlyResults:
     """Accuracies of the clients that are also trained without the others, `(num_clients,)`, NaN for who is not.
 
     `test` and `held_out` are what a client reaches alone, on the common test images and on its own held-out examples.
@@ -55,7 +54,7 @@ class AloneResults:
     personal_test: np.ndarray | None = None
 
     @classmethod
-    def of_nobody(cls, num_clients: int) -> AloneResults:
+    def of_nobody(cls, num_clients: int) -> LocalOnlyResults:
         """Where no client is trained alone."""
         return cls(np.full(num_clients, np.nan), np.full(num_clients, np.nan))
 
@@ -75,28 +74,14 @@ def measure(
     if clients is not None:
         sizes = experiment.held_out_sizes
         results |= _figures("client", clients.server, sizes) | _figures("personal", clients.own, sizes)
+    measured = result.metrics() if result else {}
+    measured["eval_seconds"] = time.perf_counter() - started
+    measured["peak_memory_bytes"] = peak_memory_bytes(experiment.federation.engine.model.device)
     return RoundRecord(
-        round=state.round,
-        accuracy=results.pop("accuracy", None),
-        loss=results.pop("loss", None),
-        train_loss=result.train_loss if result else None,
-        num_clients=result.num_clients if result else 0,
-        uplink_bytes=result.uplink_bytes if result else 0,
-        downlink_bytes=result.downlink_bytes if result else 0,
-        train_seconds=result.train_seconds if result else 0.0,
-        eval_seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(experiment.federation.engine.model.device),
-        learning_rate=result.learning_rate if result else None,
-        num_steps=result.num_steps if result else 0,
-        num_examples=result.num_examples if result else 0,
-        aggregation_error=result.aggregation_error if result else None,
-        rejected_clients=result.rejections if result else (),
-        simulated_seconds=result.simulated_seconds if result else None,
-        num_dropped=result.num_dropped if result else 0,
-        num_late=result.num_late if result else 0,
-        mean_staleness=result.mean_staleness if result else None,
+        state.round,
+        complete({**results, **measured}),
         cohort=result.cohort if result else (),
-        **results,
+        rejected_clients=result.rejections if result else (),
     ), clients
 
 
@@ -105,9 +90,8 @@ def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any
     stack = _server_stack(state)
     model, size = experiment.federation.engine.model, experiment.config.evaluation.batch_size
     evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
-    by_class = class_accuracy(evaluation, experiment.test.labels.cpu().numpy(), experiment.class_names)
-    results = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "class_accuracy": by_class}
-    results["domain_accuracy"] = domain_accuracy(evaluation, experiment.test_domains)
+    labels = experiment.test.labels.cpu().numpy()
+    results = computed(ServerView(state, evaluation, labels, experiment.class_names, experiment.test_domains))
     if state.round and not experiment.federation.communication.broadcast.is_identity:
         _, view = experiment.federation.broadcast(state)
         accuracy = evaluate(model, tree.expand(view.adapter, 1), experiment.test, batch_size=size)[0].accuracy
@@ -165,15 +149,17 @@ def _on_test_images(experiment: Experiment, adapters: StateLike) -> list[float]:
     return [each.accuracy for each in evaluate(model, adapters, experiment.test, batch_size=size)]
 
 
-def measure_alone(experiment: Experiment, state: ServerState, *, advance: Callable[[int], object]) -> AloneResults:
-    """What `evaluation.num_alone` clients reach without the others, and with their own adapters of the federated run.
+def measure_local_only(
+    experiment: Experiment, state: ServerState, *, advance: Callable[[int], object]
+) -> LocalOnlyResults:
+    """What `evaluation.num_local_only` clients reach without the others, and their own adapters of the federated run.
 
     These are as of `state`. `advance` is told of each round done.
     """
-    number, federation = experiment.config.evaluation.num_alone, experiment.federation
+    number, federation = experiment.config.evaluation.num_local_only, experiment.federation
     chosen = np.unique(np.linspace(0, len(federation.clients) - 1, number).round().astype(int))
     adapters = train_local_only(federation, experiment.initial_adapter, chosen, advance=advance)
-    results, ends = AloneResults.of_nobody(len(federation.clients)), np.cumsum(experiment.held_out_sizes)
+    results, ends = LocalOnlyResults.of_nobody(len(federation.clients)), np.cumsum(experiment.held_out_sizes)
 
     def evaluate_some(places: Sequence[int]) -> None:
         clients = chosen[places].tolist()
@@ -193,13 +179,23 @@ def measure_alone(experiment: Experiment, state: ServerState, *, advance: Callab
     return replace(results, personal_test=personal)
 
 
-def compare_held_out(results: ClientResults, alone: AloneResults) -> dict[str, Any]:
+def local_only_figures(results: LocalOnlyResults) -> dict[str, Any]:
+    """What the summary says of the clients that are trained without the others, on the common test images."""
+    accuracies = results.test[~np.isnan(results.test)].tolist()
+    return {
+        "num_local_only": len(accuracies),
+        "local_only_accuracy_mean": sum(accuracies) / len(accuracies) if accuracies else None,
+        "local_only_accuracy_best": max(accuracies, default=None),
+    }
+
+
+def compare_held_out(results: ClientResults, alone: LocalOnlyResults) -> dict[str, Any]:
     """The summary's `held_out_...`: means over the clients that were also trained alone and have held-out examples."""
     both = ~np.isnan(results.server) & ~np.isnan(alone.held_out)
     number = int(both.sum())
     if not number:
-        return {}
-    figures = {"federated": results.server, "alone": alone.held_out, "personal": results.own}
+        return {"held_out_num_clients": 0}
+    figures = {"federated": results.server, "local_only": alone.held_out, "personal": results.own}
     means = {
         f"held_out_{how}_accuracy": float(accuracies[both].mean())
         for how, accuracies in figures.items()
@@ -209,7 +205,7 @@ def compare_held_out(results: ClientResults, alone: AloneResults) -> dict[str, A
 
 
 def client_columns(
-    experiment: Experiment, results: ClientResults, alone: AloneResults, records: Sequence[RoundRecord]
+    experiment: Experiment, results: ClientResults, alone: LocalOnlyResults, records: Sequence[RoundRecord]
 ) -> dict[str, list[Any]]:
     """The columns of `clients.csv` by name, with an entry for each client; a missing result is empty text."""
     clients, ranks = experiment.federation.clients, experiment.federation.ranks
@@ -220,7 +216,7 @@ def client_columns(
         "num_train": [len(client.train) for client in clients],
         "num_held_out": [len(client.held_out) for client in clients],
         "accuracy": _cells(results.server),
-        "alone_accuracy": _cells(alone.test),
+        "local_only_accuracy": _cells(alone.test),
     }
     if results.own is not None and results.has_own is not None:
         columns["personal_accuracy"] = _cells(results.own)
@@ -232,7 +228,7 @@ def client_columns(
     return columns | {
         "num_rounds": _num_rounds(records, len(clients)),
         "test_accuracy": _cells(np.full(len(clients), records[-1].accuracy)),
-        "alone_held_out_accuracy": _cells(alone.held_out),
+        "local_only_held_out_accuracy": _cells(alone.held_out),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import hashlib
 import io
 import json
@@ -29,7 +28,7 @@ from flora.config.parse import config_to_dict
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import DivergedError, UserError
 from flora.core.files import free_name, open_regular, read_bytes, refuse_irregular, write_whole
-from flora.core.records import Rejection, RoundRecord, Summary
+from flora.core.records import RoundRecord, Summary
 from flora.core.states import ClientData
 from flora.core.tree import StateLike, state_digest
 
@@ -132,7 +131,7 @@ class RunDirectory:
             (self.path / "summary.json").unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
-        return [_record(json.loads(line)) for line in content.splitlines()]
+        return [RoundRecord.from_dict(json.loads(line)) for line in content.splitlines()]
 
     def set_records_aside(self, folder: Path) -> None:
         """Move the records into `folder`, under a name that is free, and begin anew."""
@@ -151,7 +150,7 @@ class RunDirectory:
         records: dict[int, RoundRecord] = {}
         for line in self._read_records(-1).splitlines():
             with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                record = _record(json.loads(line))
+                record = RoundRecord.from_dict(json.loads(line))
                 if type(record.round) is int and 0 <= record.round <= last_round:
                     records.setdefault(record.round, record)
         return dict(sorted(records.items()))
@@ -252,7 +251,7 @@ class RunDirectory:
 
     def append_round(self, record: RoundRecord) -> None:
         """Append one object to `rounds.jsonl`. Raises `DivergedError` if a result is not finite."""
-        fields = dataclasses.asdict(record)
+        fields = record.to_dict()
         broken = [name for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value)]
         if broken:
             raise DivergedError(
@@ -279,7 +278,7 @@ class RunDirectory:
 
     def write_summary(self, summary: Summary) -> None:
         """Write `summary.json`, the last file of a finished run."""
-        self._write_json("summary.json", dataclasses.asdict(summary))
+        self._write_json("summary.json", dict(summary.figures))
 
     def _write_json(self, name: str, content: Any, indent: int | None = 2) -> None:
         self._write(name, _json(content, indent))
@@ -317,13 +316,6 @@ def read_json(path: Path) -> Any:
         return json.loads(read_bytes(path))
     except (OSError, ValueError, RecursionError):
         return None
-
-
-def _record(fields: dict[str, Any]) -> RoundRecord:
-    """A record from its line."""
-    rejected = tuple(Rejection(**each) for each in fields.pop("rejected_clients"))
-    cohort = fields.pop("cohort", None)
-    return RoundRecord(**fields, rejected_clients=rejected, cohort=None if cohort is None else tuple(cohort))
 
 
 def lock_file(path: Path) -> IO[bytes] | None:

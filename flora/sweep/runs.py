@@ -16,7 +16,7 @@ from flora.evaluation.summary import percent
 from flora.runs.loop import resume, simulate
 from flora.runs.resume import changeable_overrides, finished_rounds, refuse_other_settings
 from flora.runs.run_directory import RunDirectory
-from flora.sweep.table import read_outcome
+from flora.sweep.outcomes import read_outcome
 from flora.sweep.workers import work_through
 
 Outcomes = dict[str, str | None]
@@ -101,5 +101,6 @@ def _with_what_they_need(configs: Sequence[ExperimentConfig], outcomes: Outcomes
 
 
 def _one_line(directory: Path) -> str:
-    outcome = read_outcome(directory)
-    return f"{percent(outcome.zero_shot)} -> {percent(outcome.last)}, {outcome.train_seconds:.1f} s of training"
+    figures = read_outcome(directory).figures
+    accuracies = f"{percent(figures['zero_shot_accuracy'])} -> {percent(figures['last_accuracy'])}"
+    return f"{accuracies}, {figures['train_seconds']:.1f} s of training"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -12,62 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flora.core.errors import UserError
-from flora.core.files import read_text
-from flora.evaluation.summary import duration, percent, size
+from flora.core.metrics import Figure
+from flora.evaluation.summary import percent, shown
 from flora.sweep.curves import MAX_LINES, Curve
-
-# A run has arrived once its accuracy is at this share of its last one.
-ARRIVED = 0.95
-
-
-@dataclass(frozen=True)
-class Point:
-    """An evaluated round: the bytes sent up and down by all clients until its end, and the accuracy."""
-
-    round: int
-    sent_bytes: int
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one finished run came to. Bytes are sent up and down by all clients, None where there is only one.
-
-    `clients` and `personal` are means over clients of the server's adapter and of their own ones on their own held-out
-    examples, `..._worst` those of the worst tenth; `aggregation_error` is the mean over rounds. `memory_bytes` is what
-    it held at most, above what its process held before.
-    """
-
-    points: tuple[Point, ...]
-    zero_shot: float
-    last: float
-    best: float
-    new: float | None
-    harmonic: float | None
-    clients: float | None
-    clients_worst: float | None
-    personal: float | None
-    personal_worst: float | None
-    alone: float | None
-    aggregation_error: float | None
-    broadcast: float | None
-    privacy_gap: float | None
-    simulated_seconds: float | None
-    seconds_to_arrive: float | None
-    bytes_to_arrive: int | None
-    rounds_to_arrive: int
-    uplink_bytes: float | None
-    downlink_bytes: float | None
-    step_seconds: float
-    train_seconds: float
-    round_seconds: float
-    memory_bytes: int
-    parameters: int
-
-    def first_at(self, accuracy: float) -> Point | None:
-        """The first evaluated round that is at least so accurate."""
-        return next((point for point in self.points if point.accuracy >= accuracy), None)
+from flora.sweep.outcomes import ARRIVED, Outcome, columns, read_outcome
 
 
 @dataclass(frozen=True)
@@ -94,14 +41,20 @@ class Row:
     ratios: Ratios | None = None
 
     def mean(self, field: str) -> float | None:
-        """The mean of a field over the runs; None if one has none."""
-        values = [getattr(outcome, field) for outcome in self.outcomes]
-        return None if not values or None in values else statistics.fmean(values)
+        """The mean of a figure over the runs; None if one has none."""
+        values = self._values(field)
+        return statistics.fmean(values) if values else None
 
     def deviation(self, field: str) -> float | None:
-        """The standard deviation (n - 1) of a field over the runs; None with fewer than two, or if one has none."""
-        values = [getattr(outcome, field) for outcome in self.outcomes]
-        return None if len(values) < 2 or None in values else statistics.stdev(values)
+        """The standard deviation (n - 1) of a figure over the runs; None with fewer than two, or if one has none."""
+        values = self._values(field)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def _values(self, field: str) -> list[float]:
+        """A figure of all runs; empty if one has none."""
+        values = [outcome.figures.get(field) for outcome in self.outcomes]
+        known = [value for value in values if value is not None]
+        return known if len(known) == len(values) else []
 
     def mean_first_at(self, accuracy: float) -> tuple[float | None, float | None]:
         """The mean round, and bytes, at which the runs are first so accurate; None if one never is, or is untrained."""
@@ -128,13 +81,15 @@ def _differs_only_by(row: Row, other: Row, reference: str) -> bool:
 
 
 def _ratios(row: Row, reference: Row) -> Ratios:
-    target = ARRIVED * (reference.mean("last") or 0.0)
+    target = ARRIVED * (reference.mean("last_accuracy") or 0.0)
     rounds, sent = row.mean_first_at(target)
     their_rounds, their_sent = reference.mean_first_at(target)
     return Ratios(
         step_time=_times(reference.mean("step_seconds"), row.mean("step_seconds")),
         memory=_times(reference.mean("memory_bytes"), row.mean("memory_bytes")),
-        bytes_per_round=_times(reference.mean("uplink_bytes"), row.mean("uplink_bytes")),
+        bytes_per_round=_times(
+            reference.mean("uplink_bytes_per_client_round"), row.mean("uplink_bytes_per_client_round")
+        ),
         rounds=_times(their_rounds, rounds),
         bytes=_times(their_sent, sent),
     )
@@ -158,62 +113,6 @@ def collect(runs: Sequence[tuple[Path | None, str, dict[str, str]]]) -> list[Row
     rows = [Row(dict(labels), tuple(outcomes)) for labels, outcomes in groups.items()]
     varying = {key for row in rows for key in row.labels if len({other.labels.get(key) for other in rows}) > 1}
     return [Row({key: each for key, each in row.labels.items() if key in varying}, row.outcomes) for row in rows]
-
-
-def read_outcome(directory: Path) -> Outcome:
-    """The outcome of a finished run. Raises `UserError` if its files are missing or damaged."""
-    try:
-        summary = json.loads(read_text(directory / "summary.json"))
-        lines = read_text(directory / "rounds.jsonl").splitlines()
-        return _outcome(summary, [json.loads(line) for line in lines])
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror or error}; remove the run to do it anew") from None
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"{directory}: summary.json or rounds.jsonl is damaged; remove it to run it anew") from None
-
-
-def _outcome(summary: dict[str, Any], records: Sequence[dict[str, Any]]) -> Outcome:
-    # What one client sends to itself has not travelled.
-    travels = summary["num_clients"] > 1
-    sent, points = 0, []
-    for record in records:
-        sent += (record["uplink_bytes"] + record["downlink_bytes"]) * travels
-        if record["accuracy"] is not None:
-            points.append(Point(record["round"], sent, record["accuracy"]))
-    client_rounds = sum(record["num_clients"] for record in records)
-    last = summary["last_accuracy"]
-    (arrived, *_) = (point for point in points if point.accuracy >= ARRIVED * last)
-    return Outcome(
-        points=tuple(points),
-        zero_shot=summary["zero_shot_accuracy"],
-        last=last,
-        best=summary["best_accuracy"],
-        new=summary.get("new_accuracy"),
-        harmonic=summary.get("harmonic_mean"),
-        clients=summary["client_accuracy_mean"],
-        clients_worst=summary["client_accuracy_worst_decile"],
-        personal=summary.get("personal_accuracy_mean"),
-        personal_worst=summary.get("personal_accuracy_worst_decile"),
-        alone=summary["alone_accuracy_mean"],
-        aggregation_error=summary.get("aggregation_error_mean"),
-        broadcast=summary.get("broadcast_accuracy"),
-        privacy_gap=summary.get("model_privacy_gap"),
-        simulated_seconds=summary.get("simulated_seconds"),
-        seconds_to_arrive=sum(
-            record.get("simulated_seconds") or 0.0 for record in records if record["round"] <= arrived.round
-        )
-        if summary.get("simulated_seconds") is not None
-        else None,
-        bytes_to_arrive=arrived.sent_bytes if travels else None,
-        rounds_to_arrive=arrived.round,
-        uplink_bytes=summary["uplink_bytes_per_client_round"] if travels else None,
-        downlink_bytes=summary["total_downlink_bytes"] / client_rounds if travels and client_rounds else None,
-        step_seconds=summary["train_seconds"] / max(sum(record["num_steps"] for record in records), 1),
-        train_seconds=summary["train_seconds"],
-        round_seconds=summary["train_seconds"] / max(summary["rounds"], 1),
-        memory_bytes=summary["peak_memory_bytes"] - summary.get("memory_before_bytes", 0),
-        parameters=summary["trainable_parameters"],
-    )
 
 
 def _named(key: str, value: str) -> str:
@@ -285,10 +184,10 @@ def to_overview(rows: Sequence[Row]) -> str:
     place = {_panel(row): row for row in rows if row.outcomes}
     methods = dict.fromkeys(_panel(row)[1] for row in rows)
     frozen = [next((row for row in rows if row.outcomes and _panel(row)[0] == panel), None) for panel in panels]
-    lines = [["zero-shot", *(_accuracy(row, "zero_shot") if row else "-" for row in frozen)]]
+    lines = [["zero-shot", *(_accuracy(row, "zero_shot_accuracy") if row else "-" for row in frozen)]]
     for method in methods:
         found = [place.get((panel, method)) for panel in panels]
-        lines.append([method, *(_accuracy(row, "last") if row else "-" for row in found)])
+        lines.append([method, *(_accuracy(row, "last_accuracy") if row else "-" for row in found)])
     return _markdown([["last round", *panels], *lines])
 
 
@@ -299,57 +198,29 @@ def _accuracy(row: Row, field: str) -> str:
     return percent(mean) if deviation is None else f"{percent(mean).removesuffix(' %')} ± {percent(deviation)}"
 
 
-def _number(row: Row, field: str) -> str:
-    mean = row.mean(field)
-    return "-" if mean is None else f"{mean:.2g}"
-
-
-def _duration(row: Row, field: str) -> str:
-    mean = row.mean(field)
-    return "-" if mean is None else duration(mean)
-
-
-def _size(row: Row, field: str) -> str:
-    mean = row.mean(field)
-    return "-" if mean is None else size(mean)
-
-
 def _ratio(row: Row, field: str) -> str:
     value = None if row.ratios is None else getattr(row.ratios, field)
     return "-" if value is None else f"{value:.3g}"
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "runs": lambda row: str(len(row.outcomes)),
-    "zero-shot": lambda row: _accuracy(row, "zero_shot"),
-    "last round": lambda row: _accuracy(row, "last"),
-    "best round": lambda row: _accuracy(row, "best"),
-    "classes set aside": lambda row: _accuracy(row, "new"),
-    "harmonic mean": lambda row: _accuracy(row, "harmonic"),
-    "on clients' own data": lambda row: _accuracy(row, "clients"),
-    "worst tenth": lambda row: _accuracy(row, "clients_worst"),
-    "personal adapters": lambda row: _accuracy(row, "personal"),
-    "worst tenth of these": lambda row: _accuracy(row, "personal_worst"),
-    "one client alone": lambda row: _accuracy(row, "alone"),
-    "last broadcast": lambda row: _accuracy(row, "broadcast"),
-    "model privacy gap": lambda row: _accuracy(row, "privacy_gap"),
-    "aggregation error": lambda row: _number(row, "aggregation_error"),
-    "simulated time": lambda row: _duration(row, "simulated_seconds"),
-    f"simulated until {ARRIVED:.0%} of the last": lambda row: _duration(row, "seconds_to_arrive"),
-    "trained": lambda row: f"{row.mean('parameters') or 0:,.0f}",
-    "up per client and round": lambda row: _size(row, "uplink_bytes"),
-    "down": lambda row: _size(row, "downlink_bytes"),
-    f"sent until {ARRIVED:.0%} of the last": lambda row: _size(row, "bytes_to_arrive"),
-    "rounds until then": lambda row: f"{row.mean('rounds_to_arrive') or 0:.1f}",
-    "ms per client step": lambda row: f"{1000 * (row.mean('step_seconds') or 0):.3g}",
-    "s per round": lambda row: _number(row, "round_seconds"),
-    "training, s": lambda row: f"{row.mean('train_seconds') or 0:.3g}",
-    "memory": lambda row: _size(row, "memory_bytes"),
-    "x less step time": lambda row: _ratio(row, "step_time"),
-    "x less memory": lambda row: _ratio(row, "memory"),
-    "x fewer bytes a round": lambda row: _ratio(row, "bytes_per_round"),
-    "x fewer rounds": lambda row: _ratio(row, "rounds"),
-    "x fewer bytes": lambda row: _ratio(row, "bytes"),
+def _cell(row: Row, figure: Figure) -> str:
+    """A figure's mean over a row's runs, with its deviation where it is a share; a dash where one has none."""
+    mean = row.mean(figure.name)
+    if mean is None:
+        return "-"
+    if figure.unit in ("fraction", "points"):
+        return _accuracy(row, figure.name)
+    if figure.unit == "milliseconds":
+        return f"{1000 * mean:.3g}"
+    return f"{mean:.2g}" if figure.unit == "number" and mean < 100 else shown(figure.unit, mean)
+
+
+RATIOS = {
+    "x less step time": "step_time",
+    "x less memory": "memory",
+    "x fewer bytes a round": "bytes_per_round",
+    "x fewer rounds": "rounds",
+    "x fewer bytes": "bytes",
 }
 
 
@@ -359,10 +230,12 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     The ratios, `x less` and `x fewer`, are to the reference.
     """
     labels = list(dict.fromkeys(key for row in rows for key in row.labels))
-    lines = [[*labels, *COLUMNS]]
+    figures = list(columns().values())
+    lines = [[*labels, "runs", *(figure.column or figure.name for figure in figures), *RATIOS]]
     for row in rows:
         own = [row.labels.get(key, "-") for key in labels]
-        lines.append([*own, *(show(row) if row.outcomes or name == "runs" else "-" for name, show in COLUMNS.items())])
+        shown_ratios = [_ratio(row, field) for field in RATIOS.values()]
+        lines.append([*own, str(len(row.outcomes)), *(_cell(row, figure) for figure in figures), *shown_ratios])
     kept = [any(line[column] != "-" for line in lines[1:]) for column in range(len(lines[0]))]
     return [[cell for cell, keep in zip(line, kept, strict=True) if keep] for line in lines]
 
@@ -378,9 +251,9 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The table with plain numbers: mean and standard deviation of every figure of `Outcome`, then `Ratios`."""
+    """The table with plain numbers: mean and standard deviation of every figure, then `Ratios`."""
     labels = list(dict.fromkeys(key for row in rows for key in row.labels))
-    figures = [field.name for field in fields(Outcome) if field.name != "points"]
+    figures = list(columns())
     ratios = [field.name for field in fields(Ratios)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
