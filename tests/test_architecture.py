@@ -42,7 +42,7 @@ def module_of(path: Path) -> str:
 def test_every_room_is_in_the_list() -> None:
     found = {path.name if path.is_dir() else path.stem for path in (ROOT / "flora").iterdir()}
     assert set(rooms()) == {
-        name for name in found if name not in ("__init__", "__main__", "__pycache__", "assets", "py")
+        name for name in found if name not in ("__init__", "__main__", "__pycache__", "assets", "presets", "py")
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from flora.client.optimizers import Adam, Constant, Sgd
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import Lora
 from flora.config import presets
+from flora.config.listing import list_components
 from flora.config.parse import config_to_dict, load_config, parse_config
-from flora.config.presets import PRESETS, Preset, with_preset
+from flora.config.presets import PRESETS, Preset, read_preset, with_preset
+from flora.config.schema import ExperimentConfig
 from flora.core.errors import ConfigError
+from flora.data.datasets.digits import Digits
 from flora.data.partition import Dirichlet, FewShotChunks, FewShotOverlapping, Iid, Pathological
 from flora.data.splits import Merged, Official
 from flora.runs.resume import resumed_config
@@ -99,18 +103,24 @@ def test_an_unknown_preset_is_one_line(tmp_path: Any, preset: Any) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump({**GIVEN, "preset": preset}))
     with pytest.raises(
-        ConfigError, match=r"x\.yaml: preset: expected (one of standard, paper, small, averaging|text), got"
+        ConfigError, match=r"x\.yaml: preset: expected (one of standard, averaging, paper, small|text), got"
     ):
         load_config(path)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, preset: Preset) -> None:
+    """Have `preset` stand for that of a name."""
+    monkeypatch.setattr(presets, "PRESETS", (name,))
+    monkeypatch.setattr(presets, "read_preset", lambda asked: preset)
 
 
 def test_values_by_method_lie_between(monkeypatch: pytest.MonkeyPatch) -> None:
     preset = Preset(
         about="a test",
         values={"adapter": "lora", "rounds": 3, "local": {"learning_rate": 0.1, "batch_size": 4}},
-        methods={"full": {"local": {"learning_rate": 0.2}}, "lora": {"rounds": 7}},
+        where={"adapter=full": {"local": {"learning_rate": 0.2}}, "adapter=lora": {"rounds": 7}},
     )
-    monkeypatch.setattr(presets, "PRESETS", {"test": preset})
+    stand_in(monkeypatch, "test", preset)
     below = {"preset": "test"}
     assert with_preset(below)["rounds"] == 7
     full = with_preset({**below, "adapter": {"name": "full"}})
@@ -139,8 +149,8 @@ def test_what_is_added_to_a_preset_later_does_not_change_a_run(
     stored = yaml.safe_load((path / "config.yaml").read_text())
     del stored["local"]["clip_norm"]  # as if the option had not existed then
     (path / "config.yaml").write_text(yaml.safe_dump(stored))
-    later = Preset(about="later", values={"adapter": "lora", "local": {"clip_norm": 1e-9}})
-    monkeypatch.setattr(presets, "PRESETS", {"standard": later})
+    later = Preset(about="later", values={"adapter": "lora", "local": {"clip_norm": 1e-9}}, where={})
+    stand_in(monkeypatch, "standard", later)
     assert resumed_config(path, []).local.clip_norm is None
 
 
@@ -149,7 +159,31 @@ def test_nothing_given_is_changed() -> None:
     before = yaml.safe_dump(raw)
     with_preset(raw)
     assert yaml.safe_dump(raw) == before
-    assert PRESETS["paper"].options["partition"]["dirichlet"]["concentration"] == 0.1
+    assert read_preset("paper").where["partition=dirichlet"] == {
+        "partition": {"concentration": 0.1, "minimum_examples": 1, "cap": 1.0}
+    }
+
+
+def test_a_run_the_classes_and_the_list_agree_on_every_default() -> None:
+    config = parse_config({"data": "digits", "partition": "iid"})
+    assert config == ExperimentConfig(data=Digits(), partition=Iid())
+    listed = list_components()
+    for key, value in (("learning_rate", config.local.learning_rate), ("rounds", config.rounds)):
+        assert re.search(rf"^  {key}: {value}  ", listed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_value_of_a_preset_is_one_that_there_is(name: str) -> None:
+    preset = read_preset(name)
+    for condition in ("", *preset.where):
+        key, _, component = condition.partition("=")
+        raw: dict[str, Any] = {"data": "digits", "partition": "iid", "preset": name}
+        if key and key != "partition":
+            *sections, last = key.split(".")
+            raw |= {sections[0]: {last: component}} if sections else {last: component}
+        elif key:
+            raw["partition"] = component
+        assert parse_config(raw).preset == name
 
 
 def test_values_that_are_no_mappings_reach_the_checks() -> None:

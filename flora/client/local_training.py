@@ -22,7 +22,7 @@ from flora.data.batching import count_steps
 class LocalTraining(Options):
     """What every client does with its data in a round."""
 
-    learning_rate: float = option("step size", 1e-3, above=0)
+    learning_rate: float = option("step size", 3e-3, above=0)
     epochs: int = option("passes over a client's examples in a round", 1, at_least=1, at_most=1_000_000)
     steps: int | None = option(
         "steps in a round, the same for every client, in place of `epochs`", None, at_least=1, at_most=10_000_000

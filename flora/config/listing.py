@@ -24,7 +24,8 @@ def list_components() -> str:
         for name, component in components(kind).items():
             parts += [f"  {name}: {_summary(component)}", *_options(component, 6)]
     parts += ["", "PRESETS: sets of values below an experiment's own"]
-    for name, preset in PRESETS.items():
+    for name in PRESETS:
+        preset = presets.read_preset(name)
         parts += [f"  {name}: {preset.about}", *(f"      {line}" for line in presets.lines(preset))]
     return "\n".join(parts)
 

@@ -1,156 +1,70 @@
-"""Presets: named sets of values for what an experiment's own file doesn't say.
+"""Presets: YAML files in `flora/presets` with values for what an experiment's own file doesn't say.
 
-`PRESETS[name]` is a preset. Its `values` are nested like a YAML file's. Its `options` say, by the dotted key of a
-component and by the component's name, what that component's options are wherever it is chosen. Its `methods` are
-values too, by what clients train (`adapter`), and lie above `values`.
+A preset is written like an experiment. Below `where` it has sections that count only where the component at a key is
+the one named: `adapter=full: {local: {learning_rate: 1.0e-3}}`. One rule merges them: the experiment's own file lies
+above what `where` adds, and that above the preset's other values. A component of another name takes nothing from the
+one below.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from flora.config.plain_yaml import read_plain_yaml
+
 Nested = Mapping[str, Any]
+
+FOLDER = Path(__file__).parents[1] / "presets"
+PRESETS = ("standard", *sorted({path.stem for path in FOLDER.glob("*.yaml")} - {"standard"}))
+DEFAULT = "standard"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What an experiment is where its own file doesn't say."""
+    """A preset: what it is for, its values, and what it adds where a component is chosen, by `KEY=NAME`."""
 
     about: str
-    values: Nested = field(default_factory=dict)
-    options: Mapping[str, Mapping[str, Nested]] = field(default_factory=dict)
-    methods: Mapping[str, Nested] = field(default_factory=dict)
+    values: Nested
+    where: Mapping[str, Nested]
 
 
-_PAPER = Preset(
-    about="as FLoRA's released code (arXiv:2404.15182)",
-    values={
-        "rounds": 50,
-        "backbone": {"model": "ViT-B-32-quickgelu", "weights": "openai"},
-        "split": "merged",
-        "adapter": "lora",
-        "clients": {"number": 10, "cohort": "uniform", "holdout_fraction": 0.0},
-        "local": {
-            "learning_rate": 5e-5,
-            "epochs": 1,
-            "batch_size": 128,
-            "optimizer": "adam",
-            "optimizer_state": "kept",
-            "schedule": "constant",
-            "clip_norm": None,
-            "objective": "contrastive",
-            "augmentation": "none",
-        },
-        "server": {"strategy": "fedavg"},
-    },
-    options={
-        "adapter": {
-            "lora": {
-                "towers": ["text"],
-                "targets": ["out"],
-                "layers": None,
-                "rank": 2,
-                "alpha": 32.0,
-                "scaling": "alpha",
-                "dropout": 0.0,
-                "init": "normal",
-            }
-        },
-        "split": {"merged": {"test_fraction": 0.2}},
-        "partition": {
-            "dirichlet": {"concentration": 0.1, "minimum_examples": 1, "cap": 1.0},
-            "pathological": {"classes_per_client": 4},
-            "few_shot_overlapping": {"shots": 16},
-            "few_shot_chunks": {"shots": 16},
-        },
-        "local.optimizer": {"adam": {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}},
-        "server.strategy": {"fedavg": {"weighting": "examples"}},
-    },
-)
-
-# Learning rates were chosen on validation images; docs/results.md says how.
-_SMALL = Preset(
-    about="what the table in docs/results.md compares methods with: few images, few rounds",
-    values={
-        "rounds": 10,
-        "split": "sample",
-        "adapter": "lora",
-        "clients": {"holdout_fraction": 0.0},
-        "local": {"learning_rate": 1e-2, "batch_size": 16, "schedule": "cosine"},
-        "evaluation": {"every": 2},
-    },
-    options={"split": {"sample": {"num_train": 600, "num_test": 1000}}},
-    methods={
-        "full": {"local": {"learning_rate": 3e-4}},
-        "linear_head": {"local": {"learning_rate": 3e-2}},
-        "vision_and_head": {"local": {"learning_rate": 1e-3}},
-        "clip_adapter": {"local": {"learning_rate": 1e-1}},
-        "prompt_context": {"local": {"learning_rate": 3e-2}},
-        "norm": {"local": {"learning_rate": 1e-1}},
-    },
-)
-
-_AVERAGING = Preset(
-    about="what the tables in docs/averaging.md compare ways of averaging with: twenty unlike clients, twenty rounds",
-    values={
-        "rounds": 20,
-        "split": "sample",
-        "adapter": "lora",
-        "clients": {"number": 20},
-        "local": {"learning_rate": 3e-2, "batch_size": 16, "schedule": "cosine"},
-        "evaluation": {"every": 5},
-        "checkpoints": {"every": None},
-    },
-    options={"split": {"sample": {"num_train": 4000, "num_test": 2000}}},
-)
-
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "standard": Preset(
-            about="official splits, cross-entropy over all classes, alpha/r: the default",
-            values={"adapter": "lora"},
-            # Chosen on validation images; docs/results.md says how.
-            methods={method: {"local": {"learning_rate": 3e-3}} for method in ("lora", "dual_lora")},
-        ),
-        "paper": _PAPER,
-        "small": _SMALL,
-        "averaging": _AVERAGING,
-    }
-)
-DEFAULT = "standard"
+@cache
+def read_preset(name: str) -> Preset:
+    """The preset of this name, one of `PRESETS`."""
+    raw = dict(read_plain_yaml((FOLDER / f"{name}.yaml").read_text()))
+    return Preset(about=raw.pop("about"), where=raw.pop("where", {}), values=raw)
 
 
 def with_preset(raw: Nested) -> Nested:
     """`raw` over the values of the preset that it names; unchanged if it names none that is known.
 
     What `raw` gives always wins, a null in place of a value included. Weights belong to their model: whoever names
-    another one gets none from the preset. A component of another name takes nothing from the preset's choice.
+    another one gets none from the preset.
     """
     name = raw.get("preset", DEFAULT)
-    preset = PRESETS.get(name) if isinstance(name, str) else None
-    if preset is None:
+    if name not in PRESETS:
         return raw
+    preset = read_preset(name)
     backbone = raw.get("backbone")
-    if isinstance(backbone, Mapping) and "model" in backbone:
-        preset = replace(preset, values={key: each for key, each in preset.values.items() if key != "backbone"})
-    method = component_name(_over(preset.values, raw).get("adapter"))
-    merged = _over(_over(preset.values, preset.methods.get(method or "", {})), raw)
-    for key, by_name in preset.options.items():
-        merged = _filled(merged, key.split("."), by_name)
-    return dict(merged)
+    names_model = isinstance(backbone, Mapping) and "model" in backbone
+    values: Any = {key: each for key, each in preset.values.items() if not (key == "backbone" and names_model)}
+    chosen = _over(values, raw)
+    for condition, added in preset.where.items():
+        key, _, component = condition.partition("=")
+        if component_name(_at(chosen, key)) == component:
+            values = _over(values, _named(added, key.split("."), component))
+    return dict(_over(values, raw))
 
 
 def lines(preset: Preset) -> Iterator[str]:
     """A preset's values as `key: value` with dotted keys."""
     yield from _flat(preset.values)
-    for key, by_name in preset.options.items():
-        for name, options in by_name.items():
-            yield from (f"{line}  (where {key} is {name})" for line in _flat(options, f"{key}."))
-    for method, values in preset.methods.items():
-        yield from (f"{line}  (where adapter is {method})" for line in _flat(values))
+    for condition, added in preset.where.items():
+        yield from (f"{line}  (where {condition.replace('=', ' is ')})" for line in _flat(added))
 
 
 def _flat(values: Nested, prefix: str = "") -> Iterator[str]:
@@ -167,9 +81,24 @@ def component_name(component: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def _at(values: Any, key: str) -> Any:
+    """What nested values have at a dotted key; None if that is nothing."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def _named(values: Nested, path: list[str], name: str) -> Nested:
+    """The values with the component's name among its options at `path`, if they have any."""
+    inner = values.get(path[0])
+    if not isinstance(inner, Mapping):
+        return values
+    return {**values, path[0]: _named(inner, path[1:], name) if len(path) > 1 else {"name": name, **inner}}
+
+
 def _over(below: Any, above: Any) -> Any:
     """`above` where it says something, else `below`. Options without a name belong to the component `below`."""
-    if isinstance(below, str) and isinstance(above, Mapping) and "name" not in above:
+    if isinstance(below, str) and isinstance(above, Mapping) and ("name" not in above or above["name"] == below):
         below = {"name": below}
     if isinstance(above, str) and isinstance(below, Mapping) and below.get("name") == above:
         return below
@@ -180,14 +109,3 @@ def _over(below: Any, above: Any) -> Any:
     if "name" in below and "name" in above and below["name"] != above["name"]:
         return above
     return {**below, **{key: _over(below.get(key), value) for key, value in above.items()}}
-
-
-def _filled(values: Any, path: list[str], by_name: Mapping[str, Nested]) -> Any:
-    """`values` with the options of the component at `path` below those that it has, if `by_name` knows its name."""
-    if not isinstance(values, Mapping) or path[0] not in values:
-        return values
-    inner = values[path[0]]
-    if len(path) > 1:
-        return {**values, path[0]: _filled(inner, path[1:], by_name)}
-    options = by_name.get(component_name(inner) or "", {})
-    return {**values, path[0]: _over({"name": component_name(inner), **options}, inner)} if options else values

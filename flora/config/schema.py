@@ -109,7 +109,7 @@ class ExperimentConfig(Options):
 
     data: Dataset = option("where the images come from")
     partition: Partitioner = option("how the training examples are dealt out to the clients")
-    preset: str = option("the set of values below this file's own", DEFAULT, choices=tuple(PRESETS))
+    preset: str = option("the set of values below this file's own", DEFAULT, choices=PRESETS)
     name: str = option("the run's name, and its folder's below `output`; none: the file's name", "")
     seed: int = option("root of all random numbers", 0, at_least=0)
     rounds: int = option("rounds of federated training; 0: zero-shot only", 20, at_least=0)
