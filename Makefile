@@ -8,7 +8,7 @@ CONFIG = $(if $(wildcard $(EXPERIMENT)),$(EXPERIMENT),experiments/$(EXPERIMENT).
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install experiment paper averaging communication check list benchmark test test-cpus stress lint types format clean
+.PHONY: docs help install experiment paper averaging communication check list benchmark test test-cpus stress lint types format clean
 
 help: ## show this help
 	@echo "usage: make TARGET [EXPERIMENT=name] [ARGS=\"key=value ...\"]"
@@ -74,6 +74,9 @@ list: $(VENV)/.installed ## print every component with its options
 
 benchmark: $(VENV)/.installed ## time a local step against full fine-tuning, naive LoRA and a loop by hand
 	$(BIN)/python -m flora.benchmark $(ARGS)
+
+docs: $(VENV)/.installed ## write the generated parts of the pages in docs/
+	$(BIN)/python docs/generate.py
 
 test: $(VENV)/.installed-dev ## run the test suite
 	$(BIN)/python -m pytest $(ARGS)

@@ -6,6 +6,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from flora.core.command_line import run_program
+from flora.parsers import understand
+
 # Imported when they are asked for: PyTorch takes seconds, and help should not.
 PROGRAMS = {
     "simulate": ("flora.simulate", "run an experiment, or go on with one"),
@@ -25,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in PROGRAMS:
         print(f"flora: expected one of {', '.join(PROGRAMS)}, got {name!r}; see --help", file=sys.stderr)
         return 2
-    program = importlib.import_module(PROGRAMS[name][0])
-    status: int = program.main(arguments)
+    status = run_program(lambda: understand(name, arguments))
+    if status == 0:
+        status = importlib.import_module(PROGRAMS[name][0]).main(arguments)
     return status
 
 

@@ -19,6 +19,7 @@ import flora.data.datasets.folders
 import flora.data.datasets.glyphs
 import flora.data.datasets.tiny_imagenet
 import flora.data.datasets.torchvision_sets
+import flora.data.few_shot
 import flora.data.partition
 import flora.data.splits
 import flora.federated.buffered

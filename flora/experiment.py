@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.clip.backbone import parameter_count
+from flora.clip.frozen import parameter_count
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.network import COLUMNS, Profiles
 from flora.communication.participation import Participation
@@ -18,6 +17,7 @@ from flora.config.rules import below, check_clients, check_experiment
 from flora.config.schema import ExperimentConfig
 from flora.core.contracts import checked_column, checked_parts, refuse
 from flora.core.counts import part_of
+from flora.core.devices import choose_device
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.core.progress import Progress
@@ -92,89 +92,128 @@ def build_experiment(
     Raises `UserError` naming the setting or the file.
     """
     check_experiment(config)
-    rng = Rng(config.seed)
-    device = choose_device(config.device)
-    whole = checked_images("data", config.data, config.data.load_with_progress(rng.child("data"), progress))
-    data = checked_images("split", config.split, config.split.split(whole, rng.child("split")))
-    for line in whole.remarks:
-        log(f"warning: {line}")
-    roster = _roster(config, data.train.groups, rng)
-    class_names, new_names = _class_names(config, data)
-    _check_labels(config, data, class_names, rng)
-    data, value_range = with_one_range(data, config.data.value_range, whole=whole, progress=progress, log=log)
-    clip = config.backbone.load(device, rng.child("backbone"))
-    backbone_parameters = parameter_count(clip.model)
-    digests = {"backbone_sha256": state_digest(clip.model.state_dict()), "data_sha256": _data_digest(data)}
-    log(f"{clip.architecture.name}: {backbone_parameters:,} frozen parameters on {device}, {config.backbone.precision}")
-    adapter = config.adapter.attach(clip)
-    templates = config.adapter.templates(config.prompts.templates or config.data.templates)
-    model, *new_model = (
-        AdaptedClip(clip, adapter, class_names=names, templates=templates, speed=config.speed)
-        for names in (class_names, new_names)
-        if names
-    )
-    for line in dict.fromkeys(line for each in (model, *new_model) for line in each.text.cut_prompts):
-        log(f"warning: prompts: {line}")
-    _check_clients_per_block(config, model)
-    if not model.text.is_cut_at_end:
-        log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
-    (train, test, *new), unreadable = _features(config, data, model, progress=progress, log=log)
-    digests["images_sha256"] = images_digest([train, test, *new])
-    labels = train.labels.numpy()
+    rng, tell = Rng(config.seed), _Tell(progress, log)
+    images = _images(config, rng, tell)
+    data = images.data
+    models, backbone_parameters, digests = _models(config, images, rng, tell)
+    model = models[0]
+    (train, test, *new), unreadable = _features(config, data, model, tell)
+    digests |= {"data_sha256": _data_digest(data), "images_sha256": images_digest([train, test, *new])}
     clients_per_block = _clients_per_block(config, model, clients_per_block)
     log(f"clients in one step: up to {clients_per_block}")
     if all(isinstance(each, StoredFeatures) for each in (train, test, *new)):
         model.release_stems()
-    train, test, *new = move_if_they_fit([train, test, *new], device)
-    _check_classes(labels, test.labels.cpu().numpy(), class_names)
-    _warn_of_untested_classes(test.labels.cpu().numpy(), class_names, log)
+    train, test, *new = move_if_they_fit([train, test, *new], model.device)
+    labels, test_labels = train.labels.numpy(), test.labels.cpu().numpy()
+    _check_classes(labels, test_labels, images.class_names)
+    _warn_of_untested_classes(test_labels, images.class_names, log)
     groups = None if data.train.groups is None else data.train.groups[train.positions]
-    if unreadable:
-        roster = _roster(config, groups, rng)
+    roster = _roster(config, groups, rng) if unreadable else images.roster
     if roster.profiles is not None:
         digests["network_sha256"] = roster.profiles.digest()
-    left_out = () if roster.names is None else _without_training_images(whole, roster.names, log)
     clients = deal_out(config, labels, groups, rng)
-    log(f"{len(labels):,} training and {len(test):,} test images, {len(class_names)} classes, {len(clients)} clients")
-    if new:
-        log(f"{len(new[0]):,} more test images, of {len(new_names)} new classes")
-    federation = Federation(
-        engine=Engine(model, train, clients_per_block, hooks or Hooks(), log),
-        clients=clients,
-        participation=Participation(
-            config.clients.cohort,
-            np.array([len(client.train) for client in clients]),
-            config.network,
-            roster.profiles,
-            config.server.stragglers,
-        ),
-        local=config.local,
-        schedule=config.server.schedule,
-        num_rounds=config.rounds,
-        rng=rng.child("federation"),
-        server=ServerParts(
-            config.server.strategy, config.server.aggregator, config.server.optimizer, config.server.screening
-        ),
-        personal=config.personal,
-        communication=config.communication,
-        ranks=_ranks(config, len(clients), rng.child("ranks")),
+    log(
+        f"{len(labels):,} training and {len(test):,} test images, {len(images.class_names)} classes, "
+        f"{len(clients)} clients"
     )
+    if new:
+        log(f"{len(new[0]):,} more test images, of {len(images.new_class_names)} new classes")
+    engine = Engine(model, train, clients_per_block, hooks or Hooks(), log)
     return Experiment(
         config=config,
-        federation=federation,
+        federation=_federation(config, engine, clients, roster, rng),
         test=test,
         held_out=train.subset(np.concatenate([client.held_out for client in clients])),
         held_out_sizes=np.array([len(client.held_out) for client in clients]),
-        class_names=class_names,
+        class_names=images.class_names,
         initial_adapter=model.initial_adapter(rng.child("adapter")),
         backbone_parameters=backbone_parameters,
         unreadable=tuple(unreadable),
         digests=digests,
-        value_range=None if value_range is None else value_range.limits,
-        new=(new_model[0], new[0]) if new else None,
-        left_out=left_out,
+        value_range=images.value_range,
+        new=(models[1], new[0]) if new else None,
+        left_out=() if roster.names is None else _without_training_images(images.whole, roster.names, log),
         test_domains=None if data.test.groups is None else data.test.groups[test.positions],
         data=data,
+    )
+
+
+@dataclass(frozen=True)
+class _Tell:
+    """Who is told how far it is, and what a user should know."""
+
+    progress: Progress
+    log: Callable[[str], object]
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """The images before they were split and after it, how their classes are called, and whom the data name."""
+
+    whole: ImageData
+    data: ImageData
+    class_names: tuple[str, ...]
+    new_class_names: tuple[str, ...]
+    roster: _Roster
+    value_range: tuple[float, float] | None
+
+
+def _images(config: ExperimentConfig, rng: Rng, tell: _Tell) -> _Images:
+    """Find the images, split them, and check all that can be checked of them before the model is loaded."""
+    whole = checked_images("data", config.data, config.data.load_with_progress(rng.child("data"), tell.progress))
+    data = checked_images("split", config.split, config.split.split(whole, rng.child("split")))
+    for line in whole.remarks:
+        tell.log(f"warning: {line}")
+    roster = _roster(config, data.train.groups, rng)
+    class_names, new_names = _class_names(config, data)
+    _check_labels(config, data, class_names, rng)
+    data, value_range = with_one_range(data, config.data.value_range, whole=whole, progress=tell.progress, log=tell.log)
+    limits = None if value_range is None else value_range.limits
+    return _Images(whole, data, class_names, new_names, roster, limits)
+
+
+def _models(
+    config: ExperimentConfig, images: _Images, rng: Rng, tell: _Tell
+) -> tuple[list[AdaptedClip], int, dict[str, str]]:
+    """The model with the prompts of its classes, and with those of new ones if there are any; its size and digest."""
+    clip = config.backbone.load(choose_device(config.device), rng.child("backbone"))
+    number = parameter_count(clip.model)
+    digests = {"backbone_sha256": state_digest(clip.model.state_dict())}
+    precision = config.backbone.precision
+    tell.log(f"{clip.architecture.name}: {number:,} frozen parameters on {clip.device}, {precision}")
+    adapter = config.adapter.attach(clip)
+    templates = config.adapter.templates(config.prompts.templates or config.data.templates)
+    models = [
+        AdaptedClip(clip, adapter, class_names=names, templates=templates, speed=config.speed)
+        for names in (images.class_names, images.new_class_names)
+        if names
+    ]
+    for line in dict.fromkeys(line for model in models for line in model.text.cut_prompts):
+        tell.log(f"warning: prompts: {line}")
+    _check_clients_per_block(config, models[0])
+    if not models[0].text.is_cut_at_end:
+        tell.log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
+    return models, number, digests
+
+
+def _federation(
+    config: ExperimentConfig, engine: Engine, clients: Sequence[ClientData], roster: _Roster, rng: Rng
+) -> Federation:
+    """The federation of these clients, as the configuration says."""
+    server = config.server
+    sizes = np.array([len(client.train) for client in clients])
+    return Federation(
+        engine=engine,
+        clients=clients,
+        participation=Participation(config.clients.cohort, sizes, config.network, roster.profiles, server.stragglers),
+        local=config.local,
+        schedule=server.schedule,
+        num_rounds=config.rounds,
+        rng=rng.child("federation"),
+        server=ServerParts(server.strategy, server.aggregator, server.optimizer, server.screening),
+        personal=config.personal,
+        communication=config.communication,
+        ranks=_ranks(config, len(clients), rng.child("ranks")),
     )
 
 
@@ -233,12 +272,7 @@ def _ranks(config: ExperimentConfig, num_clients: int, rng: Rng) -> np.ndarray |
 
 
 def _features(
-    config: ExperimentConfig,
-    data: ImageData,
-    model: AdaptedClip,
-    *,
-    progress: Progress,
-    log: Callable[[str], object],
+    config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: _Tell
 ) -> tuple[list[Features], list[str]]:
     """The features of the splits, and a line for each image that can't be read.
 
@@ -251,9 +285,9 @@ def _features(
     features: dict[str, Features] = {}
     problems: list[str] = []
     for name in (name for name in splits if is_live[name]):
-        log(f"features of the {name} images: computed at each use")
+        tell.log(f"features of the {name} images: computed at each use")
         features[name], found = live_features(
-            splits[name], model, augmentation, skip_unreadable=skip, progress=progress
+            splits[name], model, augmentation, skip_unreadable=skip, progress=tell.progress
         )
         problems += found
     stored = [name for name in splits if not is_live[name]]
@@ -263,28 +297,15 @@ def _features(
             model,
             cache=config.cache,
             skip_unreadable=skip,
-            progress=progress,
-            log=log,
+            progress=tell.progress,
+            log=tell.log,
         )
         features.update(zip(stored, loaded, strict=True))
         problems += found
     if problems:
         number = sum(len(split) for split in splits.values())
-        log(f"left out: {len(problems):,} of {number:,} images can't be read")
+        tell.log(f"left out: {len(problems):,} of {number:,} images can't be read")
     return [features[name] for name in splits], problems
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`: auto, cpu, cuda or cuda:N. Raises `UserError` if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        found = f"{torch.cuda.device_count()} CUDA devices here" if torch.cuda.is_available() else "no CUDA device here"
-        raise UserError(f"device: {name} was asked for, but there is {found}; expected auto or cpu")
-    return torch.device(name)
 
 
 def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:

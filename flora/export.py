@@ -18,16 +18,18 @@ import safetensors.torch
 import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.clip.backbone import EXPORT_METADATA, FrozenClip
+from flora.clip.backbone import EXPORT_METADATA
+from flora.clip.frozen import FrozenClip
 from flora.config.overrides import apply_overrides
 from flora.config.parse import config_to_dict, parse_config, read_yaml
 from flora.config.schema import ExperimentConfig
-from flora.core.command_line import Parser, run_program
+from flora.core.command_line import run_program
 from flora.core.errors import UserError
 from flora.core.files import open_regular, write_whole
 from flora.core.registry import OptionError, suggest
 from flora.core.rng import Rng
 from flora.core.tree import State, fits, is_finite, state_digest
+from flora.parsers import export_parser
 from flora.runs.checkpoints import CheckpointFolder
 from flora.runs.run_directory import ADAPTER_FORMAT, read_json
 
@@ -200,30 +202,13 @@ def how_to_load(model: MergedModel, path: Path) -> list[str]:
     ]
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m flora.export",
-        description=__doc__,
-        epilog="example, where the backbone was moved: "
-        "python -m flora.export runs/mine adapted backbone.weights=/data/clip.safetensors",
-    )
-    parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/quickstart")
-    parser.add_argument(
-        "path", type=Path, help="the folder to write, or a file that ends in .safetensors; it must not exist"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="where the backbone is now, if it was moved")
-    parser.add_argument("--client", help="merge the own adapter of this client (name or id) in place of the server's")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the numbers (default: fp32)")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for anything that the user can mend."""
     return run_program(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    options = _parser().parse(argv)
+    options = export_parser().parse(argv)
     if options.path.exists():
         raise UserError(f"{options.path}: exists already")
     model = merged_model(options.run, options.client, options.overrides)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -12,59 +14,46 @@ from flora.config.listing import list_components
 from flora.config.overrides import override_key
 from flora.config.parse import changes_by_overrides, load_config
 from flora.config.rules import mistakes
-from flora.core.command_line import Parser, out_of_memory_reason, run_program, split_arguments
+from flora.core.command_line import out_of_memory_reason, run_program, split_arguments
 from flora.core.errors import ConfigError, UserError
 from flora.core.hooks import Hooks
 from flora.core.interrupts import Interrupts
 from flora.evaluation import summary as report
+from flora.parsers import check_simulate, simulate_parser
 from flora.runs.loop import RunResult, resume, simulate
-from flora.runs.resume import (
-    resumed_config,
-)
+from flora.runs.resume import resumed_config
+from flora.runs.sinks import Sink
 
 __all__ = ["RunResult", "main", "resume", "simulate"]
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m flora.simulate",
-        description="Federated adaptation of a frozen CLIP model, simulated in one process.",
-        epilog="example: python -m flora.simulate experiments/quickstart.yaml rounds=5 clients.number=20",
-    )
-    parser.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file, then overrides")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run whose directory is given in place of CONFIG"
-    )
-    parser.add_argument(
-        "--accept-lost-records",
-        action="store_true",
-        help="with --resume: go on although lines of rounds.jsonl are damaged",
-    )
-    parser.add_argument("--check", action="store_true", help="only validate one or more files; nothing is loaded")
-    parser.add_argument("--list", action="store_true", help="print every component with its options")
-    return parser
+def main(argv: Sequence[str] | None = None, *, hooks: Hooks | None = None, sinks: Sequence[Sink] = ()) -> int:
+    """Run the command line; return the exit status: 0, 2 for anything the user can mend, 130 for Ctrl-C.
+
+    A program of your own may pass in `hooks` and `sinks`, as for `simulate`; Ctrl-C works as without.
+    """
+    return run_program(lambda: _main(argv, _Extras(hooks or Hooks(), tuple(sinks))))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 2 for anything the user can mend, 130 for Ctrl-C."""
-    return run_program(lambda: _main(argv))
+@dataclass(frozen=True)
+class _Extras:
+    """What a program of the user's own adds to the command line."""
+
+    hooks: Hooks
+    sinks: tuple[Sink, ...]
 
 
-def _main(argv: Sequence[str] | None) -> int:
-    options = _parser().parse(argv)
+def _main(argv: Sequence[str] | None, extras: _Extras) -> int:
+    options = simulate_parser().parse(argv)
+    check_simulate(options)
     paths, overrides = split_arguments(options.arguments)
     if options.list:
         print(list_components())
         return 0
-    if options.accept_lost_records and not options.resume:
-        raise UserError("--accept-lost-records belongs to --resume; see --help")
-    if options.resume and len(paths) != 1:
-        raise UserError(f"expected one run directory, got {len(paths)}; see --help")
-    if not paths or (len(paths) > 1 and not options.check):
-        raise UserError(f"expected {'a config file' if not paths else 'one config file'}, got {len(paths)}; see --help")
     if options.check:
         return _check(paths, overrides, resuming=options.resume)
-    _run_one(paths[0], overrides, resuming=options.resume, accept_lost_records=options.accept_lost_records)
+    accepts = bool(options.accept_lost_records)
+    _run_one(paths[0], overrides, extras, resuming=options.resume, accept_lost_records=accepts)
     return 0
 
 
@@ -88,17 +77,20 @@ def _check(paths: Sequence[str], overrides: Sequence[str], *, resuming: bool) ->
     return status
 
 
-def _run_one(path: str, overrides: Sequence[str], *, resuming: bool, accept_lost_records: bool = False) -> None:
+def _run_one(
+    path: str, overrides: Sequence[str], extras: _Extras, *, resuming: bool, accept_lost_records: bool
+) -> None:
     config = resumed_config(Path(path), overrides) if resuming else load_config(path, overrides)
     try:
         with Interrupts() as interrupts:
-            hooks = Hooks(before_block=lambda round, clients: interrupts.check())
+            hooks = Hooks(before_block=lambda round, clients: interrupts.check()).then(extras.hooks)
+            given: Any = {"echo": _say, "hooks": hooks, "sinks": extras.sinks, "progress": True}
             if resuming:
-                result = resume(path, overrides, echo=_say, hooks=hooks, accept_lost_records=accept_lost_records)
+                result = resume(path, overrides, accept_lost_records=accept_lost_records, **given)
             else:
                 named = any(override_key(override) == "name" for override in overrides)
                 notes = [f"changed on the command line: {line}" for line in changes_by_overrides(path, overrides)]
-                result = simulate(config, numbered=not named, echo=_say, hooks=hooks, notes=notes)
+                result = simulate(config, numbered=not named, notes=notes, **given)
     except (ConfigError, BrokenPipeError):
         raise
     except UserError as error:

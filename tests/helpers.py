@@ -17,7 +17,8 @@ from flora.client.local_training import LocalTraining
 from flora.client.optimizers import Sgd
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.lora import Lora
-from flora.clip.backbone import Backbone, FrozenClip
+from flora.clip.backbone import Backbone
+from flora.clip.frozen import FrozenClip
 from flora.clip.towers.towers import AdaptedClip, SpeedOptions
 from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform

@@ -20,9 +20,11 @@ from helpers import SHARED, TINY, TOLERANCE, load_clip, random_pixels, write_mod
 from PIL import Image
 
 from flora.clip import backbone
-from flora.clip.backbone import Architecture, Backbone, FrozenClip, TowerShape, to_rgb
+from flora.clip.backbone import Backbone
+from flora.clip.frozen import Architecture, FrozenClip, TowerShape
 from flora.core.errors import UserError
 from flora.core.rng import Rng
+from flora.data.rgb import to_rgb
 from flora.simulate import main
 
 CPU = torch.device("cpu")

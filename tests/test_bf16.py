@@ -12,7 +12,8 @@ from torch import nn
 from flora.client.objectives import CrossEntropy
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
-from flora.clip.backbone import Backbone, FrozenClip
+from flora.clip.backbone import Backbone
+from flora.clip.frozen import FrozenClip
 from flora.clip.layers import LoraAttention
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.parse import parse_config

@@ -17,7 +17,7 @@ from flora.core.errors import UserError
 from flora.core.records import RoundRecord
 from flora.core.states import ClientState, ServerState
 from flora.runs.checkpoints import FORMAT, Checkpoint, CheckpointFolder, DamagedError
-from flora.runs.resume import find_start
+from flora.runs.resume import RunFiles, find_start
 from flora.runs.run_directory import RunDirectory
 from flora.runs.stored_state import client_tensors, server_tensors
 
@@ -183,12 +183,9 @@ def test_a_changed_file_is_noticed_or_harmless(run: Path, seed: int) -> None:
     lines: list[str] = []
     find = partial(
         find_start,
-        directory,
-        CheckpointFolder(run / "checkpoints"),
+        RunFiles(directory, CheckpointFolder(run / "checkpoints"), lines.append, 3),
         state_of(0),
-        lines.append,
         client_like=CLIENT,
-        keep=3,
     )
     asked = False
     try:
@@ -235,7 +232,7 @@ def test_another_format_is_left_alone(run: Path) -> None:
     manifest.write_text(json.dumps({"manifest": content, "sha256": digest}))
     directory, folder = RunDirectory(run), CheckpointFolder(run / "checkpoints")
     with pytest.raises(UserError, match="'flora-checkpoint-1', which another version of this program has written"):
-        find_start(directory, folder, state_of(0), print, client_like=CLIENT, keep=1)
+        find_start(RunFiles(directory, folder, print, 1), state_of(0), client_like=CLIENT)
     assert folder.rounds() == [4, 3, 2, 1]
 
 
@@ -245,7 +242,7 @@ def test_what_cannot_be_read_is_left_alone(run: Path) -> None:
     file.mkdir()  # even root can't read a folder as a file
     directory, folder = RunDirectory(run), CheckpointFolder(run / "checkpoints")
     with pytest.raises(UserError, match=r"clients\.safetensors: can't be read: Is a directory"):
-        find_start(directory, folder, state_of(0), print, client_like=CLIENT, keep=1)
+        find_start(RunFiles(directory, folder, print, 1), state_of(0), client_like=CLIENT)
     assert folder.rounds() == [4, 3, 2, 1]
 
 
@@ -262,7 +259,7 @@ def test_records_that_no_checkpoint_belongs_to_are_asked_about(run: Path) -> Non
         directory, folder = RunDirectory(run), CheckpointFolder(run / "checkpoints")
         which = f"{len(lost)} of 5 records can't be read (round {', '.join(map(str, lost))})"
         with pytest.raises(UserError) as caught:
-            find_start(directory, folder, state_of(0), print, client_like=CLIENT, keep=4)
+            find_start(RunFiles(directory, folder, print, 4), state_of(0), client_like=CLIENT)
         assert str(caught.value) == (
             f"{records}: {which if lost else 'the records are not those that were written'}, though the checkpoint of "
             "round 4 is whole; to go on from it with the records that can be read: --accept-lost-records"
@@ -274,7 +271,9 @@ def test_records_that_no_checkpoint_belongs_to_are_asked_about(run: Path) -> Non
         copy = run.with_name(f"copy-{len(lost)}")
         shutil.copytree(run, copy)
         directory, folder = RunDirectory(copy), CheckpointFolder(copy / "checkpoints")
-        start = find_start(directory, folder, state_of(0), print, client_like=CLIENT, keep=4, accept_lost_records=True)
+        start = find_start(
+            RunFiles(directory, folder, print, 4), state_of(0), client_like=CLIENT, accept_lost_records=True
+        )
         assert_same_state(start.state, state_of(4))
         assert [record.round for record in start.records] == [round for round in range(5) if round not in lost]
         assert (copy / "set-aside" / "rounds-1.jsonl").read_bytes() == content

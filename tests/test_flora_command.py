@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from flora.__main__ import PROGRAMS, main
+from flora.config.parse import load_config
 
 ROOT = Path(__file__).parents[1]
 Capture = pytest.CaptureFixture[str]
@@ -31,6 +32,53 @@ def test_a_run_through_it(tmp_path: Path, capsys: Capture) -> None:
     assert main(["simulate", "--check", str(ROOT / "experiments/quickstart.yaml")]) == 0
     assert capsys.readouterr().out.endswith("quickstart.yaml: ok\n")
     assert main(["simulate", "--check", str(tmp_path / "nothing.yaml")]) == 2
+
+
+USAGE_ERRORS = [
+    ["simulate"],
+    ["simulate", "--resume"],
+    ["simulate", "x.yaml", "--accept-lost-records"],
+    ["simulate", "x.yaml", "--chekc"],
+    ["export", "runs/x"],
+    ["benchmark", "--batch", "many"],
+]
+HELP = [[name, "--help"] for name in PROGRAMS]
+
+
+@pytest.mark.parametrize("arguments", [*USAGE_ERRORS, *HELP], ids=" ".join)
+def test_help_and_usage_errors_of_programs_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from flora.__main__ import main\n"
+        "try: status = main(sys.argv[1:])\n"
+        "except SystemExit as ended: status = ended.code\n"
+        "assert not {'torch', 'open_clip', 'numpy', 'yaml'} & set(sys.modules); sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (2 if arguments in USAGE_ERRORS else 0), done.stderr
+    assert (done.stderr.count("\n") == 1) == (arguments in USAGE_ERRORS), done.stderr
+
+
+def test_the_shipped_quickstart_needs_no_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["simulate", "quickstart", "--check"]) == 0
+    assert capsys.readouterr().out == "quickstart: ok\n"
+    assert load_config("quickstart") == load_config(ROOT / "experiments/quickstart.yaml")
+    assert main(["simulate", "quickstat", "--check"]) == 2
+    assert main(["simulate", "quickstart", "rounds=1", "evaluation.num_local_only=0"]) == 0
+    assert (tmp_path / "runs/quickstart/summary.json").is_file()
+
+
+def test_the_packages_names_are_all_there() -> None:
+    import flora
+
+    assert all(getattr(flora, name).__name__ in (name, "resume") for name in flora.__all__)
+    assert set(flora.__all__) <= set(dir(flora))
+    with pytest.raises(AttributeError, match="no attribute 'simulate_all'"):
+        _ = flora.simulate_all
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["-h"], 0), ([], 2), (["simulte"], 2)])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flora.clip.backbone import FrozenClip
+from flora.clip.frozen import FrozenClip
 from flora.clip.towers.towers import TextTower
 from flora.config.parse import parse_config
 from flora.core.errors import UserError

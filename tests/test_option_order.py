@@ -42,7 +42,7 @@ def test_resume_takes_its_arguments_in_any_order(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(simulate, "_run_one", lambda *arguments, **options: seen.append((arguments, options)))
     for arguments in orders("runs/mine", "--resume", "rounds=40", "threads=1"):
         assert simulate.main(arguments) == 0, arguments
-        (path, overrides), options = seen.pop()
+        (path, overrides, _), options = seen.pop()
         assert (path, sorted(overrides)) == ("runs/mine", ["rounds=40", "threads=1"])
         assert options == {"resuming": True, "accept_lost_records": False}
 

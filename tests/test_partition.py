@@ -14,18 +14,8 @@ from hypothesis import strategies as st
 from flora.core.errors import UserError
 from flora.core.registry import OptionError, components
 from flora.core.rng import Rng
-from flora.data.partition import (
-    Dirichlet,
-    FewShot,
-    FewShotChunks,
-    FewShotOverlapping,
-    Iid,
-    Natural,
-    Partitioner,
-    Pathological,
-    Quantity,
-    Shards,
-)
+from flora.data.few_shot import FewShot, FewShotChunks, FewShotOverlapping
+from flora.data.partition import Dirichlet, Iid, Natural, Partitioner, Pathological, Quantity, Shards
 
 # Ten classes of 60 examples, with gaps in the labels and in no order.
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10) * 3, 60))

@@ -19,7 +19,8 @@ from flora.config.presets import PRESETS, Preset, read_preset, with_preset
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import ConfigError
 from flora.data.datasets.digits import Digits
-from flora.data.partition import Dirichlet, FewShotChunks, FewShotOverlapping, Iid, Pathological
+from flora.data.few_shot import FewShotChunks, FewShotOverlapping
+from flora.data.partition import Dirichlet, Iid, Pathological
 from flora.data.splits import Merged, Official
 from flora.runs.resume import resumed_config
 from flora.server.strategies.averaging import FedAvg

@@ -28,7 +28,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flora.clip.adapters.lora import Lora
-from flora.clip.backbone import Backbone, FrozenClip, parameter_count
+from flora.clip.backbone import Backbone
+from flora.clip.frozen import FrozenClip, parameter_count
 from flora.core.errors import UserError
 from flora.core.rng import Rng
 

@@ -191,24 +191,14 @@ def test_a_signal_stops_a_run_that_then_goes_on(
     expected = uninterrupted({**raw, "rounds": 3}, tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**raw, "rounds": 3}))
-    from flora import simulate as module
+    handler = signal.getsignal(number)
 
-    real, handler = module.Hooks, signal.getsignal(number)
+    # A signal that comes during the first block of round 2; the command line's own hook comes before this one.
+    def before_block(round: int, clients: tuple[int, ...]) -> None:
+        if round == 2:
+            os.kill(os.getpid(), number)
 
-    # The command line's hooks, and a signal that comes during the first block of round 2.
-    def hooks(**given: Any) -> Hooks:
-        def before_block(round: int, clients: tuple[int, ...]) -> None:
-            given["before_block"](round, clients)
-            if round == 2:
-                os.kill(os.getpid(), number)
-
-        return real(**{**given, "before_block": before_block})
-
-    module.Hooks = hooks  # type: ignore[misc,assignment]
-    try:
-        assert main([str(path), "name=test"]) == status
-    finally:
-        module.Hooks = real  # type: ignore[misc]
+    assert main([str(path), "name=test"], hooks=Hooks(before_block=before_block)) == status
     error = capsys.readouterr().err
     assert "stopping after this block of clients; once more to leave at once" in error
     assert f"to go on: {sys.executable} -m flora.simulate --resume {directory_of(raw)}" in error

@@ -15,13 +15,13 @@ import torch
 from helpers import adapt
 from PIL import Image
 
-from flora.clip.backbone import to_rgb
 from flora.config.parse import parse_config
 from flora.core.errors import UserError
 from flora.core.registry import OptionError
 from flora.data.augmentation import NoAugmentation
 from flora.data.datasets.base import ImageData, ImageFiles, Split
 from flora.data.datasets.folders import CsvFile, ImageFolder
+from flora.data.rgb import to_rgb
 from flora.data.value_range import ValueRange, with_one_range
 from flora.features.cache import CacheOptions
 from flora.features.features import live_features, load_features

@@ -25,11 +25,12 @@ from flora.benchmark.experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND,
 from flora.benchmark.profile import profile_round
 from flora.benchmark.variants import ROUND_STEPS, VARIANTS, Setting
 from flora.clip.backbone import Backbone
-from flora.core.command_line import Parser, run_program
+from flora.core.command_line import run_program
 from flora.core.errors import UserError
 from flora.core.memory import peak_memory_bytes
 from flora.engine.gradients import STEPS_BEFORE_RECORDING
 from flora.evaluation.summary import size
+from flora.parsers import benchmark_parser
 
 
 @dataclass(frozen=True)
@@ -182,35 +183,9 @@ def table(results: dict[str, list[Result]]) -> list[str]:
     return lines
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m flora.benchmark", description=__doc__)
-    parser.add_argument("--model", default="ViT-B-16", help="OpenCLIP name or JSON config (default: %(default)s)")
-    parser.add_argument("--classes", type=int, default=10, help="number of classes, 1 to 100 (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="images in a step (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=32, help="clients in a block (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
-    parser.add_argument("--tower", choices=("text", "vision"), default="text", help="the adapted one (default: text)")
-    parser.add_argument("--layers", type=int, default=0, help="adapt the last N blocks only (default: all)")
-    parser.add_argument("--targets", default="q,v", help="adapted matrices (default: %(default)s)")
-    parser.add_argument("--objective", choices=("cross_entropy", "contrastive"), default="cross_entropy")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="processes for each variant (default: %(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, default=3.0, help="of client-rounds in each process (default: %(default)s)"
-    )
-    parser.add_argument("--variants", help=f"comma-separated, of: {', '.join(VARIANTS)} (default: all)")
-    parser.add_argument("--json", type=Path, help="write every measurement to this file, too")
-    parser.add_argument("--whole", action="store_true", help="time a whole small experiment instead")
-    parser.add_argument("--profile", metavar="CONFIG", help="show where the time of a round of an experiment goes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment that --profile names")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    return run_program(lambda: _main(_parser().parse(argv)))
+    return run_program(lambda: _main(benchmark_parser().parse(argv)))
 
 
 def _main(options: argparse.Namespace) -> int:

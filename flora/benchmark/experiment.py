@@ -10,7 +10,7 @@ import torch
 
 from flora.benchmark.variants import LEARNING_RATE, TEMPLATE, Setting, fresh_adapter, plain_loss
 from flora.client.local_training import LocalTraining
-from flora.clip.backbone import FrozenClip
+from flora.clip.frozen import FrozenClip
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform

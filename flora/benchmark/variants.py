@@ -13,7 +13,8 @@ from torch import Tensor
 from flora.client.local_training import LocalTraining
 from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.clip.adapters.lora import Lora
-from flora.clip.backbone import Backbone, FrozenClip
+from flora.clip.backbone import Backbone
+from flora.clip.frozen import FrozenClip
 from flora.clip.towers.towers import AdaptedClip, SpeedOptions
 from flora.communication.options import payload_bytes
 from flora.core import tree
@@ -188,13 +189,18 @@ def naive_lora(setting: Setting) -> Step:
     return Step(run, _plain_evaluation(clip, pixels, tokens), 1, payload_bytes(fresh_adapter(attached, None)))
 
 
+def _cut_prompts(setting: Setting, clip: FrozenClip) -> tuple[Tensor, Tensor]:
+    """The prompts' tokens up to the longest one's end, and where each of them ends."""
+    tokens = clip.tokenize([TEMPLATE.format(name) for name in setting.class_names]).to(setting.device)
+    ends = tokens.argmax(dim=-1)
+    return tokens[:, : int(ends.max()) + 1], ends
+
+
 def by_hand(setting: Setting) -> Step:
     """What a good engineer writes in an afternoon: features cached, distinct prompts cut at their end, one client."""
     clip = setting.load()
     pixels, labels = setting.images(clip)
-    tokens = clip.tokenize([TEMPLATE.format(name) for name in setting.class_names]).to(setting.device)
-    ends = tokens.argmax(dim=-1)
-    tokens = tokens[:, : int(ends.max()) + 1]
+    tokens, ends = _cut_prompts(setting, clip)
     attached = setting.lora().attach(clip)
     text, visual, start = clip.text, clip.visual, attached.trained_from["vision"] - 1
     with torch.no_grad():
@@ -217,8 +223,7 @@ def by_hand(setting: Setting) -> Step:
             x = visual._pool(x)[0] @ visual.proj
         return F.normalize(x, dim=-1)
 
-    with torch.no_grad():
-        frozen_texts = encode_text()
+    frozen_texts = encode_text().detach()
 
     def run(num_steps: int) -> State:
         adapter = trainable_adapter(attached, setting)

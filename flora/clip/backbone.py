@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,14 +16,16 @@ import safetensors.torch
 import torch
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
-from flora.clip.layers import LoraAttention, LoraLinear
+from flora.clip.frozen import Architecture, FrozenClip, TowerShape, use_own_attention
+from flora.clip.weights import read_state, reason_of, weights_in
 from flora.core.errors import UserError
-from flora.core.files import open_regular, read_text
+from flora.core.files import read_text
 from flora.core.registry import Options, option, suggest
 from flora.core.rng import Rng
+from flora.data.rgb import to_rgb
 
 # Beside the code that runs: in the folder that holds a clone, `flora` alone would be the clone.
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -36,94 +36,6 @@ HOW_FROM_A_HUB = (
     "fetch its open_clip_config.json and open_clip_model.safetensors into a folder, and name that in backbone.model"
 )
 SUPPORTED = "supported are OpenCLIP's own ViT with its own text transformer (classes CLIP and CustomTextCLIP)"
-
-
-@dataclass(frozen=True)
-class TowerShape:
-    """The sizes of one tower's transformer."""
-
-    width: int
-    mlp_width: int
-    num_layers: int
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What can be known of a model without building it."""
-
-    name: str
-    vision: TowerShape
-    text: TowerShape
-    embed_dim: int
-    image_size: tuple[int, int]
-    context_length: int
-    has_vision_pre_norm: bool = True
-
-    def tower(self, name: str) -> TowerShape:
-        """The shape of the tower called `name`: "vision" or "text"."""
-        return self.vision if name == "vision" else self.text
-
-
-@dataclass(frozen=True, eq=False)
-class FrozenClip:
-    """A loaded model whose weights nobody writes to, with its image preprocessing and its tokenizer.
-
-    `preprocess` turns a PIL image into float32 `(3, H, W)`; `tokenize` turns P texts into int64 `(P, context_length)`,
-    cut where they are longer; `num_tokens` is how long a text is, with its start and its end.
-    """
-
-    model: nn.Module
-    architecture: Architecture
-    preprocess: Callable[[Image.Image], Tensor]
-    preprocess_settings: dict[str, Any]
-    config: dict[str, Any]
-    tokenize: Callable[[Sequence[str]], Tensor]
-    num_tokens: Callable[[str], int]
-    device: torch.device
-    precision: str
-
-    @property
-    def visual(self) -> Any:
-        """The vision tower (`open_clip.transformer.VisionTransformer`)."""
-        return self.model.visual
-
-    @property
-    def text(self) -> Any:
-        """The module that holds the text tower's parts: the model itself (CLIP) or its `.text` (CustomTextCLIP)."""
-        return getattr(self.model, "text", self.model)
-
-    @property
-    def text_prefix(self) -> str:
-        """What precedes the text tower's names in the model's state dict."""
-        return "text." if hasattr(self.model, "text") else ""
-
-    @property
-    def text_pool(self) -> str:
-        """Where the text tower is read: argmax or eos (at the end-of-text token), first, last."""
-        return str(getattr(self.model, "text_pool_type", None) or self.text.pool_type)
-
-    @property
-    def text_end_token(self) -> int:
-        """The id of the token at which the pooling called eos reads."""
-        return int(getattr(self.model, "text_eos_id", None) or self.text.eos_id)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of features, adapters, and all that is computed from them: float64 with fp64, else float32."""
-        return torch.float64 if self.precision == "fp64" else torch.float32
-
-    def keep_matrices_in_bf16(self) -> None:
-        """Keep the matrices in the type in which autocast uses them: the same products, without a copy at each call."""
-        kinds = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, LoraLinear, LoraAttention)
-        modules = [module for module in self.model.modules() if isinstance(module, kinds)]
-        matrices = [matrix for module in modules for matrix in module.parameters(recurse=False)]
-        projections = (self.visual.proj, self.text.text_projection)
-        for matrix in (*matrices, *(each for each in projections if isinstance(each, nn.Parameter))):
-            matrix.data = matrix.data.to(torch.bfloat16)
-
-    def autocast(self) -> torch.autocast:
-        """The context in which the towers run: bf16 autocast, or nothing for fp32 and fp64."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 @dataclass(frozen=True)
@@ -163,10 +75,10 @@ class Backbone(Options):
             _load_weights(model, weights_file, quick_gelu=bool(config.get("quick_gelu")))
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        _use_own_attention(getattr(model, "text", model))
+        use_own_attention(getattr(model, "text", model))
         if self.precision == "bf16":
             # PyTorch's own attention copies frozen weights at every call there: 3 x slower on a CPU than fp32.
-            _use_own_attention(model.visual)
+            use_own_attention(model.visual)
         model.eval().to(device)
         if self.precision == "fp64":
             model.double()
@@ -201,7 +113,7 @@ class Backbone(Options):
         folder, builtin = Path(self.model), Path(str(ASSETS / f"{self.model}.safetensors"))
         weights = self.weights
         if weights is None and folder.is_dir():
-            return _weights_in(folder), {}
+            return weights_in(folder), {}
         if weights is None and self.model == "quickstart":
             weights = "builtin"
         if weights is None:
@@ -240,37 +152,6 @@ class Backbone(Options):
 def _names_a_hub(name: str) -> bool:
     """Whether `hf-hub:owner/name`, `https://...` or the like stands where a name or a path is expected."""
     return bool(re.match(r"[A-Za-z][A-Za-z0-9+-]*:(?!\\)", name)) and not Path(name).exists()
-
-
-def _weights_in(folder: Path) -> Path:
-    """The weights file of a folder, or of a copy of a hub's repository."""
-    files = sorted(folder.glob("*.safetensors"))
-    if [file.name for file in files] == ["model.safetensors", "open_clip_model.safetensors"]:
-        return files[1]  # the other one holds the same weights for the libraries transformers or timm
-    if len(files) != 1:
-        raise UserError(
-            f"backbone.model: {folder} should hold one .safetensors file, found {len(files)}; "
-            "name it in backbone.weights"
-        )
-    return files[0]
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image upright (EXIF) and in RGB, whatever its mode; transparency is laid over white.
-
-    Raises ValueError for an image of more than 8 bits: its own values don't say which of them are black and white.
-    """
-    if image.mode[0] in "IF":
-        raise ValueError(
-            f"more than 8 bits (Pillow's mode {image.mode}) where only .png, .tif, .tiff, .pgm and .ppm files are "
-            "looked at for them; set data.value_range, or rename or convert it"
-        )
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(canvas, image)
-    return image.convert("RGB")
 
 
 def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -394,17 +275,11 @@ def _build(name: str, config: dict[str, Any], rng: Rng) -> nn.Module:
     try:
         model = model_class(**arguments)
     except Exception as error:  # torch and open_clip raise types of their own for sizes that don't go together
-        raise UserError(f"backbone.model: {name} can't be built: {_reason(error)}") from None
+        raise UserError(f"backbone.model: {name} can't be built: {reason_of(error)}") from None
     finally:
         torch.default_generator.set_state(before)
     assert isinstance(model, nn.Module)
     return model
-
-
-def _use_own_attention(tower: Any) -> None:
-    """Replace OpenCLIP's attention, which takes no mask for each sequence; ours computes the same, same weights."""
-    for block in tower.transformer.resblocks:
-        block.attn = LoraAttention(block.attn, {})
 
 
 @lru_cache(maxsize=8)
@@ -429,7 +304,7 @@ def _load_weights(model: nn.Module, path: Path, *, quick_gelu: bool) -> None:
     Not by `open_clip.load_checkpoint`: to another image size or context length it stretches the weights without a word.
     """
     try:
-        state = _read_state(path)
+        state = read_state(path)
         openai = [name for name in OPENAI_SCALARS if state.pop(name, None) is not None]
         if openai and not quick_gelu:
             raise UserError(
@@ -442,7 +317,7 @@ def _load_weights(model: nn.Module, path: Path, *, quick_gelu: bool) -> None:
     except OSError as error:
         raise UserError(f"backbone.weights: {path}: {error.strerror or error}") from None
     except Exception as error:  # torch, safetensors and open_clip each raise types of their own here
-        raise UserError(f"backbone.weights: {path} doesn't fit the model: {_reason(error)}") from None
+        raise UserError(f"backbone.weights: {path} doesn't fit the model: {reason_of(error)}") from None
 
 
 def _check_exported(path: Path, config: dict[str, Any], preprocess: dict[str, Any]) -> None:
@@ -474,35 +349,6 @@ def _canonical(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """The weights in a file by name: as they are, below "state_dict", or with the "module." of a parallel training."""
-    open_regular(path).close()
-    content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not state or not isinstance(state, dict):
-        raise ValueError("it holds no tensors")
-    if any(name.startswith(("text_model.", "vision_model.")) for name in state):
-        raise ValueError("it was saved for the library transformers; OpenCLIP's is called open_clip_model.safetensors")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def _read_pickle(path: Path) -> Any:
-    """What `torch.save` wrote, by the unpickler of torch that makes nothing but tensors and plain containers."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise UserError(
-                    f"backbone.weights: {path} is a TorchScript archive, which can run code and is not read; "
-                    "OpenCLIP's tags have safetensors on the Hugging Face hub: pip install huggingface_hub"
-                )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError):
-        raise UserError(
-            f"backbone.weights: {path} is damaged, or holds more than tensors, which could run code and is not read"
-        ) from None
-
-
 def _as_in(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """The weights under the names, and the two scalars in the shape, that the model has for them."""
     state = convert_to_custom_text_state_dict(state) if hasattr(model, "text") else dict(state)
@@ -513,13 +359,6 @@ def _as_in(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
         elif name.endswith("positional_embedding") and state[name].shape != own[name]:
             raise ValueError(f"{name} is {list(state[name].shape)}, the model's {list(own[name])}")
     return state
-
-
-def _reason(error: Exception, *, after: str = "", limit: int = 300) -> str:
-    """What a library's error says, on one line, or what it says `after` some words."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    reason = reason.rpartition(after)[2] if after else reason
-    return reason if len(reason) <= limit else reason[:limit] + " ..."
 
 
 def _pretrained_settings(model: str, tag: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -536,10 +375,5 @@ def _download(model: str, tag: str, settings: dict[str, Any]) -> Path:
     try:
         return Path(open_clip.download_pretrained(settings))
     except Exception as error:  # the hub's client, urllib and the file system each raise types of their own
-        reason = _reason(error, after="Last error: ", limit=220)
+        reason = reason_of(error, after="Last error: ", limit=220)
         raise UserError(f"backbone.weights: {tag!r} of {model} can't be downloaded: {reason}") from None
-
-
-def parameter_count(model: nn.Module) -> int:
-    """How many parameters the model has."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -18,11 +18,11 @@ def list_components() -> str:
     parts = ["SECTIONS of an experiment (key: default, what it is)", *_options(ExperimentConfig, 2)]
     for field in dataclasses.fields(ExperimentConfig):
         if isinstance(field.default, Options) and not isinstance(field.default, Component):
-            parts += ["", f"{field.name}: {_summary(type(field.default))}", *_options(type(field.default), 2)]
+            parts += ["", f"{field.name}: {summary_of(type(field.default))}", *_options(type(field.default), 2)]
     for kind in sorted(kinds(), key=lambda kind: kind.__name__):
-        parts += ["", f"{kind.__name__.upper()}: {_summary(kind)}"]
+        parts += ["", f"{kind.__name__.upper()}: {summary_of(kind)}"]
         for name, component in components(kind).items():
-            parts += [f"  {name}: {_summary(component)}", *_options(component, 6)]
+            parts += [f"  {name}: {summary_of(component)}", *_options(component, 6)]
     parts += ["", "PRESETS: sets of values below an experiment's own"]
     for name in PRESETS:
         preset = presets.read_preset(name)
@@ -31,11 +31,19 @@ def list_components() -> str:
 
 
 def _options(cls: type[Options], indent: int) -> list[str]:
+    return [
+        f"{' ' * indent}{key}: {default}  {about}" + (f" [{allowed}]" if allowed else "")
+        for key, default, about, allowed in option_rows(cls)
+    ]
+
+
+def option_rows(cls: type[Options]) -> list[tuple[str, str, str, str]]:
+    """The options of a class: key, default, what it is, what is allowed (empty: whatever its type allows)."""
     rows = []
     for field in dataclasses.fields(cls):
         bounds: Bounds = field.metadata["bounds"]
-        allowed = f" [{bounds.describe()}]" if bounds != Bounds() else ""
-        rows.append(f"{' ' * indent}{field.name}: {_default(field.default)}  {field.metadata['help']}{allowed}")
+        allowed = bounds.describe() if bounds != Bounds() else ""
+        rows.append((field.name, _default(field.default), field.metadata["help"], allowed))
     return rows
 
 
@@ -51,5 +59,6 @@ def _default(default: Any) -> str:
     return str(config_to_dict(default)) if default != "" else '""'
 
 
-def _summary(cls: type[Options]) -> str:
+def summary_of(cls: type[Options]) -> str:
+    """The first line of what a class says of itself."""
     return (cls.__doc__ or "").strip().splitlines()[0]

@@ -32,6 +32,7 @@ from flora.core.registry import (
 from flora.data.partition import Partitioner
 
 MAX_CONFIG_BYTES = 1_000_000
+SHIPPED = Path(__file__).parents[1] / "assets"
 # What keys and components were called before: said, never read.
 RENAMED = {
     "protocol": "preset",
@@ -49,9 +50,10 @@ MOVED = {
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read a YAML file, apply `key=value` overrides, check everything.
 
-    Raises `ConfigError` naming the file (or the command line) and the key of each mistake.
+    A name such as `quickstart` that is no file stands for the experiment that the package ships under it. Raises
+    `ConfigError` naming the file (or the command line) and the key of each mistake.
     """
-    raw = read_yaml(Path(path))
+    raw = read_yaml(_shipped(Path(path)))
     apply_overrides(raw, overrides, ExperimentConfig)
     if raw.get("name") in (None, ""):
         raw["name"] = Path(path).stem
@@ -66,6 +68,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
             by_override = any(found.startswith(f"{key}.") or f"{key}.".startswith(found) for key in keys)
             mistakes.append(f"{'command line' if by_override else path}: {mistake}")
         raise ConfigError(*mistakes) from None
+
+
+def _shipped(path: Path) -> Path:
+    """The file at `path`, or, where there is none, the experiment that the package ships under this name."""
+    shipped = SHIPPED / f"{path}.yaml"
+    return shipped if not path.exists() and len(path.parts) == 1 and shipped.is_file() else path
 
 
 def changes_by_overrides(path: str | Path, overrides: Sequence[str]) -> list[str]:

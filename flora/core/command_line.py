@@ -14,7 +14,6 @@ from typing import Any, NoReturn, TextIO
 
 from flora.core.errors import UserError
 from flora.core.interrupts import Interrupted
-from flora.core.memory import is_out_of_memory
 
 # The files that `--import` has brought into the program that runs, as they were named.
 imported: list[str] = []
@@ -106,6 +105,8 @@ def run_program(body: Callable[[], int]) -> int:
 
 def out_of_memory_reason(error: Exception) -> str | None:
     """What to say of an error that means that the system gives no more memory or threads; None for others."""
+    from flora.core.memory import is_out_of_memory  # PyTorch, which a usage error has no need of
+
     text = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return "the system allows no more threads (ulimit -u, or a container's limit)"

@@ -32,20 +32,21 @@ def on_terminal() -> bool:
         return False
 
 
-def bar(title: str, total: int, unit: str, **options: Any) -> Any:
-    """A progress bar on standard error; silent where that is not a terminal."""
-    return tqdm(total=total, desc=title, unit=unit, disable=not on_terminal(), dynamic_ncols=True, **options)
+def bar(title: str, total: int, unit: str, *, shown: bool = True, **options: Any) -> Any:
+    """A progress bar on standard error; silent where that is not a terminal, or it is not to be `shown`."""
+    is_silent = not (shown and on_terminal())
+    return tqdm(total=total, desc=title, unit=unit, disable=is_silent, dynamic_ncols=True, **options)
 
 
-def image_progress(log: Callable[[str], object]) -> Progress:
+def image_progress(log: Callable[[str], object], *, shows_bars: bool = True) -> Progress:
     """What shows how many images are done: a bar, or lines of the log where there is no terminal."""
 
     def start(title: str, total: int) -> Callable[[int], object]:
-        shown, lines = bar(title, total, "image"), _Tenths(title, total, log)
+        shown, lines = bar(title, total, "image", shown=shows_bars), _Tenths(title, total, log)
 
         def advance(number: int) -> None:
             shown.update(number)
-            if not on_terminal():
+            if shown.disable:
                 lines.advance(number)
             elif shown.n >= total:
                 shown.close()

@@ -12,7 +12,7 @@ import numpy as np
 
 from flora.core.counts import part_of
 from flora.core.errors import UserError
-from flora.core.registry import Component, OptionError, option, register
+from flora.core.registry import Component, option, register
 from flora.core.rng import Rng
 
 MAX_DRAWS = 10
@@ -54,20 +54,20 @@ def group_names(groups: np.ndarray | None, number: int | None = None) -> tuple[s
 # A partitioner whose clients share no example fills in `owner` (N,): the client of each example, -1 for one left out.
 
 
-def _collect(owner: np.ndarray, num_owners: int) -> list[np.ndarray]:
+def collect(owner: np.ndarray, num_owners: int) -> list[np.ndarray]:
     """The sorted indices that each of the owners 0 .. num_owners - 1 has in `owner`."""
     order = np.argsort(owner, kind="stable").astype(np.int64, copy=False)
     cuts = np.searchsorted(owner[order], np.arange(num_owners + 1))
     return [order[start:stop] for start, stop in pairwise(cuts.tolist())]
 
 
-def _classes(labels: np.ndarray) -> dict[int, np.ndarray]:
+def classes_of(labels: np.ndarray) -> dict[int, np.ndarray]:
     """The sorted indices of each class's examples, for the classes that occur."""
     names, index = np.unique(labels, return_inverse=True)
-    return dict(zip(names.tolist(), _collect(index, len(names)), strict=True))
+    return dict(zip(names.tolist(), collect(index, len(names)), strict=True))
 
 
-def _require_examples(labels: np.ndarray, num_clients: int, minimum: int = 1) -> None:
+def require_examples(labels: np.ndarray, num_clients: int, minimum: int = 1) -> None:
     """Raise `UserError` unless there are enough examples for each client to have one, and to have `minimum`."""
     if not 1 <= num_clients <= len(labels):
         raise UserError(f"clients.number: expected 1 to {len(labels)} (the training examples), got {num_clients}")
@@ -105,7 +105,7 @@ def _raise_to_minimum(owner: np.ndarray, num_clients: int, minimum: int, rng: Rn
     owner[generator.permutation(moved)] = np.repeat(np.arange(num_clients), missing)
 
 
-def _holders(num_classes: int, classes_per_client: int, num_clients: int, rng: Rng) -> list[np.ndarray]:
+def holders_of(num_classes: int, classes_per_client: int, num_clients: int, rng: Rng) -> list[np.ndarray]:
     """The sorted clients that hold each class, when every client holds `classes_per_client` distinct ones at random.
 
     The classes are dealt like cards, a shuffled deck of all of them after another: their numbers of holders differ by
@@ -125,29 +125,7 @@ def _holders(num_classes: int, classes_per_client: int, num_clients: int, rng: R
             deck = np.concatenate([deck[new], np.delete(deck, new)])
         decks.append(deck)
     cards = np.concatenate(decks)[: num_clients * classes_per_client]
-    return [positions // classes_per_client for positions in _collect(cards, num_classes)]
-
-
-def _require_shots_of_each(classes: dict[int, np.ndarray], shots: int) -> None:
-    """Raise `UserError`, with the largest possible shots, unless every class has `shots` examples."""
-    most_shots = min((len(members) for members in classes.values()), default=0)
-    if shots > most_shots:
-        raise UserError(
-            f"partition.shots: too few examples for {shots} shots of each class: expected at most {most_shots} shots"
-        )
-
-
-def _draw_subsets(size: int, rng: Rng, *, num_subsets: int, subset_size: int) -> np.ndarray:
-    """Return `(num_subsets, subset_size)`: in each row distinct numbers below `size`, each set of them equally likely.
-
-    One more row changes no other row. Source: Robert Floyd's algorithm (CACM 30(9), 1987), on all rows at once.
-    """
-    lasts = np.arange(size - subset_size, size)
-    drawn = rng.numpy().integers(lasts + 1, size=(num_subsets, subset_size))
-    for column, last in enumerate(lasts.tolist()):
-        taken = (drawn[:, :column] == drawn[:, column, None]).any(axis=1)
-        drawn[taken, column] = last
-    return drawn
+    return [positions // classes_per_client for positions in collect(cards, num_classes)]
 
 
 @register("iid")
@@ -161,10 +139,10 @@ class Iid(Partitioner):
     def split(
         self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
     ) -> list[np.ndarray]:
-        _require_examples(labels, num_clients)
+        require_examples(labels, num_clients)
         owner = np.empty(len(labels), np.int64)
         _deal(owner, np.arange(len(labels)), np.zeros(num_clients), rng)
-        return _collect(owner, num_clients)
+        return collect(owner, num_clients)
 
 
 @register("dirichlet")
@@ -193,8 +171,8 @@ class Dirichlet(Partitioner):
     def split(
         self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
     ) -> list[np.ndarray]:
-        _require_examples(labels, num_clients, self.minimum_examples)
-        classes = _classes(labels)
+        require_examples(labels, num_clients, self.minimum_examples)
+        classes = classes_of(labels)
         owner = np.empty(len(labels), np.int64)
         full = math.inf if self.cap is None else math.ceil(part_of(self.cap, len(labels)))
         for draw in range(MAX_DRAWS):
@@ -209,7 +187,7 @@ class Dirichlet(Partitioner):
             if sizes.min() >= self.minimum_examples:
                 break
         _raise_to_minimum(owner, num_clients, self.minimum_examples, rng)
-        return _collect(owner, num_clients)
+        return collect(owner, num_clients)
 
     def _log_weights(self, num_clients: int, rng: Rng) -> np.ndarray:
         """Logarithms `(K,)` of Gamma(concentration) draws, which normalised are a draw from the Dirichlet.
@@ -236,9 +214,9 @@ class Pathological(Partitioner):
     def split(
         self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
     ) -> list[np.ndarray]:
-        _require_examples(labels, num_clients)
-        classes = _classes(labels)
-        holders = _holders(len(classes), self.classes_per_client, num_clients, rng)
+        require_examples(labels, num_clients)
+        classes = classes_of(labels)
+        holders = holders_of(len(classes), self.classes_per_client, num_clients, rng)
         least_clients = -(-len(classes) // self.classes_per_client)
         if num_clients < least_clients:
             raise UserError(
@@ -257,7 +235,7 @@ class Pathological(Partitioner):
                 f"clients.number: {num_empty} of {num_clients} clients would get no example: "
                 f"{possible} clients are possible, or try more partition.classes_per_client"
             )
-        return _collect(owner, num_clients)
+        return collect(owner, num_clients)
 
     def _share(
         self, owner: np.ndarray, shuffled: list[np.ndarray], holders: list[np.ndarray], num_clients: int
@@ -293,7 +271,7 @@ class Shards(Partitioner):
     def split(
         self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
     ) -> list[np.ndarray]:
-        _require_examples(labels, num_clients)
+        require_examples(labels, num_clients)
         num_shards = num_clients * self.shards_per_client
         if num_shards > len(labels):
             raise UserError(
@@ -301,116 +279,12 @@ class Shards(Partitioner):
                 f"expected at most {len(labels) // num_clients}, got {self.shards_per_client}"
             )
         by_label = np.concatenate(
-            [rng.child("class", label).numpy().permutation(members) for label, members in _classes(labels).items()]
+            [rng.child("class", label).numpy().permutation(members) for label, members in classes_of(labels).items()]
         )
         client_of_shard = rng.child("shards").numpy().permutation(num_shards) // self.shards_per_client
         owner = np.empty(len(labels), np.int64)
         owner[by_label] = client_of_shard[np.arange(len(labels)) * num_shards // len(labels)]
-        return _collect(owner, num_clients)
-
-
-@register("few_shot")
-@dataclass(frozen=True)
-class FewShot(Partitioner):
-    """Every client gets `shots` examples of each of its classes: of all classes (iid) or of some (pathological).
-
-    No example goes to two clients; those left over go to none. In pathological mode the classes are chosen as
-    `pathological` does, and some may stay without a client.
-    """
-
-    shots: int = option("examples of each of its classes that a client gets", 16, at_least=1)
-    mode: str = option("iid: a client has all classes; pathological: some", "iid", choices=("iid", "pathological"))
-    classes_per_client: int | None = option("classes of a client, with mode pathological", None, at_least=1)
-
-    def check(self) -> None:
-        if self.mode == "iid" and self.classes_per_client is not None:
-            raise OptionError("classes_per_client", "with mode iid a client has all classes; leave this out")
-        if self.mode == "pathological" and self.classes_per_client is None:
-            raise OptionError("classes_per_client", "mode pathological needs it")
-
-    def split(
-        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
-    ) -> list[np.ndarray]:
-        _require_examples(labels, num_clients)
-        classes = _classes(labels)
-        holders = _holders(len(classes), self.classes_per_client or len(classes), num_clients, rng)
-        self._require_shots(classes, holders, num_clients)
-        owner = np.full(len(labels), -1, np.int64)
-        for (label, members), clients in zip(classes.items(), holders, strict=True):
-            shuffled = rng.child("class", label).numpy().permutation(members)
-            owner[shuffled[: len(clients) * self.shots]] = np.repeat(clients, self.shots)
-        return _collect(owner, num_clients)
-
-    def _require_shots(self, classes: dict[int, np.ndarray], holders: list[np.ndarray], num_clients: int) -> None:
-        """Raise `UserError`, with the largest possible shots and clients, unless every class has enough examples."""
-        sizes = [len(members) for members in classes.values()]
-        most_shots = min(size // len(clients) for size, clients in zip(sizes, holders, strict=True) if len(clients))
-        if self.shots <= most_shots:
-            return
-        per_client = self.classes_per_client or len(classes)
-        most_clients = min(sizes) // self.shots * len(classes) // per_client
-        possible = [f"{most_shots} shots"] * (most_shots > 0) + [f"{most_clients} clients"] * (most_clients > 0)
-        if not possible:
-            possible = [f"{min(sizes) * len(classes) // per_client} clients with 1 shot"]
-        raise UserError(
-            f"partition.shots: too few examples for {num_clients} clients with {self.shots} shots of each of "
-            f"{per_client} classes: expected at most {' or '.join(possible)}"
-        )
-
-
-@register("few_shot_overlapping")
-@dataclass(frozen=True)
-class FewShotOverlapping(Partitioner):
-    """Every client draws `shots` examples of each class on its own, so clients may share examples.
-
-    No client has an example twice. There may be more clients than examples, and one more client changes nobody else's.
-
-    Source: the few-shot iid setting in the released code of FLoRA (arXiv:2404.15182).
-    """
-
-    shots: int = option("examples of each class that a client gets", 16, at_least=1)
-
-    def split(
-        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
-    ) -> list[np.ndarray]:
-        if num_clients < 1:
-            raise UserError(f"clients.number: expected at least 1, got {num_clients}")
-        classes = _classes(labels)
-        _require_shots_of_each(classes, self.shots)
-        drawn = []
-        for label, members in classes.items():
-            class_rng = rng.child("class", label)
-            drawn.append(
-                members[_draw_subsets(len(members), class_rng, num_subsets=num_clients, subset_size=self.shots)]
-            )
-        return list(np.sort(np.concatenate(drawn, axis=1), axis=1))
-
-
-@register("few_shot_chunks")
-@dataclass(frozen=True)
-class FewShotChunks(Partitioner):
-    """Every client gets `shots` examples of each of its classes, and no class belongs to two clients.
-
-    All classes are dealt, at random, and the clients' numbers of classes differ by at most one. No example goes to two
-    clients; those left over go to none.
-
-    Source: the few-shot pathological setting in the released code of FLoRA (arXiv:2404.15182).
-    """
-
-    shots: int = option("examples of each of its classes that a client gets", 16, at_least=1)
-
-    def split(
-        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
-    ) -> list[np.ndarray]:
-        classes = _classes(labels)
-        if not 1 <= num_clients <= len(classes):
-            raise UserError(f"clients.number: expected 1 to {len(classes)} (the classes), got {num_clients}")
-        _require_shots_of_each(classes, self.shots)
-        clients = rng.child("classes").numpy().permutation(len(classes)) * num_clients // len(classes)
-        owner = np.full(len(labels), -1, np.int64)
-        for (label, members), client in zip(classes.items(), clients.tolist(), strict=True):
-            owner[rng.child("class", label).numpy().permutation(members)[: self.shots]] = client
-        return _collect(owner, num_clients)
+        return collect(owner, num_clients)
 
 
 @register("quantity")
@@ -428,12 +302,12 @@ class Quantity(Partitioner):
     def split(
         self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
     ) -> list[np.ndarray]:
-        _require_examples(labels, num_clients, self.minimum_examples)
+        require_examples(labels, num_clients, self.minimum_examples)
         owner = np.empty(len(labels), np.int64)
         log_sizes = min(self.sigma, 1e100) * rng.child("sizes").numpy().standard_normal(num_clients)
         _deal(owner, np.arange(len(labels)), log_sizes, rng)
         _raise_to_minimum(owner, num_clients, self.minimum_examples, rng)
-        return _collect(owner, num_clients)
+        return collect(owner, num_clients)
 
 
 @register("natural")
@@ -452,4 +326,4 @@ class Natural(Partitioner):
     ) -> list[np.ndarray]:
         names = group_names(groups, num_clients)
         assert groups is not None  # else there were no names
-        return _collect(np.searchsorted(names, groups), num_clients)
+        return collect(np.searchsorted(names, groups), num_clients)

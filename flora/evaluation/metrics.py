@@ -41,7 +41,7 @@ def declare(metric: Metric) -> None:
     """Make a metric known: from now on each record has it. Raises ValueError if its name or a figure's is taken."""
     names = [metric.name, *(figure.name for figure in metric.figures)]
     if metric.name in METRICS or any(figure.name in FIGURES for figure in metric.figures):
-        raise ValueError(f"one of {', '.join(names)} is declared already")
+        raise ValueError(f"one of {', '.join(names)} is declared already: choose another name")
     METRICS[metric.name] = metric
     FIGURES.update({figure.name: figure for figure in metric.figures})
 

@@ -160,14 +160,7 @@ class FeatureCache:
         def give_up(error: OSError) -> None:
             self._refuse(error, in_memory)
 
-        unfinished = None
-        try:
-            if self._folder is not None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                remove_abandoned(self._folder)
-                unfinished = Unfinished.open(self._folder, _name(key), shape, dtype)
-        except OSError as error:
-            give_up(error)
+        unfinished = self._unfinished(key, shape, dtype, give_up)
 
         def commit(entry: Entry) -> Entry:
             if writer.unfinished is None:
@@ -188,6 +181,20 @@ class FeatureCache:
         finally:
             if writer.unfinished is not None:
                 writer.unfinished.close()
+
+    def _unfinished(
+        self, key: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, give_up: Callable[[OSError], None]
+    ) -> Unfinished | None:
+        """What an earlier run has computed of an entry, or a new one; None without a folder, or after `give_up`."""
+        if self._folder is None:
+            return None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self._folder)
+            return Unfinished.open(self._folder, _name(key), shape, dtype)
+        except OSError as error:
+            give_up(error)
+            return None
 
     def _commit(self, unfinished: Unfinished, key: dict[str, Any], entry: Entry, *, in_memory: bool) -> Entry:
         """Move a finished entry to its place in one step."""

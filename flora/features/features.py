@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flora.clip.backbone import to_rgb
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.errors import UserError
 from flora.core.memory import available_memory_bytes
@@ -22,6 +21,7 @@ from flora.core.progress import Progress
 from flora.core.rng import Rng
 from flora.data.augmentation import Augmentation
 from flora.data.datasets.base import DIGEST_BYTES, ImageSource, Split
+from flora.data.rgb import to_rgb
 from flora.data.value_range import UNREADABLE
 from flora.features.cache import CacheOptions, Entry, FeatureCache
 from flora.features.unfinished import Part

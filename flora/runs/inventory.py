@@ -1,4 +1,4 @@
-"""List what a run works with, for `prompts.json` and `examples.csv`: its prompts, and which client has which image."""
+"""List what a run works with: its environment, its prompts, what each client has, and whose each image is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from flora.clip.towers.towers import AdaptedClip
 from flora.data.datasets.base import Split
 from flora.experiment import Experiment
 from flora.features.features import Features
+from flora.runs.environment import environment
 
 EXAMPLE_COLUMNS = ("image", "class", "split", "client", "name")
 
@@ -46,6 +47,43 @@ def _classes(model: AdaptedClip, data_names: Sequence[str], templates: Sequence[
     ]
 
 
+def partition_as_used(experiment: Experiment) -> dict[str, Any]:
+    """The content of `partition.json`: what each client has, as JSON types."""
+    federation, class_names = experiment.federation, experiment.class_names
+    labels = federation.engine.features.labels.numpy()
+    rows = []
+    for index, client in enumerate(federation.clients):
+        counts = np.bincount(labels[client.train], minlength=len(class_names))
+        rows.append(
+            {
+                "client": index,
+                **({} if client.name is None else {"name": client.name}),
+                "num_train": len(client.train),
+                "num_held_out": len(client.held_out),
+                "class_counts": {name: int(count) for name, count in zip(class_names, counts, strict=True) if count},
+            }
+        )
+    content: dict[str, Any] = {
+        "class_names": list(class_names),
+        "num_train": len(labels),
+        "num_test": len(experiment.test),
+        "clients": rows,
+    }
+    if any(client.name is not None for client in federation.clients):
+        content["clients_without_training_images"] = list(experiment.left_out)
+    return content
+
+
+def environment_as_used(experiment: Experiment) -> dict[str, Any]:
+    """The content of `environment.json`: what the run depends on besides its configuration, as JSON types."""
+    engine, limits = experiment.federation.engine, experiment.value_range
+    return {
+        **environment(engine.model.device, experiment.config.seed, engine.clients_per_block),
+        "value_range": None if limits is None else list(limits),
+        **experiment.digests,
+    }
+
+
 def examples_as_used(experiment: Experiment) -> Iterator[tuple[str, str, str, str, str]]:
     """The rows of `examples.csv`, as `EXAMPLE_COLUMNS`: whose each image is, and what for.
 
@@ -59,23 +97,24 @@ def examples_as_used(experiment: Experiment) -> Iterator[tuple[str, str, str, st
     for index, client in enumerate(federation.clients):
         for split, examples in (("train", client.train), ("held_out", client.held_out)):
             used[examples] = True
-            yield from _rows(data.train, features, examples, data.class_names, split, index, client.name)
-    yield from _rows(data.train, features, np.flatnonzero(~used), data.class_names, "unused")
-    yield from _rows(data.test, experiment.test, np.arange(len(experiment.test)), data.class_names, "test")
+            for row in _rows(data.train, features, examples, data.class_names):
+                yield *row, split, str(index), client.name or ""
+    others: list[tuple[str, Split, Features, np.ndarray, Sequence[str]]] = [
+        ("unused", data.train, features, np.flatnonzero(~used), data.class_names),
+        ("test", data.test, experiment.test, np.arange(len(experiment.test)), data.class_names),
+    ]
     if experiment.new is not None and data.new is not None:
-        features = experiment.new[1]
-        yield from _rows(data.new, features, np.arange(len(features)), data.new_class_names, "new")
+        new = experiment.new[1]
+        others.append(("new", data.new, new, np.arange(len(new)), data.new_class_names))
+    for split, images, kept, examples, class_names in others:
+        for row in _rows(images, kept, examples, class_names):
+            yield *row, split, "", ""
 
 
 def _rows(
-    images: Split,
-    features: Features,
-    examples: np.ndarray,
-    class_names: Sequence[str],
-    split: str,
-    client: int | str = "",
-    name: str | None = None,
-) -> Iterator[tuple[str, str, str, str, str]]:
+    images: Split, features: Features, examples: np.ndarray, class_names: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Each image's name, and that of its class."""
     for place in features.positions[examples].tolist():
         image = images.source.name(int(images.positions[place]))
-        yield image, class_names[int(images.labels[place])], split, str(client), name or ""
+        yield image, class_names[int(images.labels[place])]

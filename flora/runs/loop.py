@@ -14,24 +14,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flora.config.parse import config_to_dict
 from flora.config.rules import check_experiment
 from flora.config.schema import ExperimentConfig
 from flora.core import tree
 from flora.core.command_line import imported
+from flora.core.devices import choose_device
 from flora.core.errors import DivergedError, UserError
 from flora.core.hooks import Hooks
 from flora.core.memory import peak_memory_bytes
-from flora.core.progress import StepBar, bar, has_line, image_progress, on_terminal, round_line
+from flora.core.progress import StepBar, bar, image_progress
 from flora.core.records import RoundRecord, Summary
 from flora.core.states import ServerState
 from flora.core.tree import State
 from flora.evaluation import summary as report
-from flora.experiment import Experiment, build_experiment, choose_device
-from flora.federated.federation import Federation
-from flora.federated.round import run_round
-from flora.runs.checkpoints import Checkpoint, CheckpointFolder
-from flora.runs.inventory import EXAMPLE_COLUMNS, examples_as_used, prompts_as_used
+from flora.experiment import Experiment, build_experiment
+from flora.federated.round import RoundResult, run_round
+from flora.runs.checkpoints import CheckpointFolder
+from flora.runs.environment import environment
 from flora.runs.measure import (
     ClientResults,
     LocalOnlyResults,
@@ -43,6 +42,7 @@ from flora.runs.measure import (
     measure_local_only,
 )
 from flora.runs.resume import (
+    RunFiles,
     Start,
     find_start,
     finished_rounds,
@@ -50,7 +50,9 @@ from flora.runs.resume import (
     recorded_threads,
     resumed_config,
 )
-from flora.runs.run_directory import RunDirectory, environment
+from flora.runs.run_directory import RunDirectory
+from flora.runs.saving import Saver
+from flora.runs.sinks import DirectorySink, Finished, RoundBar, RoundLines, Sink
 from flora.runs.threads import choose_threads
 from flora.server.screening import refusal
 
@@ -77,21 +79,25 @@ def simulate(
     echo: Callable[[str], object] | None = None,
     hooks: Hooks | None = None,
     notes: Sequence[str] = (),
+    sinks: Sequence[Sink] = (),
+    progress: bool = False,
 ) -> RunResult:
     """Run an experiment into a new run directory.
 
     `numbered`: if a run of that name exists, use the first free of name-2, name-3, ...; else that is an error.
-    `echo` is given the lines that go to the log, but for `notes`, its first ones. Raises `UserError` for anything that
+    `echo` is given the lines that go to the log, but for `notes`, its first ones. `sinks` are told of the records, as
+    the run directory is. `progress` shows bars where standard error is a terminal. Raises `UserError` for anything that
     the user can mend; a directory in which not even round 0 was recorded is taken away again.
     """
     check_experiment(config)
-    hooks = hooks or Hooks()
-    directory = RunDirectory.create(config.output, config.name, numbered=numbered, before_write=hooks.before_write)
+    listeners = _Listeners(echo, hooks or Hooks(), tuple(sinks), progress)
+    before_write = listeners.hooks.before_write
+    directory = RunDirectory.create(config.output, config.name, numbered=numbered, before_write=before_write)
     try:
         directory.write_config(config)
         for line in notes:
             directory.log(line)
-        return _run_in(directory, config, hooks, echo, lambda experiment, log: Start(experiment.initial_state()))
+        return _run_in(directory, config, listeners, lambda experiment, log: Start(experiment.initial_state()))
     except BaseException:
         directory.remove_if_nothing_ran()
         raise
@@ -106,34 +112,35 @@ def resume(
     echo: Callable[[str], object] | None = None,
     hooks: Hooks | None = None,
     accept_lost_records: bool = False,
+    sinks: Sequence[Sink] = (),
+    progress: bool = False,
 ) -> RunResult:
     """Go on with the run in `path` from its newest good checkpoint, as if it had never stopped.
 
     On the machine and device class that it began on, what comes out is the same, bit for bit. Raises `UserError` if the
     run is finished, in use, or was begun with other settings or data; and where checkpoints are whole but records are
     not, unless `accept_lost_records`: then round 0 and the checkpoint's round are measured anew, the others are lost.
+    The others are as for `simulate`; `sinks` are told of the records that are still to come.
     """
     config = resumed_config(Path(path), overrides, echo or (lambda line: None))
     check_experiment(config)
-    hooks = hooks or Hooks()
-    directory = RunDirectory(Path(path), hooks.before_write)
+    listeners = _Listeners(echo, hooks or Hooks(), tuple(sinks), progress)
+    directory = RunDirectory(Path(path), listeners.hooks.before_write)
     try:
         finished = finished_rounds(directory.path)
         if finished is not None and finished >= config.rounds:
             raise UserError(f"{path}: this run is finished, after {finished} rounds; for more of them: rounds=NUMBER")
-        checkpoints = CheckpointFolder(directory.path / "checkpoints", hooks.before_write)
+        checkpoints = CheckpointFolder(directory.path / "checkpoints", listeners.hooks.before_write)
 
         def start(experiment: Experiment, log: Callable[[str], object]) -> Start:
             for line in directory.what_differs(environment(experiment.federation.engine.model.device, config.seed, 0)):
                 log(f"warning: this run began elsewhere: {line}; the last bits may differ")
             initial = experiment.initial_state()
+            files = RunFiles(directory, checkpoints, log, config.checkpoints.keep)
             found = find_start(
-                directory,
-                checkpoints,
+                files,
                 initial,
-                log,
                 client_like=experiment.federation.client_state(initial.adapter),
-                keep=config.checkpoints.keep,
                 accept_lost_records=accept_lost_records,
             )
             found = _with_first_and_last_record(experiment, found, directory)
@@ -142,9 +149,19 @@ def resume(
                 experiment.federation.engine.clients_per_block = found.clients_per_block
             return found
 
-        return _run_in(directory, config, hooks, echo, start)
+        return _run_in(directory, config, listeners, start)
     finally:
         directory.close()
+
+
+@dataclass(frozen=True)
+class _Listeners:
+    """Who is told of a run: of the lines of its log, on its way, of its records, and whether bars show it."""
+
+    echo: Callable[[str], object] | None
+    hooks: Hooks
+    sinks: tuple[Sink, ...]
+    progress: bool
 
 
 def _with_first_and_last_record(experiment: Experiment, start: Start, directory: RunDirectory) -> Start:
@@ -163,57 +180,45 @@ def _with_first_and_last_record(experiment: Experiment, start: Start, directory:
 def _run_in(
     directory: RunDirectory,
     config: ExperimentConfig,
-    hooks: Hooks,
-    echo: Callable[[str], object] | None,
+    listeners: _Listeners,
     find: Callable[[Experiment, Callable[[str], object]], Start],
 ) -> RunResult:
     """Build the experiment and run it in `directory` from the start that `find` comes to."""
 
     def log(line: str) -> None:
-        if echo is not None:
-            echo(line)
+        if listeners.echo is not None:
+            listeners.echo(line)
         directory.log(line)
 
     threads, steps = torch.get_num_threads(), StepBar()
+    hooks = Hooks(after_step=steps.show).then(listeners.hooks) if listeners.progress else listeners.hooks
+    sinks: list[Sink] = [DirectorySink(directory, config), RoundLines(config.rounds, directory.log, listeners.echo)]
+    sinks += [RoundBar(config.rounds)] if listeners.progress else []
+    sinks += listeners.sinks
     try:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         started = time.perf_counter()
         memory_before = peak_memory_bytes(choose_device(config.device))
-        per_block = recorded_clients_per_block(directory.path)
-
-        def after_step(done: int, total: int) -> None:
-            steps.show(done, total)
-            hooks.after_step(done, total)
-
         experiment = build_experiment(
             config,
-            progress=image_progress(log),
+            progress=image_progress(log, shows_bars=listeners.progress),
             log=log,
-            hooks=replace(hooks, after_step=after_step),
-            clients_per_block=per_block,
+            hooks=hooks,
+            clients_per_block=recorded_clients_per_block(directory.path),
         )
         _set_threads(config, directory, experiment, log)
-        federation = experiment.federation
         for number, line in enumerate(experiment.unreadable):
             (log if number < MAX_SHOWN else directory.log)(f"left out: {line}")
-        directory.write_start(
-            config,
-            device=federation.engine.model.device,
-            clients_per_block=federation.engine.clients_per_block,
-            clients=federation.clients,
-            labels=federation.engine.features.labels.numpy(),
-            class_names=experiment.class_names,
-            digests=experiment.digests,
-            value_range=experiment.value_range,
-            num_test=len(experiment.test),
-            left_out=experiment.left_out,
-        )
-        directory.write_prompts(prompts_as_used(experiment))
-        directory.write_examples(EXAMPLE_COLUMNS, examples_as_used(experiment))
+        for sink in sinks:
+            sink.start(experiment)
         experiment = replace(experiment, data=None)
-        result = _run(experiment, directory, find(experiment, log), started, memory_before, echo)
+        start = find(experiment, log)
+        run = _Run(experiment, directory, sinks, Saver(experiment, directory, start, started), list(start.records))
+        result = run.to_its_end(start.state, memory_before, shows_bars=listeners.progress)
     finally:
+        for sink in sinks:
+            sink.close()
         steps.close()
         torch.set_num_threads(threads)
     for line in report.lines(result.summary, config):
@@ -232,103 +237,77 @@ def _set_threads(
         choose_threads(experiment, log)
 
 
-def _run(
-    experiment: Experiment,
-    directory: RunDirectory,
-    start: Start,
-    started: float,
-    memory_before: int,
-    echo: Callable[[str], object] | None,
-) -> RunResult:
-    config, federation = experiment.config, experiment.federation
-    saver = _Saver(federation, config, directory, start, started)
-    state = recorded = start.state
-    records = list(start.records)
-    clients: ClientResults | None = None
+@dataclass(eq=False)
+class _Run:
+    """A run on its way: its records so far, who is told of them, and what saves its state."""
 
-    def add(record: RoundRecord) -> None:
-        records.append(record)
-        directory.append_round(record)
-        if has_line(record.round, config.rounds):
-            line = round_line(record, config.rounds)
-            directory.log(line)
-            if echo is not None and not on_terminal():  # on a terminal there is a bar
-                echo(line)
+    experiment: Experiment
+    directory: RunDirectory
+    sinks: Sequence[Sink]
+    saver: Saver
+    records: list[RoundRecord]
 
-    try:
-        _stop_if_diverged(records)
-        if not records:
-            record, clients = measure(experiment, state, None)
-            add(record)
-        with bar("rounds", config.rounds, "round", initial=state.round) as rounds:
-            while state.round < config.rounds:
-                state, result = run_round(federation, state)
-                record, clients = measure(experiment, state, result)
-                add(record)
+    def to_its_end(self, state: ServerState, memory_before: int, *, shows_bars: bool) -> RunResult:
+        """Run all rounds after `state`, measure what is measured in the end, and tell of it."""
+        experiment, recorded = self.experiment, state
+        clients: ClientResults | None = None
+        try:
+            _stop_if_diverged(self.records)
+            if not self.records:
+                clients = self._record(state, None)
+            while state.round < experiment.config.rounds:
+                state, result = run_round(experiment.federation, state)
+                clients = self._record(state, result)
                 recorded = state
-                saver.after_round(state)
-                _stop_if_diverged(records)
-                rounds.update()
-                rounds.set_postfix(_postfix(record, records))
-        alone = _alone(experiment, state, log=directory.log)
-    except BaseException as error:
-        # Whatever it is that ends the run, nothing of what it has done is lost, if it can still be written.
+                self.saver.after_round(state)
+                experiment.federation.engine.hooks.after_round(self.records[-1], state)
+                _stop_if_diverged(self.records)
+            local_only = _local_only(experiment, state, log=self.directory.log, shows_bar=shows_bars)
+        except BaseException as error:
+            self._save_what_there_is(recorded, error)
+            raise
+        if clients is None:  # the run was stopped behind its last round
+            clients = measure_clients(experiment, state)
+        return self._finish(state, clients, local_only, memory_before)
+
+    def _record(self, state: ServerState, result: RoundResult | None) -> ClientResults | None:
+        """Measure a round, tell of it, and return what was measured of clients."""
+        record, clients = measure(self.experiment, state, result)
+        self.records.append(record)
+        for sink in self.sinks:
+            sink.record(record)
+        return clients
+
+    def _save_what_there_is(self, state: ServerState, error: BaseException) -> None:
+        """Whatever it is that ends the run, nothing of what it has done is lost, if it can still be written."""
         with suppress(UserError):
-            saver.save(recorded)
-        if directory.records_end[0] and not isinstance(error, DivergedError):
+            self.saver.save(state)
+        if self.directory.records_end[0] and not isinstance(error, DivergedError):
             with suppress(UserError):
-                federation.engine.log(f"to go on: {_program()} --resume {shlex.quote(str(directory.path))}")
-        raise
-    if clients is None:  # the run was stopped behind its last round
-        clients = measure_clients(experiment, state)
-    directory.write_clients(client_columns(experiment, clients, alone, records))
-    directory.write_adapter(state.adapter, config)
-    summary = report.summarise(
-        records,
-        name=directory.path.resolve().name,
-        num_clients=len(federation.clients),
-        **local_only_figures(alone),
-        **compare_held_out(clients, alone),
-        wall_seconds=time.perf_counter() + saver.wall_offset,
-        peak_memory_bytes=peak_memory_bytes(federation.engine.model.device),
-        memory_before_bytes=memory_before,
-        trainable_parameters=tree.count(tree.select(state.adapter, federation.roles.ever_trained(state.adapter))),
-        backbone_parameters=experiment.backbone_parameters,
-        num_unreadable=len(experiment.unreadable),
-    )
-    directory.write_summary(summary)
-    return RunResult(summary, tuple(records), state.adapter, directory.path)
+                to_go_on = f"{_program()} --resume {shlex.quote(str(self.directory.path))}"
+                self.experiment.federation.engine.log(f"to go on: {to_go_on}")
 
-
-class _Saver:
-    """Saves checkpoints when they are due. `wall_offset` added to the clock is how long the run has taken."""
-
-    def __init__(
-        self, federation: Federation, config: ExperimentConfig, directory: RunDirectory, start: Start, started: float
-    ) -> None:
-        self._federation, self._directory = federation, directory
-        self._options, self._config = config.checkpoints, config_to_dict(config)
-        self._folder = CheckpointFolder(directory.path / "checkpoints", federation.engine.hooks.before_write)
-        self._saved = start.state.round
-        self.wall_offset = start.wall_seconds - started
-
-    def after_round(self, state: ServerState) -> None:
-        """Save a checkpoint if one is due."""
-        every, last = self._options.every, self._config["rounds"]
-        if state.round == last or (every is not None and state.round % every == 0):
-            self.save(state)
-
-    def save(self, state: ServerState) -> None:
-        """Save a checkpoint, unless that round's was the last one to be saved or gone on from."""
-        if state.round == self._saved:
-            return
-        num_bytes, sha256 = self._directory.records_end
-        wall_seconds = time.perf_counter() + self.wall_offset
-        checkpoint = Checkpoint(
-            state, self._config, num_bytes, sha256, wall_seconds, self._federation.engine.clients_per_block
+    def _finish(
+        self, state: ServerState, clients: ClientResults, local_only: LocalOnlyResults, memory_before: int
+    ) -> RunResult:
+        experiment, federation = self.experiment, self.experiment.federation
+        summary = report.summarise(
+            self.records,
+            name=self.directory.path.resolve().name,
+            num_clients=len(federation.clients),
+            **local_only_figures(local_only),
+            **compare_held_out(clients, local_only),
+            wall_seconds=self.saver.wall_seconds,
+            peak_memory_bytes=peak_memory_bytes(federation.engine.model.device),
+            memory_before_bytes=memory_before,
+            trainable_parameters=tree.count(tree.select(state.adapter, federation.roles.ever_trained(state.adapter))),
+            backbone_parameters=experiment.backbone_parameters,
+            num_unreadable=len(experiment.unreadable),
         )
-        self._folder.save(checkpoint, keep=self._options.keep)
-        self._saved = state.round
+        finished = Finished(summary, state, client_columns(experiment, clients, local_only, self.records))
+        for sink in self.sinks:
+            sink.finish(finished)
+        return RunResult(summary, tuple(self.records), state.adapter, self.directory.path)
 
 
 def _stop_if_diverged(records: Sequence[RoundRecord]) -> None:
@@ -341,24 +320,17 @@ def _stop_if_diverged(records: Sequence[RoundRecord]) -> None:
         raise DivergedError(f"{first} (no update could be used in {MAX_LOST_ROUNDS} rounds in a row)")
 
 
-def _alone(experiment: Experiment, state: ServerState, log: Callable[[str], object]) -> LocalOnlyResults:
+def _local_only(
+    experiment: Experiment, state: ServerState, log: Callable[[str], object], *, shows_bar: bool
+) -> LocalOnlyResults:
     """What those clients reach that also train without the others, if there are to be any."""
     if not experiment.config.evaluation.num_local_only:
         return LocalOnlyResults.of_nobody(len(experiment.federation.clients))
     started = time.perf_counter()
-    with bar("alone", experiment.config.rounds, "round") as rounds:
-        alone = measure_local_only(experiment, state, advance=rounds.update)
-    log(f"{np.sum(~np.isnan(alone.test))} clients trained alone in {time.perf_counter() - started:.1f} s")
-    return alone
-
-
-def _postfix(record: RoundRecord, records: Sequence[RoundRecord]) -> dict[str, str]:
-    last = next((each.accuracy for each in reversed(records) if each.accuracy is not None), None)
-    return {
-        "accuracy": "-" if last is None else f"{last:.1%}",
-        "loss": f"{record.train_loss:.3f}" if record.train_loss is not None else "-",
-        "clients/s": f"{record.num_clients / max(record.train_seconds, 1e-9):.1f}",
-    }
+    with bar("alone", experiment.config.rounds, "round", shown=shows_bar) as rounds:
+        results = measure_local_only(experiment, state, advance=rounds.update)
+    log(f"{np.sum(~np.isnan(results.test))} clients trained alone in {time.perf_counter() - started:.1f} s")
+    return results
 
 
 def _program() -> str:

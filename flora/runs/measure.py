@@ -204,32 +204,49 @@ def compare_held_out(results: ClientResults, alone: LocalOnlyResults) -> dict[st
     return {"held_out_num_clients": number, **means}
 
 
+CLIENT_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("client", "its id"),
+    ("name", "what the data call it, where they do"),
+    ("num_train", "its training examples"),
+    ("num_held_out", "the examples that it keeps for its own test"),
+    ("num_rounds", "the rounds in which its update came"),
+    ("rank", "its rank, where clients have their own"),
+    ("accuracy", "accuracy of the server's adapter of the last round on its own held-out examples"),
+    ("test_accuracy", "accuracy of the same on the common test images"),
+    ("local_only_accuracy", "what it reaches without the others, on the common test images"),
+    ("local_only_held_out_accuracy", "what it reaches without the others, on its own held-out examples"),
+    ("personal_accuracy", "accuracy of its own adapter on its own held-out examples, where clients have one"),
+    ("personal_adapter", "whether that is its `own` or, because it has none, the `server`'s"),
+    ("personal_test_accuracy", "accuracy of its own adapter on the common test images, of those also trained alone"),
+)
+"""The columns of `clients.csv`, in their order."""
+
+
 def client_columns(
-    experiment: Experiment, results: ClientResults, alone: LocalOnlyResults, records: Sequence[RoundRecord]
+    experiment: Experiment, results: ClientResults, local_only: LocalOnlyResults, records: Sequence[RoundRecord]
 ) -> dict[str, list[Any]]:
     """The columns of `clients.csv` by name, with an entry for each client; a missing result is empty text."""
     clients, ranks = experiment.federation.clients, experiment.federation.ranks
-    columns: dict[str, list[Any]] = {"client": list(range(len(clients)))}
-    if any(client.name is not None for client in clients):
-        columns["name"] = [client.name for client in clients]
-    columns |= {
+    columns: dict[str, list[Any]] = {
+        "client": list(range(len(clients))),
         "num_train": [len(client.train) for client in clients],
         "num_held_out": [len(client.held_out) for client in clients],
+        "num_rounds": _num_rounds(records, len(clients)),
         "accuracy": _cells(results.server),
-        "local_only_accuracy": _cells(alone.test),
+        "test_accuracy": _cells(np.full(len(clients), records[-1].accuracy)),
+        "local_only_accuracy": _cells(local_only.test),
+        "local_only_held_out_accuracy": _cells(local_only.held_out),
     }
+    if any(client.name is not None for client in clients):
+        columns["name"] = [client.name for client in clients]
     if results.own is not None and results.has_own is not None:
         columns["personal_accuracy"] = _cells(results.own)
         columns["personal_adapter"] = ["own" if has_own else "server" for has_own in results.has_own]
-    if alone.personal_test is not None:
-        columns["personal_test_accuracy"] = _cells(alone.personal_test)
+    if local_only.personal_test is not None:
+        columns["personal_test_accuracy"] = _cells(local_only.personal_test)
     if ranks is not None:
         columns["rank"] = ranks.tolist()
-    return columns | {
-        "num_rounds": _num_rounds(records, len(clients)),
-        "test_accuracy": _cells(np.full(len(clients), records[-1].accuracy)),
-        "local_only_held_out_accuracy": _cells(alone.held_out),
-    }
+    return {name: columns[name] for name, _ in CLIENT_COLUMNS if name in columns}
 
 
 def _cells(accuracies: np.ndarray) -> list[str]:

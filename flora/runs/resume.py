@@ -87,15 +87,23 @@ def refuse_other_settings(path: Path, config: ExperimentConfig) -> None:
     _refuse_changes(path, before, config)
 
 
+@dataclass(frozen=True, eq=False)
+class RunFiles:
+    """A stopped run's records and checkpoints, of which the newest `keep` stay; what is wrong with them is logged."""
+
+    directory: RunDirectory
+    checkpoints: CheckpointFolder
+    log: Callable[[str], object]
+    keep: int
+
+    @property
+    def aside(self) -> Path:
+        """Where files are put that are damaged, or belong to rounds that are run again."""
+        return self.directory.path / "set-aside"
+
+
 def find_start(
-    directory: RunDirectory,
-    checkpoints: CheckpointFolder,
-    initial: ServerState,
-    log: Callable[[str], object],
-    *,
-    client_like: ClientState,
-    keep: int,
-    accept_lost_records: bool = False,
+    files: RunFiles, initial: ServerState, *, client_like: ClientState, accept_lost_records: bool = False
 ) -> Start:
     """The newest checkpoint that is whole and whose records are; the beginning if no checkpoint is whole.
 
@@ -104,7 +112,7 @@ def find_start(
     Where checkpoints are whole and the records of none are, that is an error, too, which asks for
     `accept_lost_records`: then the newest is gone on from, with those records that can be read.
     """
-    aside = directory.path / "set-aside"
+    directory, checkpoints, log = files.directory, files.checkpoints, files.log
     without_records: Checkpoint | None = None
     for round in checkpoints.rounds():
         try:
@@ -117,30 +125,24 @@ def find_start(
             without_records = without_records or found
             continue
         records = directory.rewind(found.records_bytes)
-        checkpoints.tidy(round, keep=keep, set_aside=aside)
+        checkpoints.tidy(round, keep=files.keep, set_aside=files.aside)
         log(f"going on after round {round}")
         return Start(found.state, tuple(records), found.wall_seconds, found.clients_per_block)
     if without_records is not None:
-        return _start_without_all_records(directory, checkpoints, without_records, log, keep, accept_lost_records)
+        return _start_without_all_records(files, without_records, accept_lost_records)
     if finished_rounds(directory.path) is not None:
         raise UserError(
             f"{directory.path}: this run is finished, and has no good checkpoint that more rounds could follow"
         )
-    directory.set_records_aside(aside)
-    checkpoints.tidy(0, keep=keep, set_aside=aside)
+    directory.set_records_aside(files.aside)
+    checkpoints.tidy(0, keep=files.keep, set_aside=files.aside)
     log("there is no checkpoint to go on from: starting from the beginning")
     return Start(initial)
 
 
-def _start_without_all_records(
-    directory: RunDirectory,
-    checkpoints: CheckpointFolder,
-    found: Checkpoint,
-    log: Callable[[str], object],
-    keep: int,
-    accept_lost_records: bool,
-) -> Start:
+def _start_without_all_records(files: RunFiles, found: Checkpoint, accept_lost_records: bool) -> Start:
     """Go on from a whole checkpoint with the records that can be read, if the user accepts that."""
+    directory, log = files.directory, files.log
     path, round = directory.path / "rounds.jsonl", found.state.round
     records = directory.readable_records(round)
     lost = [number for number in range(round + 1) if number not in records]
@@ -153,10 +155,9 @@ def _start_without_all_records(
             f"{path}: {which}, though the checkpoint of round {round} is whole; to go on from it with the records that "
             "can be read: --accept-lost-records"
         )
-    aside = directory.path / "set-aside"
-    directory.replace_records(records.values(), aside)
-    checkpoints.tidy(round, keep=keep, set_aside=aside)
-    log(f"warning: {path}: {which}; sums over all rounds leave them out; the file as it was is in {aside}")
+    directory.replace_records(records.values(), files.aside)
+    files.checkpoints.tidy(round, keep=files.keep, set_aside=files.aside)
+    log(f"warning: {path}: {which}; sums over all rounds leave them out; the file as it was is in {files.aside}")
     log(f"going on after round {round}")
     return Start(found.state, tuple(records.values()), found.wall_seconds, found.clients_per_block)
 

@@ -8,20 +8,14 @@ import io
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import safetensors.torch
-import torch
 import yaml
 
 from flora.config.parse import config_to_dict
@@ -29,7 +23,6 @@ from flora.config.schema import ExperimentConfig
 from flora.core.errors import DivergedError, UserError
 from flora.core.files import free_name, open_regular, read_bytes, refuse_irregular, write_whole
 from flora.core.records import RoundRecord, Summary
-from flora.core.states import ClientData
 from flora.core.tree import StateLike, state_digest
 
 try:
@@ -177,61 +170,35 @@ class RunDirectory:
         """Write `config.yaml`."""
         self._write("config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True))
 
-    def write_start(
-        self, config: ExperimentConfig, *, device: torch.device, clients_per_block: int, clients: Sequence[ClientData],
-        labels: np.ndarray, class_names: Sequence[str], digests: Mapping[str, str] | None = None,
-        value_range: Sequence[float] | None = None, num_test: int = 0, left_out: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        """Write `environment.json` and `partition.json`; `digests` are those of weights and data, by name.
-
-        `labels` are those of all training images, `num_test` is how many there are to test on, `value_range` is what
-        images of more than 8 bits were scaled from, None if there are none. `left_out` are clients that the data name
-        and that have no training image.
+    def write_start(self, environment: Mapping[str, Any], partition: Mapping[str, Any]) -> None:
+        """Write `environment.json` and `partition.json`.
 
         Raises `UserError` if they are there already, and the weights, the data or the partition are others.
         """
-        digests = digests or {}
         before = read_json(self.path / "environment.json")
-        limits = None if value_range is None else list(value_range)
-        if isinstance(before, dict) and before.get("value_range", limits) != limits:
-            raise UserError(
-                f"{self.path}: values of images range over {before['value_range']} then, {limits} now: the data are "
-                "not those that this run began with"
-            )
-        for name, digest in digests.items():
-            if isinstance(before, dict) and before.get(name, digest) != digest:
-                what = name.removesuffix("_sha256")
-                verb = "are" if what.endswith("s") else "is"
-                raise UserError(f"{self.path}: the {what} {verb} not what this run began with (SHA-256)")
-        rows = []
-        for index, client in enumerate(clients):
-            counts = np.bincount(labels[client.train], minlength=len(class_names))
-            present = {name: int(count) for name, count in zip(class_names, counts, strict=True) if count}
-            rows.append(
-                {
-                    "client": index,
-                    **({} if client.name is None else {"name": client.name}),
-                    "num_train": len(client.train),
-                    "num_held_out": len(client.held_out),
-                    "class_counts": present,
-                }
-            )
-        partition = {
-            "class_names": list(class_names),
-            "num_train": len(labels),
-            "num_test": num_test,
-            "clients": rows,
-        }
-        if any(client.name is not None for client in clients):
-            partition["clients_without_training_images"] = list(left_out)
+        if isinstance(before, dict):
+            self._refuse_other_data(before, environment)
         path = self.path / "partition.json"
         earlier = read_json(path)
         if earlier is not None and earlier != json.loads(_encode(_json(partition, None))):
             raise UserError(f"{path}: the data are not those that this run began with; if they are, remove this file")
         if not isinstance(before, dict):
-            found = {**environment(device, config.seed, clients_per_block), "value_range": limits, **digests}
-            self._write_json("environment.json", found)
+            self._write_json("environment.json", environment)
         self._write_json("partition.json", partition, indent=None)
+
+    def _refuse_other_data(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Raise `UserError` if what the environment says of weights and data is not what it was."""
+        limits = now.get("value_range")
+        if before.get("value_range", limits) != limits:
+            raise UserError(
+                f"{self.path}: values of images range over {before['value_range']} then, {limits} now: the data are "
+                "not those that this run began with"
+            )
+        for name in (name for name in now if name.endswith("_sha256")):
+            if before.get(name, now[name]) != now[name]:
+                what = name.removesuffix("_sha256")
+                verb = "are" if what.endswith("s") else "is"
+                raise UserError(f"{self.path}: the {what} {verb} not what this run began with (SHA-256)")
 
     def write_prompts(self, content: Mapping[str, Any]) -> None:
         """Write `prompts.json`. Raises `UserError` if it is there already, and the prompts are others."""
@@ -364,36 +331,3 @@ def _json(content: Any, indent: int | None) -> str:
 def _encode(text: str) -> bytes:
     """UTF-8; bytes of file names that are no UTF-8 become escapes, which JSON understands."""
     return text.encode(errors="backslashreplace")
-
-
-def environment(device: torch.device, seed: int, clients_per_block: int) -> dict[str, Any]:
-    """What a run depends on besides its configuration: versions, device, threads, seed, git revision."""
-    packages = ("flora-clip", "torch", "torchvision", "open_clip_torch", "numpy")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in packages} | {"torch": str(torch.__version__)},  # with its build
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "num_threads": torch.get_num_threads(),
-        "clients_per_block": clients_per_block,
-        "seed": seed,
-        "git_revision": _git_revision(),
-        "command": sys.argv,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """The revision of the checkout that this package runs from, with -dirty if it was changed; None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() or None

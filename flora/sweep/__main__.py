@@ -19,11 +19,12 @@ from pathlib import Path
 from flora.config.parse import load_config
 from flora.config.rules import check_experiment
 from flora.config.schema import ExperimentConfig
-from flora.core.command_line import Parser, run_program, split_arguments
+from flora.core.command_line import run_program, split_arguments
 from flora.core.errors import UserError
 from flora.core.files import write_whole
 from flora.core.interrupts import Interrupted, Interrupts
 from flora.core.registry import suggest
+from flora.parsers import sweep_parser
 from flora.runs.run_directory import lock_file
 from flora.sweep.curves import draw_curves, undrawn
 from flora.sweep.runs import Outcomes, run_all
@@ -115,19 +116,7 @@ def configurations(grid: Sequence[Combination], folder: Path, shared: Sequence[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 2 for a mistake or if a run failed, 130 for Ctrl-C."""
-    return run_program(lambda: _main(_parser().parse(argv)))
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="python -m flora.sweep", description=__doc__)
-    parser.add_argument("arguments", nargs="*", metavar="CONFIG ... key=v1,v2 ...", help="YAML files, then the grid")
-    parser.add_argument("--output", type=Path, default=Path("runs/sweep"), help="the sweep's folder (%(default)s)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="key=value", help="for all runs, and no part of their names"
-    )
-    parser.add_argument("--jobs", default="1", help="runs at once, sharing the CPU's cores (%(default)s)")
-    parser.add_argument("--reference", help="the method that the ratios refer to (full, if there is one)")
-    return parser
+    return run_program(lambda: _main(sweep_parser().parse(argv)))
 
 
 def _main(options: argparse.Namespace) -> int:

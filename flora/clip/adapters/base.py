@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flora.clip.backbone import Architecture, FrozenClip
+from flora.clip.frozen import Architecture, FrozenClip
 from flora.clip.loss_terms import LossTerm
 from flora.core.registry import Component
 from flora.core.rng import Rng

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora.clip.adapters.lora import AttachedLora, Lora
-from flora.clip.backbone import Architecture, FrozenClip
+from flora.clip.frozen import Architecture, FrozenClip
 from flora.clip.loss_terms import StepView, divergence
 from flora.core.registry import OptionError, option, register
 from flora.core.rng import Rng

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.clip.adapters.base import TOWERS, Adapter, AttachedAdapter
-from flora.clip.backbone import Architecture, FrozenClip
+from flora.clip.frozen import Architecture, FrozenClip
 from flora.core.registry import register
 from flora.core.rng import Rng
 from flora.core.tree import State, StateLike

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flora.clip.adapters.base import TOWERS, Adapter, AttachedAdapter
 from flora.clip.adapters.full import AttachedFull
-from flora.clip.backbone import Architecture, FrozenClip
+from flora.clip.frozen import Architecture, FrozenClip
 from flora.core.registry import OptionError, option, register
 from flora.core.rng import Rng
 from flora.core.tree import State, StateLike

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flora.clip.adapters.base import TOWERS, Adapter, AttachedAdapter
-from flora.clip.backbone import Architecture, FrozenClip
+from flora.clip.frozen import Architecture, FrozenClip
 from flora.clip.layers import Dropout, LoraAttention, LoraLinear, LowRank
 from flora.core.registry import OptionError, option, register
 from flora.core.rng import Rng

@@ -18,7 +18,7 @@ import torchvision
 from torch import Tensor, nn
 
 from flora.clip.adapters.base import AttachedAdapter
-from flora.clip.backbone import FrozenClip
+from flora.clip.frozen import FrozenClip
 from flora.clip.towers.layout import Layout, Prompts
 from flora.clip.towers.packing import one_by_one, pack
 from flora.core.errors import UserError

@@ -1,0 +1,174 @@
+"""Write the generated parts of the pages in this folder: what stands between `<!-- BEGIN x -->` and `<!-- END x -->`.
+
+`make docs` runs it; `python docs/generate.py --check` says which pages are stale, with exit status 1 if there are any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flora import catalogue  # noqa: F401  (registers the components)
+from flora.config.combinations import RULES
+from flora.config.listing import option_rows, summary_of
+from flora.config.parse import parse_config
+from flora.config.rules import check_experiment
+from flora.config.schema import ExperimentConfig
+from flora.core.errors import UserError
+from flora.core.registry import Component, Options, components, kinds
+from flora.evaluation.metrics import FIGURES, METRICS
+from flora.runs.measure import CLIENT_COLUMNS
+from flora.server.strategies.base import Strategy
+
+FOLDER = Path(__file__).parent
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *escaped))
+
+
+def sections() -> str:
+    """Every key of an experiment that is no component's option."""
+    parts = [option_table(ExperimentConfig)]
+    for field in dataclasses.fields(ExperimentConfig):
+        if isinstance(field.default, Options) and not isinstance(field.default, Component):
+            parts += [f"### `{field.name}`", summary_of(type(field.default)), option_table(type(field.default))]
+    return "\n\n".join(parts)
+
+
+def all_components() -> str:
+    """Every component with its options, by kind."""
+    parts = []
+    for kind in sorted(kinds(), key=lambda kind: kind.__name__):
+        parts += [f"### {kind.__name__}", summary_of(kind)]
+        rows = []
+        for name, component in components(kind).items():
+            if not component.__module__.startswith("flora."):  # a user's own
+                continue
+            options = [
+                f"`{key}` ({default}): {about}" + (f" [{allowed}]" if allowed else "")
+                for key, default, about, allowed in option_rows(component)
+            ]
+            rows.append([f"`{name}`", summary_of(component), "<br>".join(options)])
+        parts.append(table(["name", "what it is", "options (default)"], rows))
+    return "\n\n".join(parts)
+
+
+def option_table(cls: type[Options]) -> str:
+    """The options of a class: key, default, what it is, what is allowed."""
+    rows = [[f"`{key}`", default, about, allowed] for key, default, about, allowed in option_rows(cls)]
+    return table(["key", "default", "what it is", "allowed"], rows)
+
+
+def records() -> str:
+    """The metrics of a line of rounds.jsonl."""
+    rows = [[f"`{each.name}`", each.unit, each.about, each.of] for each in METRICS.values()]
+    return table(["key of `rounds.jsonl`", "unit", "what it is", "of"], rows)
+
+
+def figures() -> str:
+    """The keys of summary.json."""
+    rows = [[f"`{each.name}`", each.unit, each.about] for each in FIGURES.values()]
+    return table(["key of `summary.json`", "unit", "what it is"], rows)
+
+
+def clients() -> str:
+    """The columns of clients.csv."""
+    return table(["column of `clients.csv`", "what it is"], [[f"`{name}`", about] for name, about in CLIENT_COLUMNS])
+
+
+def rules() -> str:
+    """The rules of what combines with what, a line for each; those that begin with "and" go on with the one before."""
+    lines = []
+    for rule in RULES:
+        goes_on = rule.what.startswith(("and ", "nor "))
+        lines.append(f"{'  ' if goes_on else ''}- {rule.what} (`{rule.setting}`)")
+    return "\n".join(lines)
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "another aggregator": {"server": {"aggregator": "median"}},
+    "server momentum": {"server": {"optimizer": {"name": "sgd", "momentum": 0.9}}},
+    "scaffold": {"local": {"correction": "scaffold", "optimizer": "sgd"}},
+    "kept optimiser": {"local": {"optimizer_state": "kept"}},
+    "ditto": {"personal": "ditto"},
+    "own ranks": {"clients": {"ranks": {"name": "drawn", "values": [2, 4]}}},
+    "quantised broadcast": {"communication": {"broadcast": "uniform"}},
+    "sparse upload": {"communication": {"upload": "top_k"}},
+    "error feedback": {"communication": {"upload": "top_k", "error_feedback": True}},
+    "buffered": {"server": {"schedule": {"name": "buffered", "buffer": 2}}, "network": "preset"},
+}
+
+
+def strategies() -> str:
+    """Which strategy goes with what, as the rules say."""
+    rows = []
+    for name, component in components(Strategy).items():
+        if not component.__module__.startswith("flora."):  # a user's own
+            continue
+        cells = []
+        for feature in FEATURES.values():
+            raw: dict[str, Any] = {"data": "digits", "partition": "iid", "backbone": {"model": "quickstart"}}
+            raw |= {key: value for key, value in feature.items() if key != "server"}
+            raw["server"] = {"strategy": name, **feature.get("server", {})}
+            cells.append("yes" if is_allowed(raw) else "-")
+        rows.append([f"`{name}`", *cells])
+    return table(["strategy", *FEATURES], rows)
+
+
+def is_allowed(raw: Mapping[str, Any]) -> bool:
+    """Whether a configuration is accepted."""
+    try:
+        check_experiment(parse_config(raw))
+    except UserError:
+        return False
+    return True
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "sections": sections,
+    "components": all_components,
+    "records": records,
+    "figures": figures,
+    "clients": clients,
+    "rules": rules,
+    "strategies": strategies,
+}
+
+
+def regenerated(text: str) -> str:
+    """A page with its generated parts as they should be."""
+
+    def part(match: re.Match[str]) -> str:
+        return f"<!-- BEGIN {match[1]} -->\n{PARTS[match[1]]()}\n<!-- END {match[1]} -->"
+
+    return re.sub(r"<!-- BEGIN (\w+) -->\n.*?<!-- END \1 -->", part, text, flags=re.DOTALL)
+
+
+def stale() -> Iterator[tuple[Path, str]]:
+    """The pages that are not as they should be, with what they should be."""
+    for path in sorted(FOLDER.glob("*.md")):
+        text = path.read_text()
+        expected = regenerated(text)
+        if expected != text:
+            yield path, expected
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the pages that are stale, or with --check only name them."""
+    found = list(stale())
+    for path, expected in found:
+        if "--check" not in arguments:
+            path.write_text(expected)
+        print(f"{path.relative_to(FOLDER.parent)}: {'stale: make docs' if '--check' in arguments else 'written'}")
+    return int("--check" in arguments and bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,131 @@
+"""The command lines of all programs: what they take, and what they refuse before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flora.core.command_line import Parser, split_arguments
+from flora.core.errors import UserError
+
+EXPORT = "Merge a run's adapter into its backbone, as a model that OpenCLIP loads."
+SWEEP = (
+    "Run every combination of some settings, each once, and tabulate what came out. Finished runs are skipped and "
+    "stopped ones gone on with, so a sweep can be stopped and started as often as one likes."
+)
+BENCHMARK = (
+    "Time a local step, from full fine-tuning to ours, as ratios within one run. Weights and images are random, because"
+    " cost is what is measured. Each variant runs in a process of its own, the variants take turns, and the median of"
+    " the repeats is shown."
+)
+
+
+def simulate_parser() -> Parser:
+    """What `flora simulate` takes."""
+    parser = Parser(
+        prog="python -m flora.simulate",
+        description="Federated adaptation of a frozen CLIP model, simulated in one process.",
+        epilog="example: python -m flora.simulate experiments/quickstart.yaml rounds=5 clients.number=20",
+    )
+    parser.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file, then overrides")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run whose directory is given in place of CONFIG"
+    )
+    parser.add_argument(
+        "--accept-lost-records",
+        action="store_true",
+        help="with --resume: go on although lines of rounds.jsonl are damaged",
+    )
+    parser.add_argument("--check", action="store_true", help="only validate one or more files; nothing is loaded")
+    parser.add_argument("--list", action="store_true", help="print every component with its options")
+    return parser
+
+
+def check_simulate(options: argparse.Namespace) -> None:
+    """Raise `UserError` if the arguments of `simulate` don't go together."""
+    paths, _ = split_arguments(options.arguments)
+    if options.list:
+        return
+    if options.accept_lost_records and not options.resume:
+        raise UserError("--accept-lost-records belongs to --resume; see --help")
+    if options.resume and len(paths) != 1:
+        raise UserError(f"expected one run directory, got {len(paths)}; see --help")
+    if not paths or (len(paths) > 1 and not options.check):
+        raise UserError(f"expected {'a config file' if not paths else 'one config file'}, got {len(paths)}; see --help")
+
+
+def export_parser() -> Parser:
+    """What `flora export` takes."""
+    parser = Parser(
+        prog="python -m flora.export",
+        description=EXPORT,
+        epilog="example, where the backbone was moved: "
+        "python -m flora.export runs/mine adapted backbone.weights=/data/clip.safetensors",
+    )
+    parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/quickstart")
+    parser.add_argument(
+        "path", type=Path, help="the folder to write, or a file that ends in .safetensors; it must not exist"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="where the backbone is now, if it was moved")
+    parser.add_argument("--client", help="merge the own adapter of this client (name or id) in place of the server's")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="type of the numbers (default: fp32)"
+    )
+    return parser
+
+
+def sweep_parser() -> Parser:
+    """What `flora sweep` takes."""
+    parser = Parser(prog="python -m flora.sweep", description=SWEEP)
+    parser.add_argument("arguments", nargs="*", metavar="CONFIG ... key=v1,v2 ...", help="YAML files, then the grid")
+    parser.add_argument("--output", type=Path, default=Path("runs/sweep"), help="the sweep's folder (%(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="for all runs, and no part of their names"
+    )
+    parser.add_argument("--jobs", default="1", help="runs at once, sharing the CPU's cores (%(default)s)")
+    parser.add_argument("--reference", help="the method that the ratios refer to (full, if there is one)")
+    return parser
+
+
+def benchmark_parser() -> Parser:
+    """What `flora benchmark` takes."""
+    parser = Parser(prog="python -m flora.benchmark", description=BENCHMARK)
+    parser.add_argument("--model", default="ViT-B-16", help="OpenCLIP name or JSON config (default: %(default)s)")
+    parser.add_argument("--classes", type=int, default=10, help="number of classes, 1 to 100 (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="images in a step (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=32, help="clients in a block (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--tower", choices=("text", "vision"), default="text", help="the adapted one (default: text)")
+    parser.add_argument("--layers", type=int, default=0, help="adapt the last N blocks only (default: all)")
+    parser.add_argument("--targets", default="q,v", help="adapted matrices (default: %(default)s)")
+    parser.add_argument("--objective", choices=("cross_entropy", "contrastive"), default="cross_entropy")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each variant (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="of client-rounds in each process (default: %(default)s)"
+    )
+    parser.add_argument("--variants", help="comma-separated names of variants, such as full,naive,ours (default: all)")
+    parser.add_argument("--json", type=Path, help="write every measurement to this file, too")
+    parser.add_argument("--whole", action="store_true", help="time a whole small experiment instead")
+    parser.add_argument("--profile", metavar="CONFIG", help="show where the time of a round of an experiment goes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment that --profile names")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def understand(program: str, arguments: Sequence[str]) -> int:
+    """Return 0, or raise `UserError` if a program does not understand its arguments; --help prints it and exits."""
+    options = PARSERS[program]().parse_intermixed_args(arguments)
+    if program == "simulate":
+        check_simulate(options)
+    return 0
+
+
+PARSERS: dict[str, Callable[[], Parser]] = {
+    "simulate": simulate_parser,
+    "sweep": sweep_parser,
+    "export": export_parser,
+    "benchmark": benchmark_parser,
+}
