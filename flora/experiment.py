@@ -107,7 +107,7 @@ def build_experiment(
     labels, test_labels = train.labels.numpy(), test.labels.cpu().numpy()
     _check_classes(labels, test_labels, images.class_names)
     _warn_of_untested_classes(test_labels, images.class_names, log)
-    groups = None if data.train.groups is None else data.train.groups[train.positions]
+    groups = None if data.train.groups is None else data.train.groups[train.split_indices]
     roster = _roster(config, groups, rng) if unreadable else images.roster
     if roster.profiles is not None:
         digests["network_sha256"] = roster.profiles.digest()
@@ -133,7 +133,7 @@ def build_experiment(
         value_range=images.value_range,
         new=(models[1], new[0]) if new else None,
         left_out=() if roster.names is None else _without_training_images(images.whole, roster.names, log),
-        test_domains=None if data.test.groups is None else data.test.groups[test.positions],
+        test_domains=None if data.test.groups is None else data.test.groups[test.split_indices],
         data=data,
     )
 
@@ -340,7 +340,7 @@ def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | 
 
 def _data_digest(data: ImageData) -> str:
     splits = [data.train, data.test] + ([data.new] if data.new is not None else [])
-    parts = [each for split in splits for each in (split.source.contents(split.positions), split.labels)]
+    parts = [each for split in splits for each in (split.source.contents(split.source_indices), split.labels)]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part.tobytes())

@@ -162,7 +162,7 @@ def test_images_that_cannot_be_read(tiny_model: str, tmp_path: Path) -> None:
     quiet = {"progress": lambda title, total: seen.append}
     features, problems = live_features(files, model, CropFlip(), skip_unreadable=True, **quiet)  # type: ignore[arg-type]
     assert features.labels.tolist() == [0, 2]
-    assert features.positions.tolist() == [0, 2]
+    assert features.split_indices.tolist() == [0, 2]
     assert len(problems) == 1
     assert problems[0].startswith(f"{paths[1]}: can't be read as an image")
     assert sum(seen) == 3

@@ -29,7 +29,7 @@ def test_the_first_half_is_base(number: int, base: int) -> None:
     assert set(split.train.labels) == set(split.test.labels) == set(range(base))
     assert split.new is not None and set(split.new.labels) == set(range(number - base))
     assert len(split.test) + len(split.new) == len(data.test)
-    assert np.array_equal(split.new.positions, data.test.positions[data.test.labels >= base])
+    assert np.array_equal(split.new.source_indices, data.test.source_indices[data.test.labels >= base])
     assert np.array_equal(split.new.labels + base, data.test.labels[data.test.labels >= base])
 
 

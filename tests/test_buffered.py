@@ -163,7 +163,7 @@ def test_an_update_that_is_left_out_is_not_waited_for_again(tiny_model: str) -> 
 
     parts = variant(parts_of(tiny_model, 2, speeds=[2.0, 1.0, 0.8, 0.1, 0.05]), hooks=Hooks(update=spoil))
     states, results = rounds(parts, 3)
-    assert [[rejection.client for rejection in result.rejections] for result in results] == [[], [2], []]
+    assert [[rejection.client for rejection in result.rejected_clients] for result in results] == [[], [2], []]
     clock = states[2].clock
     assert all(each.in_flight.arrival_seconds >= clock for each in states[2].clients.values() if each.in_flight)
 

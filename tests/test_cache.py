@@ -346,7 +346,7 @@ def test_a_run_that_was_stopped_among_the_features_is_gone_on_with(
     assert f"going on after {num_kept} images" in said[1]
     assert set(Counted.opened) - {5} == set(range(num_kept, 23)) - {5}
     assert_equal(plain, features)
-    assert features[0].positions.tolist() == [i for i in range(23) if i != 5]
+    assert features[0].split_indices.tolist() == [i for i in range(23) if i != 5]
     assert np.array_equal(features[0].digests, plain[0].digests)
     again, said = load_some(model, options, counted)
     assert "22 read from the cache" in said[0]

@@ -140,7 +140,7 @@ def two_rounds(raw: Mapping[str, Any]) -> str | None:
         record, _ = measure(experiment, state, result)
         assert record.metrics.keys() == METRICS.keys()
         assert tree.is_finite(state.adapter) and math.isfinite(record.accuracy)
-        assert not result.rejections
+        assert not result.rejected_clients
     measure_local_only(experiment, state, advance=lambda done: None)
     return None
 

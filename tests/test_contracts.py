@@ -125,10 +125,10 @@ def test_samplers(raw_config: dict[str, Any], ids: list[int], message: str) -> N
 def test_splitters(raw_config: dict[str, Any]) -> None:
     def shifted(data: ImageData, rng: Any) -> ImageData:
         train = data.train
-        return ImageData(Split(train.source, train.positions + 1, train.labels), data.test, data.class_names)
+        return ImageData(Split(train.source, train.source_indices + 1, train.labels), data.test, data.class_names)
 
     own(Splitter, "split", shifted)
-    message = "split: mine returned 60 among the positions of the training images, expected 0 to 59"
+    message = "split: mine returned 60 among the source_indices of the training images, expected 0 to 59"
     assert fault(raw_config, split="mine") == message
     own(Splitter, "split", lambda data, rng: (data.train, data.test))
     assert fault(raw_config, split="mine", name="b") == "split: mine returned a tuple, expected ImageData"

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from flora.core.errors import UserError
-from flora.sweep.curves import (
+from flora.report.curves import (
     DASHES,
     MARKERS,
     MAX_LINES,
@@ -227,7 +227,7 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_pyplot_is_never_imported_and_matplotlib_only_to_draw(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from flora.sweep.curves import Curve, draw_curves\n"
+        "import sys; from pathlib import Path; from flora.report.curves import Curve, draw_curves\n"
         "assert 'matplotlib' not in sys.modules\n"
         f"draw_curves([Curve('p', 'a', (0, 1), (0, 5), (0.1, 0.2))], Path({str(tmp_path)!r}))\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"

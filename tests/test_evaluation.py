@@ -80,7 +80,7 @@ def test_unreadable_images_are_named_and_left_out(
     model, seen = adapt(tiny_model), []  # type: ignore[var-annotated]
     features, problems = compute(split, model, skip=True, seen=seen)
     assert sum(seen) == 6
-    assert features.positions.tolist() == [0, 1, 2, 5]
+    assert features.split_indices.tolist() == [0, 1, 2, 5]
     assert features.labels.tolist() == [0, 1, 0, 1]
     assert [Path(problem.split(": ")[0]).name for problem in problems] == ["3.png", "4.png"]
     stem = features.take(torch.tensor([3, 0]), torch.device("cpu"))

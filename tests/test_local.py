@@ -225,7 +225,7 @@ def test_divergence_is_noticed_at_its_step(tiny_model: str) -> None:
     parts = federation(adapt(tiny_model), local, per_block=5)
     state, result = run_round(parts, start(parts.engine.model))
     # The first step goes too far; the gradient of the second is the first that is not finite.
-    assert [(each.client, each.step, each.reason) for each in result.rejections] == [
+    assert [(each.client, each.step, each.reason) for each in result.rejected_clients] == [
         (client, 1, "not finite") for client in range(5)
     ]
     assert result.train_loss is None

@@ -147,7 +147,7 @@ def test_a_client_that_is_left_out_keeps_what_it_had(tiny_model: str) -> None:
         return dataclasses.replace(update, delta=broken) if update.client == 2 else update
 
     second, result = run_round(variant(parts, hooks=Hooks(update=spoil)), first)
-    assert [rejection.client for rejection in result.rejections] == [2]
+    assert [rejection.client for rejection in result.rejected_clients] == [2]
     assert all(torch.equal(own(first, 2)[name], tensor) for name, tensor in own(second, 2).items())
     assert any(not torch.equal(own(first, 1)[name], tensor) for name, tensor in own(second, 1).items())
 

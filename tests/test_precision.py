@@ -101,7 +101,7 @@ def test_what_is_compressed_is_read_in_the_precision_of_the_run(tiny_model: str,
     )
     states, results = rounds(parts, 2)
     assert {tensor.dtype for tensor in states[-1].adapter.values()} == {torch.float64}
-    assert not results[-1].rejections
+    assert not results[-1].rejected_clients
 
 
 def test_a_run_in_fp64_is_written_resumed_and_cached_in_fp64(raw_config: dict[str, Any], tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_screening_looks_at_what_a_client_did(tiny_model: str) -> None:
     local = dataclasses.replace(LOCAL, learning_rate=1e-3)
     parts = variant(parts_of(tiny_model, FlexLora(), local), screening=Screening(max_norm_ratio=20.0))
     for result in rounds(parts, 2)[1]:
-        assert not result.rejections
+        assert not result.rejected_clients
 
 
 def test_ranks_that_nobody_in_the_cohort_has_stay_alive(tiny_model: str) -> None:

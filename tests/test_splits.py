@@ -111,7 +111,7 @@ def test_a_sample_holds_each_class_in_proportion(sizes: list[int], number: int, 
     labels = np.repeat(np.arange(len(sizes)), sizes)
     whole = Split(ImageArrays(np.zeros((len(labels), 1, 1), np.uint8), "x"), np.arange(len(labels)), labels)
     sample = Sample(num_train=number).split(ImageData(whole, whole, ()), Rng(seed)).train
-    assert len(sample) == min(number, len(labels)) == len(set(sample.positions.tolist()))
+    assert len(sample) == min(number, len(labels)) == len(set(sample.source_indices.tolist()))
     expected = np.array(sizes) * len(sample) / len(labels)
     assert np.abs(np.bincount(sample.labels, minlength=len(sizes)) - expected).max() <= len(sizes) / 2 + 1
 

@@ -130,7 +130,7 @@ class PixelFeatures(Features):
 
     pixels: Tensor
     labels: Tensor
-    positions: np.ndarray
+    split_indices: np.ndarray
     model: AdaptedClip
 
     @property

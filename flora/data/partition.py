@@ -125,7 +125,7 @@ def holders_of(num_classes: int, classes_per_client: int, num_clients: int, rng:
             deck = np.concatenate([deck[new], np.delete(deck, new)])
         decks.append(deck)
     cards = np.concatenate(decks)[: num_clients * classes_per_client]
-    return [positions // classes_per_client for positions in collect(cards, num_classes)]
+    return [places // classes_per_client for places in collect(cards, num_classes)]
 
 
 @register("iid")

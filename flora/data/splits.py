@@ -182,11 +182,11 @@ def _together(train: Split, test: Split) -> Split:
     """The examples of both splits, those of `train` first."""
     same = train.source is test.source
     source = train.source if same else _Concatenation(train.source, test.source)
-    positions = np.concatenate([train.positions, test.positions + (0 if same else len(train.source))])
+    source_indices = np.concatenate([train.source_indices, test.source_indices + (0 if same else len(train.source))])
     groups = None
     if train.groups is not None and test.groups is not None:
         groups = np.concatenate([train.groups, test.groups])
-    return Split(source, positions, np.concatenate([train.labels, test.labels]), groups)
+    return Split(source, source_indices, np.concatenate([train.labels, test.labels]), groups)
 
 
 def _require(option: str, num_train: int, num_test: int) -> None:

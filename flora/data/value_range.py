@@ -162,11 +162,11 @@ def with_one_range(
 
 
 def _sources(data: ImageData) -> list[tuple[ImageSource, np.ndarray]]:
-    """Each source of the data with the positions that are used of it."""
+    """Each source of the data with the indices that are used of it."""
     splits = [data.train, data.test] + ([data.new] if data.new is not None else [])
     by_id = {id(split.source): split.source for split in splits}
     return [
-        (source, np.unique(np.concatenate([split.positions for split in splits if id(split.source) == key])))
+        (source, np.unique(np.concatenate([split.source_indices for split in splits if id(split.source) == key])))
         for key, source in by_id.items()
     ]
 

@@ -37,12 +37,12 @@ T = TypeVar("T")
 class Features(ABC):
     """Stem outputs and labels of a split's readable examples, whether they were computed before or are computed now.
 
-    Example i of the N has label `labels[i]` (on the CPU) and is example `positions[i]` of the split. `digests`
+    Example i of the N has label `labels[i]` (on the CPU) and is example `split_indices[i]` of the split. `digests`
     `(N, 16)` uint8 are those of the images as they are stored, if they are known.
     """
 
     labels: Tensor
-    positions: np.ndarray
+    split_indices: np.ndarray
     digests: np.ndarray | None
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class StoredFeatures(Features):
     stem: Tensor
     rows: Tensor
     labels: Tensor
-    positions: np.ndarray
+    split_indices: np.ndarray
     digests: np.ndarray | None = None
 
     @property
@@ -89,7 +89,7 @@ class StoredFeatures(Features):
             self.stem,
             self.rows[chosen.to(self.device)],
             self.labels[chosen],
-            self.positions[indices],
+            self.split_indices[indices],
             _chosen(self.digests, indices),
         )
 
@@ -102,7 +102,7 @@ class LiveFeatures(Features):
     model: AdaptedClip
     augmentation: Augmentation
     labels: Tensor
-    positions: np.ndarray
+    split_indices: np.ndarray
     digests: np.ndarray | None = None
 
     @property
@@ -111,7 +111,7 @@ class LiveFeatures(Features):
 
     def take(self, indices: Tensor, device: torch.device, rngs: Iterable[Rng] | None = None) -> Tensor:
         """Raises `UserError` naming an image that can't be read any more."""
-        places = self.positions[indices.numpy()]
+        places = self.split_indices[indices.numpy()]
         streams: list[Rng | None] = [None] * len(places)
         if rngs is not None:
             clients = list(rngs)
@@ -136,7 +136,7 @@ class LiveFeatures(Features):
 
     def subset(self, indices: np.ndarray) -> LiveFeatures:
         labels, digests = self.labels[torch.from_numpy(indices)], _chosen(self.digests, indices)
-        return replace(self, labels=labels, positions=self.positions[indices], digests=digests)
+        return replace(self, labels=labels, split_indices=self.split_indices[indices], digests=digests)
 
 
 def _chosen(digests: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
@@ -162,7 +162,7 @@ def images_digest(features: Sequence[Features]) -> str:
     digest = hashlib.sha256()
     for each in features:
         assert each.digests is not None
-        digest.update(repr(len(each)).encode() + each.positions.tobytes() + each.digests.tobytes())
+        digest.update(repr(len(each)).encode() + each.split_indices.tobytes() + each.digests.tobytes())
     return digest.hexdigest()
 
 
@@ -184,7 +184,7 @@ def live_features(
         try:
             if skip_unreadable:
                 to_rgb(split.open(place))
-            return split.source.digest(int(split.positions[place]))
+            return split.source.digest(int(split.source_indices[place]))
         except UNREADABLE as error:
             return _unreadable(split.name(place), error)
 
@@ -218,7 +218,7 @@ def load_features(
     entries: dict[int, tuple[Entry, np.ndarray]] = {}
     problems: list[str] = []
     for key, source in by_source.items():
-        used = np.unique(np.concatenate([split.positions for split in splits if split.source is source]))
+        used = np.unique(np.concatenate([split.source_indices for split in splits if split.source is source]))
         images = _Images(source, used, model)
         entry = _entry(images, cache=cache, skip_unreadable=skip_unreadable, progress=progress, log=log)
         problems += entry.problems.values()
@@ -229,7 +229,7 @@ def load_features(
 
 
 def _of_split(split: Split, entry: Entry, rows: np.ndarray, problems: Sequence[str]) -> StoredFeatures:
-    own = rows[split.positions]
+    own = rows[split.source_indices]
     kept = np.flatnonzero(own >= 0)
     _check_some_are_left(len(kept), len(split), problems)
     labels = torch.from_numpy(split.labels[kept])

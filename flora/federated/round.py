@@ -32,7 +32,7 @@ class RoundResult:
     uplink_bytes: int
     downlink_bytes: int
     train_seconds: float
-    rejections: tuple[Rejection, ...]
+    rejected_clients: tuple[Rejection, ...]
     simulated_seconds: float | None
     num_dropped: int
     num_late: int
@@ -41,7 +41,7 @@ class RoundResult:
 
     def metrics(self) -> dict[str, Any]:
         """The result's metrics by name: all of it but the ids of clients."""
-        names = (field.name for field in dataclasses.fields(self) if field.name not in ("rejections", "cohort"))
+        names = (field.name for field in dataclasses.fields(self) if field.name not in ("rejected_clients", "cohort"))
         return {name: getattr(self, name) for name in names}
 
 
@@ -126,7 +126,7 @@ def _result(
         uplink_bytes=sum(update.num_bytes for update in updates) + plan.late_uplink_bytes,
         downlink_bytes=plan.downlink_bytes,
         train_seconds=0.0,
-        rejections=tuple(rejections),
+        rejected_clients=tuple(rejections),
         simulated_seconds=outcome.seconds,
         num_dropped=len(outcome.dropped),
         num_late=len(outcome.late),

@@ -115,6 +115,6 @@ def _rows(
     images: Split, features: Features, examples: np.ndarray, class_names: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
     """Each image's name, and that of its class."""
-    for place in features.positions[examples].tolist():
-        image = images.source.name(int(images.positions[place]))
+    for place in features.split_indices[examples].tolist():
+        image = images.source.name(int(images.source_indices[place]))
         yield image, class_names[int(images.labels[place])]

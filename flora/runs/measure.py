@@ -55,7 +55,7 @@ class LocalOnlyResults:
 
     @classmethod
     def of_nobody(cls, num_clients: int) -> LocalOnlyResults:
-        """Where no client is trained alone."""
+        """Where no client is trained without the others."""
         return cls(np.full(num_clients, np.nan), np.full(num_clients, np.nan))
 
 
@@ -81,7 +81,7 @@ def measure(
         state.round,
         complete({**results, **measured}),
         cohort=result.cohort if result else (),
-        rejected_clients=result.rejections if result else (),
+        rejected_clients=result.rejected_clients if result else (),
     ), clients
 
 
@@ -189,13 +189,13 @@ def local_only_figures(results: LocalOnlyResults) -> dict[str, Any]:
     }
 
 
-def compare_held_out(results: ClientResults, alone: LocalOnlyResults) -> dict[str, Any]:
+def compare_held_out(results: ClientResults, local_only: LocalOnlyResults) -> dict[str, Any]:
     """The summary's `held_out_...`: means over the clients that were also trained alone and have held-out examples."""
-    both = ~np.isnan(results.server) & ~np.isnan(alone.held_out)
+    both = ~np.isnan(results.server) & ~np.isnan(local_only.held_out)
     number = int(both.sum())
     if not number:
         return {"held_out_num_clients": 0}
-    figures = {"federated": results.server, "local_only": alone.held_out, "personal": results.own}
+    figures = {"federated": results.server, "local_only": local_only.held_out, "personal": results.own}
     means = {
         f"held_out_{how}_accuracy": float(accuracies[both].mean())
         for how, accuracies in figures.items()

@@ -25,8 +25,8 @@ from flora.core.files import write_whole
 from flora.core.interrupts import Interrupted, Interrupts
 from flora.core.registry import suggest
 from flora.parsers import sweep_parser
+from flora.report.curves import draw_curves, undrawn
 from flora.runs.run_directory import lock_file
-from flora.sweep.curves import draw_curves, undrawn
 from flora.sweep.runs import Outcomes, run_all
 from flora.sweep.table import Row, collect, to_csv, to_curves, to_markdown, to_overview, to_text, with_ratios
 

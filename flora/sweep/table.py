@@ -13,7 +13,7 @@ from typing import Any
 
 from flora.core.metrics import Figure
 from flora.evaluation.summary import percent, shown
-from flora.sweep.curves import MAX_LINES, Curve
+from flora.report.curves import MAX_LINES, Curve
 from flora.sweep.outcomes import ARRIVED, Outcome, columns, read_outcome
 
 

@@ -145,12 +145,12 @@ class ImageArrays:
 class Split:
     """Labelled images.
 
-    `labels` is `(N,)` int64, an index into the class names; example i is image `positions[i]` of `source`.
+    `labels` is `(N,)` int64, an index into the class names; example i is image `source_indices[i]` of `source`.
     `groups`, where the data names a client for each image, is `(N,)` of str.
     """
 
     source: ImageSource
-    positions: np.ndarray
+    source_indices: np.ndarray
     labels: np.ndarray
     groups: np.ndarray | None = None
 
@@ -159,16 +159,16 @@ class Split:
 
     def name(self, index: int) -> str:
         """What to call example `index` in a message."""
-        return self.source.name(int(self.positions[index]))
+        return self.source.name(int(self.source_indices[index]))
 
     def open(self, index: int) -> Image.Image:
         """Decode example `index`. Raises OSError if it can't be read."""
-        return self.source.open(int(self.positions[index]))
+        return self.source.open(int(self.source_indices[index]))
 
     def subset(self, indices: np.ndarray) -> Split:
         """The examples at `indices` (integers or a boolean mask), in that order."""
         groups = None if self.groups is None else self.groups[indices]
-        return Split(self.source, self.positions[indices], self.labels[indices], groups)
+        return Split(self.source, self.source_indices[indices], self.labels[indices], groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +196,7 @@ def checked_images(setting: str, component: Component, found: object) -> ImageDa
     for name, split, class_names in named:
         if split is None:
             continue
-        rows = (("labels", split.labels, len(class_names)), ("positions", split.positions, len(split.source)))
+        rows = (("labels", split.labels, len(class_names)), ("source_indices", split.source_indices, len(split.source)))
         for what, numbers, below in rows:
             if len(numbers) != len(split) or (len(numbers) and numbers.dtype.kind not in "iu"):
                 refuse(setting, component, f"{what} of the {name} images that are not a whole number for each image")

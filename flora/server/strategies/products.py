@@ -37,15 +37,15 @@ class FlexLora(LoraStrategy):
     takes_ranks = True
 
     def finalize(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
-        settled = dict(averaged)
+        finalized = dict(averaged)
         for layer in layers(averaged):
             lora_B, lora_A = low_rank_of_sum(
                 mean_product(clients, weights, layer), rank=len(averaged[f"{layer}.lora_A"])
             )
             if lora_B.any():  # the product is zero while nobody has trained: then A stays at its random start
                 dtype = averaged[f"{layer}.lora_A"].dtype
-                settled |= {f"{layer}.lora_A": lora_A.to(dtype), f"{layer}.lora_B": lora_B.to(dtype)}
-        return settled
+                finalized |= {f"{layer}.lora_A": lora_A.to(dtype), f"{layer}.lora_B": lora_B.to(dtype)}
+        return finalized
 
 
 @register("lora_fair")
@@ -61,8 +61,8 @@ class LoraFair(LoraStrategy):
     penalty: float = option("weight of the term's own squared norm", 0.01, above=0)
 
     def finalize(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
-        settled = dict(averaged)
+        finalized = dict(averaged)
         for layer in layers(averaged):
             lora_B = ridge_left_factor(clients, weights, layer, averaged, self.penalty)
-            settled[f"{layer}.lora_B"] = lora_B.to(averaged[f"{layer}.lora_B"].dtype)
-        return settled
+            finalized[f"{layer}.lora_B"] = lora_B.to(averaged[f"{layer}.lora_B"].dtype)
+        return finalized

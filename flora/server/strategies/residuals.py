@@ -62,11 +62,11 @@ class FloraStacking(WithResidual):
         return factor_of(name) is None
 
     def finalize(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
-        settled = dict(averaged)
+        finalized = dict(averaged)
         for layer in layers(averaged):
-            settled |= self.grown(averaged, layer, mean_product(clients, weights, layer))
-            settled[f"{layer}.lora_B"] = torch.zeros_like(averaged[f"{layer}.lora_B"])
-        return settled
+            finalized |= self.grown(averaged, layer, mean_product(clients, weights, layer))
+            finalized[f"{layer}.lora_B"] = torch.zeros_like(averaged[f"{layer}.lora_B"])
+        return finalized
 
 
 @register("fedex_lora")
@@ -75,11 +75,11 @@ class FedExLora(WithResidual):
     """The means of A and B; what their product lacks to the mean product goes into the residual (arXiv:2410.09432)."""
 
     def finalize(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
-        settled = dict(averaged)
+        finalized = dict(averaged)
         for layer in layers(averaged):
             lora_B, lora_A = product_of(averaged, layer)
-            settled |= self.grown(averaged, layer, [*mean_product(clients, weights, layer), (-lora_B, lora_A)])
-        return settled
+            finalized |= self.grown(averaged, layer, [*mean_product(clients, weights, layer), (-lora_B, lora_A)])
+        return finalized
 
 
 def _residual(layer: str, pair: Pair, *, like: StateLike) -> State:
