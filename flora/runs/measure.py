@@ -131,8 +131,28 @@ def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults
         return ClientResults(server)
     own, ends = server.copy(), np.cumsum(sizes)
     for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
-        own[clients] = _on_held_out(experiment, ends, clients, adapters)
+        own[clients] = _of_blocks(
+            experiment, clients, adapters, lambda some, part: _on_held_out(experiment, ends, some, part)
+        )
     return ClientResults(server, own, np.isin(np.arange(len(sizes)), with_own))
+
+
+def _of_blocks(
+    experiment: Experiment,
+    clients: Sequence[int],
+    adapters: StateLike,
+    evaluate_some: Callable[[Sequence[int], StateLike], Sequence[float] | np.ndarray],
+) -> np.ndarray:
+    """What `evaluate_some` makes of each client's own of `adapters` `(K, ...)`, `(K,)`, as many at once as fit."""
+    number = len(clients)
+
+    def block(places: Sequence[int]) -> Sequence[float] | np.ndarray:
+        # A residual `(1, ...)` is the same for all.
+        part = {name: tensor[places] if len(tensor) == number else tensor for name, tensor in adapters.items()}
+        return evaluate_some([clients[place] for place in places], part)
+
+    parts = experiment.federation.engine.in_blocks(range(number), block)
+    return np.concatenate([np.empty(0), *parts])
 
 
 def _on_held_out(experiment: Experiment, ends: np.ndarray, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
@@ -160,22 +180,18 @@ def measure_local_only(
     chosen = np.unique(np.linspace(0, len(federation.clients) - 1, number).round().astype(int))
     adapters = train_local_only(federation, experiment.initial_adapter, chosen, advance=advance)
     results, ends = LocalOnlyResults.of_nobody(len(federation.clients)), np.cumsum(experiment.held_out_sizes)
-
-    def evaluate_some(places: Sequence[int]) -> None:
-        clients = chosen[places].tolist()
-        part = {name: tensor[places] for name, tensor in adapters.items()}
-        own = federation.engine.model.adapter.models(part)[-1]
-        results.test[clients] = _on_test_images(experiment, own)
-        results.held_out[clients] = _on_held_out(experiment, ends, clients, own)
-
-    for _ in federation.engine.in_blocks(range(len(chosen)), evaluate_some):
-        pass
+    own = federation.engine.model.adapter.models(adapters)[-1]
+    clients = chosen.tolist()
+    results.test[chosen] = _of_blocks(experiment, clients, own, lambda some, part: _on_test_images(experiment, part))
+    results.held_out[chosen] = _of_blocks(
+        experiment, clients, own, lambda some, part: _on_held_out(experiment, ends, some, part)
+    )
     with_own = clients_with_own_adapters(federation, state)
     if with_own is None:
         return results
     personal = np.full(len(federation.clients), np.nan)
     for clients, own in own_adapters(federation, state, np.intersect1d(chosen, with_own)):
-        personal[clients] = _on_test_images(experiment, own)
+        personal[clients] = _of_blocks(experiment, clients, own, lambda some, part: _on_test_images(experiment, part))
     return replace(results, personal_test=personal)
 
 
