@@ -376,7 +376,7 @@ def _warn_of_untested_classes(test: np.ndarray, class_names: Sequence[str], log:
 
 
 def _class_names(config: ExperimentConfig, data: ImageData) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What the classes are called in prompts: those that are trained on, and those that are set aside."""
+    """Return what the classes are called in prompts: those that are trained on, and those that are set aside."""
     with below("prompts"):
         names = config.prompts.rename((*data.class_names, *data.new_class_names))
     return names[: len(data.class_names)], names[len(data.class_names) :]

@@ -138,7 +138,7 @@ def _backbone(run: Path, config: ExperimentConfig) -> FrozenClip:
 
 
 def _own_tensors(run: Path, client: str) -> State:
-    """What of its adapter a client kept for itself until the run's last checkpoint."""
+    """Return what of its adapter a client kept for itself until the run's last checkpoint."""
     checkpoints, index = CheckpointFolder(run / "checkpoints"), _client_id(run, client)
     rounds = checkpoints.rounds()
     own = checkpoints.client(rounds[0], index).own if rounds else {}
@@ -190,7 +190,7 @@ def write_model(model: MergedModel, path: Path, dtype: torch.dtype = torch.float
 
 
 def how_to_load(model: MergedModel, path: Path) -> list[str]:
-    """What to type to use what was written: in Python with OpenCLIP alone, and as the backbone of a run."""
+    """Return what to type to use what was written: in Python with OpenCLIP alone, and as the backbone of a run."""
     where = str(path.resolve())
     if path.suffix == ".safetensors":
         overrides = [f"backbone.model={model.backbone}", f"backbone.weights={where}"]

@@ -22,7 +22,7 @@ BENCHMARK = (
 
 
 def simulate_parser() -> Parser:
-    """What `flora simulate` takes."""
+    """Return what `flora simulate` takes."""
     parser = Parser(
         prog="python -m flora.simulate",
         description="Federated adaptation of a frozen CLIP model, simulated in one process.",
@@ -56,7 +56,7 @@ def check_simulate(options: argparse.Namespace) -> None:
 
 
 def export_parser() -> Parser:
-    """What `flora export` takes."""
+    """Return what `flora export` takes."""
     parser = Parser(
         prog="python -m flora.export",
         description=EXPORT,
@@ -76,7 +76,7 @@ def export_parser() -> Parser:
 
 
 def sweep_parser() -> Parser:
-    """What `flora sweep` takes."""
+    """Return what `flora sweep` takes."""
     parser = Parser(prog="python -m flora.sweep", description=SWEEP)
     parser.add_argument("arguments", nargs="*", metavar="CONFIG ... key=v1,v2 ...", help="YAML files, then the grid")
     parser.add_argument("--output", type=Path, default=Path("runs/sweep"), help="the sweep's folder (%(default)s)")
@@ -89,7 +89,7 @@ def sweep_parser() -> Parser:
 
 
 def benchmark_parser() -> Parser:
-    """What `flora benchmark` takes."""
+    """Return what `flora benchmark` takes."""
     parser = Parser(prog="python -m flora.benchmark", description=BENCHMARK)
     parser.add_argument("--model", default="ViT-B-16", help="OpenCLIP name or JSON config (default: %(default)s)")
     parser.add_argument("--classes", type=int, default=10, help="number of classes, 1 to 100 (default: %(default)s)")

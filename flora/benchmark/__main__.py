@@ -219,7 +219,7 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def _work(order: dict[str, Any]) -> dict[str, Any]:
-    """What a process of its own measures."""
+    """Return what a process of its own measures."""
     setting = Setting(**order["setting"])
     if order["whole"]:
         return {"seconds": measure_experiment(order["variant"], setting)}

@@ -197,7 +197,7 @@ def _cut_prompts(setting: Setting, clip: FrozenClip) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(setting: Setting) -> Step:
-    """What a good engineer writes in an afternoon: features cached, distinct prompts cut at their end, one client."""
+    """Build the loop of a good engineer's afternoon: features cached, distinct prompts cut at their end, one client."""
     clip = setting.load()
     pixels, labels = setting.images(clip)
     tokens, ends = _cut_prompts(setting, clip)

@@ -50,7 +50,7 @@ class Correction(Component):
         """Raise `OptionError` if it makes no sense with the optimiser."""
 
     def memory(self, vector: Tensor) -> State:
-        """What a client remembers from round to round, and the server too, at the start.
+        """Return what a client remembers from round to round, and the server too, at the start.
 
         Its vectors have the size and type of `vector` `(P,)`, whose numbers mean nothing.
         """
@@ -69,11 +69,11 @@ class Correction(Component):
     def remember(
         self, moved: Tensor, own: StateLike, server: StateLike, num_steps: Tensor, learning_rate: float
     ) -> State:
-        """What the clients remember after a round in which they `moved` `(K, P)` in `num_steps` `(K, 1)`."""
+        """Return what the clients remember after a round in which they `moved` `(K, P)` in `num_steps` `(K, 1)`."""
         return {}
 
     def sent(self, before: StateLike, after: StateLike) -> State:
-        """What a client sends beside its delta, from what it remembered before and after the round."""
+        """Return what a client sends beside its delta, from what it remembered before and after the round."""
         return {}
 
     def at_server(self, delta: Tensor, server: StateLike, cohort: Cohort) -> tuple[Tensor, State]:

@@ -46,11 +46,11 @@ class LocalTraining(Options):
             raise OptionError("steps", "give either `steps` or `epochs`, not both")
 
     def num_steps(self, num_examples: int) -> int:
-        """How many steps a client of so many examples takes in a round."""
+        """Return how many steps a client of so many examples takes in a round."""
         return count_steps(num_examples, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps)
 
     def client_state(self, trained: StateLike) -> ClientState:
-        """What one client keeps between its rounds when it trains such tensors: names and shapes."""
+        """Return what one client keeps between its rounds when it trains such tensors: names and shapes."""
         vector, state = tree.vector_like(trained), {}
         if self.optimizer_state == "kept":
             state = {name: tensor[0] for name, tensor in self.optimizer.init(vector.unsqueeze(0)).items()}

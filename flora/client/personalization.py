@@ -15,11 +15,11 @@ class Personalization(Component):
     """What each client trains for itself alone. Nothing of it ever reaches the server."""
 
     def in_round(self, local: LocalTraining) -> LocalTraining | None:
-        """How clients train adapters of their own in the rounds that they take part in; None if they don't."""
+        """Return how clients train adapters of their own in the rounds that they take part in; None if they don't."""
         return None
 
     def at_end(self, local: LocalTraining) -> LocalTraining | None:
-        """How all clients train adapters of their own after the last round; None if they don't."""
+        """Return how all clients train adapters of their own after the last round; None if they don't."""
         return None
 
 

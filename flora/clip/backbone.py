@@ -341,7 +341,7 @@ def _check_exported(path: Path, config: dict[str, Any], preprocess: dict[str, An
 
 
 def _canonical(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a model's config decides what it computes, with OpenCLIP's defaults filled in, as dotted keys."""
+    """Return what of a model's config decides what it computes, with OpenCLIP's defaults filled in, as dotted keys."""
     parts = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg}
     flat = {"embed_dim": config["embed_dim"], "quick_gelu": bool(config.get("quick_gelu"))}
     for name, kind in parts.items():
@@ -362,7 +362,7 @@ def _as_in(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pretrained_settings(model: str, tag: str, config: dict[str, Any]) -> dict[str, Any]:
-    """What OpenCLIP knows of a pretrained tag. Raises `UserError` if its weights were trained with another GELU."""
+    """Look a pretrained tag up. Raises `UserError` if its weights were trained with another GELU."""
     settings = open_clip.get_pretrained_cfg(model, tag)
     if bool(settings.get("quick_gelu")) != bool(config.get("quick_gelu")):
         other = f"{model}-quickgelu" if settings.get("quick_gelu") else model.removesuffix("-quickgelu")

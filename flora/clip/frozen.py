@@ -108,5 +108,5 @@ def use_own_attention(tower: Any) -> None:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """How many parameters the model has."""
+    """Return how many parameters the model has."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -40,7 +40,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> Any:
-    """What `torch.save` wrote, by the unpickler of torch that makes nothing but tensors and plain containers."""
+    """Return what `torch.save` wrote, by the unpickler of torch that makes nothing but tensors and plain containers."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
@@ -57,7 +57,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def reason_of(error: Exception, *, after: str = "", limit: int = 300) -> str:
-    """What a library's error says, on one line, or what it says `after` some words."""
+    """Return what a library's error says, on one line, or what it says `after` some words."""
     reason = " ".join(str(error).split()) or type(error).__name__
     reason = reason.rpartition(after)[2] if after else reason
     return reason if len(reason) <= limit else reason[:limit] + " ..."

@@ -40,7 +40,7 @@ class Compressor(Component):
 
     @abstractmethod
     def decode(self, payload: bytes, like: StateLike) -> State:
-        """What the receiver makes of them; `like` has the names, shapes and types that it works with."""
+        """Return what the receiver makes of them; `like` has the names, shapes and types that it works with."""
 
 
 @register("none")
@@ -89,7 +89,7 @@ class Quantizer(Compressor):
 
     @abstractmethod
     def values(self) -> Tensor:
-        """What the codes stand for: rising numbers from -1 to 1, in double precision."""
+        """Return what the codes stand for: rising numbers from -1 to 1, in double precision."""
 
     def encode(self, state: StateLike, rng: Rng) -> bytes:
         if self.is_identity:
@@ -245,7 +245,7 @@ class TopComponents(Mask):
 
 
 def _share(fraction: float, size: int) -> int:
-    """How many of `size` numbers are sent."""
+    """Return how many of `size` numbers are sent."""
     return min(max(1, round(part_of(fraction, size))), size)
 
 

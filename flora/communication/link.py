@@ -57,7 +57,7 @@ class Link:
         return Broadcast(read, payload, extra)
 
     def downlink_bytes(self, broadcast: Broadcast, client: int) -> int:
-        """How many bytes of a broadcast go to a client."""
+        """Return how many bytes of a broadcast go to a client."""
         if isinstance(broadcast.payload, bytes):
             return len(broadcast.payload) + _extra_bytes(broadcast.extra)
         return self._payload_bytes({**broadcast.payload, **_named(broadcast.extra)}, client)
@@ -73,7 +73,7 @@ class Link:
         return Upload(read, lost, len(payload) + _extra_bytes(extra))
 
     def uplink_bytes(self, sent: StateLike, extra: StateLike, client: int, round: int) -> int:
-        """How many bytes a client sends of a delta like `sent` in a round, whatever its numbers are."""
+        """Return how many bytes a client sends of a delta like `sent` in a round, whatever its numbers are."""
         kind = round, None if self.ranks is None else int(self.ranks[client])
         if kind not in self._counted:
             for other in [known for known in self._counted if known[0] != round]:
@@ -82,13 +82,13 @@ class Link:
         return self._counted[kind]
 
     def _payload_bytes(self, state: StateLike, client: int) -> int:
-        """How many bytes the state takes on its way to or from a client."""
+        """Return how many bytes the state takes on its way to or from a client."""
         state = residuals_at_their_smallest(state)
         return payload_bytes(state if self.ranks is None else rank_first(state, int(self.ranks[client])))
 
 
 def _named(extra: StateLike) -> State:
-    """What a correction sends, under names that no tensor of an adapter has."""
+    """Return what a correction sends, under names that no tensor of an adapter has."""
     return tree.add_prefix("correction.", extra)
 
 
@@ -97,7 +97,7 @@ def _extra_bytes(extra: StateLike) -> int:
 
 
 def _through(setting: str, compressor: Compressor, state: State, rng: Rng) -> tuple[bytes, State]:
-    """What travels of a state that is compressed, and what is read of it."""
+    """Return what travels of a state that is compressed, and what is read of it."""
     payload = compressor.encode(state, rng)
     if not isinstance(payload, bytes):
         refuse(setting, compressor, f"a {type(payload).__name__} to send, expected bytes")

@@ -83,7 +83,7 @@ class Network(Component):
 
     @abstractmethod
     def profiles(self, num_clients: int, rng: Rng, *, names: Sequence[str] | None = None) -> Profiles:
-        """What each client has; `names` are the clients', in the order of their ids, where the data name them.
+        """Return what each client has; `names` are the clients', in the order of their ids, where the data name them.
 
         Raises `UserError` if a file doesn't say.
         """
@@ -264,7 +264,7 @@ class ClientLoad:
 
 
 def durations(network: Network, profiles: Profiles, clients: np.ndarray, load: ClientLoad) -> np.ndarray:
-    """How many seconds each of `clients` takes from being asked to having delivered.
+    """Return how many seconds each of `clients` takes from being asked to having delivered.
 
     A client takes its download, its steps and its upload one after the other, and the latency twice.
     """
@@ -287,7 +287,7 @@ def cohort_outcome(
     num_needed: int,
     rng: Rng,
 ) -> CohortOutcome:
-    """What becomes of the clients `asked`, of whom the first `num_needed` to deliver count.
+    """Decide who of the clients `asked` delivers in time, is late, or drops out; the first `num_needed` count.
 
     `takes` `(len(asked),)` are the seconds that each needs, `dropout` the probabilities that it is gone by then.
     """

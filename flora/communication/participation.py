@@ -36,7 +36,7 @@ class Participation:
     stragglers: StragglerPolicy = field(default_factory=StragglerPolicy)
 
     def cohort_size(self, round: int) -> int:
-        """How many clients take part in a round, counted from 1."""
+        """Return how many clients take part in a round, counted from 1."""
         size, most = self.sampler.size_in(round, len(self.sizes)), len(self.sizes)
         if not 1 <= size <= most:
             refuse("clients.cohort", self.sampler, f"a cohort of {size} in round {round}, expected 1 to {most}")
@@ -54,12 +54,12 @@ class Participation:
         return checked_ids("network", self.network, found, len(self.sizes), what="clients that can be asked")
 
     def durations(self, clients: np.ndarray, load: ClientLoad) -> np.ndarray:
-        """How many seconds each of `clients` takes from being asked to having delivered."""
+        """Return how many seconds each of `clients` takes from being asked to having delivered."""
         assert self.network is not None and self.profiles is not None
         return durations(self.network, self.profiles, clients, load)
 
     def outcome(self, round: int, clock: float, load: ClientLoad, rng: Rng) -> CohortOutcome:
-        """Who is asked in a round that begins at a time of the clock, and what becomes of them."""
+        """Draw who is asked in a round that begins at a time of the clock, and decide what becomes of them."""
         if self.network is None or self.profiles is None:
             everybody = np.arange(len(self.sizes))
             return CohortOutcome(self.cohort(everybody, self.cohort_size(round), rng.child("cohort")))

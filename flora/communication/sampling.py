@@ -27,7 +27,7 @@ class Sampler(Component):
             raise OptionError("number", "give either `fraction` or `number`, not both")
 
     def cohort_size(self, num_clients: int) -> int:
-        """How many of `num_clients` take part. Raises `OptionError` if `number` is larger than that."""
+        """Return how many of `num_clients` take part. Raises `OptionError` if `number` is larger than that."""
         if self.number is not None and self.number > num_clients:
             raise OptionError("number", f"expected at most the number of clients, {num_clients}, got {self.number}")
         if self.number is not None:
@@ -35,7 +35,7 @@ class Sampler(Component):
         return max(1, round(part_of(self.fraction or 1.0, num_clients)))
 
     def size_in(self, round: int, num_clients: int) -> int:
-        """How many of `num_clients` take part in a round, counted from 1. Raises as `cohort_size`."""
+        """Return how many of `num_clients` take part in a round, counted from 1. Raises as `cohort_size`."""
         return self.cohort_size(num_clients)
 
     @abstractmethod

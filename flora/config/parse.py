@@ -77,7 +77,7 @@ def _shipped(path: Path) -> Path:
 
 
 def changes_by_overrides(path: str | Path, overrides: Sequence[str]) -> list[str]:
-    """What the experiment in `path` becomes with `overrides`, a line for each setting that is not what it was.
+    """Return what the experiment in `path` becomes with `overrides`, a line for each setting that is not what it was.
 
     Where the file can't be used without them, they are returned themselves.
     """
@@ -187,7 +187,7 @@ def _parse_union(choices: tuple[Any, ...], raw: Any, path: str) -> Any:
 
 
 def _as_list(raw: Any) -> str:
-    """How to write as a list what words with commas mean."""
+    """Return how to write as a list what words with commas mean."""
     words = [word.strip() for word in raw.split(",")] if isinstance(raw, str) else []
     return f"; write [{', '.join(words)}]" if words and all(word.isidentifier() for word in words) else ""
 
@@ -261,7 +261,7 @@ def _parse_options(cls: type[Options], raw: Any, path: str) -> Options:
 
 
 def _unknown(key: Any, cls: type[Options]) -> str:
-    """What to say of a key that a `cls` has no option for."""
+    """Return what to say of a key that a `cls` has no option for."""
     names = [field.name for field in dataclasses.fields(cls)]
     if RENAMED.get(key) in names:
         return f"unknown key; it is called {RENAMED[key]!r} now"

@@ -82,7 +82,7 @@ def component_name(component: Any) -> str | None:
 
 
 def _at(values: Any, key: str) -> Any:
-    """What nested values have at a dotted key; None if that is nothing."""
+    """Return what nested values have at a dotted key; None if that is nothing."""
     for part in key.split("."):
         values = values.get(part) if isinstance(values, Mapping) else None
     return values

@@ -15,7 +15,7 @@ from flora.federated.buffered import Buffered
 
 
 def check_experiment(config: ExperimentConfig) -> None:
-    """What can be checked without the model's weights or an image. Raises `UserError` naming the setting.
+    """Check all that needs neither the model's weights nor an image. Raises `UserError` naming the setting.
 
     Where the data name the clients, `check_clients` is for later.
     """
@@ -90,7 +90,7 @@ def _check_buffer_fills(config: ExperimentConfig, number: int, names: Sequence[s
 
 
 def _buffer(config: ExperimentConfig) -> int:
-    """How many updates the server waits for; 0 where it waits for its cohort."""
+    """Return how many updates the server waits for; 0 where it waits for its cohort."""
     schedule = config.server.schedule
     return schedule.buffer if isinstance(schedule, Buffered) else 0
 

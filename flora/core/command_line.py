@@ -104,7 +104,7 @@ def run_program(body: Callable[[], int]) -> int:
 
 
 def out_of_memory_reason(error: Exception) -> str | None:
-    """What to say of an error that means that the system gives no more memory or threads; None for others."""
+    """Return what to say of an error that means that the system gives no more memory or threads; None for others."""
     from flora.core.memory import is_out_of_memory  # PyTorch, which a usage error has no need of
 
     text = " ".join(str(error).split())

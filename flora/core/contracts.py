@@ -109,7 +109,7 @@ def checked_column(setting: str, component: Any, found: Any, number: int, *, wha
 
 
 def _kind(found: Any) -> str:
-    """What something is, in a few words: the type and shape of what has these."""
+    """Return what something is, in a few words: the type and shape of what has these."""
     if isinstance(found, Tensor | np.ndarray):
         return f"{str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}"
     return f"a {type(found).__name__}"

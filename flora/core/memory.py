@@ -26,7 +26,7 @@ def available_memory_bytes(device: torch.device) -> int:
 
 
 def _container_bytes() -> int:
-    """What a container's limit (cgroup v2) leaves; a very large number without one."""
+    """Return what a container's limit (cgroup v2) leaves; a very large number without one."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))

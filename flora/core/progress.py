@@ -39,7 +39,7 @@ def bar(title: str, total: int, unit: str, *, shown: bool = True, **options: Any
 
 
 def image_progress(log: Callable[[str], object], *, shows_bars: bool = True) -> Progress:
-    """What shows how many images are done: a bar, or lines of the log where there is no terminal."""
+    """Return what shows how many images are done: a bar, or lines of the log where there is no terminal."""
 
     def start(title: str, total: int) -> Callable[[int], object]:
         shown, lines = bar(title, total, "image", shown=shows_bars), _Tenths(title, total, log)

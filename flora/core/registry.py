@@ -160,7 +160,7 @@ def name_of(component: Component) -> str:
 
 
 def suggest(unknown: str, known: Iterable[str]) -> str:
-    """What to say after an unknown name: the nearest known one, or all of them, or the five nearest of very many."""
+    """Suggest, after an unknown name, the nearest known one, or all of them, or the five nearest of very many."""
     names = {name.casefold(): name for name in known}
     nearest = difflib.get_close_matches(unknown.casefold(), names, n=1)
     if nearest:

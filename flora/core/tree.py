@@ -122,7 +122,7 @@ def in_types_of(like: StateLike, state: StateLike) -> State:
 
 
 def count(state: StateLike) -> int:
-    """How many numbers the state holds."""
+    """Return how many numbers the state holds."""
     return sum(tensor.numel() for tensor in state.values())
 
 

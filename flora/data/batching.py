@@ -10,7 +10,7 @@ from flora.core.rng import Rng
 
 
 def count_steps(num_examples: int, *, batch_size: int, epochs: int, steps: int | None) -> int:
-    """How many steps a client of `num_examples` takes: `steps` if given, else whole epochs, the last batch short."""
+    """Count the steps of a client of `num_examples`: `steps` if given, else whole epochs, the last batch short."""
     return steps if steps is not None else epochs * math.ceil(num_examples / batch_size)
 
 

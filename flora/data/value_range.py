@@ -119,7 +119,7 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def depth_of(image: Image.Image) -> Depth | None:
-    """What an opened file says of its values; None if they have 8 bits. Pixels are not decoded."""
+    """Return what an opened file says of its values; None if they have 8 bits. Pixels are not decoded."""
     tags = getattr(image, "tag_v2", None) or {}
     if not is_deep(image):
         bits = tags.get(BITS, (8,))
@@ -239,7 +239,7 @@ def _extent(deep: Sequence[_Values]) -> tuple[tuple[float, float], list[float]]:
 
 
 def _doubts(deep: Sequence[_Values], value_range: ValueRange, *, is_found: bool) -> list[str]:
-    """What may be wrong with the range, a line each."""
+    """Return what may be wrong with the range, a line each."""
     low, high = _extent(deep)[0]
     doubts = []
     types = [each.depth.type_range for each in deep if each.depth.type_range is not None]
@@ -267,7 +267,7 @@ def _may_be_deep(source: ImageSource, index: int) -> bool:
 
 
 def _read_all(files: Sequence[tuple[ImageSource, int]], progress: Progress) -> list[_Values]:
-    """What those of the images that have more than 8 bits hold, without those that can't be read."""
+    """Return what those of the images that have more than 8 bits hold, without those that can't be read."""
     if not files:
         return []
     advance, found = progress("value range", len(files)), []

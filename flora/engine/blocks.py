@@ -57,7 +57,7 @@ class Block:
 
 
 def block_bytes(tasks: Sequence[ClientTask], clients_per_block: int) -> int:
-    """How many bytes the batches take of the blocks that `make_blocks` makes."""
+    """Return how many bytes the batches take of the blocks that `make_blocks` makes."""
     width = tasks[0].setup.width
     longest_first = sorted((task.num_steps for task in tasks), reverse=True)
     blocks = (longest_first[start : start + clients_per_block] for start in range(0, len(tasks), clients_per_block))

@@ -16,7 +16,7 @@ ACTIVATIONS_PER_TOKEN = 20
 
 
 def choose_clients_per_block(model: AdaptedClip, *, batch_size: int) -> int:
-    """How many clients may share a step: their activations fit into a quarter of the memory that is free."""
+    """Return how many clients may share a step: their activations fit into a quarter of the memory that is free."""
     fits = available_memory_bytes(model.device) // 4 // client_bytes(model, batch_size=batch_size)
     if fits >= clients_at_once(model, batch_size=batch_size):
         fits = MAX_CLIENTS_PER_BLOCK
@@ -31,7 +31,7 @@ def client_bytes(model: AdaptedClip, *, batch_size: int) -> int:
 
 
 def clients_at_once(model: AdaptedClip, *, batch_size: int) -> int:
-    """How many clients of a step go through the model together: on a CPU as many as its caches are good for."""
+    """Return how many clients of a step go through the model together: on a CPU as many as its caches are good for."""
     if model.device.type != "cpu":
         return 2**30
     return max(MAX_STREAM_ON_CPU // max(_trained_streams(model, batch_size), default=1), 1)

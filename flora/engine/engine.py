@@ -60,7 +60,7 @@ class Engine:
                     yield from results
 
     def in_blocks(self, items: Sequence[Item], compute: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
-        """What `compute` makes of the items, some clients or their adapters, up to `clients_per_block` at a time.
+        """Compute items, some clients or their adapters, up to `clients_per_block` at a time; yield the results.
 
         Raises `UserError` if one item alone doesn't fit into memory.
         """
@@ -111,7 +111,7 @@ class Engine:
 
 
 def _unless_out_of_memory(function: Callable[..., Result], *arguments: object) -> list[Result]:
-    """What the function returns, in a list, which is empty if memory ran out: by then the step's tensors are let go."""
+    """Return a function's result in a list, which is empty if memory ran out; its tensors are let go of by then."""
     try:
         return [function(*arguments)]
     except Exception as error:

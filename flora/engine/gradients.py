@@ -33,7 +33,7 @@ class Batch:
     classes: Tensor | None = None
 
     def of_clients(self, start: int, stop: int) -> Batch:
-        """What the clients from `start` to `stop` see."""
+        """Return what the clients from `start` to `stop` see."""
         number = len(self.tensors["labels"])
         rows = {name: len(tensor) // number for name, tensor in self.tensors.items()}
         return Batch(
@@ -131,7 +131,7 @@ def gradient_function(
     batch_size: int,
     shared_residual: StateLike | None = None,
 ) -> Compute:
-    """What computes each client's loss, and its gradient with respect to all of its parameters that are trained.
+    """Build what computes each client's loss, and its gradient with respect to all that it trains.
 
     Clients don't depend on each other, so as many go through the model at once as is fastest. `shared_residual` are
     tensors `(1, ...)` that are bound with every client's own.
@@ -173,7 +173,7 @@ def _step_views(
     batch: Batch,
     generators: Sequence[torch.Generator] | None,
 ) -> list[StepView]:
-    """What the loss sees of each of the models that K adapters `(K, ...)` stand for."""
+    """Return what the loss sees of each of the models that K adapters `(K, ...)` stand for."""
     stem, number = batch.tensors["stem"], len(batch.tensors["labels"])
     frozen: tuple[Tensor | None, Tensor | None] = (None, None)
     if loss.needs_frozen:

@@ -75,7 +75,7 @@ def _stacked(adapters: Sequence[StateLike]) -> StateLike:
 
 
 def _anchors(block: Block, flat: FlatStack, device: torch.device) -> Tensor:
-    """What the correction measures distances from, `(K, P)`: the tasks' anchors if they have any, else their starts."""
+    """Return what the correction measures distances from, `(K, P)`: the tasks' anchors, if any, else their starts."""
     anchors = [task.anchor for task in block.tasks if task.anchor is not None]
     origin = FlatStack(_stacked(anchors), device, block.setup.trained) if anchors else flat
     return origin.matrix[:, : flat.num_trained]
@@ -91,7 +91,7 @@ def _optimizer_state(block: Block, trained: Tensor) -> State:
 
 
 def _gradient_function(model: AdaptedClip, loss: Loss, flat: FlatStack, block: Block) -> Compute:
-    """What computes the losses and gradients of this block's steps, with the residual that all its clients share."""
+    """Build what computes the losses and gradients of a block's steps, with the residual that its clients share."""
     first = block.tasks[0].adapter
     residual = {name: tensor.unsqueeze(0).to(model.device) for name, tensor in first.items() if is_residual(name)}
     dropout = None
@@ -101,7 +101,7 @@ def _gradient_function(model: AdaptedClip, loss: Loss, flat: FlatStack, block: B
 
 
 def _client_states(block: Block, optimizer: State, remembered: Sequence[State]) -> list[ClientState]:
-    """What each client carries to its next round; copies, so that none keeps its whole block in memory."""
+    """Return what each client carries to its next round; copies, so that none keeps its whole block in memory."""
     keep = block.setup.local.optimizer_state == "kept"
     return [
         ClientState(
@@ -155,7 +155,7 @@ class _CorrectionState:
         return checked_tensor("local.correction", self._correction, found, gradients.shape)
 
     def finish(self, end: Tensor) -> tuple[list[State], list[State]]:
-        """What each client remembers from now on, and what it sends."""
+        """Return what each client remembers from now on, and what it sends."""
         if not self._own:
             return [{} for _ in self._num_steps], [{} for _ in self._num_steps]
         counts = torch.tensor(self._num_steps, device=end.device, dtype=end.dtype).unsqueeze(1)
@@ -182,7 +182,7 @@ class _Batches:
         self._labels_on_device = self._labels.to(model.device)
 
     def of_step(self, step: int, num_active: int) -> Batch:
-        """What the first `num_active` clients see at a step."""
+        """Return what the first `num_active` clients see at a step."""
         streams = (rng.child("augmentation", step) for rng in self._rngs[:num_active])
         stem = self._features.take(self._indices[step, :num_active].flatten(), self._model.device, streams)
         labels, classes = self._labels_on_device[step, :num_active], None

@@ -79,7 +79,7 @@ def shown(unit: str, value: Any) -> str:
 
 
 def _comparison(summary: Summary) -> str:
-    """What the clients that were also trained alone reach on their own held-out examples, together and alone."""
+    """Return what the clients that were also trained alone reach on their own held-out examples, together and alone."""
     found = {
         "federated": summary.held_out_federated_accuracy,
         "personal": summary.held_out_personal_accuracy,

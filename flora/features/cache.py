@@ -185,7 +185,7 @@ class FeatureCache:
     def _unfinished(
         self, key: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, give_up: Callable[[OSError], None]
     ) -> Unfinished | None:
-        """What an earlier run has computed of an entry, or a new one; None without a folder, or after `give_up`."""
+        """Open what an earlier run has computed of an entry, or a new one; None without a folder or after `give_up`."""
         if self._folder is None:
             return None
         try:

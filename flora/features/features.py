@@ -274,7 +274,7 @@ class _Images:
         return all(isinstance(self.read(number), str) for number in numbers)
 
     def computed_parts(self, start: int) -> Iterator[Part]:
-        """What the images from `start` on come to, a batch at a time; the next one is decoded ahead."""
+        """Return what the images from `start` on come to, a batch at a time; the next one is decoded ahead."""
         size = _stem_batch_size(self.model)
         batches = [range(first, min(first + size, len(self))) for first in range(start, len(self), size)]
         pool = _pool()
@@ -363,7 +363,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _stem_batch_size(model: AdaptedClip) -> int:
-    """How many images go through the stem at once."""
+    """Return how many images go through the stem at once."""
     return max(1, min(STEM_BATCH_SIZE, STEM_BATCH_BYTES // model.vision.activation_bytes()))
 
 

@@ -83,7 +83,7 @@ class Unfinished:
         return int(np.prod(self._row_shape)) * self.dtype.itemsize
 
     def parts(self) -> Iterator[Part]:
-        """What is there already, up to the first part that is damaged.
+        """Return what is there already, up to the first part that is damaged.
 
         A part after which no other is asked for counts as not there. What is appended takes the place of the rest.
         """

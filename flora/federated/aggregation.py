@@ -63,7 +63,7 @@ def step(
 def _corrected(
     federation: Federation, delta: State, memory: State, updates: Sequence[ClientUpdate], weights: Sequence[float]
 ) -> tuple[State, State]:
-    """What the correction makes of the combined delta, and of what the server remembers."""
+    """Return what the correction makes of the combined delta, and of what the server remembers."""
     correction = federation.local.correction
     if not memory:
         return delta, memory
@@ -101,7 +101,7 @@ def _require_finite(state: State, made_by: str, advice: str = "") -> None:
 def _in_server_terms(
     federation: Federation, adapter: State, updates: Sequence[ClientUpdate], starts: Mapping[int, StateLike]
 ) -> tuple[StateLike, list[StateLike]]:
-    """What of the server's adapter the cohort can have, and the adapters that clients ended with.
+    """Return what of the server's adapter the cohort can have, and the adapters that clients ended with.
 
     A client of a lower rank has zeros where it has no ranks. What is beyond the ranks of the whole cohort stays as it
     is: where A and B were both zero, nothing would ever change again.

@@ -38,7 +38,7 @@ class Buffered(RoundSchedule):
     buffer: int = option("updates in a step of the server", 10, at_least=1)
 
     def plan(self, federation: Federation, state: ServerState) -> RoundPlan:
-        """Who is at work in the round after `state`.
+        """Plan the round after `state`: who is at work, and who arrives in it.
 
         What a client will send is computed when it is asked, since nothing that happens later changes it, and waits in
         the server's state until it arrives.

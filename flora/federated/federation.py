@@ -48,7 +48,7 @@ Awaited = tuple[float, int, bool]
 
 @dataclass(frozen=True, eq=False)
 class RoundPlan:
-    """What is to be done in a round: the tasks of those who deliver, who was asked, what was broadcast.
+    """The plan of a round: the tasks of those who deliver, who was asked, what was broadcast.
 
     `view` is the server's state as clients see it: its adapter is what they read of the broadcast. `personal_tasks` are
     the same clients' tasks for adapters that each trains for itself. `downlink_bytes` go to all who were
@@ -69,7 +69,7 @@ class RoundPlan:
 
 @dataclass(frozen=True, eq=False)
 class Received:
-    """What has come back in a round.
+    """The updates that came back in a round, and what clients carry on from it.
 
     `updates` are in the order of ids, so that sums don't depend on how clients were grouped. `clients` is what each
     client carries from now on, `before` what it carries if its update is left out. `staleness` is by how many rounds
@@ -91,11 +91,11 @@ class RoundSchedule(Component):
 
     @abstractmethod
     def plan(self, federation: Federation, state: ServerState) -> RoundPlan:
-        """Who trains what in the round after `state`."""
+        """Plan the round after `state`: who trains what."""
 
     @abstractmethod
     def receive(self, plan: RoundPlan, trained: Mapping[int, tuple[ClientUpdate, ClientState]]) -> Received:
-        """What has arrived by the end of a round in which clients `trained`: their updates, and what they carry on."""
+        """Return the updates that have arrived when clients have `trained`, and what all clients carry on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ class Federation:
         )
 
     def client_state(self, adapter: StateLike) -> ClientState:
-        """What one client may carry between its rounds: names and shapes."""
+        """Return what one client may carry between its rounds: names and shapes."""
         roles = self.roles
         sent = tree.select(adapter, roles.sent(adapter, round=1))
         update = ClientUpdate(client=0, num_examples=0, delta=sent, loss=0.0, num_steps=0)
@@ -151,7 +151,7 @@ class Federation:
         )
 
     def received(self, adapter: State, client: int) -> State:
-        """What of the server's adapter a client can use: the first of its ranks, if it has fewer of them."""
+        """Return what of the server's adapter a client can use: the first of its ranks, if it has fewer of them."""
         return adapter if self.ranks is None else rank_padded(adapter, int(self.ranks[client]))
 
     def client_adapter(self, state: ServerState, client: int) -> State:
@@ -161,7 +161,7 @@ class Federation:
         return {**adapter, **own} if own else adapter
 
     def broadcast(self, state: ServerState) -> tuple[Broadcast, ServerState]:
-        """What the server sends for the round after `state`, and the state as clients see it."""
+        """Return what the server sends for the round after `state`, and the state as clients see it."""
         sent = tree.select(state.adapter, self.roles.broadcast(state.adapter))
         extra = state.correction if self.local.correction.is_broadcast else {}
         rng = self.rng.child("round", state.round + 1, "broadcast")
@@ -169,7 +169,7 @@ class Federation:
         return broadcast, dataclasses.replace(state, adapter={**state.adapter, **broadcast.read})
 
     def load(self, state: ServerState, broadcast: Broadcast) -> ClientLoad:
-        """What a client that is asked after `state` computes, gets and sends."""
+        """Return what a client that is asked after `state` computes, gets and sends."""
         round, adapter = state.round + 1, state.adapter
         sent = tree.select(adapter, self.roles.sent(adapter, round))
         fresh = self.local.correction.memory(tree.vector_like(tree.select(adapter, self.roles.trained(adapter, round))))
@@ -182,7 +182,7 @@ class Federation:
         )
 
     def setup(self, round: int, trained: Iterable[str], local: LocalTraining | None = None) -> TrainingSetup:
-        """What the tasks of a round have in common; `local` says how clients train, in place of the federation's."""
+        """Return what a round's tasks have in common; `local` says how clients train, in place of the federation's."""
         local = local or self.local
         largest = int(self.participation.sizes.max())
         return TrainingSetup(

@@ -26,24 +26,24 @@ class TensorRoles:
         return self.adapter.stays(name) or self.strategy.stays(name)
 
     def trained(self, names: Iterable[str], round: int) -> tuple[str, ...]:
-        """What clients train in a round, counted from 1: never a residual, which is the server's."""
+        """Return what clients train in a round, counted from 1: never a residual, which is the server's."""
         stays, trains = self.adapter.stays, self.strategy.trains
         return tuple(name for name in names if not is_residual(name) and (stays(name) or trains(name, round)))
 
     def sent(self, names: Iterable[str], round: int) -> tuple[str, ...]:
-        """What clients train in a round and send."""
+        """Return what clients train in a round and send."""
         return tuple(name for name in self.trained(names, round) if not self.stays(name))
 
     def broadcast(self, names: Iterable[str]) -> tuple[str, ...]:
-        """What the server sends."""
+        """Return what the server sends."""
         return tuple(name for name in names if self.strategy.broadcasts(name) and not self.stays(name))
 
     def ever_trained(self, names: Iterable[str]) -> tuple[str, ...]:
-        """What is trained in some round: a strategy that alternates does so every second one."""
+        """Return what is trained in some round: a strategy that alternates does so every second one."""
         names = tuple(names)
         found = {*self.trained(names, 1), *self.trained(names, 2)}
         return tuple(name for name in names if name in found)
 
     def own(self, names: Iterable[str]) -> tuple[str, ...]:
-        """What each client has a copy of its own of."""
+        """Return the tensors of which each client has a copy of its own."""
         return tuple(name for name in self.ever_trained(names) if self.keeps_all or self.stays(name))

@@ -46,7 +46,7 @@ class RoundResult:
 
 
 def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, RoundResult]:
-    """The round after `state`. Nothing but `state` and the federation's seed decides what comes out.
+    """Run the round after `state`; nothing but `state` and the federation's seed decides what comes out.
 
     Updates that are not fit to be averaged are left out; without any fit one, adapter and strategy stay as they are,
     but for the network's clock. Raises `UserError` for the first of them where `screening` says so.
@@ -76,7 +76,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
 def _screened(
     federation: Federation, plan: RoundPlan, received: Received
 ) -> tuple[Received, list[ClientUpdate], list[Rejection]]:
-    """What was received, the updates of it that may be averaged, and what was found wrong with the others.
+    """Return what was received, the updates of it that may be averaged, and what was found wrong with the others.
 
     A client whose update is left out carries on what it had before.
     """
@@ -106,7 +106,7 @@ def _result(
     accepted: Sequence[ClientUpdate],
     rejections: Sequence[Rejection],
 ) -> RoundResult:
-    """What the round did, but for its `aggregation_error` and its `train_seconds`."""
+    """Return what the round did, but for its `aggregation_error` and its `train_seconds`."""
     outcome, updates, staleness = plan.outcome, received.updates, received.staleness
     if not updates:
         federation.engine.log(

@@ -202,7 +202,7 @@ def _draw_panel(axes: Axes, lines: dict[str, Average], names: Sequence[str], *, 
 
 
 def line_style(order: int) -> dict[str, Any]:
-    """How the line of this number looks; up to 70 lines differ in marker or dashes, whatever becomes of the colours."""
+    """Return the style of the line of this number; up to 70 lines differ in marker or dashes, without their colours."""
     turn = order // len(MARKERS)
     colour = COLOURS[(order + 3 * turn) % len(COLOURS)]
     return {
@@ -262,7 +262,7 @@ def _legend_columns(labels: Sequence[str], width: float) -> int:
 
 
 def _legend_lines(labels: Sequence[str], num_columns: int) -> int:
-    """How many lines of text the tallest column has."""
+    """Return how many lines of text the tallest column has."""
     return max(map(sum, _columns([label.count("\n") + 1 for label in labels], num_columns)))
 
 

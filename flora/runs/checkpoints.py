@@ -126,7 +126,7 @@ class CheckpointFolder:
         )
 
     def client(self, round: int, client: int) -> ClientState:
-        """What one client carries, as the checkpoint of `round` has it; empty if it is nothing. Raises as `load`."""
+        """Read what one client carries from the checkpoint of `round`; empty if it is nothing. Raises as `load`."""
         flat = self._part(round, "clients", self.manifest(round))
         return client_state(_by_client(flat, self._folder(round) / "clients.safetensors").get(client, {}))
 
@@ -229,7 +229,7 @@ class CheckpointFolder:
 
 
 def _kinds_of(own: StateLike, like: StateLike) -> StateLike:
-    """What of `like` a client's state must have: all of a kind, `own.x` and `own.y`, or nothing of it."""
+    """Return what of `like` a client's state must have: all of a kind, `own.x` and `own.y`, or nothing of it."""
     kinds = {name.partition(".")[0] for name in own}
     return {name: tensor for name, tensor in like.items() if name.partition(".")[0] in kinds}
 

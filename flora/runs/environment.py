@@ -13,7 +13,7 @@ import torch
 
 
 def environment(device: torch.device, seed: int, clients_per_block: int) -> dict[str, Any]:
-    """What a run depends on besides its configuration: versions, device, threads, seed, git revision."""
+    """Return what a run depends on besides its configuration: versions, device, threads, seed, git revision."""
     packages = ("flora-clip", "torch", "torchvision", "open_clip_torch", "numpy")
     return {
         "python": platform.python_version(),

@@ -323,7 +323,7 @@ def _stop_if_diverged(records: Sequence[RoundRecord]) -> None:
 def _local_only(
     experiment: Experiment, state: ServerState, log: Callable[[str], object], *, shows_bar: bool
 ) -> LocalOnlyResults:
-    """What those clients reach that also train without the others, if there are to be any."""
+    """Return what those clients reach that also train without the others, if there are to be any."""
     if not experiment.config.evaluation.num_local_only:
         return LocalOnlyResults.of_nobody(len(experiment.federation.clients))
     started = time.perf_counter()
@@ -334,7 +334,7 @@ def _local_only(
 
 
 def _program() -> str:
-    """What to type to run this program again: a user's own file that calls `main`, or this module."""
+    """Return what to type to run this program again: a user's own file that calls `main`, or this module."""
     own = (
         sys.argv[0] if sys.argv[0].endswith(".py") and getattr(sys.modules["__main__"], "__spec__", 1) is None else None
     )

@@ -86,7 +86,7 @@ def measure(
 
 
 def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any]:
-    """What a round's record says of the server's adapter on the common test images."""
+    """Return what a round's record says of the server's adapter on the common test images."""
     stack = _server_stack(state)
     model, size = experiment.federation.engine.model, experiment.config.evaluation.batch_size
     evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
@@ -143,7 +143,7 @@ def _of_blocks(
     adapters: StateLike,
     evaluate_some: Callable[[Sequence[int], StateLike], Sequence[float] | np.ndarray],
 ) -> np.ndarray:
-    """What `evaluate_some` makes of each client's own of `adapters` `(K, ...)`, `(K,)`, as many at once as fit."""
+    """Evaluate each client's own of `adapters` `(K, ...)`, as many at once as fit; return the numbers `(K,)`."""
     number = len(clients)
 
     def block(places: Sequence[int]) -> Sequence[float] | np.ndarray:
@@ -172,7 +172,7 @@ def _on_test_images(experiment: Experiment, adapters: StateLike) -> list[float]:
 def measure_local_only(
     experiment: Experiment, state: ServerState, *, advance: Callable[[int], object]
 ) -> LocalOnlyResults:
-    """What `evaluation.num_local_only` clients reach without the others, and their own adapters of the federated run.
+    """Evaluate `evaluation.num_local_only` clients without the others, and with adapters of their own.
 
     These are as of `state`. `advance` is told of each round done.
     """
@@ -196,7 +196,7 @@ def measure_local_only(
 
 
 def local_only_figures(results: LocalOnlyResults) -> dict[str, Any]:
-    """What the summary says of the clients that are trained without the others, on the common test images."""
+    """Return what the summary says of the clients that are trained without the others, on the common test images."""
     accuracies = results.test[~np.isnan(results.test)].tolist()
     return {
         "num_local_only": len(accuracies),

@@ -163,17 +163,17 @@ def _start_without_all_records(files: RunFiles, found: Checkpoint, accept_lost_r
 
 
 def finished_rounds(path: Path) -> int | None:
-    """How many rounds the finished run in `path` has; None if it is not finished."""
+    """Return how many rounds the finished run in `path` has; None if it is not finished."""
     return _whole_number(read_json(path / "summary.json"), "rounds")
 
 
 def recorded_clients_per_block(path: Path) -> int | None:
-    """How many clients shared a step when the run in `path` began; None if that is not known."""
+    """Return how many clients shared a step when the run in `path` began; None if that is not known."""
     return _whole_number(read_json(path / "environment.json"), "clients_per_block")
 
 
 def recorded_threads(path: Path) -> int | None:
-    """How many threads an operation had when the run in `path` began; None if that is not known."""
+    """Return how many threads an operation had when the run in `path` began; None if that is not known."""
     return _whole_number(read_json(path / "environment.json"), "num_threads") or None
 
 
@@ -201,7 +201,7 @@ def _stored_config(path: Path) -> dict[str, Any]:
 
 
 def _current_config(path: Path, stored: Mapping[str, Any], warn: Callable[[str], object]) -> dict[str, Any]:
-    """What `config.yaml` says now; the checkpoint's configuration where it can't be read."""
+    """Return what `config.yaml` says now; the checkpoint's configuration where it can't be read."""
     try:
         return read_yaml(path / "config.yaml")
     except ConfigError as error:

@@ -102,7 +102,7 @@ class RunDirectory:
         return self._records_bytes, self._records_sha256.hexdigest()
 
     def what_differs(self, now: Mapping[str, Any]) -> list[str]:
-        """How the environment that the run began in differs from `now` in what can change the last bits."""
+        """Return how the environment that the run began in differs from `now` in what can change the last bits."""
         before = read_json(self.path / "environment.json")
         before = before if isinstance(before, dict) else {}
         keys = [key for key in ("device", "num_threads", "packages") if before.get(key, now[key]) != now[key]]

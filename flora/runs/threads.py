@@ -58,7 +58,7 @@ def seconds_of(step: Callable[[], object]) -> float:
 
 
 def num_others_running() -> float:
-    """How many threads of other processes run at this moment, or want to; 0 where the system doesn't say."""
+    """Return how many threads of other processes run at this moment, or want to; 0 where the system doesn't say."""
     counts = []
     for _ in range(NUM_LOOKS):
         try:
@@ -70,7 +70,7 @@ def num_others_running() -> float:
 
 
 def _training_step(experiment: Experiment) -> Callable[[], object] | None:
-    """What trains some clients for a step and forgets it; None on a CUDA device, and where each step reads images."""
+    """Build what trains some clients for a step and forgets it; None on CUDA, and where each step reads images."""
     federation, config = experiment.federation, experiment.config
     engine = federation.engine
     if engine.model.device.type != "cpu" or not isinstance(engine.features, StoredFeatures) or not config.rounds:

@@ -19,7 +19,7 @@ class ServerOptimizer(Component):
     learning_rate: float = option("step size", 1.0, above=0)
 
     def init(self, adapter: State) -> State:
-        """What is remembered between rounds, at the start: tensors by name."""
+        """Return what is remembered between rounds, at the start: tensors by name."""
         return {}
 
     @abstractmethod

@@ -90,7 +90,7 @@ def refusal(round: int, rejection: Rejection, learning_rate: float) -> DivergedE
 
 
 def _fault(update: ClientUpdate, adapter: StateLike) -> str | None:
-    """What makes an update unusable; None if nothing does."""
+    """Return what makes an update unusable; None if nothing does."""
     expected = {name: (tensor.shape, tensor.dtype) for name, tensor in adapter.items()}
     if {name: (tensor.shape, tensor.dtype) for name, tensor in update.delta.items()} != expected:
         return "wrong names, shapes or types"

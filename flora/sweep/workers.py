@@ -75,7 +75,7 @@ def _start_server() -> None:
 
 
 def _outcome(connection: Connection, process: BaseProcess) -> str | None:
-    """What a process that has ended, or is about to, came to."""
+    """Return what a process that has ended, or is about to, came to."""
     try:
         problem: str | None = connection.recv()
     except (EOFError, OSError):

@@ -70,19 +70,19 @@ class AttachedAdapter(ABC):
         """A new OpenCLIP state dict that computes what `state_dict` with `adapter` beside it does."""
 
     def adapt_patches(self, x: Tensor) -> Tensor:
-        """What becomes of the vision stem's output `(K * B, ...)` before the trained part sees it."""
+        """Change the vision stem's output `(K * B, ...)` before the trained part sees it."""
         return x
 
     def adapt_tokens(self, x: Tensor, positions: Tensor) -> Tensor:
-        """What becomes of the text stem's output `(K * G, M, width)`; `positions` `(K * G, M)` are those in prompts."""
+        """Change the text stem's output `(K * G, M, width)`; `positions` `(K * G, M)` are those in prompts."""
         return x
 
     def adapt_images(self, features: Tensor) -> Tensor:
-        """What becomes of image features `(K, B, embed_dim)`, before they are normalised."""
+        """Change image features `(K, B, embed_dim)`, before they are normalised."""
         return features
 
     def adapt_classes(self, features: Tensor) -> Tensor:
-        """What becomes of the classes' unit features `(K, C, embed_dim)`."""
+        """Change the classes' unit features `(K, C, embed_dim)`."""
         return features
 
 

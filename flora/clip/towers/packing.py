@@ -71,7 +71,7 @@ class _Tree:
         return len(self.tokens)
 
     def num_new(self, sequence: Sequence[int]) -> int:
-        """How many nodes `sequence` would add."""
+        """Return how many nodes `sequence` would add."""
         node = -1
         for depth, token in enumerate(sequence):
             if (node, token) not in self._children:

@@ -358,7 +358,7 @@ class AdaptedClip:
         return F.normalize(ensembles.mean(dim=2), dim=-1)
 
     def select_classes(self, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What to encode if only the classes among `labels` `(K, B)` (on the CPU) matter.
+        """Return what to encode if only the classes among `labels` `(K, B)` (on the CPU) matter.
 
         Returns the classes `(K, C)`, rows with fewer filled up with one of their own, and the labels `(K, B)` as places
         among them; None if it is to be all classes, because that costs no more or is wanted.

@@ -31,7 +31,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call image `index` in a message: its path, or its place in an archive."""
+        """Return what to call image `index` in a message: its path, or its place in an archive."""
 
     def open(self, index: int) -> Image.Image:
         """Decode image `index`, in whatever mode and size it has. Raises OSError if it can't be read."""
@@ -158,7 +158,7 @@ class Split:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """What to call example `index` in a message."""
+        """Return what to call example `index` in a message."""
         return self.source.name(int(self.source_indices[index]))
 
     def open(self, index: int) -> Image.Image:

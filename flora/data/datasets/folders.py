@@ -295,7 +295,7 @@ def _class_names(rows: Iterable[_Row]) -> tuple[str, ...]:
 
 
 def _delimiter(header: str) -> str:
-    """What separates the columns `path` and `label` in a header; a comma if nothing does."""
+    """Return what separates the columns `path` and `label` in a header; a comma if nothing does."""
     for delimiter in ",;\t|":
         names = [name.strip().casefold() for name in next(csv.reader([header], delimiter=delimiter), [])]
         if "path" in names and "label" in names:

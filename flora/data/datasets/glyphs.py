@@ -69,7 +69,7 @@ class Glyphs(Dataset):
 
 
 def class_name(character: str) -> str:
-    """What a character is called in a prompt: "digit three", "letter K", "small letter k"."""
+    """Return what a character is called in a prompt: "digit three", "letter K", "small letter k"."""
     if character.isdigit():
         return f"digit {DIGIT_NAMES[int(character)]}"
     return f"letter {character}" if character.isupper() else f"small letter {character}"

@@ -61,7 +61,7 @@ class Walk:
         return [sorted(paths, key=Path.as_posix) for paths in found]
 
     def remarks(self) -> list[str]:
-        """What was left out, a line each."""
+        """Return what was left out, a line each."""
         lines = []
         if self.repeated:
             lines.append(f"{len(self.repeated):,} links to folders that are read elsewhere{_first(self.repeated)}")

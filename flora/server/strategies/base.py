@@ -54,7 +54,7 @@ class Strategy(Component):
         return True
 
     def initial(self, adapter: State) -> State:
-        """What the server starts from: the adapter, with all that the strategy adds to it."""
+        """Return what the server starts from: the adapter, with all that the strategy adds to it."""
         return adapter
 
     def finalize(self, averaged: State, clients: Sequence[StateLike], weights: Sequence[float]) -> State:
@@ -62,11 +62,11 @@ class Strategy(Component):
         return averaged
 
     def weights(self, updates: Sequence[ClientUpdate]) -> list[float]:
-        """How much each update counts."""
+        """Return how much each update counts."""
         return [self.weight(update.num_examples) for update in updates]
 
     def weight(self, num_examples: int) -> float:
-        """How much a client of so many examples counts."""
+        """Return how much a client of so many examples counts."""
         return float(num_examples) if self.weighting == "examples" else 1.0
 
 
