@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{USAGE}\n\nflora PROGRAM --help says more")
         return 0
     if name not in PROGRAMS:
-        print(f"flora: expected one of {', '.join(PROGRAMS)}, got {name!r}; see --help", file=sys.stderr)
+        found = repr(name) if name else "nothing"
+        print(f"flora: expected one of {', '.join(PROGRAMS)}, got {found}; see --help", file=sys.stderr)
         return 2
     status = run_program(lambda: understand(name, arguments))
     if status == 0:

@@ -52,7 +52,8 @@ def check_simulate(options: argparse.Namespace) -> None:
     if options.resume and len(paths) != 1:
         raise UserError(f"expected one run directory, got {len(paths)}; see --help")
     if not paths or (len(paths) > 1 and not options.check):
-        raise UserError(f"expected {'a config file' if not paths else 'one config file'}, got {len(paths)}; see --help")
+        found = f"one config file, got {len(paths)}" if paths else "a config file, such as quickstart"
+        raise UserError(f"expected {found}; see --help")
 
 
 def export_parser() -> Parser:

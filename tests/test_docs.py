@@ -189,7 +189,7 @@ EXTENSIONS = [
 
 @pytest.mark.parametrize("command", sorted(set(EXTENSIONS)))
 def test_the_examples_of_extensions_run(command: str, folder: Path, tiny_model: str) -> None:
-    small = ["rounds=1", f"backbone.model={tiny_model}", "backbone.weights=random", "evaluation.num_local_only=0"]
+    small = ["rounds=1", f"backbone.model={tiny_model}", "backbone.weights=random"]
     _, arguments = arguments_of(command)
     assert simulate.main([*arguments, *small]) == 0
     assert (folder / "runs" / "quickstart" / "summary.json").is_file()

@@ -43,8 +43,10 @@ class Metric:
     default: Any = None
 
     def __post_init__(self) -> None:
-        if self.unit not in UNITS or self.of not in OF:
-            raise ValueError(f"{self.name}: expected a unit of {UNITS} and one of {OF}, got {self.unit}, {self.of}")
+        if self.unit not in UNITS:
+            raise ValueError(f"metric {self.name!r}: expected a unit of {', '.join(UNITS)}, got {self.unit!r}")
+        if self.of not in OF:
+            raise ValueError(f"metric {self.name!r}: expected it to be of {', '.join(OF)}, got {self.of!r}")
 
 
 def values_of(records: Sequence[RoundRecord], name: str) -> list[Any]:

@@ -135,12 +135,28 @@ def register(name: str) -> Callable[[T], T]:
 
     def decorate(component: T) -> T:
         known = _REGISTRY.setdefault(kind_of(component), {})
+        misspelt = _misspelt(component)
+        if misspelt is not None:
+            raise ValueError(f"{component.__name__}: nothing reads {misspelt[0]!r}; did you mean {misspelt[1]!r}?")
         if name in known and known[name].__qualname__ != component.__qualname__:
             raise ValueError(f"{kind_of(component).__name__} {name!r} is registered already")
         known[name] = component
         return component
 
     return decorate
+
+
+def _misspelt(component: type[Component]) -> tuple[str, str] | None:
+    """A public name of a class that is nearly one of its bases', and that name: such a slip would change nothing."""
+    bases = {name for base in component.__mro__[1:] for name in vars(base) if not name.startswith("_")}
+    options = {field.name for field in dataclasses.fields(component)}
+    for name in vars(component):
+        if name.startswith("_") or name in bases or name in options:
+            continue
+        nearest = difflib.get_close_matches(name, bases, n=1, cutoff=0.85)
+        if nearest:
+            return name, nearest[0]
+    return None
 
 
 def kinds() -> list[type[Component]]:

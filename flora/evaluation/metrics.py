@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from flora.core.errors import UserError
 from flora.core.metrics import Figure, Metric, first, last, mean, total, values_of
 from flora.core.records import Evaluation, RoundRecord
 from flora.core.states import ServerState
@@ -41,7 +43,8 @@ def declare(metric: Metric) -> None:
     """Make a metric known: from now on each record has it. Raises ValueError if its name or a figure's is taken."""
     names = [metric.name, *(figure.name for figure in metric.figures)]
     if metric.name in METRICS or any(figure.name in FIGURES for figure in metric.figures):
-        raise ValueError(f"one of {', '.join(names)} is declared already: choose another name")
+        taken = next(name for name in names if name in METRICS or name in FIGURES)
+        raise ValueError(f"the metric {taken!r} is declared already: choose another name")
     METRICS[metric.name] = metric
     FIGURES.update({figure.name: figure for figure in metric.figures})
 
@@ -63,8 +66,8 @@ def round_metric(name: str, about: str, *, unit: str = "fraction") -> Callable[[
 
 
 def computed(view: ServerView) -> dict[str, Any]:
-    """The metrics that are computed from a view, by name, as plain numbers."""
-    return {name: _plain(compute(view)) for name, compute in COMPUTED.items()}
+    """The metrics that are computed from a view, by name, as plain numbers. Raises `UserError` for what is none."""
+    return {name: _plain(name, compute(view)) for name, compute in COMPUTED.items()}
 
 
 def complete(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,9 +86,15 @@ def summed_up(records: Sequence[RoundRecord], measured: Mapping[str, Any]) -> di
     }
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, which JSON knows."""
-    return value.item() if isinstance(value, np.generic) else value
+def _plain(name: str, value: Any) -> Any:
+    """A metric's value as JSON knows it: a number, numbers by name, or None."""
+    value = value.item() if isinstance(value, np.generic) else value
+    fault = type(value).__name__
+    if isinstance(value, float) and not math.isfinite(value) and name != "loss":  # whose error says more
+        fault = str(value)
+    elif value is None or isinstance(value, int | float | dict):
+        return value
+    raise UserError(f"the metric {name!r} is {fault}, expected a number; None where a round has no value")
 
 
 def _best(records: Sequence[RoundRecord]) -> tuple[float, int]:
@@ -248,7 +257,7 @@ declare(
         "fraction",
         "server",
         (
-            Figure("zero_shot_new_accuracy", "the frozen model's, on the same", "fraction", first("new_accuracy")),
+            Figure("zero_shot_new_accuracy", "the frozen model's on them", "fraction", first("new_accuracy")),
             Figure(
                 "new_accuracy",
                 "accuracy on the classes that were set aside, after the last round",

@@ -17,6 +17,8 @@ from flora.communication.network import ClientLoad, CohortOutcome
 from flora.communication.options import CommunicationOptions
 from flora.communication.participation import Participation
 from flora.core import tree
+from flora.core.contracts import called
+from flora.core.errors import UserError
 from flora.core.low_rank import rank_padded
 from flora.core.registry import Component
 from flora.core.rng import Rng
@@ -131,6 +133,12 @@ class Federation:
     def initial_state(self, adapter: State) -> ServerState:
         """The server before the first round, from the adapter that clients start with."""
         trained = tree.select(adapter, self.roles.trained(adapter, round=1))
+        strategy = self.server.strategy
+        if not strategy.alternates and tuple(trained) != self.roles.trained(adapter, round=2):
+            raise UserError(
+                f"server.strategy: {called(strategy)} trains other tensors in round 2 than in round 1: its class has "
+                "to say `alternates = True`"
+            )
         return ServerState(
             0,
             self.server.strategy.initial(adapter),
@@ -183,13 +191,17 @@ class Federation:
 
     def setup(self, round: int, trained: Iterable[str], local: LocalTraining | None = None) -> TrainingSetup:
         """Return what a round's tasks have in common; `local` says how clients train, in place of the federation's."""
-        local = local or self.local
+        local, trained = local or self.local, tuple(trained)
+        if not trained:
+            raise UserError(
+                f"server.strategy: {called(self.server.strategy)} trains no tensor of this adapter in round {round}"
+            )
         largest = int(self.participation.sizes.max())
         return TrainingSetup(
             round=round,
             local=local,
             learning_rate=local.rate(round, self.num_rounds),
-            trained=tuple(trained),
+            trained=trained,
             width=min(local.batch_size, largest),
         )
 

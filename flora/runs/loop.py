@@ -27,6 +27,7 @@ from flora.core.records import RoundRecord, Summary
 from flora.core.states import ServerState
 from flora.core.tree import State
 from flora.evaluation import summary as report
+from flora.evaluation.metrics import METRICS
 from flora.experiment import Experiment, build_experiment
 from flora.federated.round import RoundResult, run_round
 from flora.runs.checkpoints import CheckpointFolder
@@ -135,6 +136,8 @@ def resume(
         def start(experiment: Experiment, log: Callable[[str], object]) -> Start:
             for line in directory.what_differs(environment(experiment.federation.engine.model.device, config.seed, 0)):
                 log(f"warning: this run began elsewhere: {line}; the last bits may differ")
+            for name in sorted(_recorded_metrics(directory) - METRICS.keys()):
+                log(f"warning: nothing computes the metric {name!r} any more: --import the file that declares it")
             initial = experiment.initial_state()
             files = RunFiles(directory, checkpoints, log, config.checkpoints.keep)
             found = find_start(
@@ -162,6 +165,11 @@ class _Listeners:
     hooks: Hooks
     sinks: tuple[Sink, ...]
     progress: bool
+
+
+def _recorded_metrics(directory: RunDirectory) -> set[str]:
+    """The names of the metrics that the run's records have so far."""
+    return {name for record in directory.readable_records(0).values() for name in record.metrics}
 
 
 def _with_first_and_last_record(experiment: Experiment, start: Start, directory: RunDirectory) -> Start:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from flora.core import command_line
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.core.interrupts import Interrupted, Interrupts
@@ -47,7 +48,9 @@ def work_through(
             while waiting and len(running) < jobs:
                 index, task = waiting.pop(0)
                 ours, theirs = context.Pipe()
-                started = context.Process(target=_work, args=(theirs, work, task, threads))
+                started = context.Process(
+                    target=_work, args=(theirs, work, task, threads, tuple(command_line.imported))
+                )
                 started.start()
                 theirs.close()
                 running[ours] = index, started
@@ -87,8 +90,11 @@ def _outcome(connection: Connection, process: BaseProcess) -> str | None:
     return problem
 
 
-def _work(connection: Connection, work: Work, task: Any, threads: int | None) -> None:
-    """The process of one task. Its log is where the run is; the terminal belongs to the parent."""
+def _work(connection: Connection, work: Work, task: Any, threads: int | None, imports: Sequence[str]) -> None:
+    """Do one task in its process, with the files of `--import`.
+
+    Its log is where the run is; the terminal belongs to the parent.
+    """
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
     with Interrupts() as interrupts:
         # Ctrl-C reaches every process of a terminal; the parent says when to stop.
@@ -97,6 +103,8 @@ def _work(connection: Connection, work: Work, task: Any, threads: int | None) ->
         threading.Thread(target=_stop_with_the_parent, args=(connection, done), daemon=True).start()
         problem = None
         try:
+            for path in imports:
+                command_line.import_components(path)
             if threads is not None:
                 torch.set_num_threads(threads)
             work(task, Hooks(before_block=lambda round, clients: interrupts.check()))

@@ -16,6 +16,7 @@ from PIL import Image
 
 from flora.core.contracts import refuse
 from flora.core.counts import part_of
+from flora.core.errors import UserError
 from flora.core.files import open_regular
 from flora.core.progress import Progress
 from flora.core.registry import Component, OptionError, option
@@ -118,6 +119,12 @@ class ImageArrays:
     pixels: np.ndarray
     title: str
 
+    def __post_init__(self) -> None:
+        found = getattr(self.pixels, "dtype", type(self.pixels).__name__), getattr(self.pixels, "shape", ())
+        if found[0] != np.uint8 or len(found[1]) not in (3, 4):
+            shape = "an array of uint8, (N, H, W) grey or (N, H, W, 3) RGB"
+            raise UserError(f"data: the pixels of {self.title}: expected {shape}, got {found[0]} {found[1]}")
+
     def __len__(self) -> int:
         return len(self.pixels)
 
@@ -153,6 +160,10 @@ class Split:
     source_indices: np.ndarray
     labels: np.ndarray
     groups: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.groups is not None and len(self.groups) != len(self.labels):
+            raise UserError(f"data: {len(self.groups)} groups for {len(self.labels)} images")
 
     def __len__(self) -> int:
         return len(self.labels)
