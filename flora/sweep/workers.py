@@ -48,7 +48,8 @@ def work_through(
             while waiting and len(running) < jobs:
                 index, task = waiting.pop(0)
                 ours, theirs = context.Pipe()
-                started = context.Process(
+                given = theirs, work, task, threads, tuple(command_line.imported)
+                started = context.Process(target=_work, args=given)
                     target=_work, args=(theirs, work, task, threads, tuple(command_line.imported))
                 )
                 started.start()
