@@ -273,9 +273,9 @@ def test_list(capsys: Capture) -> None:
 
 
 def test_arguments_that_make_no_sense(config_file: str, refused: Callable[..., str]) -> None:
-    assert refused() == "expected a config file, got 0; see --help"
-    assert refused("--check") == "expected a config file, got 0; see --help"
-    assert refused("rounds=3") == "expected a config file, got 0; see --help"
+    assert refused() == "expected a config file, such as quickstart; see --help"
+    assert refused("--check") == "expected a config file, such as quickstart; see --help"
+    assert refused("rounds=3") == "expected a config file, such as quickstart; see --help"
     assert refused(config_file, config_file) == "expected one config file, got 2; see --help"
     assert refused(config_file, "rounds") == "expected one config file, got 2; see --help"
     assert refused(config_file, "--rounds=3") == "unrecognized arguments: --rounds=3; see --help"

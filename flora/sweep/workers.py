@@ -50,8 +50,6 @@ def work_through(
                 ours, theirs = context.Pipe()
                 given = theirs, work, task, threads, tuple(command_line.imported)
                 started = context.Process(target=_work, args=given)
-                    target=_work, args=(theirs, work, task, threads, tuple(command_line.imported))
-                )
                 started.start()
                 theirs.close()
                 running[ours] = index, started
