@@ -21,8 +21,6 @@ from flora.core.files import read_bytes
 from flora.core.registry import Component, OptionError, Options, option, register, suggest
 from flora.core.rng import Rng
 
-DAY_SECONDS = 86_400
-
 
 @dataclass(frozen=True, eq=False)
 class Profiles:
