@@ -44,7 +44,10 @@ def test_a_sink_is_told_of_everything_in_order(raw_config: dict[str, Any]) -> No
     assert told.lines == ["start with 4 clients", "round 3", "finish after 3", "close"]
 
 
-def test_a_sink_that_fails_ends_the_run_and_loses_nothing(raw_config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("every", [1, None])
+def test_a_sink_that_fails_ends_the_run_and_loses_nothing(raw_config: dict[str, Any], every: int | None) -> None:
+    raw_config["checkpoints"] = {"every": every}
+
     class Full(Told):
         def record(self, record: RoundRecord) -> None:
             super().record(record)
@@ -59,6 +62,7 @@ def test_a_sink_that_fails_ends_the_run_and_loses_nothing(raw_config: dict[str, 
     whole = simulate(config)
     rest = resume(whole.directory.parent / "test")
     assert rest.summary.last_accuracy == whole.summary.last_accuracy
+    assert [record.round for record in rest.records] == [0, 1, 2, 3]
 
 
 def test_hooks_of_two_are_both_called_and_updates_go_through_both(raw_config: dict[str, Any]) -> None:
@@ -96,11 +100,11 @@ def test_a_caller_from_python_gets_bars_only_if_it_asks(
     raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flora.core import progress
-    from flora.runs import sinks
+    from flora.runs import loop
 
     shown: list[str] = []
     monkeypatch.setattr(progress, "on_terminal", lambda: True)
-    monkeypatch.setattr(sinks, "on_terminal", lambda: True)
+    monkeypatch.setattr(loop, "on_terminal", lambda: True)
     real = progress.tqdm
 
     def tqdm(*arguments: Any, **options: Any) -> Any:
@@ -109,7 +113,8 @@ def test_a_caller_from_python_gets_bars_only_if_it_asks(
         return real(*arguments, **{**options, "disable": True})
 
     monkeypatch.setattr(progress, "tqdm", tqdm)
-    simulate(parse_config(raw_config), numbered=True)
-    assert shown == []
+    lines: list[str] = []
+    simulate(parse_config(raw_config), numbered=True, echo=lines.append)
+    assert shown == [] and any(line.startswith("round 2 of 2: ") for line in lines)
     simulate(parse_config({**raw_config, "cache": {"folder": None}}), numbered=True, progress=True)
     assert {"rounds", "  client steps"} <= set(shown)

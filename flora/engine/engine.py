@@ -92,6 +92,7 @@ class Engine:
     def _smaller(self, block: Block) -> list[Block]:
         """A block that did not fit, in parts; from now on blocks are no larger than half of it."""
         number, batch_size = len(block.tasks), block.setup.local.batch_size
+        release_cached_memory(self.model.device)
         need = client_bytes(self.model, batch_size=batch_size)
         free = available_memory_bytes(self.model.device)
         about = f"which needs about {need / 1e9:.1f} GB where {free / 1e9:.1f} GB are free"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -66,16 +66,17 @@ def own_adapters(
     """
     _, view = federation.broadcast(state)
     local = federation.personal.at_end(federation.local)
-    size = federation.engine.clients_per_block
-    for start in range(0, len(clients), size):
-        group = clients[start : start + size].tolist()
+    residual = {name: tensor.unsqueeze(0) for name, tensor in view.adapter.items() if is_residual(name)}
+
+    def together(group: Sequence[int]) -> tuple[list[int], StateLike]:
         own = {client: federation.client_adapter(view, client) for client in group}
         if local is not None:
             own = _trained_on(federation, view, own, local)
-        residual = {name: tensor.unsqueeze(0) for name, tensor in view.adapter.items() if is_residual(name)}
         names = [name for name in view.adapter if name not in residual]
         stack = tree.stack([tree.select(own[client], names) for client in group])
-        yield group, federation.engine.model.adapter.models({**stack, **residual})[-1]
+        return list(group), federation.engine.model.adapter.models({**stack, **residual})[-1]
+
+    yield from federation.engine.in_blocks(clients.tolist(), together)
 
 
 def _trained_on(

@@ -163,7 +163,7 @@ def _figure(name: str, about: str, unit: str = "count", of: Any = None, column: 
     FIGURES[name] = Figure(name, about, unit, of, column)
 
 
-_figure("name", "the run's name", "by name")
+_figure("name", "the run's name", "text")
 _figure("rounds", "rounds done", of=lambda records: records[-1].round)
 _figure("num_clients", "clients there are")
 declare(

@@ -99,7 +99,7 @@ class _Work:
         self._at_work = self._participation.cohort_size(self._round)
         self._num_draws = 0
         self.queue: list[Awaited] = [
-            (each.in_flight.arrival_seconds, client, each.in_flight.update is None)
+            Awaited(each.in_flight.arrival_seconds, client, each.in_flight.update is None)
             for client, each in state.clients.items()
             if each.in_flight is not None
         ]
@@ -154,4 +154,4 @@ class _Work:
         for client, seconds, gone in zip(chosen.tolist(), takes.tolist(), is_gone.tolist(), strict=True):
             self.asked.append(client)
             self.training |= set() if gone else {client}
-            heapq.heappush(self.queue, (now + seconds, client, gone))
+            heapq.heappush(self.queue, Awaited(now + seconds, client, gone))

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,8 +45,12 @@ class ServerParts:
     screening: Screening = field(default_factory=Screening)
 
 
-Awaited = tuple[float, int, bool]
-"""When a client arrives on the network's clock, in seconds; its id; whether it has dropped out by then."""
+class Awaited(NamedTuple):
+    """When a client arrives on the network's clock; its id; whether it has dropped out by then. Sorted by time."""
+
+    arrival_seconds: float
+    client: int
+    is_gone: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from flora.core.devices import choose_device
 from flora.core.errors import DivergedError, UserError
 from flora.core.hooks import Hooks
 from flora.core.memory import peak_memory_bytes
-from flora.core.progress import StepBar, bar, image_progress
+from flora.core.progress import StepBar, bar, image_progress, on_terminal
 from flora.core.records import RoundRecord, Summary
 from flora.core.states import ServerState
 from flora.core.tree import State
@@ -168,7 +168,7 @@ class _Listeners:
 
 
 def _recorded_metrics(directory: RunDirectory) -> set[str]:
-    """The names of the metrics that the run's records have so far."""
+    """The names of the metrics that the run's record of round 0 has."""
     return {name for record in directory.readable_records(0).values() for name in record.metrics}
 
 
@@ -200,9 +200,7 @@ def _run_in(
 
     threads, steps = torch.get_num_threads(), StepBar()
     hooks = Hooks(after_step=steps.show).then(listeners.hooks) if listeners.progress else listeners.hooks
-    sinks: list[Sink] = [DirectorySink(directory, config), RoundLines(config.rounds, directory.log, listeners.echo)]
-    sinks += [RoundBar(config.rounds)] if listeners.progress else []
-    sinks += listeners.sinks
+    sinks = _sinks(directory, config, listeners)
     try:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -222,7 +220,9 @@ def _run_in(
             sink.start(experiment)
         experiment = replace(experiment, data=None)
         start = find(experiment, log)
-        run = _Run(experiment, directory, sinks, Saver(experiment, directory, start, started), list(start.records))
+        run = _Run(
+            experiment, directory, sinks, Saver(experiment, directory, start, started), list(start.records), start.state
+        )
         result = run.to_its_end(start.state, memory_before, shows_bars=listeners.progress)
     finally:
         for sink in sinks:
@@ -232,6 +232,14 @@ def _run_in(
     for line in report.lines(result.summary, config):
         directory.log(line)
     return result
+
+
+def _sinks(directory: RunDirectory, config: ExperimentConfig, listeners: _Listeners) -> list[Sink]:
+    """Who is told of the records: the run directory first, then the log, a bar if there is one, and the caller's own."""
+    bars: list[Sink] = [RoundBar(config.rounds)] if listeners.progress else []
+    echo = None if bars and on_terminal() else listeners.echo  # there the bar shows the rounds
+    lines = RoundLines(config.rounds, directory.log, echo)
+    return [DirectorySink(directory, config), lines, *bars, *listeners.sinks]
 
 
 def _set_threads(
@@ -254,10 +262,12 @@ class _Run:
     sinks: Sequence[Sink]
     saver: Saver
     records: list[RoundRecord]
+    recorded: ServerState
+    """The state whose record is the last one in the run directory: what may be saved beside it."""
 
     def to_its_end(self, state: ServerState, memory_before: int, *, shows_bars: bool) -> RunResult:
         """Run all rounds after `state`, measure what is measured in the end, and tell of it."""
-        experiment, recorded = self.experiment, state
+        experiment = self.experiment
         clients: ClientResults | None = None
         try:
             _stop_if_diverged(self.records)
@@ -266,13 +276,12 @@ class _Run:
             while state.round < experiment.config.rounds:
                 state, result = run_round(experiment.federation, state)
                 clients = self._record(state, result)
-                recorded = state
                 self.saver.after_round(state)
                 experiment.federation.engine.hooks.after_round(self.records[-1], state)
                 _stop_if_diverged(self.records)
             local_only = _local_only(experiment, state, log=self.directory.log, shows_bar=shows_bars)
         except BaseException as error:
-            self._save_what_there_is(recorded, error)
+            self._save_what_there_is(error)
             raise
         if clients is None:  # the run was stopped behind its last round
             clients = measure_clients(experiment, state)
@@ -284,12 +293,13 @@ class _Run:
         self.records.append(record)
         for sink in self.sinks:
             sink.record(record)
+            self.recorded = state  # the directory is the first one that is told
         return clients
 
-    def _save_what_there_is(self, state: ServerState, error: BaseException) -> None:
+    def _save_what_there_is(self, error: BaseException) -> None:
         """Whatever it is that ends the run, nothing of what it has done is lost, if it can still be written."""
         with suppress(UserError):
-            self.saver.save(state)
+            self.saver.save(self.recorded)
         if self.directory.records_end[0] and not isinstance(error, DivergedError):
             with suppress(UserError):
                 to_go_on = f"{_program()} --resume {shlex.quote(str(self.directory.path))}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flora.config.schema import ExperimentConfig
-from flora.core.progress import bar, has_line, on_terminal, round_line
+from flora.core.progress import bar, has_line, round_line
 from flora.core.records import RoundRecord, Summary
 from flora.core.states import ServerState
 from flora.experiment import Experiment
@@ -67,7 +67,7 @@ class DirectorySink(Sink):
 
 
 class RoundLines(Sink):
-    """Writes a line for each round, or for about fifty of many, to a log, and to `echo` where no bar shows them."""
+    """Writes a line for each round, or for about fifty of many, to a log, and to `echo` if there is one."""
 
     def __init__(self, num_rounds: int, log: Callable[[str], object], echo: Callable[[str], object] | None) -> None:
         self._num_rounds, self._log, self._echo = num_rounds, log, echo
@@ -77,7 +77,7 @@ class RoundLines(Sink):
             return
         line = round_line(record, self._num_rounds)
         self._log(line)
-        if self._echo is not None and not on_terminal():  # on a terminal there is a bar
+        if self._echo is not None:
             self._echo(line)
 
 
@@ -103,7 +103,6 @@ class RoundBar(Sink):
                 "clients/s": f"{record.num_clients / max(record.train_seconds, 1e-9):.1f}",
             }
         )
-
         if record.round >= self._num_rounds:
             self.close()
 
