@@ -235,7 +235,7 @@ def _run_in(
 
 
 def _sinks(directory: RunDirectory, config: ExperimentConfig, listeners: _Listeners) -> list[Sink]:
-    """Who is told of the records: the run directory first, then the log, a bar if there is one, and the caller's own."""
+    """Who is told of the records: the run directory first, then the log, a bar if there is one, the caller's own."""
     bars: list[Sink] = [RoundBar(config.rounds)] if listeners.progress else []
     echo = None if bars and on_terminal() else listeners.echo  # there the bar shows the rounds
     lines = RoundLines(config.rounds, directory.log, echo)
