@@ -19,7 +19,8 @@ from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import Backbone
 from flora.clip.frozen import FrozenClip
-from flora.clip.towers.towers import AdaptedClip, SpeedOptions
+from flora.clip.towers.speed import SpeedOptions
+from flora.clip.towers.towers import AdaptedClip
 from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform
 from flora.core import tree

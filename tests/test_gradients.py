@@ -14,7 +14,8 @@ from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
-from flora.clip.towers.towers import AdaptedClip, SpeedOptions
+from flora.clip.towers.speed import SpeedOptions
+from flora.clip.towers.towers import AdaptedClip
 from flora.engine import gradients
 from flora.engine.gradients import Batch, Compute, FlatStack, Loss, gradient_function
 

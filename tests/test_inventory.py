@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from flora.clip.frozen import FrozenClip
-from flora.clip.towers.towers import TextTower
+from flora.clip.towers.text import TextTower
 from flora.config.parse import parse_config
 from flora.core.errors import UserError
 from flora.simulate import RunResult, resume, simulate

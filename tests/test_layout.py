@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora.clip.adapters.lora import TARGETS, Lora
-from flora.clip.towers.towers import AdaptedClip, SpeedOptions
+from flora.clip.towers.speed import SpeedOptions
+from flora.clip.towers.towers import AdaptedClip
 
 NAMES = tuple(f"{size}{animal}" for size in ("", "big ", "big bad ") for animal in ("cat", "dog", "frog", "fire truck"))
 TEMPLATES = ("a photo of a {}.", "{}", "a drawing of the {} by a child.")

@@ -28,7 +28,7 @@ from flora.client.objectives import Contrastive, CrossEntropy, MultiPositive
 from flora.client.optimizers import Adam, AdamW, Cosine, Sgd
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
-from flora.clip.towers.towers import SpeedOptions
+from flora.clip.towers.speed import SpeedOptions
 from flora.core import tree
 from flora.core.rng import Rng
 from flora.data.batching import client_batches

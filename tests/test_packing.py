@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from flora.clip.layers import LoraAttention
 from flora.clip.towers.packing import Packing, one_by_one, pack
-from flora.clip.towers.towers import SpeedOptions, TextTower
+from flora.clip.towers.speed import SpeedOptions
+from flora.clip.towers.text import TextTower
 
 sequences_strategy = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=9), min_size=1, max_size=30)
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from helpers import CLASSES, TOLERANCE, adapt, load_clip, load_plain, random_pixels, write_model
 
 from flora.clip.adapters.lora import Lora
-from flora.clip.towers.towers import TextTower, VisionTower
+from flora.clip.towers.text import TextTower
+from flora.clip.towers.vision import VisionTower
 from flora.core.errors import UserError
 
 TEMPLATES = ("a photo of a {}.", "{}", "an astonishingly detailed painting of the {}, by a child.")

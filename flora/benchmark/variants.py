@@ -15,7 +15,8 @@ from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import Backbone
 from flora.clip.frozen import FrozenClip
-from flora.clip.towers.towers import AdaptedClip, SpeedOptions
+from flora.clip.towers.speed import SpeedOptions
+from flora.clip.towers.towers import AdaptedClip
 from flora.communication.options import payload_bytes
 from flora.core import tree
 from flora.core.errors import UserError

@@ -11,7 +11,7 @@ from flora.client.personalization import NoPersonalization, Personalization
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import Backbone
-from flora.clip.towers.towers import SpeedOptions
+from flora.clip.towers.speed import SpeedOptions
 from flora.communication.network import Network, StragglerPolicy
 from flora.communication.options import CommunicationOptions
 from flora.communication.ranks import Ranks

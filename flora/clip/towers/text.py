@@ -1,0 +1,173 @@
+"""The text tower, cut at the first stage that the adapter changes, and the prompts that go through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flora.clip.frozen import FrozenClip
+from flora.clip.towers.blocks import at, block_at, project
+from flora.clip.towers.layout import Layout, Prompts
+from flora.clip.towers.packing import one_by_one, pack
+from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
+from flora.core.errors import UserError
+
+# Text tokens through the stem at once: at width 768 an MLP's inner layer then takes 200 MB.
+STEM_TOKENS = 2**14
+
+
+class TextTower:
+    """Prompts to stem output to text features `(K * P, embed_dim)`, not normalised."""
+
+    def __init__(
+        self, clip: FrozenClip, cut: int, speed: SpeedOptions = ALL_SPEED, *, has_dropout: bool = False
+    ) -> None:
+        self._clip, self._text, self.cut = clip, clip.text, cut
+        self._speed, self._has_dropout = speed, has_dropout
+        self._blocks = self._text.transformer.resblocks
+        self._num_stages = 2 + len(self._blocks)
+        self.is_frozen = cut == self._num_stages
+        self.cut_prompts: list[str] = []
+        self.num_tokens_of_cut: dict[tuple[str, str], int] = {}
+        self.trains_blocks = cut <= len(self._blocks)
+        # Only a causal tower that is read at the end-of-text token never looks at what stands behind it.
+        self.is_cut_at_end = self._text.attn_mask is not None and clip.text_pool in ("argmax", "eos")
+
+    def prompts(self, class_names: Sequence[str], templates: Sequence[str]) -> Prompts:
+        """Tokenise every template for every class; cut and share what `speed` allows and the tower makes exact.
+
+        Raises `UserError` if two classes have the same prompts, or if nothing of a class's name fits into one.
+        """
+        pairs = [(name, template) for name in class_names for template in templates]
+        tokens = self._clip.tokenize([template.format(name) for name, template in pairs])
+        full = [pair for pair, last in zip(pairs, tokens[:, -1].tolist(), strict=True) if last != 0]
+        self.cut_prompts = self._cut_prompts(full)
+        _check_distinct(tokens, class_names)
+        ends = self._ends(tokens)
+        if not (self.is_cut_at_end and self._speed.cut_prompts):
+            return self._padded_prompts(tokens, ends, len(class_names))
+        sequences = [row[: end + 1] for row, end in zip(tokens.tolist(), ends.tolist(), strict=True)]
+        share = self._speed.share_prefixes and not self._has_dropout
+        packing = pack(sequences, self._clip.architecture.text.width) if share else one_by_one(sequences)
+        return Prompts(
+            tokens=torch.from_numpy(packing.tokens),
+            positions=torch.from_numpy(packing.positions),
+            hidden=torch.from_numpy(~packing.visible),
+            ends=torch.from_numpy(packing.ends),
+            parents=torch.from_numpy(packing.parents).flatten() if share else None,
+            num_classes=len(class_names),
+        )
+
+    def _cut_prompts(self, full: Sequence[tuple[str, str]]) -> list[str]:
+        """A line about those of the prompts (class name, template) that fill the context and are cut off, if any are.
+
+        Raises `UserError` if nothing is left of a class's name.
+        """
+        longest = self._clip.architecture.context_length
+        cut: dict[tuple[str, str], int] = {}
+        for name, template in full:
+            number = self._clip.num_tokens(template.format(name))
+            # The start and the end of a text are among its tokens, and both keep their places.
+            if number > longest and self._clip.num_tokens(template.partition("{}")[0]) >= longest:
+                raise UserError(
+                    f"prompts.templates: nothing of class {name!r} is left in {template!r}: the model reads {longest} "
+                    "tokens; shorten what precedes {}"
+                )
+            if number > longest:
+                cut[name, template] = number
+        self.num_tokens_of_cut = cut
+        if not cut:
+            return []
+        (name, _), number = max(cut.items(), key=lambda item: item[1])
+        return [
+            f"the model reads {longest} tokens of a prompt: {len(cut)} prompts of {len({name for name, _ in cut})} "
+            f"classes are cut off, the longest is of class {name!r}, {number} tokens; shorten prompts.class_names or "
+            "prompts.templates"
+        ]
+
+    def _padded_prompts(self, tokens: Tensor, ends: Tensor, num_classes: int) -> Prompts:
+        """The prompts as OpenCLIP takes them: one by one, at full length, under the tower's own mask."""
+        number, length = tokens.shape
+        mask = self._text.attn_mask
+        return Prompts(
+            tokens=tokens,
+            positions=torch.arange(length).expand(number, length),
+            hidden=None if mask is None else mask[:length, :length].isneginf().cpu().unsqueeze(0),
+            ends=torch.arange(number) * length + ends,
+            parents=None,
+            num_classes=num_classes,
+        )
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        """The position at which each of the prompts `(P, L)` is read, as `open_clip` pools it."""
+        if self._clip.text_pool == "argmax":
+            return tokens.argmax(dim=-1)
+        if self._clip.text_pool == "eos":
+            return torch.eq(tokens, self._clip.text_end_token).int().argmax(dim=-1)
+        position = 0 if self._clip.text_pool == "first" else tokens.shape[1] - 1
+        return torch.full((len(tokens),), position)
+
+    @torch.no_grad()
+    def stem(self, prompts: Prompts) -> Tensor:
+        """The part that no adapter changes, for all prompts: `(G, M, ...)`, `(G, R, width)` if only the head is behind
+        it, or `(P, embed_dim)` if it is everything."""
+        layout, tokens = prompts.layout.to(self._clip.device), prompts.tokens.to(self._clip.device)
+        size = max(1, STEM_TOKENS // tokens.shape[1])
+        stages = range(min(self.cut, self._num_stages - 1))
+        with self._clip.autocast():
+            parts = [
+                self._run(tokens[start : start + size], layout.sequences(start, start + size), stages)
+                for start in range(0, len(tokens), size)
+            ]
+            return self._run(torch.cat(parts), layout, range(len(stages), self.cut))
+
+    def suffix(
+        self, stem: Tensor, layout: Layout, adapt: Callable[[Tensor, Tensor], Tensor] = lambda x, positions: x
+    ) -> Tensor:
+        """The rest, from the stem's output to the features of the layout's K clients, `(K * P, embed_dim)`.
+
+        `adapt` changes tokens between stem and suffix.
+        """
+        if self.trains_blocks and layout.slots is not None:
+            stem = stem.flatten(0, 1)[layout.slots]
+        elif layout.num_clients > 1:  # what is left takes the rows that are read
+            stem = stem.repeat(layout.num_clients, *(1,) * (stem.dim() - 1))
+        with self._clip.autocast():
+            if self.trains_blocks:
+                stem = adapt(stem, layout.positions)
+            return self._run(stem, layout, range(self.cut, self._num_stages))
+
+    def release_stem(self) -> None:
+        """Take the stem's weights out of memory, once nothing will run through it any more."""
+        if self.cut > 0:
+            self._text.token_embedding = self._text.positional_embedding = None
+        for block in range(min(self.cut - 1, len(self._blocks))):
+            self._blocks[block] = nn.Identity()
+
+    def _run(self, x: Tensor, layout: Layout, stages: range) -> Tensor:
+        text, mask = self._text, layout.mask
+        for stage in stages:
+            if stage == 0:
+                x = text.token_embedding(x) + text.positional_embedding[layout.positions]
+            elif stage < len(self._blocks):
+                x = self._blocks[stage - 1](x, attn_mask=mask)
+            elif stage == len(self._blocks):
+                if self._speed.trim_last_block:
+                    x = block_at(self._blocks[stage - 1], x, layout.reads, mask)
+                else:
+                    x = at(self._blocks[stage - 1](x, attn_mask=mask), layout.reads)
+            else:
+                x = project(text.ln_final(x.flatten(0, 1)[layout.ends]), text.text_projection)
+        return x
+
+
+def _check_distinct(tokens: Tensor, class_names: Sequence[str]) -> None:
+    """Raise `UserError` if two classes have the same prompts: nothing could tell them apart."""
+    seen: dict[tuple[int, ...], str] = {}
+    for name, rows in zip(class_names, tokens.unflatten(0, (len(class_names), -1)).flatten(1).tolist(), strict=True):
+        other = seen.setdefault(tuple(rows), name)
+        if other is not name:
+            reason = "case and what lies beyond the context length don't count"
+            raise UserError(f"prompts: classes {other!r} and {name!r} have the same prompts ({reason})")
