@@ -30,7 +30,7 @@ from flora.data.augmentation import Augmentation
 from flora.data.partition import Partitioner
 from flora.data.splits import Splitter
 from flora.evaluation.metrics import METRICS
-from flora.experiment import build_experiment
+from flora.experiment.build import build_experiment
 from flora.federated.round import run_round
 from flora.runs.measure import measure, measure_local_only
 from flora.server.aggregators import Aggregator

@@ -16,7 +16,7 @@ from flora.communication.sampling import Uniform
 from flora.core.counts import part_of
 from flora.core.rng import Rng
 from flora.data.datasets.base import stratified_split
-from flora.experiment import hold_out
+from flora.experiment.clients import hold_out
 from flora.server.aggregators import MultiKrum, TrimmedMean
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flora import experiment
 from flora.config.parse import parse_config
 from flora.core.errors import UserError
+from flora.experiment import images as experiment_images
 from flora.simulate import simulate
 
 
@@ -45,7 +45,7 @@ def test_mistakes_are_found_before_images_are_read(
     def read(*arguments: Any, **options: Any) -> None:
         raise AssertionError("features were computed")
 
-    monkeypatch.setattr(experiment, "load_features", read)
+    monkeypatch.setattr(experiment_images, "load_features", read)
     with pytest.raises(UserError, match=message):
         simulate(parse_config({**raw_config, **changes}))
     with pytest.raises(AssertionError, match="features were computed"):

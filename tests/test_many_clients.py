@@ -19,7 +19,7 @@ from flora.config.parse import parse_config
 from flora.core.rng import Rng
 from flora.core.states import ServerState
 from flora.engine.engine import Engine
-from flora.experiment import deal_out
+from flora.experiment.clients import deal_out
 from flora.features.features import StoredFeatures
 from flora.federated.federation import Federation
 from flora.federated.round import run_round

@@ -15,7 +15,7 @@ from flora.core import tree
 from flora.core.hooks import Hooks
 from flora.evaluation.accuracy import evaluate
 from flora.evaluation.local_only import train_local_only
-from flora.experiment import build_experiment
+from flora.experiment.build import build_experiment
 from flora.simulate import RunResult, resume, simulate
 
 

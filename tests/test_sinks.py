@@ -10,7 +10,7 @@ from flora.config.parse import parse_config
 from flora.core.hooks import Hooks
 from flora.core.records import RoundRecord
 from flora.core.states import ServerState
-from flora.experiment import Experiment
+from flora.experiment.build import Experiment
 from flora.runs.sinks import Finished, Sink
 from flora.simulate import main, resume, simulate
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import flora
 from flora.config.parse import load_config
-from flora.experiment import build_experiment
+from flora.experiment.build import build_experiment
 from flora.federated.round import run_round
 
 NUM_SHOWN = 6

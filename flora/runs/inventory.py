@@ -9,7 +9,7 @@ import numpy as np
 
 from flora.clip.towers.towers import AdaptedClip
 from flora.data.datasets.base import Split
-from flora.experiment import Experiment
+from flora.experiment.build import Experiment
 from flora.features.features import Features
 from flora.runs.environment import environment
 

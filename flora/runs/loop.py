@@ -28,7 +28,7 @@ from flora.core.states import ServerState
 from flora.core.tree import State
 from flora.evaluation import summary as report
 from flora.evaluation.metrics import METRICS
-from flora.experiment import Experiment, build_experiment
+from flora.experiment.build import Experiment, build_experiment
 from flora.federated.round import RoundResult, run_round
 from flora.runs.checkpoints import CheckpointFolder
 from flora.runs.environment import environment

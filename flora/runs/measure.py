@@ -23,7 +23,7 @@ from flora.evaluation.accuracy import (
 )
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_local_only
 from flora.evaluation.metrics import ServerView, complete, computed
-from flora.experiment import Experiment
+from flora.experiment.build import Experiment
 from flora.federated.round import RoundResult
 
 

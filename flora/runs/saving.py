@@ -6,7 +6,7 @@ import time
 
 from flora.config.parse import config_to_dict
 from flora.core.states import ServerState
-from flora.experiment import Experiment
+from flora.experiment.build import Experiment
 from flora.runs.checkpoints import Checkpoint, CheckpointFolder
 from flora.runs.resume import Start
 from flora.runs.run_directory import RunDirectory

@@ -10,7 +10,7 @@ from flora.config.schema import ExperimentConfig
 from flora.core.progress import bar, has_line, round_line
 from flora.core.records import RoundRecord, Summary
 from flora.core.states import ServerState
-from flora.experiment import Experiment
+from flora.experiment.build import Experiment
 from flora.runs.inventory import (
     EXAMPLE_COLUMNS,
     environment_as_used,

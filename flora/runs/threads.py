@@ -16,7 +16,7 @@ import torch
 from flora.client.corrections import NoCorrection
 from flora.core.rng import Rng
 from flora.engine.engine import Engine
-from flora.experiment import Experiment
+from flora.experiment.build import Experiment
 from flora.features.features import StoredFeatures
 
 # Clients of a step that is timed, and how often it is.

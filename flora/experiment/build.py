@@ -1,0 +1,196 @@
+"""Build everything that a run needs from its configuration. No other code reads the whole configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flora import catalogue  # noqa: F401  (registers the components)
+from flora.clip.frozen import parameter_count
+from flora.clip.towers.towers import AdaptedClip
+from flora.communication.participation import Participation
+from flora.config.rules import check_experiment
+from flora.config.schema import ExperimentConfig
+from flora.core.devices import choose_device
+from flora.core.hooks import Hooks
+from flora.core.progress import Progress
+from flora.core.registry import OptionError
+from flora.core.rng import Rng
+from flora.core.states import ClientData, ServerState
+from flora.core.tree import State, state_digest
+from flora.data.datasets.base import ImageData
+from flora.engine.capacity import choose_clients_per_block
+from flora.engine.engine import Engine
+from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of, without_training_images
+from flora.experiment.images import (
+    Images,
+    Tell,
+    check_classes,
+    data_digest,
+    features_of_splits,
+    find_images,
+    warn_of_untested_classes,
+)
+from flora.features.features import (
+    Features,
+    StoredFeatures,
+    images_digest,
+    move_if_they_fit,
+)
+from flora.federated.federation import Federation, ServerParts
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """Everything a run needs. `held_out` are the clients' held-out examples, one client after the other.
+
+    `digests` tell other weights and other data from these, wherever they are; `value_range` is what images of more than
+    8 bits were scaled from, if there are any. `new` is the same model and adapter with
+    the prompts of classes that were set aside, and their test images, if there are any. `left_out` are the clients that
+    the data name and that have no training image. `test_domains` `(N,)` is the group (client, folder, camera) that each
+    test image belongs to, empty where that is not known; None where the data have no groups. `data` are the images as
+    they were split, unreadable ones included; None once they are written down, because the paths of a million images
+    take memory.
+    """
+
+    config: ExperimentConfig
+    federation: Federation
+    test: Features
+    held_out: Features
+    held_out_sizes: np.ndarray
+    class_names: tuple[str, ...]
+    initial_adapter: State
+    backbone_parameters: int
+    unreadable: tuple[str, ...]
+    digests: dict[str, str]
+    value_range: tuple[float, float] | None
+    new: tuple[AdaptedClip, Features] | None
+    left_out: tuple[str, ...] = ()
+    test_domains: np.ndarray | None = None
+    data: ImageData | None = None
+
+    def initial_state(self) -> ServerState:
+        """The server before the first round."""
+        return self.federation.initial_state(self.initial_adapter)
+
+
+def build_experiment(
+    config: ExperimentConfig,
+    *,
+    progress: Progress,
+    log: Callable[[str], object],
+    hooks: Hooks | None = None,
+    clients_per_block: int | None = None,
+) -> Experiment:
+    """Load the model and the data, run the frozen stems over all images, deal the examples out.
+
+    `clients_per_block` is used where the configuration leaves the choice open. `log` is given what a user should know.
+    Raises `UserError` naming the setting or the file.
+    """
+    check_experiment(config)
+    rng, tell = Rng(config.seed), Tell(progress, log)
+    images = find_images(config, rng, tell)
+    data = images.data
+    models, backbone_parameters, digests = _models(config, images, rng, tell)
+    model = models[0]
+    (train, test, *new), unreadable = features_of_splits(config, data, model, tell)
+    digests |= {"data_sha256": data_digest(data), "images_sha256": images_digest([train, test, *new])}
+    clients_per_block = _clients_per_block(config, model, clients_per_block)
+    log(f"clients in one step: up to {clients_per_block}")
+    if all(isinstance(each, StoredFeatures) for each in (train, test, *new)):
+        model.release_stems()
+    train, test, *new = move_if_they_fit([train, test, *new], model.device)
+    labels, test_labels = train.labels.numpy(), test.labels.cpu().numpy()
+    check_classes(labels, test_labels, images.class_names)
+    warn_of_untested_classes(test_labels, images.class_names, log)
+    groups = None if data.train.groups is None else data.train.groups[train.split_indices]
+    roster = roster_of(config, groups, rng) if unreadable else images.roster
+    if roster.profiles is not None:
+        digests["network_sha256"] = roster.profiles.digest()
+    clients = deal_out(config, labels, groups, rng)
+    log(
+        f"{len(labels):,} training and {len(test):,} test images, {len(images.class_names)} classes, "
+        f"{len(clients)} clients"
+    )
+    if new:
+        log(f"{len(new[0]):,} more test images, of {len(images.new_class_names)} new classes")
+    engine = Engine(model, train, clients_per_block, hooks or Hooks(), log)
+    return Experiment(
+        config=config,
+        federation=_federation(config, engine, clients, roster, rng),
+        test=test,
+        held_out=train.subset(np.concatenate([client.held_out for client in clients])),
+        held_out_sizes=np.array([len(client.held_out) for client in clients]),
+        class_names=images.class_names,
+        initial_adapter=model.initial_adapter(rng.child("adapter")),
+        backbone_parameters=backbone_parameters,
+        unreadable=tuple(unreadable),
+        digests=digests,
+        value_range=images.value_range,
+        new=(models[1], new[0]) if new else None,
+        left_out=() if roster.names is None else without_training_images(images.whole, roster.names, log),
+        test_domains=None if data.test.groups is None else data.test.groups[test.split_indices],
+        data=data,
+    )
+
+
+def _models(
+    config: ExperimentConfig, images: Images, rng: Rng, tell: Tell
+) -> tuple[list[AdaptedClip], int, dict[str, str]]:
+    """The model with the prompts of its classes, and with those of new ones if there are any; its size and digest."""
+    clip = config.backbone.load(choose_device(config.device), rng.child("backbone"))
+    number = parameter_count(clip.model)
+    digests = {"backbone_sha256": state_digest(clip.model.state_dict())}
+    precision = config.backbone.precision
+    tell.log(f"{clip.architecture.name}: {number:,} frozen parameters on {clip.device}, {precision}")
+    adapter = config.adapter.attach(clip)
+    templates = config.adapter.templates(config.prompts.templates or config.data.templates)
+    models = [
+        AdaptedClip(clip, adapter, class_names=names, templates=templates, speed=config.speed)
+        for names in (images.class_names, images.new_class_names)
+        if names
+    ]
+    for line in dict.fromkeys(line for model in models for line in model.text.cut_prompts):
+        tell.log(f"warning: prompts: {line}")
+    _check_clients_per_block(config, models[0])
+    if not models[0].text.is_cut_at_end:
+        tell.log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
+    return models, number, digests
+
+
+def _federation(
+    config: ExperimentConfig, engine: Engine, clients: Sequence[ClientData], roster: Roster, rng: Rng
+) -> Federation:
+    """The federation of these clients, as the configuration says."""
+    server = config.server
+    sizes = np.array([len(client.train) for client in clients])
+    return Federation(
+        engine=engine,
+        clients=clients,
+        participation=Participation(config.clients.cohort, sizes, config.network, roster.profiles, server.stragglers),
+        local=config.local,
+        schedule=server.schedule,
+        num_rounds=config.rounds,
+        rng=rng.child("federation"),
+        server=ServerParts(server.strategy, server.aggregator, server.optimizer, server.screening),
+        personal=config.personal,
+        communication=config.communication,
+        ranks=ranks_of(config, len(clients), rng.child("ranks")),
+    )
+
+
+def _check_clients_per_block(config: ExperimentConfig, model: AdaptedClip) -> None:
+    limit, asked = model.adapter.max_clients_per_block, config.clients.per_block
+    if limit is not None and asked is not None and asked > limit:
+        raise OptionError("clients.per_block", f"expected at most {limit} with this adapter, got {asked}")
+
+
+def _clients_per_block(config: ExperimentConfig, model: AdaptedClip, recorded: int | None) -> int:
+    """As many as are asked for, or as `recorded` of the run so far, or as fit."""
+    limit, asked = model.adapter.max_clients_per_block, config.clients.per_block
+    if asked or recorded:
+        return asked or recorded or 1
+    chosen = choose_clients_per_block(model, batch_size=config.local.batch_size)
+    return min(chosen, limit or chosen)

@@ -1,0 +1,107 @@
+"""The clients: what the data call them, and which examples, ranks, lines and machines each has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from flora import catalogue  # noqa: F401  (registers the components)
+from flora.communication.network import COLUMNS, Profiles
+from flora.config.rules import check_clients
+from flora.config.schema import ExperimentConfig
+from flora.core.contracts import checked_column, checked_parts, refuse
+from flora.core.counts import part_of
+from flora.core.errors import UserError
+from flora.core.rng import Rng
+from flora.core.states import ClientData
+from flora.data.datasets.base import ImageData
+from flora.data.partition import group_names
+
+# Clients that a line of the log names.
+MAX_NAMED = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Roster:
+    """What the data call the clients, if they do, and what lines and machines they have, if that matters."""
+
+    names: tuple[str, ...] | None
+    profiles: Profiles | None
+
+
+def roster_of(config: ExperimentConfig, groups: np.ndarray | None, rng: Rng) -> Roster:
+    """The clients among whom training examples of these `groups` are dealt out.
+
+    Raises `UserError` if the data name as many clients as something in the configuration can't go with.
+    """
+    names = None
+    if config.partition.names_clients and not config.clients.centralized:
+        names = group_names(groups, config.clients.number)
+    number = config.clients.number_training if names is None else len(names)
+    assert number is not None
+    if names is not None:
+        check_clients(config, number, names)
+    profiles = None
+    if config.network is not None:
+        profiles = config.network.profiles(number, rng.child("network"), names=names)
+        for column in COLUMNS:
+            checked_column("network", config.network, getattr(profiles, column), number, what=column)
+    return Roster(names, profiles)
+
+
+def without_training_images(data: ImageData, names: Sequence[str], log: Callable[[str], object]) -> tuple[str, ...]:
+    """The clients that the data name and that are not among `names`, those with something to train on; logs them."""
+    groups = [split.groups for split in (data.train, data.test) if split.groups is not None]
+    left_out = np.setdiff1d(np.concatenate(groups), names).tolist()
+    if left_out:
+        shown = ", ".join(left_out[:MAX_NAMED]) + (", ..." if len(left_out) > MAX_NAMED else "")
+        log(
+            f"{len(left_out)} of the {len(left_out) + len(names)} clients that the data name have no training image "
+            f"and take no part: {shown}"
+        )
+    return tuple(left_out)
+
+
+def ranks_of(config: ExperimentConfig, num_clients: int, rng: Rng) -> np.ndarray | None:
+    """The clients' ranks `(num_clients,)`; None if they all have the adapter's."""
+    ranks = config.clients.ranks
+    if ranks is None:
+        return None
+    if isinstance(ranks, tuple):
+        return np.array(ranks)
+    drawn = checked_column("clients.ranks", ranks, ranks.draw(num_clients, rng), num_clients, what="ranks")
+    if drawn.min() < 1 or drawn.max() > ranks.highest or (drawn % 1).any():
+        refuse("clients.ranks", ranks, f"ranks that are not whole numbers from 1 to {ranks.highest}")
+    return drawn
+
+
+def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:
+    """Split a client's examples: it tests on round(n * fraction) of them (at least one if n > 1 and fraction > 0)."""
+    count = 0
+    if fraction > 0 and len(examples) > 1:
+        count = min(max(round(part_of(fraction, len(examples))), 1), len(examples) - 1)
+    order = rng.numpy().permutation(examples)
+    return ClientData(train=np.sort(order[count:]), held_out=np.sort(order[:count]))
+
+
+def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | None, rng: Rng) -> list[ClientData]:
+    """Each client's share of the training examples. Raises `UserError` if one would have nothing to train on."""
+    names = group_names(groups, config.clients.number) if config.partition.names_clients else ()
+    number = config.clients.number or len(names)
+    parts = config.partition.split(labels, number, rng.child("partition"), groups=groups)
+    parts = checked_parts("partition", config.partition, parts, number, len(labels))
+    if config.clients.centralized:
+        parts, names = [np.unique(np.concatenate(parts))], ()
+    fraction = config.clients.holdout_fraction
+    clients = [hold_out(part, fraction, rng.child("holdout", index)) for index, part in enumerate(parts)]
+    if names:
+        clients = [replace(client, name=name) for client, name in zip(clients, names, strict=True)]
+    empty = [index for index, client in enumerate(clients) if not len(client.train)]
+    if empty:
+        raise UserError(
+            f"partition: {len(empty)} of {len(clients)} clients would get no training example, the first is client "
+            f"{empty[0]}; set partition.minimum_examples to 1 or lower clients.number"
+        )
+    return clients

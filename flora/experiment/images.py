@@ -1,0 +1,140 @@
+"""The images: found, split and checked before the model is loaded, then turned into features."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flora import catalogue  # noqa: F401  (registers the components)
+from flora.clip.towers.towers import AdaptedClip
+from flora.config.rules import below
+from flora.config.schema import ExperimentConfig
+from flora.core.errors import UserError
+from flora.core.progress import Progress
+from flora.core.rng import Rng
+from flora.data.datasets.base import ImageData, checked_images
+from flora.data.value_range import with_one_range
+from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of
+from flora.features.features import (
+    Features,
+    live_features,
+    load_features,
+)
+
+
+@dataclass(frozen=True)
+class Tell:
+    """Who is told how far it is, and what a user should know."""
+
+    progress: Progress
+    log: Callable[[str], object]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The images before they were split and after it, how their classes are called, and whom the data name."""
+
+    whole: ImageData
+    data: ImageData
+    class_names: tuple[str, ...]
+    new_class_names: tuple[str, ...]
+    roster: Roster
+    value_range: tuple[float, float] | None
+
+
+def find_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
+    """Find the images, split them, and check all that can be checked of them before the model is loaded."""
+    whole = checked_images("data", config.data, config.data.load_with_progress(rng.child("data"), tell.progress))
+    data = checked_images("split", config.split, config.split.split(whole, rng.child("split")))
+    for line in whole.remarks:
+        tell.log(f"warning: {line}")
+    roster = roster_of(config, data.train.groups, rng)
+    class_names, new_names = _class_names(config, data)
+    _check_labels(config, data, class_names, rng)
+    data, value_range = with_one_range(data, config.data.value_range, whole=whole, progress=tell.progress, log=tell.log)
+    limits = None if value_range is None else value_range.limits
+    return Images(whole, data, class_names, new_names, roster, limits)
+
+
+def features_of_splits(
+    config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell
+) -> tuple[list[Features], list[str]]:
+    """The features of the splits, and a line for each image that can't be read.
+
+    They are computed once, apart from those of images that are augmented: the training split's.
+    """
+    augmentation, skip = config.local.augmentation, config.data.unreadable == "skip"
+    splits = {"training": data.train, "test": data.test} | ({"new": data.new} if data.new is not None else {})
+    is_live = dict.fromkeys(splits, config.cache.enabled is False)
+    is_live["training"] |= augmentation.changes_images
+    features: dict[str, Features] = {}
+    problems: list[str] = []
+    for name in (name for name in splits if is_live[name]):
+        tell.log(f"features of the {name} images: computed at each use")
+        features[name], found = live_features(
+            splits[name], model, augmentation, skip_unreadable=skip, progress=tell.progress
+        )
+        problems += found
+    stored = [name for name in splits if not is_live[name]]
+    if stored:
+        loaded, found = load_features(
+            [splits[name] for name in stored],
+            model,
+            cache=config.cache,
+            skip_unreadable=skip,
+            progress=tell.progress,
+            log=tell.log,
+        )
+        features.update(zip(stored, loaded, strict=True))
+        problems += found
+    if problems:
+        number = sum(len(split) for split in splits.values())
+        tell.log(f"left out: {len(problems):,} of {number:,} images can't be read")
+    return [features[name] for name in splits], problems
+
+
+def data_digest(data: ImageData) -> str:
+    splits = [data.train, data.test] + ([data.new] if data.new is not None else [])
+    parts = [each for split in splits for each in (split.source.contents(split.source_indices), split.labels)]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part.tobytes())
+    return digest.hexdigest()
+
+
+def _check_labels(config: ExperimentConfig, data: ImageData, class_names: Sequence[str], rng: Rng) -> None:
+    """Raise `UserError` for what labels alone show to be wrong: before any image is read, not hours later."""
+    check_classes(data.train.labels, data.test.labels, class_names)
+    clients = deal_out(config, data.train.labels, data.train.groups, rng)
+    ranks_of(config, len(clients), rng.child("ranks"))
+
+
+def check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:
+    if len(class_names) < 2:
+        raise UserError(f"data: {class_names[0]!r} is the only class: there is nothing to tell it from")
+    empty = np.flatnonzero(np.bincount(train, minlength=len(class_names)) == 0)
+    if len(empty):
+        raise UserError(
+            f"data: class {class_names[empty[0]]!r} has no training image: the data have none that can be read, or "
+            "`split` leaves none"
+        )
+    if not len(test):
+        raise UserError("data: there are no test images")
+
+
+def warn_of_untested_classes(test: np.ndarray, class_names: Sequence[str], log: Callable[[str], object]) -> None:
+    counts = np.bincount(test, minlength=len(class_names)).tolist()
+    untested = [name for name, count in zip(class_names, counts, strict=True) if not count]
+    if untested:
+        names = ", ".join(untested[:10]) + " ..." * (len(untested) > 10)
+        log(f"warning: data: {len(untested)} of {len(class_names)} classes have no test image: {names}")
+
+
+def _class_names(config: ExperimentConfig, data: ImageData) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what the classes are called in prompts: those that are trained on, and those that are set aside."""
+    with below("prompts"):
+        names = config.prompts.rename((*data.class_names, *data.new_class_names))
+    return names[: len(data.class_names)], names[len(data.class_names) :]
