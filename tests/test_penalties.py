@@ -13,7 +13,7 @@ from helpers import adapt, assert_states_close, federation, mean, start
 from flora.client.local_training import LocalTraining
 from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.client.optimizers import Sgd
-from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty
+from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty, ReciprocalConsistency
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.heads_and_prompts import LinearHead
 from flora.clip.adapters.lora import Lora
@@ -49,7 +49,42 @@ def test_distillation_by_hand() -> None:
     assert found.tolist() == pytest.approx([0.5 * 16 * divergence], rel=1e-5)
 
 
-PENALTIES = [Anchor(weight=2.0), Distillation(weight=0.7, temperature=3.0)]
+def symmetric(p: list[float], q: list[float]) -> float:
+    return sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True)) / 2
+
+
+def softmax(*logits: float) -> list[float]:
+    total = sum(math.exp(each) for each in logits)
+    return [math.exp(each) / total for each in logits]
+
+
+def test_reciprocal_consistency_by_hand() -> None:
+    # Two real images and padding; the adapted model has turned the second class by 180 degrees.
+    images, classes = unit([1.0, 0.0], [0.0, 1.0], [5.0, 1.0]), unit([1.0, 0.0], [0.0, 1.0])
+    turned = unit([1.0, 0.0], [0.0, -1.0]).unsqueeze(0)
+    seen = StepView(images.unsqueeze(0), classes.unsqueeze(0), SCALE, BATCH, images.unsqueeze(0), classes)
+    assert ReciprocalConsistency().loss(seen).tolist() == pytest.approx([0.0])
+    found = ReciprocalConsistency(weight=0.5, temperature=4.0).loss(dataclasses.replace(seen, classes=turned))
+    # At temperature 4 a logit is half a cosine. The first image sees the same two classes as before.
+    of_images = symmetric(softmax(0, -0.5), softmax(0, 0.5)) / 2
+    of_classes = symmetric(softmax(0, -0.5), softmax(0, 0.5)) / 2
+    assert found.tolist() == pytest.approx([0.5 * 16 * (of_images + of_classes) / 2], rel=1e-5)
+
+
+def test_reciprocal_consistency_ignores_what_padding_holds() -> None:
+    images, classes = unit([1.0, 0.0], [0.3, 1.0], [5.0, 1.0]), unit([1.0, 0.2], [0.0, 1.0])
+    frozen = unit([1.0, 0.0], [0.0, 1.0])
+    seen = StepView(images.unsqueeze(0), classes.unsqueeze(0), SCALE, BATCH, images.unsqueeze(0), frozen)
+    other = torch.cat([images[:2], unit([-3.0, 1.0])]).unsqueeze(0)
+    padded = dataclasses.replace(seen, images=other, frozen_images=other)
+    assert ReciprocalConsistency().loss(seen).tolist() == ReciprocalConsistency().loss(padded).tolist()
+
+
+PENALTIES = [
+    Anchor(weight=2.0),
+    Distillation(weight=0.7, temperature=3.0),
+    ReciprocalConsistency(weight=0.7, temperature=3.0),
+]
 ADAPTERS = [Lora(rank=2), Lora(rank=2, towers=("text", "vision")), LinearHead()]
 
 
@@ -87,6 +122,13 @@ def test_a_round_equals_a_plain_loop(tiny_model: str, penalty: Penalty, adapter:
                     teacher = (scale * frozen_images[0] @ frozen_classes.T / penalty.temperature).softmax(dim=-1)
                     divergence = F.kl_div(student, teacher, reduction="batchmean")
                     loss = loss + penalty.weight * penalty.temperature**2 * divergence
+                elif isinstance(penalty, ReciprocalConsistency):
+                    student = scale * images[0] @ classes[0].T / penalty.temperature
+                    teacher = scale * frozen_images[0] @ frozen_classes.T / penalty.temperature
+                    for one, other in ((student, teacher), (student.T, teacher.T)):
+                        p, q = one.softmax(dim=-1), other.softmax(dim=-1)
+                        both = F.kl_div(q.log(), p, reduction="batchmean") + F.kl_div(p.log(), q, reduction="batchmean")
+                        loss = loss + penalty.weight * penalty.temperature**2 * both / 4
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
             vector = vector - 0.02 * gradient
         ends.append(vector)

@@ -120,7 +120,7 @@ def test_seed_tree() -> None:
 
 
 def test_class_client_and_decile_accuracies() -> None:
-    evaluation = Evaluation(np.array([True, False, True, True]), np.zeros(4), np.zeros(4, dtype=np.int64))
+    evaluation = Evaluation(np.array([True, False, True, True]), np.zeros(4), np.zeros(4, dtype=np.int64), np.eye(2))
     assert class_accuracy(evaluation, np.array([0, 0, 1, 1]), ["a", "b", "c"]) == {"a": 0.5, "b": 1.0, "c": None}
     accuracies = client_accuracies(evaluation, np.array([1, 0, 3]))
     assert accuracies[0] == 1

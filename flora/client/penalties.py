@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flora.clip.loss_terms import StepView, divergence
+from flora.clip.loss_terms import StepView, divergence, masked_mean
 from flora.core.registry import Component, option, register
 
 
@@ -66,3 +66,37 @@ class Distillation(Penalty):
         assert view.frozen_images is not None and view.frozen_classes is not None
         frozen = view.logit_scale * view.frozen_images @ view.frozen_classes.T
         return self.weight * divergence(view.logits, frozen, view.example_mask, self.temperature)
+
+
+@register("reciprocal_consistency")
+@dataclass(frozen=True)
+class ReciprocalConsistency(Penalty):
+    """weight * T^2 * the mean of two symmetric divergences between the adapted and the frozen model's similarities.
+
+    One is over the classes for each image, the other over the batch's images for each class, each KL(p || q) +
+    KL(q || p), halved, of similarities at temperature T; both are means, over images and over classes.
+
+    Source: the reciprocal semantic consistency of UniDiff, arXiv:2306.00813. Differs from the paper: there it is
+    between CLIP's and a diffusion model's image features; here between the adapted and the frozen model's similarities.
+    """
+
+    weight: float = option("weight beside the objective", 1.0, above=0)
+    temperature: float = option("what logits are divided by: higher looks at all classes and images", 2.0, above=0)
+
+    def loss(self, view: StepView) -> Tensor:
+        assert view.frozen_images is not None and view.frozen_classes is not None
+        frozen = view.logit_scale * view.frozen_images @ view.frozen_classes.T
+        adapted, frozen = view.logits / self.temperature, frozen / self.temperature
+        of_images = _symmetric_divergence(adapted, frozen)
+        # A finite number: minus infinity on both sides would give NaN.
+        lowest, is_padding = torch.finfo(adapted.dtype).min / 2, ~view.example_mask.unsqueeze(1)
+        to_images = (each.transpose(1, 2).masked_fill(is_padding, lowest) for each in (adapted, frozen))
+        of_classes = _symmetric_divergence(*to_images)
+        both = masked_mean(of_images, view.example_mask) + of_classes.mean(dim=-1)
+        return self.weight * self.temperature**2 * both / 2
+
+
+def _symmetric_divergence(one: Tensor, other: Tensor) -> Tensor:
+    """Half of KL(p || q) + KL(q || p) along the last axis, of the probabilities of two logits `(K, N, C)`: `(K, N)`."""
+    log_p, log_q = one.log_softmax(dim=-1), other.log_softmax(dim=-1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1) / 2

@@ -23,11 +23,13 @@ class Evaluation:
     """Results of one adapter on a set of examples, all `(N,)`.
 
     `predicted` are classes, `correct` says which of them are right, `losses` are cross-entropies in double precision.
+    `class_features` `(C, embed_dim)` are those that images were compared with.
     """
 
     correct: np.ndarray
     losses: np.ndarray
     predicted: np.ndarray
+    class_features: np.ndarray
 
     @property
     def accuracy(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -43,7 +43,11 @@ def evaluate(
     all_predicted = torch.cat(predicted, dim=1).cpu().numpy()
     all_losses = torch.cat(losses, dim=1).double().cpu().numpy()
     labels = features.labels.cpu().numpy()
-    return [Evaluation(own == labels, each, own) for own, each in zip(all_predicted, all_losses, strict=True)]
+    all_classes = classes.transpose(1, 2).cpu().numpy()
+    return [
+        Evaluation(own == labels, *each)
+        for own, *each in zip(all_predicted, all_losses, all_predicted, all_classes, strict=True)
+    ]
 
 
 def class_accuracy(evaluation: Evaluation, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, float | None]:
@@ -53,6 +57,12 @@ def class_accuracy(evaluation: Evaluation, labels: np.ndarray, class_names: Sequ
     return {
         name: float(right[index] / totals[index]) if totals[index] else None for index, name in enumerate(class_names)
     }
+
+
+def balanced_accuracy(by_class: Mapping[str, float | None]) -> tuple[float, float]:
+    """The mean over classes of the accuracy on each, and the worst class's, of the classes that have examples."""
+    known = [accuracy for accuracy in by_class.values() if accuracy is not None]
+    return sum(known) / len(known), min(known)
 
 
 def domain_accuracy(evaluation: Evaluation, domains: np.ndarray | None) -> dict[str, float] | None:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,17 @@ from flora.core.errors import UserError
 from flora.core.metrics import Figure, Metric, first, last, mean, total, values_of
 from flora.core.records import Evaluation, RoundRecord
 from flora.core.states import ServerState
-from flora.evaluation.accuracy import class_accuracy, domain_accuracy
+from flora.evaluation.accuracy import balanced_accuracy, class_accuracy, domain_accuracy
+from flora.evaluation.collapse import effective_rank, mean_cosine
 
 
 @dataclass(frozen=True, eq=False)
 class ServerView:
     """What a metric of the server's adapter is computed from, after an evaluated round.
 
-    `evaluation` has for each of the N common test images what was predicted, whether it is right, and the loss;
-    `labels` `(N,)` are their classes, places in `class_names`; `domains` `(N,)` the groups (client, camera) that the
-    data name for them, None if they name none. Round 0 is the frozen model.
+    `evaluation` has for each of the N common test images what was predicted, whether it is right, and the loss, and the
+    features of the classes; `labels` `(N,)` are the images' classes, places in `class_names`; `domains` `(N,)` the
+    groups (client, camera) that the data name for them, None if they name none. Round 0 is the frozen model.
     """
 
     state: ServerState
@@ -31,6 +33,11 @@ class ServerView:
     labels: np.ndarray
     class_names: tuple[str, ...]
     domains: np.ndarray | None = None
+
+    @cached_property
+    def class_accuracy(self) -> dict[str, float | None]:
+        """Accuracy by class name; None for a class without test images."""
+        return class_accuracy(self.evaluation, self.labels, self.class_names)
 
 
 Compute = Callable[[ServerView], Any]
@@ -239,7 +246,21 @@ declare(
     )
 )
 declare(Metric("class_accuracy", "accuracy by class on the common test images", "by name", "server"))
-COMPUTED["class_accuracy"] = lambda view: class_accuracy(view.evaluation, view.labels, view.class_names)
+COMPUTED["class_accuracy"] = lambda view: view.class_accuracy
+_of_last("balanced_accuracy", "mean over classes of the accuracy on each", "fraction", "server", "classes alike")
+COMPUTED["balanced_accuracy"] = lambda view: balanced_accuracy(view.class_accuracy)[0]
+_of_last("worst_class_accuracy", "accuracy on the class that is recognised worst", "fraction", "server", "worst class")
+COMPUTED["worst_class_accuracy"] = lambda view: balanced_accuracy(view.class_accuracy)[1]
+_of_last(
+    "effective_rank",
+    "along how many directions the classes' features differ: exp of the entropy of their singular values",
+    "number",
+    "server",
+    "rank of classes",
+)
+COMPUTED["effective_rank"] = lambda view: effective_rank(view.evaluation.class_features)
+_of_last("class_cosine", "mean cosine between the features of different classes", "number", "server", "class cosine")
+COMPUTED["class_cosine"] = lambda view: mean_cosine(view.evaluation.class_features)
 _figures_of_spread(
     "client_accuracy",
     "the server's adapter",
