@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora.client.local_training import LocalTraining
+from flora.client.sampling import LocalExamples
 from flora.core.rng import Rng
 from flora.engine.blocks import block_bytes, make_blocks
 from flora.engine.tasks import ClientTask, TrainingSetup
@@ -21,7 +22,11 @@ def blocks_of(sizes: list[int], *, per_block: int, batch_size: int, epochs: int 
     cohort = [10 + client for client in range(len(sizes))]
     local = LocalTraining(batch_size=batch_size, epochs=epochs, steps=steps)
     owned = dict(zip(cohort, examples, strict=True))
-    return list(make_blocks(tasks_of(owned, local, min(batch_size, max(sizes))), per_block)), owned
+    return list(make_blocks(tasks_of(owned, local, min(batch_size, max(sizes))), per_block, examples_of)), owned
+
+
+def examples_of(task: ClientTask) -> LocalExamples:
+    return LocalExamples(task.examples, np.zeros(len(task.examples), np.int64))
 
 
 def tasks_of(owned: dict[int, np.ndarray], local: LocalTraining, width: int) -> list[ClientTask]:
@@ -80,5 +85,7 @@ def test_the_bytes_of_a_cohorts_batches_are_counted_before_they_are_made() -> No
     examples = [np.arange(size) for size in (13, 4, 9, 1, 6)]
     tasks = tasks_of(dict(enumerate(examples)), LocalTraining(batch_size=4, epochs=2), 4)
     for per_block in (1, 2, 5):
-        found = sum(block.indices.nbytes + block.example_mask.nbytes for block in make_blocks(tasks, per_block))
+        found = sum(
+            block.indices.nbytes + block.example_mask.nbytes for block in make_blocks(tasks, per_block, examples_of)
+        )
         assert block_bytes(tasks, per_block) == found

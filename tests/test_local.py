@@ -31,7 +31,7 @@ from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.towers.speed import SpeedOptions
 from flora.core import tree
 from flora.core.rng import Rng
-from flora.data.batching import client_batches
+from flora.data.batching import BatchSizes, client_batches
 from flora.engine.gradients import FlatStack
 from flora.evaluation.local_only import train_local_only
 from flora.federated.round import run_round
@@ -135,7 +135,7 @@ def test_a_round_equals_plain_pytorch_on_a_plain_openclip_model(tiny_model: str,
         optimizer = torch.optim.SGD(adapter.values(), lr=0.3, momentum=0.9, weight_decay=0.01)
         rng = parts.rng.child("round", 1).child("client", client)
         steps = -(-len(data.train) // 4)
-        indices, mask = client_batches(data.train, rng, batch_size=4, width=4, num_steps=steps)
+        indices, mask = client_batches(data.train, rng, BatchSizes(4, 4, steps))
         for batch, real in zip(indices, mask, strict=True):
             optimizer.zero_grad()
             plain_loss(adapter, PIXELS[batch[real]], LABELS[batch[real]]).backward()

@@ -15,13 +15,18 @@ from flora.core.errors import UserError
 from flora.core.registry import OptionError, components
 from flora.core.rng import Rng
 from flora.data.few_shot import FewShot, FewShotChunks, FewShotOverlapping
-from flora.data.partition import Dirichlet, Iid, Natural, Partitioner, Pathological, Quantity, Shards
+from flora.data.partition import Dirichlet, Iid, LongTailed, Natural, Partitioner, Pathological, Quantity, Shards
 
 # Ten classes of 60 examples, with gaps in the labels and in no order.
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10) * 3, 60))
 EXTREMES = (1e-320, 1e-6, 1e-3, 0.1, 1.0, 100.0, 1e6, 1e308)
-COMPLETE = [Iid(), Dirichlet(), Dirichlet(cap=1.0), Pathological(), Shards(), Quantity()]
-DRAWING = [*COMPLETE, FewShot(shots=3), FewShot(shots=3, mode="pathological", classes_per_client=2)]
+COMPLETE = [Iid(), Dirichlet(), Dirichlet(cap=1.0), Pathological(), Shards(), Quantity(), LongTailed(order="own")]
+DRAWING = [
+    *COMPLETE,
+    LongTailed(imbalance=4),
+    FewShot(shots=3),
+    FewShot(shots=3, mode="pathological", classes_per_client=2),
+]
 
 
 def label_arrays(max_classes: int = 8) -> st.SearchStrategy[np.ndarray]:
@@ -407,3 +412,34 @@ def test_a_hundred_thousand_clients_take_seconds(partitioner: Partitioner) -> No
     parts = partitioner.split(labels, 100_000, Rng(0))
     assert time.perf_counter() - start < 20  # a few seconds, with room for a busy machine
     assert len(parts) == 100_000 and sizes(parts).min() >= 1
+
+
+def test_a_shared_long_tail_has_its_ratio_and_is_dealt_evenly() -> None:
+    parts = LongTailed(imbalance=10).split(LABELS, 4, Rng(0))
+    counts = class_counts(parts, LABELS)
+    of_all = np.sort(counts.sum(axis=0))[::-1]
+    assert of_all.tolist() == [round(60 * 10 ** (-place / 9)) for place in range(10)]
+    assert np.ptp(counts, axis=0).max() <= 1
+
+
+def test_without_imbalance_a_long_tail_has_every_example() -> None:
+    parts = LongTailed(imbalance=1).split(LABELS, 3, Rng(0))
+    assert sizes(parts).sum() == len(LABELS)
+
+
+def test_a_long_tail_fits_into_classes_of_different_sizes() -> None:
+    """The profile is as high as the class with the least room allows."""
+    labels = np.repeat([0, 1, 2], [100, 60, 5])
+    parts = LongTailed(imbalance=4).split(labels, 2, Rng(3))
+    counts = class_counts(parts, labels).sum(axis=0)
+    order = np.argsort(-counts, kind="stable")
+    assert (counts <= [100, 60, 5]).all()
+    assert counts[order[0]] / counts[order[-1]] == pytest.approx(4, rel=0.3)
+
+
+def test_own_long_tails_differ_between_clients() -> None:
+    parts = LongTailed(imbalance=100, order="own").split(LABELS, 5, Rng(0))
+    assert sizes(parts).sum() == len(LABELS)
+    counts = class_counts(parts, LABELS)
+    assert len(set(counts.argmax(axis=1).tolist())) > 1
+    assert (counts.max(axis=1) > 3 * np.median(counts, axis=1)).all()

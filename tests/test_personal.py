@@ -39,7 +39,7 @@ from flora.core.hooks import Hooks
 from flora.core.rng import Rng
 from flora.core.states import ClientUpdate, ServerState
 from flora.core.tree import State
-from flora.data.batching import client_batches
+from flora.data.batching import BatchSizes, client_batches
 from flora.evaluation.accuracy import evaluate, own_accuracies
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters
 from flora.federated.federation import Federation
@@ -80,7 +80,7 @@ def plain_training(
     optimizer = torch.optim.SGD(trained, lr=local.learning_rate)
     data = parts.clients[client]
     steps = -(-len(data.train) // 4)
-    indices, masks = client_batches(data.train, rng.child("client", client), batch_size=4, width=4, num_steps=steps)
+    indices, masks = client_batches(data.train, rng.child("client", client), BatchSizes(4, 4, steps))
     for batch, real in zip(indices, masks, strict=True):
         stem = parts.engine.features.take(batch[real], torch.device("cpu"))
         with model.adapter.bind({name: leaf.unsqueeze(0) for name, leaf in leaves.items()}):

@@ -17,7 +17,7 @@ from flora.communication.sampling import Uniform
 from flora.core import tree
 from flora.core.rng import Rng
 from flora.core.states import ClientData, ServerState
-from flora.data.batching import client_batches
+from flora.data.batching import BatchSizes, client_batches
 from flora.engine.engine import Engine
 from flora.evaluation.accuracy import evaluate
 from flora.features.features import StoredFeatures
@@ -42,9 +42,7 @@ def naive_experiment(setting: Setting) -> Callable[[], tree.State]:
         trained = {name: tensor[None].clone().requires_grad_() for name, tensor in adapter.items()}
         optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE)
         with attached.bind(trained):
-            order, _ = client_batches(
-                own, rng, batch_size=setting.batch_size, width=setting.batch_size, num_steps=STEPS_PER_ROUND
-            )
+            order, _ = client_batches(own, rng, BatchSizes(setting.batch_size, setting.batch_size, STEPS_PER_ROUND))
             for batch in order:
                 texts = tokens if setting.objective == "cross_entropy" else tokens[labels[batch]]
                 images, features, scale = clip.model(pixels[batch], texts)

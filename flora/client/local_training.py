@@ -9,6 +9,7 @@ from flora.client.corrections import Correction, NoCorrection
 from flora.client.objectives import CrossEntropy, Objective
 from flora.client.optimizers import AdamW, Constant, Optimizer, Schedule
 from flora.client.penalties import NoPenalty, Penalty
+from flora.client.sampling import LocalSampling, Shuffled
 from flora.core import tree
 from flora.core.contracts import refuse
 from flora.core.registry import OptionError, Options, option
@@ -28,6 +29,7 @@ class LocalTraining(Options):
         "steps in a round, the same for every client, in place of `epochs`", None, at_least=1, at_most=10_000_000
     )
     batch_size: int = option("examples in a step", 32, at_least=1, at_most=1_000_000)
+    sampling: LocalSampling = option("which of its examples a client sees when, and how much each counts", Shuffled())
     optimizer: Optimizer = option("how gradients become steps", AdamW())
     optimizer_state: str = option(
         "whether a client's optimiser starts fresh each round or is kept from its last one",

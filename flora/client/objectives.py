@@ -20,6 +20,8 @@ class Objective(Component):
 
     in_batch: ClassVar[bool] = False
     needs_frozen: ClassVar[bool] = False
+    weighs_examples: ClassVar[bool] = False
+    """Whether it is a mean over examples in which each counts as much as it weighs (`StepView.mean`)."""
 
     @abstractmethod
     def loss(self, view: StepView) -> Tensor:
@@ -31,6 +33,7 @@ class Objective(Component):
 class CrossEntropy(Objective):
     """Each image against all class prompts (the default)."""
 
+    weighs_examples: ClassVar[bool] = True
     label_smoothing: float = option("share of the target spread evenly over all classes", 0.0, at_least=0, below=1)
 
     def loss(self, view: StepView) -> Tensor:
@@ -38,7 +41,7 @@ class CrossEntropy(Objective):
         losses = F.cross_entropy(
             view.logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=self.label_smoothing
         )
-        return masked_mean(losses.view(labels.shape), view.example_mask)
+        return view.mean(losses.view(labels.shape))
 
 
 def _in_batch_log_probabilities(view: StepView) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flora.clip.loss_terms import StepView, divergence, masked_mean
+from flora.clip.loss_terms import StepView, divergence
 from flora.core.registry import Component, option, register
 
 
@@ -65,7 +65,7 @@ class Distillation(Penalty):
     def loss(self, view: StepView) -> Tensor:
         assert view.frozen_images is not None and view.frozen_classes is not None
         frozen = view.logit_scale * view.frozen_images @ view.frozen_classes.T
-        return self.weight * divergence(view.logits, frozen, view.example_mask, self.temperature)
+        return self.weight * view.mean(divergence(view.logits, frozen, self.temperature))
 
 
 @register("reciprocal_consistency")
@@ -92,7 +92,7 @@ class ReciprocalConsistency(Penalty):
         lowest, is_padding = torch.finfo(adapted.dtype).min / 2, ~view.example_mask.unsqueeze(1)
         to_images = (each.transpose(1, 2).masked_fill(is_padding, lowest) for each in (adapted, frozen))
         of_classes = _symmetric_divergence(*to_images)
-        both = masked_mean(of_images, view.example_mask) + of_classes.mean(dim=-1)
+        both = view.mean(of_images) + of_classes.mean(dim=-1)
         return self.weight * self.temperature**2 * both / 2
 
 

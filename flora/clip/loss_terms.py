@@ -20,8 +20,9 @@ class StepView:
 
     `images` `(K, B, d)` and `classes` `(K, C, d)` are with adapters; `frozen_images` `(K, B, d)` and `frozen_classes`
     `(C, d)` without, where a term has `needs_frozen`. `batch` are the step's tensors by name: `labels` `(K, B)` int64,
-    `example_mask` `(K, B)`, True for real examples, of which each client has one. `others` are the features that the
-    clients' other models make of the same step, where an adapter stands for several.
+    `example_mask` `(K, B)`, True for real examples, of which each client has one, and where examples count differently
+    `weights` `(K, B)`. `others` are the features that the clients' other models make of the same step, where an adapter
+    stands for several.
     """
 
     images: Tensor
@@ -41,6 +42,11 @@ class StepView:
     def example_mask(self) -> Tensor:
         """True for real examples, False for padding, `(K, B)`."""
         return self.batch["example_mask"]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of `values` `(K, B)` over each client's real examples, each times its weight: `(K,)`."""
+        weights = self.batch.get("weights")
+        return masked_mean(values if weights is None else values * weights, self.example_mask)
 
     @property
     def logits(self) -> Tensor:
@@ -68,8 +74,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum(dim=-1) / mask.sum(dim=-1)
 
 
-def divergence(logits: Tensor, target: Tensor, example_mask: Tensor, temperature: float) -> Tensor:
-    """Each client's mean of T^2 KL(target's probabilities || own ones), `(K,)`, from logits `(K, B, C)`."""
+def divergence(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(target's probabilities || own ones) for each example, `(K, B)`, from logits `(K, B, C)`."""
     own, other = ((each / temperature).log_softmax(dim=-1) for each in (logits, target))
-    each = F.kl_div(own, other, reduction="none", log_target=True).sum(dim=-1)
-    return temperature**2 * masked_mean(each, example_mask)
+    return temperature**2 * F.kl_div(own, other, reduction="none", log_target=True).sum(dim=-1)

@@ -24,7 +24,7 @@ class Rule:
     """What can't be together: where `refuses` says so, an error names `setting` and says `message`.
 
     `message` may have the names of the configuration's components in braces: {strategy}, {aggregator}, {correction},
-    {personal}, {adapter}. `what` is the rule in words, for a reader of the docs.
+    {personal}, {adapter}, {objective}, {sampling}. `what` is the rule in words, for a reader of the docs.
     """
 
     setting: str
@@ -47,6 +47,8 @@ def _names(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         "correction": config.local.correction,
         "personal": config.personal,
         "adapter": config.adapter,
+        "objective": config.local.objective,
+        "sampling": config.local.sampling,
     }
     for key, component in components.items():
         yield key, name_of(component)
@@ -262,6 +264,13 @@ RULES: tuple[Rule, ...] = (
         "and no clients' own ranks",
         lambda c: _waits_for_buffer(c) and c.clients.ranks is not None,
         f"{_SYNCHRONOUS} is used with clients' own ranks, and needs what each of them began with",
+    ),
+    Rule(
+        "local.sampling",
+        "sampling that weighs examples (by_loss, effective_number) needs an objective that is a mean over examples "
+        "(cross_entropy)",
+        lambda c: c.local.sampling.weighs and not c.local.objective.weighs_examples,
+        "{sampling} weighs examples: expected local.objective cross_entropy, got {objective}",
     ),
     Rule(
         "split",

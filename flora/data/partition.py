@@ -310,6 +310,47 @@ class Quantity(Partitioner):
         return collect(owner, num_clients)
 
 
+@register("long_tailed")
+@dataclass(frozen=True)
+class LongTailed(Partitioner):
+    """Long-tailed clients: of C classes in some order, the one at place i has imbalance^(-i / (C - 1)) of the first's.
+
+    With `order: shared` the classes' order, drawn once, is everybody's: of each class as many examples are left as the
+    profile allows, at least one, the others belong to nobody, and those that are left are dealt evenly, each class by
+    itself. With `order: own` each client has an order of its own and every example is dealt: each class in proportion
+    to the clients' profiles, so a client's own counts follow its profile but for how common the class is.
+
+    Source: the exponential profile of Cui et al., arXiv:1901.05555, section 5.1; federated in CReFF, arXiv:2204.13399.
+    """
+
+    imbalance: float = option("how many times as many examples the most common class has as the rarest", 50, at_least=1)
+    order: str = option("whether the same classes are rare everywhere", "shared", choices=("shared", "own"))
+
+    def split(
+        self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        require_examples(labels, num_clients)
+        classes = classes_of(labels)
+        owner = np.full(len(labels), -1, np.int64)
+        steps = -math.log(self.imbalance) * np.arange(len(classes)) / max(len(classes) - 1, 1)
+        if self.order == "shared":
+            profile = steps[rng.child("order").numpy().permutation(len(classes))]
+            # As many of the most common class as leave every class enough for its place in the profile.
+            most = min(len(members) / math.exp(step) for members, step in zip(classes.values(), profile, strict=True))
+            for (label, members), step in zip(classes.items(), profile, strict=True):
+                class_rng = rng.child("class", label)
+                count = max(1, round(most * math.exp(step)))
+                kept = class_rng.child("kept").numpy().permutation(members)[:count]
+                _deal(owner, kept, np.zeros(num_clients), class_rng)
+        else:
+            profiles = np.stack(
+                [steps[rng.child("order", client).numpy().permutation(len(classes))] for client in range(num_clients)]
+            )
+            for place, (label, members) in enumerate(classes.items()):
+                _deal(owner, members, profiles[:, place], rng.child("class", label))
+        return collect(owner, num_clients)
+
+
 @register("natural")
 @dataclass(frozen=True)
 class Natural(Partitioner):

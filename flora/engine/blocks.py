@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flora.data.batching import client_batches
+from flora.client.sampling import LocalExamples
+from flora.data.batching import BatchSizes
 from flora.engine.tasks import ClientTask, TrainingSetup
 
 
@@ -18,13 +19,15 @@ class Block:
     """The steps of K clients, those with the most steps first, so that whoever is still active stands in front.
 
     `num_steps` `(K,)` never rises. `indices` `(S, K, B)` int64 are training examples, `example_mask` `(S, K, B)` is
-    True for real ones; padding repeats a real example and is never counted.
+    True for real ones; padding repeats a real example and is never counted. `extra` is what else steps need, by the
+    name that it has in a step's batch, `(S, K, ...)`: `weights` `(S, K, B)`, where examples count differently.
     """
 
     tasks: tuple[ClientTask, ...]
     num_steps: tuple[int, ...]
     indices: Tensor
     example_mask: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def setup(self) -> TrainingSetup:
@@ -53,6 +56,7 @@ class Block:
             num_steps=self.num_steps[start:stop],
             indices=self.indices[:longest, start:stop],
             example_mask=self.example_mask[:longest, start:stop],
+            extra={name: tensor[:longest, start:stop] for name, tensor in self.extra.items()},
         )
 
 
@@ -64,7 +68,9 @@ def block_bytes(tasks: Sequence[ClientTask], clients_per_block: int) -> int:
     return (torch.int64.itemsize + torch.bool.itemsize) * width * sum(block[0] * len(block) for block in blocks)
 
 
-def make_blocks(tasks: Sequence[ClientTask], clients_per_block: int) -> Iterator[Block]:
+def make_blocks(
+    tasks: Sequence[ClientTask], clients_per_block: int, examples_of: Callable[[ClientTask], LocalExamples]
+) -> Iterator[Block]:
     """Cut tasks of one setup into blocks of at most `clients_per_block`, those with similar numbers of steps together.
 
     A client's batches come from its task's `rng` alone: the block that it lands in changes nothing.
@@ -72,20 +78,29 @@ def make_blocks(tasks: Sequence[ClientTask], clients_per_block: int) -> Iterator
     order = sorted(tasks, key=lambda task: (-task.num_steps, task.client))
     for start in range(0, len(order), clients_per_block):
         part = order[start : start + clients_per_block]
-        shape = part[0].num_steps, len(part), part[0].setup.width
-        indices, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
-        for column, task in enumerate(part):
-            steps = slice(0, task.num_steps)
-            indices[steps, column], mask[steps, column] = client_batches(
-                task.examples,
-                task.rng,
-                batch_size=task.setup.local.batch_size,
-                width=task.setup.width,
-                num_steps=task.num_steps,
-            )
+        drawn = [_drawn(task, examples_of(task)) for task in part]
+        tensors = {name: _laid_out([each[name] for each in drawn]) for name in drawn[0]}
         yield Block(
             tasks=tuple(part),
             num_steps=tuple(task.num_steps for task in part),
-            indices=torch.from_numpy(indices),
-            example_mask=torch.from_numpy(mask),
+            indices=tensors.pop("indices"),
+            example_mask=tensors.pop("example_mask"),
+            extra=tensors,
         )
+
+
+def _drawn(task: ClientTask, examples: LocalExamples) -> dict[str, np.ndarray]:
+    """What a client sees at each of its steps, by name, `(S, ...)`."""
+    local = task.setup.local
+    sizes = BatchSizes(local.batch_size, task.setup.width, task.num_steps)
+    draws = local.sampling.draw(examples, sizes, task.rng)
+    drawn = {"indices": draws.places, "example_mask": draws.mask}
+    return drawn if draws.weights is None else {**drawn, "weights": draws.weights}
+
+
+def _laid_out(arrays: Sequence[np.ndarray]) -> Tensor:
+    """Clients' steps `(S_k, ...)`, the longest first, side by side: `(S, K, ...)`, zero where a client has finished."""
+    steps = np.zeros((len(arrays[0]), len(arrays), *arrays[0].shape[1:]), dtype=arrays[0].dtype)
+    for column, array in enumerate(arrays):
+        steps[: len(array), column] = array
+    return torch.from_numpy(steps)

@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
 import torch
 
+from flora.client.sampling import LocalExamples
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.core.memory import available_memory_bytes, is_out_of_memory, release_cached_memory
 from flora.engine.blocks import Block, block_bytes, make_blocks
 from flora.engine.capacity import client_bytes
+from flora.engine.losses import example_losses
 from flora.engine.tasks import ClientResult, ClientTask
 from flora.engine.training import train_block
 from flora.features.features import Features
@@ -83,7 +86,28 @@ class Engine:
                 f"the batches of the cohort need {needed / 1e9:.1f} GB where {free / 1e9:.1f} GB are free; lower "
                 "local.epochs or local.steps (personal.epochs, after the last round)"
             )
-        return list(make_blocks(tasks, self.clients_per_block))
+        losses = self._losses(tasks)
+        labels = self.features.labels.numpy()
+        return list(
+            make_blocks(
+                tasks,
+                self.clients_per_block,
+                lambda task: LocalExamples(task.examples, labels[task.examples], losses.get(task.client)),
+            )
+        )
+
+    def _losses(self, tasks: Sequence[ClientTask]) -> dict[int, np.ndarray]:
+        """The losses of each client's examples before it trains, by client, if its sampling asks for them."""
+        local = tasks[0].setup.local
+        if not local.sampling.needs_losses:
+            return {}
+        found: dict[int, np.ndarray] = {}
+        parts = self.in_blocks(
+            tasks, lambda some: example_losses(self.model, self.features, some, batch_size=local.batch_size)
+        )
+        for part in parts:
+            found.update(part)
+        return found
 
     def _train_block(self, block: Block, advance: Callable[[int], object]) -> list[ClientResult]:
         self.hooks.before_block(block.setup.round, block.clients)

@@ -180,6 +180,10 @@ class _Batches:
         self._mask = block.example_mask.to(model.device)
         self._labels = features.labels[block.indices]
         self._labels_on_device = self._labels.to(model.device)
+        self._extra = {
+            name: tensor.to(model.device, model.clip.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in block.extra.items()
+        }
 
     def of_step(self, step: int, num_active: int) -> Batch:
         """Return what the first `num_active` clients see at a step."""
@@ -189,4 +193,6 @@ class _Batches:
         selected = self._model.select_classes(self._labels[step, :num_active]) if self._in_batch else None
         if selected is not None:
             classes, labels = selected[0], selected[1].to(self._model.device)
-        return Batch({"stem": stem, "labels": labels, "example_mask": self._mask[step, :num_active]}, classes)
+        tensors = {"stem": stem, "labels": labels, "example_mask": self._mask[step, :num_active]}
+        extra = {name: tensor[step, :num_active] for name, tensor in self._extra.items()}
+        return Batch({**tensors, **extra}, classes)

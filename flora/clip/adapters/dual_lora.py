@@ -60,7 +60,7 @@ class MutualDistillation:
         """Each client's divergence from its other model, which gets no gradient from it, `(K,)`."""
         ((images, classes),) = view.others
         other = (view.logit_scale * torch.bmm(images, classes.transpose(1, 2))).detach()
-        return self.weight * divergence(view.logits, other, view.example_mask, self.temperature)
+        return self.weight * view.mean(divergence(view.logits, other, self.temperature))
 
 
 class AttachedDualLora(AttachedLora):

@@ -1,0 +1,74 @@
+"""What the adapters that clients start from make of their examples, before a round begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flora.clip.towers.towers import AdaptedClip
+from flora.core import tree
+from flora.core.low_rank import is_residual
+from flora.engine.tasks import ClientTask
+from flora.features.features import Features
+
+
+@torch.no_grad()
+def example_losses(
+    model: AdaptedClip, features: Features, tasks: Sequence[ClientTask], *, batch_size: int
+) -> dict[int, np.ndarray]:
+    """The cross-entropy of each client's examples with the adapter that its task starts from, by client, `(N,)`.
+
+    At most `batch_size` examples of each client go in at once. Where an adapter stands for several models it is the sum
+    over them, as in training. Images are not augmented.
+    """
+    losses = torch.zeros(len(tasks), max(len(task.examples) for task in tasks), dtype=torch.float64)
+    for logits, places, columns in logits_of(model, features, [task.examples for task in tasks], tasks, batch_size):
+        targets = features.labels[places].to(logits.device)
+        losses[:, columns] += F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double().cpu()
+    return {task.client: losses[row, : len(task.examples)].numpy() for row, task in enumerate(tasks)}
+
+
+def logits_of(
+    model: AdaptedClip,
+    features: Features,
+    examples: Sequence[np.ndarray],
+    tasks: Sequence[ClientTask],
+    batch_size: int,
+) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Yield the logits `(K, n, C)` of up to `batch_size` of each client's `examples` at a time, places in `features`.
+
+    With each go the places `(K, n)` and the columns that they have among each client's own; who has fewer than the most
+    gets its first one again. An adapter that stands for several models yields all of them for each of the columns.
+    """
+    most = max(len(each) for each in examples)
+    places = torch.zeros(len(examples), most, dtype=torch.int64)
+    for row, each in zip(places, examples, strict=True):
+        if len(each):
+            row[:] = int(each[0])
+            row[: len(each)] = torch.from_numpy(each)
+    stack = _stack(model, tasks)
+    for bound in model.adapter.models(stack):
+        with model.adapter.bind(bound):
+            classes = model.class_features(len(examples)).transpose(1, 2)
+            for start in range(0, most, batch_size):
+                columns = slice(start, min(start + batch_size, most))
+                chosen = places[:, columns]
+                stem = features.take(chosen.flatten().to(features.device), model.device)
+                yield (
+                    model.logit_scale() * torch.bmm(model.image_features(stem, len(examples)), classes),
+                    chosen,
+                    columns,
+                )
+
+
+def _stack(model: AdaptedClip, tasks: Sequence[ClientTask]) -> dict[str, Tensor]:
+    """The adapters that tasks start from, `(K, ...)` on the model's device; a residual, which all share, `(1, ...)`."""
+    first = tasks[0].adapter
+    names = [name for name in first if not is_residual(name)]
+    stack = tree.stack([tree.select(task.adapter, names) for task in tasks])
+    shared = {name: tensor.unsqueeze(0) for name, tensor in first.items() if is_residual(name)}
+    return {name: tensor.to(model.device) for name, tensor in {**stack, **shared}.items()}
