@@ -17,6 +17,7 @@ from flora.client.objectives import Objective
 from flora.client.optimizers import Optimizer
 from flora.client.penalties import Penalty
 from flora.client.personalization import Personalization
+from flora.client.sampling import LocalSampling
 from flora.clip.adapters.base import Adapter
 from flora.communication.compressors import Compressor
 from flora.communication.sampling import Sampler
@@ -49,6 +50,7 @@ KINDS: dict[str, type[Component]] = {
     "partition": Partitioner,
     "split": Splitter,
     "local.objective": Objective,
+    "local.sampling": LocalSampling,
     "local.optimizer": Optimizer,
     "local.penalty": Penalty,
     "local.correction": Correction,
