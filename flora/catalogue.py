@@ -6,6 +6,7 @@ import flora.client.optimizers
 import flora.client.penalties
 import flora.client.personalization
 import flora.client.sampling
+import flora.client.self_training
 import flora.clip.adapters.dual_lora
 import flora.clip.adapters.full
 import flora.clip.adapters.heads_and_prompts

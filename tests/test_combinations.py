@@ -71,6 +71,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "server.screening=clip": {"server": {"screening": {"policy": "clip", "max_norm_ratio": 1.5}}},
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},
     "clients.ranks": {"clients": {"ranks": {"name": "drawn", "values": [1, 2]}}},
+    "clients.labelled_fraction": {"clients": {"labelled_fraction": 0.5}},
+    "local.self_training": {
+        "local": {"self_training": {"threshold": 0.3, "preference": "dpo"}},
+        "clients": {"labelled_fraction": 0.5},
+    },
+    "cache.views": {"cache": {"views": 2}, "local": {"augmentation": "crop_flip"}},
     "clients.centralized": {"clients": {"centralized": True}},
     "network": NETWORK,
     "server.stragglers": {"server": {"stragglers": {"over_selection": 1.5, "deadline_seconds": 2.0}}, **NETWORK},
@@ -188,7 +194,8 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "and a strategy that weighs each client by itself (a method `weight`, not `weights`)",  # no shipped one has
         "a policy for stragglers needs a network",  # all pairs here have one
         "a buffered schedule needs a network",  # all pairs here have one
-        "images that are augmented have no features to keep",  # asked for by cache.enabled: true
+        "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
+        "self-training needs images without a label",  # all pairs here have some
     ]
 
 

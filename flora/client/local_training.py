@@ -10,6 +10,7 @@ from flora.client.objectives import CrossEntropy, Objective
 from flora.client.optimizers import AdamW, Constant, Optimizer, Schedule
 from flora.client.penalties import NoPenalty, Penalty
 from flora.client.sampling import LocalSampling, Shuffled
+from flora.client.self_training import SelfTraining
 from flora.core import tree
 from flora.core.contracts import refuse
 from flora.core.registry import OptionError, Options, option
@@ -40,12 +41,26 @@ class LocalTraining(Options):
     clip_norm: float | None = option("largest norm of a client's gradient; none: no clipping", None, above=0)
     objective: Objective = option("what a step minimises", CrossEntropy())
     penalty: Penalty = option("what is added to the loss against forgetting the frozen model", NoPenalty())
+    self_training: SelfTraining | None = option("how images without a label are learned from; none: not at all", None)
     correction: Correction = option("what is added to the gradient against drifting apart", NoCorrection())
     augmentation: Augmentation = option("how training images are changed at random", NoAugmentation())
 
     def check(self) -> None:
         if self.steps is not None and self.epochs != 1:
             raise OptionError("steps", "give either `steps` or `epochs`, not both")
+
+    @property
+    def images_per_step(self) -> int:
+        """How many images go through the model in a step of one client, at most."""
+        own = self.active_self_training
+        if own is None:
+            return self.batch_size
+        return self.batch_size + (own.batch_size or self.batch_size) * len(own.preference.views)
+
+    @property
+    def active_self_training(self) -> SelfTraining | None:
+        """How images without a label are learned from; None also where that weighs nothing."""
+        return self.self_training if self.self_training is not None and self.self_training.weight else None
 
     def num_steps(self, num_examples: int) -> int:
         """Return how many steps a client of so many examples takes in a round."""

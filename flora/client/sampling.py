@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from flora.client.self_training import PseudoLabels
 from flora.core.registry import Component, option, register
 from flora.core.rng import Rng
 from flora.data.batching import BatchSizes, client_batches
@@ -17,12 +18,14 @@ from flora.data.batching import BatchSizes, client_batches
 class LocalExamples:
     """A client's N training examples: places among all, `(N,)`, and their classes, `(N,)`.
 
-    `losses` `(N,)` are those of the adapter that the client starts the round from, where its sampling asks for them.
+    `losses` `(N,)` are those of the adapter that the client starts the round from, where its sampling asks for them;
+    `without_label` are its images without a label, where it learns from them.
     """
 
     places: np.ndarray
     labels: np.ndarray
     losses: np.ndarray | None = None
+    without_label: PseudoLabels | None = None
 
 
 @dataclass(frozen=True, eq=False)

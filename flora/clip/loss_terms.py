@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -22,7 +22,8 @@ class StepView:
     `(C, d)` without, where a term has `needs_frozen`. `batch` are the step's tensors by name: `labels` `(K, B)` int64,
     `example_mask` `(K, B)`, True for real examples, of which each client has one, and where examples count differently
     `weights` `(K, B)`. `others` are the features that the clients' other models make of the same step, where an adapter
-    stands for several.
+    stands for several. `more` are features of other images of the step, by name, `(K, U, d)`: of those without labels;
+    `frozen_more` the same without adapters.
     """
 
     images: Tensor
@@ -32,6 +33,8 @@ class StepView:
     frozen_images: Tensor | None = None
     frozen_classes: Tensor | None = None
     others: tuple[ImagesAndClasses, ...] = ()
+    more: Mapping[str, Tensor] = field(default_factory=dict)
+    frozen_more: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def labels(self) -> Tensor:
@@ -52,6 +55,15 @@ class StepView:
     def logits(self) -> Tensor:
         """The scaled similarities of images and classes, `(K, B, C)`."""
         return self.logit_scale * torch.bmm(self.images, self.classes.transpose(1, 2))
+
+    def logits_of(self, name: str) -> Tensor:
+        """The scaled similarities of the images called `name` and the classes, `(K, U, C)`."""
+        return self.logit_scale * torch.bmm(self.more[name], self.classes.transpose(1, 2))
+
+    def frozen_logits_of(self, name: str) -> Tensor:
+        """The same of the frozen model."""
+        assert self.frozen_classes is not None
+        return self.logit_scale * self.frozen_more[name] @ self.frozen_classes.T
 
 
 class LossTerm(Protocol):

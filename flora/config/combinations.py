@@ -77,6 +77,13 @@ def _waits_for_buffer(config: ExperimentConfig) -> bool:
     return config.server.schedule.waits_for_buffer
 
 
+def _makes_views(config: ExperimentConfig) -> bool:
+    """Whether training images are changed at random."""
+    own = config.local.active_self_training
+    of_others = () if own is None else (own.weak, own.strong)
+    return any(each.changes_images for each in (config.local.augmentation, *of_others))
+
+
 _EXPECT_NO_MEMORY = "expected none or fedprox, because"
 _SYNCHRONOUS = "expected synchronous, because {strategy}"
 
@@ -280,9 +287,23 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "cache.enabled",
-        "images that are augmented have no features to keep",
-        lambda c: bool(c.cache.enabled) and c.local.augmentation.changes_images,
-        "expected false or null where local.augmentation changes images: their features can't be kept",
+        "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
+        lambda c: bool(c.cache.enabled) and c.local.augmentation.changes_images and c.cache.views is None,
+        "expected false or null where local.augmentation changes images: their features can't be kept, but those of a "
+        "number of views can, cache.views",
+    ),
+    Rule(
+        "cache.views",
+        "views are kept where features are, and where something makes them",
+        lambda c: c.cache.views is not None and (c.cache.enabled is False or not _makes_views(c)),
+        "expected none: no image is changed at random (local.augmentation, local.self_training), or cache.enabled is "
+        "false",
+    ),
+    Rule(
+        "local.self_training",
+        "self-training needs images without a label",
+        lambda c: c.local.self_training is not None and c.clients.labelled_fraction == 1,
+        "there are no images without a label: expected clients.labelled_fraction below 1",
     ),
 )
 """A rule that begins with "and" or "nor" goes on with the one before it."""

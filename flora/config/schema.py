@@ -50,6 +50,13 @@ class ClientOptions(Options):
     centralized: bool = option("one client trains on what all of them would have: centralised training", False)
     cohort: Sampler = option("which of them take part in a round", Uniform())
     holdout_fraction: float = option("share of a client's examples kept for its own test", 0.2, at_least=0, below=1)
+    labelled_fraction: float = option(
+        "share of a client's training images of which it knows the label, at least one; the others wait for "
+        "local.self_training",
+        1.0,
+        above=0,
+        at_most=1,
+    )
     ranks: tuple[int, ...] | Ranks | None = option(
         "a list of each client's rank, or how they are drawn; none: adapter.rank for all", None, at_least=1
     )

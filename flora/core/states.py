@@ -14,12 +14,13 @@ from flora.core.tree import State
 class ClientData:
     """One client's share: sorted indices into the training examples, and those it keeps for its own test.
 
-    `name` is what the data call it, if they do.
+    `name` is what the data call it, if they do. `unlabelled` are more of them, of which it does not know the labels.
     """
 
     train: np.ndarray
     held_out: np.ndarray
     name: str | None = None
+    unlabelled: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,8 @@ class Block:
 
     `num_steps` `(K,)` never rises. `indices` `(S, K, B)` int64 are training examples, `example_mask` `(S, K, B)` is
     True for real ones; padding repeats a real example and is never counted. `extra` is what else steps need, by the
-    name that it has in a step's batch, `(S, K, ...)`: `weights` `(S, K, B)`, where examples count differently.
+    name that it has in a step's batch, `(S, K, ...)`: `weights` `(S, K, B)`, where examples count differently; of
+    images without labels which they are, how they were labelled, and two masks. `reports` are clients' counts of these.
     """
 
     tasks: tuple[ClientTask, ...]
@@ -28,6 +29,7 @@ class Block:
     indices: Tensor
     example_mask: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    reports: tuple[Mapping[str, int], ...] = ()
 
     @property
     def setup(self) -> TrainingSetup:
@@ -57,6 +59,7 @@ class Block:
             indices=self.indices[:longest, start:stop],
             example_mask=self.example_mask[:longest, start:stop],
             extra={name: tensor[:longest, start:stop] for name, tensor in self.extra.items()},
+            reports=self.reports[start:stop],
         )
 
 
@@ -78,7 +81,8 @@ def make_blocks(
     order = sorted(tasks, key=lambda task: (-task.num_steps, task.client))
     for start in range(0, len(order), clients_per_block):
         part = order[start : start + clients_per_block]
-        drawn = [_drawn(task, examples_of(task)) for task in part]
+        known = [examples_of(task) for task in part]
+        drawn = [_drawn(task, examples) for task, examples in zip(part, known, strict=True)]
         tensors = {name: _laid_out([each[name] for each in drawn]) for name in drawn[0]}
         yield Block(
             tasks=tuple(part),
@@ -86,6 +90,7 @@ def make_blocks(
             indices=tensors.pop("indices"),
             example_mask=tensors.pop("example_mask"),
             extra=tensors,
+            reports=tuple({} if each.without_label is None else each.without_label.report for each in known),
         )
 
 
@@ -95,7 +100,12 @@ def _drawn(task: ClientTask, examples: LocalExamples) -> dict[str, np.ndarray]:
     sizes = BatchSizes(local.batch_size, task.setup.width, task.num_steps)
     draws = local.sampling.draw(examples, sizes, task.rng)
     drawn = {"indices": draws.places, "example_mask": draws.mask}
-    return drawn if draws.weights is None else {**drawn, "weights": draws.weights}
+    if draws.weights is not None:
+        drawn["weights"] = draws.weights
+    if examples.without_label is not None:
+        width = task.setup.unlabelled_width
+        drawn |= examples.without_label.draw(BatchSizes(width, width, task.num_steps), task.rng)
+    return drawn
 
 
 def _laid_out(arrays: Sequence[np.ndarray]) -> Tensor:

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from flora.client.sampling import LocalExamples
+from flora.client.self_training import PseudoLabels
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.core.memory import available_memory_bytes, is_out_of_memory, release_cached_memory
 from flora.engine.blocks import Block, block_bytes, make_blocks
 from flora.engine.capacity import client_bytes
-from flora.engine.losses import example_losses
+from flora.engine.losses import example_losses, pseudo_labels
 from flora.engine.tasks import ClientResult, ClientTask
 from flora.engine.training import train_block
 from flora.features.features import Features
@@ -86,15 +87,24 @@ class Engine:
                 f"the batches of the cohort need {needed / 1e9:.1f} GB where {free / 1e9:.1f} GB are free; lower "
                 "local.epochs or local.steps (personal.epochs, after the last round)"
             )
-        losses = self._losses(tasks)
         labels = self.features.labels.numpy()
-        return list(
-            make_blocks(
-                tasks,
-                self.clients_per_block,
-                lambda task: LocalExamples(task.examples, labels[task.examples], losses.get(task.client)),
-            )
-        )
+        losses, without_label = self._losses(tasks), self._labelled(tasks)
+
+        def examples_of(task: ClientTask) -> LocalExamples:
+            own = losses.get(task.client), without_label.get(task.client)
+            return LocalExamples(task.examples, labels[task.examples], *own)
+
+        return list(make_blocks(tasks, self.clients_per_block, examples_of))
+
+    def _labelled(self, tasks: Sequence[ClientTask]) -> dict[int, PseudoLabels]:
+        """Each client's images without a label, labelled by the adapter that it starts from, if it learns from them."""
+        local = tasks[0].setup.local
+        found: dict[int, PseudoLabels] = {}
+        if local.active_self_training is None:
+            return found
+        for part in self.in_blocks(tasks, lambda some: pseudo_labels(self.model, self.features, some)):
+            found.update(part)
+        return found
 
     def _losses(self, tasks: Sequence[ClientTask]) -> dict[int, np.ndarray]:
         """The losses of each client's examples before it trains, by client, if its sampling asks for them."""
@@ -115,7 +125,7 @@ class Engine:
 
     def _smaller(self, block: Block) -> list[Block]:
         """A block that did not fit, in parts; from now on blocks are no larger than half of it."""
-        number, batch_size = len(block.tasks), block.setup.local.batch_size
+        number, batch_size = len(block.tasks), block.setup.local.images_per_step
         release_cached_memory(self.model.device)
         need = client_bytes(self.model, batch_size=batch_size)
         free = available_memory_bytes(self.model.device)

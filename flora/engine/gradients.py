@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flora.client.local_training import LocalTraining
+from flora.client.self_training import SelfTrainingTerm
 from flora.clip.adapters.base import AttachedAdapter
 from flora.clip.loss_terms import ImagesAndClasses, LossTerm, StepView
 from flora.clip.towers.towers import AdaptedClip
@@ -19,13 +20,16 @@ from flora.engine.capacity import clients_at_once
 
 # Steps of one shape that run as they are before one is recorded: a recording costs about as much as ten of them.
 STEPS_BEFORE_RECORDING = 3
+# What the names of a batch's stem outputs begin with that are not those of its labelled images.
+OTHER_STEM = "stem of "
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """What K clients see in one step, on the device: tensors by name, each client-major.
 
-    `stem` `(K * B, ...)` are stem outputs, `labels` and `example_mask` are `(K, B)`. With `classes` `(K, C)`, on the
+    `stem` `(K * B, ...)` are stem outputs, `labels` and `example_mask` are `(K, B)`; `OTHER_STEM` + NAME `(K * U, ...)`
+    are stem outputs of other images. With `classes` `(K, C)`, on the
     CPU, only those are encoded, and labels are places among them.
     """
 
@@ -50,10 +54,12 @@ class Loss:
 
     @classmethod
     def of(cls, local: LocalTraining, adapter: AttachedAdapter) -> Loss:
-        """The objective, the penalty unless it is idle, and the adapter's own terms."""
+        """The objective, the penalty unless it is idle, self-training if it is on, and the adapter's own terms."""
         terms: list[tuple[str, LossTerm]] = [("local.objective", local.objective)]
         if not local.penalty.is_idle:
             terms.append(("local.penalty", local.penalty))
+        if local.active_self_training is not None:
+            terms.append(("local.self_training", SelfTrainingTerm(local.active_self_training)))
         return cls((*terms, *(("adapter", term) for term in adapter.loss_terms)))
 
     @property
@@ -174,20 +180,43 @@ def _step_views(
     generators: Sequence[torch.Generator] | None,
 ) -> list[StepView]:
     """Return what the loss sees of each of the models that K adapters `(K, ...)` stand for."""
-    stem, number = batch.tensors["stem"], len(batch.tensors["labels"])
-    frozen: tuple[Tensor | None, Tensor | None] = (None, None)
+    number = len(batch.tensors["labels"])
+    frozen: dict[str, Tensor] = {}
+    frozen_classes: Tensor | None = None
     if loss.needs_frozen:
         with torch.no_grad():
-            frozen = model.image_features(stem, number), model.frozen_class_features()
+            frozen, frozen_classes = _images(model, batch, number), model.frozen_class_features()
     features: list[ImagesAndClasses] = []
+    more: list[dict[str, Tensor]] = []
     for bound in model.adapter.models(stack):
         with model.adapter.bind(bound, generators):
-            features.append((model.image_features(stem, number), model.class_features(number, batch.classes)))
+            images = _images(model, batch, number)
+            features.append((images.pop(""), model.class_features(number, batch.classes)))
+            more.append(images)
             scale = model.logit_scale()
     return [
-        StepView(images, classes, scale, batch.tensors, *frozen, (*features[:place], *features[place + 1 :]))
+        StepView(
+            images,
+            classes,
+            scale,
+            batch.tensors,
+            frozen.get(""),
+            frozen_classes,
+            others=(*features[:place], *features[place + 1 :]),
+            more=more[place],
+            frozen_more=frozen,
+        )
         for place, (images, classes) in enumerate(features)
     ]
+
+
+def _images(model: AdaptedClip, batch: Batch, number: int) -> dict[str, Tensor]:
+    """The image features of all stem outputs of a batch, `(K, B, embed_dim)` by name; the labelled ones' name is ""."""
+    stems = {"": batch.tensors["stem"]}
+    for name, tensor in batch.tensors.items():
+        if name.startswith(OTHER_STEM):
+            stems[name.removeprefix(OTHER_STEM)] = tensor
+    return {name: model.image_features(stem, number) for name, stem in stems.items()}
 
 
 def _is_recorded(model: AdaptedClip, dropout: object, residual: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flora.client.self_training import PseudoLabels
 from flora.clip.towers.towers import AdaptedClip
 from flora.core import tree
 from flora.core.low_rank import is_residual
@@ -26,23 +28,48 @@ def example_losses(
     over them, as in training. Images are not augmented.
     """
     losses = torch.zeros(len(tasks), max(len(task.examples) for task in tasks), dtype=torch.float64)
-    for logits, places, columns in logits_of(model, features, [task.examples for task in tasks], tasks, batch_size):
+    for logits, places, columns in _logits(model, features, tasks, [task.examples for task in tasks], batch_size):
         targets = features.labels[places].to(logits.device)
         losses[:, columns] += F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double().cpu()
     return {task.client: losses[row, : len(task.examples)].numpy() for row, task in enumerate(tasks)}
 
 
-def logits_of(
+@torch.no_grad()
+def pseudo_labels(model: AdaptedClip, features: Features, tasks: Sequence[ClientTask]) -> dict[int, PseudoLabels]:
+    """The labels that the adapter of each client's task gives its images without one, by client.
+
+    It sees a weakly changed view of each. Where it stands for several models, it is the first that labels.
+    """
+    local = tasks[0].setup.local
+    options = local.active_self_training
+    assert options is not None
+    examples = [task.unlabelled for task in tasks]
+    parts: list[Tensor] = []
+    if any(map(len, examples)):
+        weak = features.views["weak"]
+        logits = _logits(model, weak, tasks, examples, local.batch_size, is_training=True)
+        parts = [each.cpu() for each, _, _ in itertools.islice(logits, -(-max(map(len, examples)) // local.batch_size))]
+    all_logits = torch.cat([torch.zeros(len(tasks), 0, len(model.class_names)), *parts], dim=1)
+    return {
+        task.client: options.label(own, features.labels[own].numpy(), each[: len(own)], task.rng)
+        for task, own, each in zip(tasks, examples, all_logits, strict=True)
+    }
+
+
+def _logits(
     model: AdaptedClip,
     features: Features,
-    examples: Sequence[np.ndarray],
     tasks: Sequence[ClientTask],
+    examples: Sequence[np.ndarray],
     batch_size: int,
+    *,
+    is_training: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, slice]]:
     """Yield the logits `(K, n, C)` of up to `batch_size` of each client's `examples` at a time, places in `features`.
 
     With each go the places `(K, n)` and the columns that they have among each client's own; who has fewer than the most
-    gets its first one again. An adapter that stands for several models yields all of them for each of the columns.
+    gets its first one again. An adapter that stands for several models yields all columns for one after the other. With
+    `is_training` images are changed at random, as tasks' streams say.
     """
     most = max(len(each) for each in examples)
     places = torch.zeros(len(examples), most, dtype=torch.int64)
@@ -57,12 +84,10 @@ def logits_of(
             for start in range(0, most, batch_size):
                 columns = slice(start, min(start + batch_size, most))
                 chosen = places[:, columns]
-                stem = features.take(chosen.flatten().to(features.device), model.device)
-                yield (
-                    model.logit_scale() * torch.bmm(model.image_features(stem, len(examples)), classes),
-                    chosen,
-                    columns,
-                )
+                streams = [task.rng.child("weak", start) for task in tasks] if is_training else None
+                stem = features.take(chosen.flatten().to(features.device), model.device, streams)
+                images = model.image_features(stem, len(examples))
+                yield model.logit_scale() * torch.bmm(images, classes), chosen, columns
 
 
 def _stack(model: AdaptedClip, tasks: Sequence[ClientTask]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +19,9 @@ class TrainingSetup:
     """What all tasks have in common that may share a step.
 
     `trained` are the names of the tensors that are trained. `width` is how many examples a step's batch has room for:
-    one number for all clients of a run, so that a client's dropout masks don't depend on its neighbours.
-    `server_correction` is what the correction remembers at the server. `round` is for hooks and messages.
+    one number for all clients of a run, so that a client's dropout masks don't depend on its neighbours;
+    `unlabelled_width` is the same for images without a label. `server_correction` is what the correction remembers at
+    the server. `round` is for hooks and messages.
     """
 
     round: int
@@ -27,6 +29,7 @@ class TrainingSetup:
     learning_rate: float
     trained: tuple[str, ...]
     width: int
+    unlabelled_width: int = 0
     server_correction: StateLike = field(default_factory=dict)
 
 
@@ -36,7 +39,8 @@ class ClientTask:
 
     It trains from `adapter`, a state dict without a client axis, on the training examples `examples` `(N,)`; `rng` is
     what its batches, dropout and augmentation are drawn from; `state` is what it carries from its last round. `anchor`
-    is what a correction measures distances from, in place of `adapter`.
+    is what a correction measures distances from, in place of `adapter`. `unlabelled` are training examples of which it
+    does not know the labels.
     """
 
     client: int
@@ -46,6 +50,7 @@ class ClientTask:
     setup: TrainingSetup
     state: ClientState = FRESH
     anchor: StateLike | None = None
+    unlabelled: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def num_steps(self) -> int:
@@ -60,7 +65,8 @@ class ClientResult:
     `adapter` are the trained tensors alone, without a client axis: views into the memory of all clients that shared its
     steps, so whoever keeps one copies it. `loss` is the mean over its steps. `failed_step` is the first step, counted
     from 0, at which loss or gradient was not finite. `state` is what the client carries on of its optimiser and of a
-    correction; `sent_correction` is what the correction sends to the server.
+    correction; `sent_correction` is what the correction sends to the server. `report` are counts about its images
+    without labels, for measuring.
     """
 
     client: int
@@ -70,6 +76,7 @@ class ClientResult:
     failed_step: int | None
     state: ClientState
     sent_correction: State
+    report: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_finite(self) -> bool:

@@ -16,7 +16,7 @@ from flora.core.low_rank import is_residual
 from flora.core.states import ClientState
 from flora.core.tree import State, StateLike
 from flora.engine.blocks import Block
-from flora.engine.gradients import Batch, Compute, FlatStack, Loss, gradient_function
+from flora.engine.gradients import OTHER_STEM, Batch, Compute, FlatStack, Loss, gradient_function
 from flora.engine.tasks import ClientResult
 from flora.features.features import Features
 
@@ -97,7 +97,8 @@ def _gradient_function(model: AdaptedClip, loss: Loss, flat: FlatStack, block: B
     dropout = None
     if model.adapter.has_dropout:
         dropout = [task.rng.child("dropout").torch() for task in block.tasks]
-    return gradient_function(model, loss, flat, dropout, batch_size=block.indices.shape[2], shared_residual=residual)
+    images = block.setup.local.images_per_step - block.setup.local.batch_size + block.indices.shape[2]
+    return gradient_function(model, loss, flat, dropout, batch_size=images, shared_residual=residual)
 
 
 def _client_states(block: Block, optimizer: State, remembered: Sequence[State]) -> list[ClientState]:
@@ -127,6 +128,7 @@ def _results(
             failed_step=None if failed_step < 0 else failed_step,
             state=states[row],
             sent_correction=sent[row],
+            report=block.reports[row] if block.reports else {},
         )
         for row, (task, failed_step) in enumerate(zip(block.tasks, failed.tolist(), strict=True))
     ]
@@ -180,9 +182,12 @@ class _Batches:
         self._mask = block.example_mask.to(model.device)
         self._labels = features.labels[block.indices]
         self._labels_on_device = self._labels.to(model.device)
+        self._self_training = block.setup.local.active_self_training
+        self._unlabelled = block.extra.get("unlabelled")
         self._extra = {
             name: tensor.to(model.device, model.clip.dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in block.extra.items()
+            if name != "unlabelled"
         }
 
     def of_step(self, step: int, num_active: int) -> Batch:
@@ -195,4 +200,17 @@ class _Batches:
             classes, labels = selected[0], selected[1].to(self._model.device)
         tensors = {"stem": stem, "labels": labels, "example_mask": self._mask[step, :num_active]}
         extra = {name: tensor[step, :num_active] for name, tensor in self._extra.items()}
-        return Batch({**tensors, **extra}, classes)
+        return Batch({**tensors, **extra, **self._other_stems(step, num_active)}, classes)
+
+    def _other_stems(self, step: int, num_active: int) -> dict[str, Tensor]:
+        """The views of images without labels that a step sees, `(k * U, ...)`, by their names in its batch."""
+        if self._self_training is None or self._unlabelled is None:
+            return {}
+        indices, stems = self._unlabelled[step, :num_active].flatten(), {}
+        for name in self._self_training.preference.views:
+            images, streams = self._features, None
+            if name != "clean":
+                images = self._features.views[name]
+                streams = [rng.child("unlabelled views", step) for rng in self._rngs[:num_active]]
+            stems[OTHER_STEM + name] = images.take(indices.to(images.device), self._model.device, streams)
+        return stems

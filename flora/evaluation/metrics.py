@@ -330,6 +330,24 @@ declare(
 _of_total("num_dropped", "clients that dropped out on the way", "count", "traffic", figure="num_dropped")
 _of_total("num_late", "clients that delivered when the round was over", "count", "traffic", figure="num_late")
 declare(Metric("mean_staleness", "how many rounds old the updates were, in the mean", "number", "traffic"))
+_of_last(
+    "pseudo_label_coverage",
+    "share of the cohort's images without a label to which the received adapter gives one with enough probability",
+    "fraction",
+    "training",
+    "pseudo-labels sure",
+)
+_of_last(
+    "pseudo_label_precision", "share of these labels that are right", "fraction", "training", "pseudo-labels right"
+)
+declare(
+    Metric(
+        "client_pseudo_labels",
+        "for each client of the cohort: images without a label, those whose label is sure, and right among these",
+        "by name",
+        "training",
+    )
+)
 _of_last("domain_accuracy", "accuracy of test images by the client or folder that the data name", "by name", "server")
 COMPUTED["domain_accuracy"] = lambda view: domain_accuracy(view.evaluation, view.domains)
 

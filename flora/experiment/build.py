@@ -35,10 +35,9 @@ from flora.experiment.images import (
 )
 from flora.features.features import (
     Features,
-    StoredFeatures,
     images_digest,
-    move_if_they_fit,
 )
+from flora.features.views import move_if_they_fit
 from flora.federated.federation import Federation, ServerParts
 
 
@@ -99,7 +98,7 @@ def build_experiment(
     digests |= {"data_sha256": data_digest(data), "images_sha256": images_digest([train, test, *new])}
     clients_per_block = _clients_per_block(config, model, clients_per_block)
     log(f"clients in one step: up to {clients_per_block}")
-    if all(isinstance(each, StoredFeatures) for each in (train, test, *new)):
+    if not any(each.runs_stem for each in (train, test, *new)):
         model.release_stems()
     train, test, *new = move_if_they_fit([train, test, *new], model.device)
     labels, test_labels = train.labels.numpy(), test.labels.cpu().numpy()
@@ -192,5 +191,5 @@ def _clients_per_block(config: ExperimentConfig, model: AdaptedClip, recorded: i
     limit, asked = model.adapter.max_clients_per_block, config.clients.per_block
     if asked or recorded:
         return asked or recorded or 1
-    chosen = choose_clients_per_block(model, batch_size=config.local.batch_size)
+    chosen = choose_clients_per_block(model, batch_size=config.local.images_per_step)
     return min(chosen, limit or chosen)

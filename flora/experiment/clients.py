@@ -14,6 +14,7 @@ from flora.config.schema import ExperimentConfig
 from flora.core.contracts import checked_column, checked_parts, refuse
 from flora.core.counts import part_of
 from flora.core.errors import UserError
+from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.core.states import ClientData
 from flora.data.datasets.base import ImageData
@@ -86,6 +87,32 @@ def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:
     return ClientData(train=np.sort(order[count:]), held_out=np.sort(order[:count]))
 
 
+def hide_labels(client: ClientData, fraction: float, rng: Rng) -> ClientData:
+    """Leave a client the labels of round(n * fraction) of its training examples, at least one, chosen at random."""
+    number = len(client.train)
+    count = max(round(part_of(fraction, number)), 1)
+    if count >= number:
+        return client
+    order = rng.numpy().permutation(client.train)
+    return replace(client, train=np.sort(order[:count]), unlabelled=np.sort(order[count:]))
+
+
+def _check_unlabelled(config: ExperimentConfig, clients: Sequence[ClientData]) -> None:
+    """Raise `OptionError` if there are fewer images without a label than self-training asks for."""
+    own = config.local.self_training
+    if own is None:
+        return
+    most = max(len(client.unlabelled) for client in clients)
+    if not most:
+        fraction = config.clients.labelled_fraction
+        raise OptionError("clients.labelled_fraction", f"no client has an image without a label, with {fraction:g}")
+    if own.batch_size is not None and own.batch_size > most:
+        raise OptionError(
+            "local.self_training.batch_size",
+            f"expected at most {most}, the most images without a label that a client has, got {own.batch_size}",
+        )
+
+
 def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | None, rng: Rng) -> list[ClientData]:
     """Each client's share of the training examples. Raises `UserError` if one would have nothing to train on."""
     names = group_names(groups, config.clients.number) if config.partition.names_clients else ()
@@ -104,4 +131,8 @@ def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | 
             f"partition: {len(empty)} of {len(clients)} clients would get no training example, the first is client "
             f"{empty[0]}; set partition.minimum_examples to 1 or lower clients.number"
         )
+    labelled = config.clients.labelled_fraction
+    if labelled < 1:
+        clients = [hide_labels(each, labelled, rng.child("labelled", index)) for index, each in enumerate(clients)]
+    _check_unlabelled(config, clients)
     return clients

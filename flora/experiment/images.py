@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,14 +15,13 @@ from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.progress import Progress
 from flora.core.rng import Rng
-from flora.data.datasets.base import ImageData, checked_images
+from flora.data.augmentation import Augmentation, NoAugmentation
+from flora.data.datasets.base import ImageData, Split, checked_images
 from flora.data.value_range import with_one_range
+from flora.data.views import views_of
 from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of
-from flora.features.features import (
-    Features,
-    live_features,
-    load_features,
-)
+from flora.features.features import Features, LiveFeatures, StoredFeatures, live_features, load_features
+from flora.features.views import ViewFeatures
 
 
 @dataclass(frozen=True)
@@ -64,36 +63,85 @@ def features_of_splits(
 ) -> tuple[list[Features], list[str]]:
     """The features of the splits, and a line for each image that can't be read.
 
-    They are computed once, apart from those of images that are augmented: the training split's.
+    They are computed once, apart from those of images that are changed at random: the training split's, unless a number
+    of views of each is kept.
     """
-    augmentation, skip = config.local.augmentation, config.data.unreadable == "skip"
     splits = {"training": data.train, "test": data.test} | ({"new": data.new} if data.new is not None else {})
-    is_live = dict.fromkeys(splits, config.cache.enabled is False)
-    is_live["training"] |= augmentation.changes_images
-    features: dict[str, Features] = {}
-    problems: list[str] = []
-    for name in (name for name in splits if is_live[name]):
-        tell.log(f"features of the {name} images: computed at each use")
-        features[name], found = live_features(
-            splits[name], model, augmentation, skip_unreadable=skip, progress=tell.progress
+    loader = _Loader(config, model, tell)
+    features = loader.load(splits)
+    train = loader.changed_at_random("training", config.local.augmentation, features["training"], data.train)
+    self_training = config.local.active_self_training
+    if self_training is not None:
+        views = {"weak": self_training.weak, "strong": self_training.strong}
+        train = replace(
+            train,  # type: ignore[type-var]
+            views={
+                name: loader.changed_at_random(name, augmentation, features["training"], data.train)
+                for name, augmentation in views.items()
+            },
         )
-        problems += found
-    stored = [name for name in splits if not is_live[name]]
-    if stored:
-        loaded, found = load_features(
-            [splits[name] for name in stored],
-            model,
-            cache=config.cache,
-            skip_unreadable=skip,
-            progress=tell.progress,
-            log=tell.log,
-        )
-        features.update(zip(stored, loaded, strict=True))
-        problems += found
-    if problems:
+    features["training"] = train
+    if loader.problems:
         number = sum(len(split) for split in splits.values())
-        tell.log(f"left out: {len(problems):,} of {number:,} images can't be read")
-    return [features[name] for name in splits], problems
+        tell.log(f"left out: {len(loader.problems):,} of {number:,} images can't be read")
+    return list(features.values()), loader.problems
+
+
+@dataclass(eq=False)
+class _Loader:
+    """Turns images into features. `problems` has a line for each image that can't be read."""
+
+    config: ExperimentConfig
+    model: AdaptedClip
+    tell: Tell
+    problems: list[str] = field(default_factory=list)
+
+    def load(self, splits: Mapping[str, Split]) -> dict[str, Features]:
+        """Each split's features by its name, of images as they are."""
+        features: dict[str, Features] = {}
+        for name in (name for name in splits if self._is_live(name)):
+            self.tell.log(f"features of the {name} images: computed at each use")
+            skip, progress = self.config.data.unreadable == "skip", self.tell.progress
+            features[name], problems = live_features(
+                splits[name], self.model, NoAugmentation(), skip_unreadable=skip, progress=progress
+            )
+            self.problems += problems
+        stored = [name for name in splits if not self._is_live(name)]
+        if stored:
+            loaded = self._stored([splits[name] for name in stored])
+            features.update(zip(stored, loaded, strict=True))
+        return {name: features[name] for name in splits}
+
+    def changed_at_random(self, name: str, augmentation: Augmentation, features: Features, split: Split) -> Features:
+        """The features of a split whose images are changed at random in training; `features` are as they are."""
+        if not augmentation.changes_images:
+            return features
+        number, clip = self.config.cache.views, self.model.clip
+        if number is None:
+            labels, places = features.labels, features.split_indices
+            return LiveFeatures(split, self.model, augmentation, labels, places, features.digests)
+        assert isinstance(features, StoredFeatures)
+        self.tell.log(f"features of the {name} images: {number} random views of each are kept")
+        size, rng = clip.architecture.image_size, Rng(self.config.seed).child("views", name)
+        views = views_of(split.subset(features.split_indices), augmentation, number, size, rng)
+        return ViewFeatures(features, self._stored([views])[0], number)
+
+    def _is_live(self, name: str) -> bool:
+        """Whether nothing is kept of a split's images as they are."""
+        cache, changes = self.config.cache, self.config.local.augmentation.changes_images
+        return cache.enabled is False or (name == "training" and changes and cache.views is None)
+
+    def _stored(self, splits: Sequence[Split]) -> list[StoredFeatures]:
+        loaded, problems = load_features(
+            splits,
+            self.model,
+            cache=self.config.cache,
+            skip_unreadable=self.config.data.unreadable == "skip",
+            progress=self.tell.progress,
+            log=self.tell.log,
+        )
+        self.problems += problems
+        return loaded
 
 
 def data_digest(data: ImageData) -> str:

@@ -40,6 +40,12 @@ class CacheOptions(Options):
         "whether each image's features are computed once; none: wherever images are not augmented", None
     )
     folder: str | None = option("folder for features; none: they are computed anew in each run", "~/.cache/flora")
+    views: int | None = option(
+        "where training images are changed at random: random views of each that are kept; none: computed at each use",
+        None,
+        at_least=1,
+        at_most=10_000,
+    )
     memory_bytes: int | None = option(
         "features larger than this stay on disk, memory-mapped; none: half of the free memory", None, at_least=1
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,15 +39,22 @@ class Features(ABC):
     """Stem outputs and labels of a split's readable examples, whether they were computed before or are computed now.
 
     Example i of the N has label `labels[i]` (on the CPU) and is example `split_indices[i]` of the split. `digests`
-    `(N, 16)` uint8 are those of the images as they are stored, if they are known.
+    `(N, 16)` uint8 are those of the images as they are stored, if they are known. `views` are features of the same
+    examples that are changed at random in other ways, by name, for images without labels.
     """
 
     labels: Tensor
     split_indices: np.ndarray
     digests: np.ndarray | None
+    views: Mapping[str, Features] = MappingProxyType({})
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def runs_stem(self) -> bool:
+        """Whether images go through the stem at each use, of these features or of a view of theirs."""
+        return any(view.runs_stem for view in self.views.values())
 
     @property
     @abstractmethod
@@ -75,6 +83,7 @@ class StoredFeatures(Features):
     labels: Tensor
     split_indices: np.ndarray
     digests: np.ndarray | None = None
+    views: Mapping[str, Features] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +113,11 @@ class LiveFeatures(Features):
     labels: Tensor
     split_indices: np.ndarray
     digests: np.ndarray | None = None
+    views: Mapping[str, Features] = field(default_factory=dict)
+
+    @property
+    def runs_stem(self) -> bool:
+        return True
 
     @property
     def device(self) -> torch.device:
@@ -136,25 +150,11 @@ class LiveFeatures(Features):
 
     def subset(self, indices: np.ndarray) -> LiveFeatures:
         labels, digests = self.labels[torch.from_numpy(indices)], _chosen(self.digests, indices)
-        return replace(self, labels=labels, split_indices=self.split_indices[indices], digests=digests)
+        return replace(self, labels=labels, split_indices=self.split_indices[indices], digests=digests, views={})
 
 
 def _chosen(digests: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
     return None if digests is None else digests[indices]
-
-
-def move_if_they_fit(features: Sequence[Features], device: torch.device) -> list[Features]:
-    """Stored features on `device` if they fit into half of its free memory, else where they are."""
-    stems = {id(each.stem): each.stem for each in features if isinstance(each, StoredFeatures)}
-    if device.type == "cpu" or sum(stem.nbytes for stem in stems.values()) > available_memory_bytes(device) // 2:
-        return list(features)
-    moved = {key: stem.to(device) for key, stem in stems.items()}
-    return [
-        replace(each, stem=moved[id(each.stem)], rows=each.rows.to(device))
-        if isinstance(each, StoredFeatures)
-        else each
-        for each in features
-    ]
 
 
 def images_digest(features: Sequence[Features]) -> str:

@@ -202,14 +202,20 @@ class Federation:
                 f"server.strategy: {called(self.server.strategy)} trains no tensor of this adapter in round {round}"
             )
         largest = int(self.participation.sizes.max())
+        self_training, unlabelled_width = local.active_self_training, 0
+        if self_training is not None:
+            most = max(len(client.unlabelled) for client in self.clients)
+            unlabelled_width = self_training.width(local.batch_size, most)
         return TrainingSetup(
             round=round,
             local=local,
             learning_rate=local.rate(round, self.num_rounds),
             trained=trained,
             width=min(local.batch_size, largest),
+            unlabelled_width=unlabelled_width,
         )
 
     def task(self, client: int, adapter: StateLike, setup: TrainingSetup, rng: Rng) -> ClientTask:
         """A client's task from an adapter, with nothing of its last rounds; its random numbers are `rng`'s child's."""
-        return ClientTask(client, adapter, self.clients[client].train, rng.child("client", client), setup)
+        data = self.clients[client]
+        return ClientTask(client, adapter, data.train, rng.child("client", client), setup, unlabelled=data.unlabelled)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from flora.core import tree
 from flora.core.records import Rejection
 from flora.core.states import FRESH, ClientState, ClientUpdate, ServerState
+from flora.engine.tasks import ClientResult
 from flora.federated.aggregation import Step, step
 from flora.federated.federation import Federation, Received, RoundPlan
 from flora.federated.receiving import personal_states, send_updates
@@ -37,6 +38,9 @@ class RoundResult:
     num_dropped: int
     num_late: int
     mean_staleness: float | None
+    pseudo_label_coverage: float | None = None
+    pseudo_label_precision: float | None = None
+    client_pseudo_labels: dict[str, list[int]] | None = None
     cohort: tuple[int, ...] = ()
 
     def metrics(self) -> dict[str, Any]:
@@ -54,7 +58,9 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     started = time.perf_counter()
     engine, schedule = federation.engine, federation.schedule
     plan = schedule.plan(federation, state)
-    received = schedule.receive(plan, send_updates(federation, plan, engine.train(plan.tasks)))
+    reports: dict[int, Mapping[str, int]] = {}
+    results = _noted(engine.train(plan.tasks), reports)
+    received = schedule.receive(plan, send_updates(federation, plan, results))
     received, accepted, rejections = _screened(federation, plan, received)
     clients = dict(received.clients)
     for client, own in personal_states(federation, plan, engine.train(plan.personal_tasks)):
@@ -68,9 +74,34 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     clock = state.clock + (plan.outcome.seconds or 0.0)
     result = _result(federation, plan, received, accepted, rejections)
     result = dataclasses.replace(
-        result, aggregation_error=after.aggregation_error, train_seconds=time.perf_counter() - started
+        result,
+        **_pseudo_label_figures(reports),
+        aggregation_error=after.aggregation_error,
+        train_seconds=time.perf_counter() - started,
     )
     return ServerState(plan.round, adapter, after.optimizer, after.correction, clock, clients), result
+
+
+def _noted(results: Iterable[ClientResult], reports: dict[int, Mapping[str, int]]) -> Iterator[ClientResult]:
+    """Hand results on, and note what each client reports."""
+    for result in results:
+        if result.report:
+            reports[result.client] = result.report
+        yield result
+
+
+def _pseudo_label_figures(reports: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
+    """What is known of the labels that images without one were given; nothing where there are none."""
+    if not reports:
+        return {}
+    names = ("num_unlabelled", "num_sure", "num_right")
+    by_client = {str(client): [reports[client][name] for name in names] for client in sorted(reports)}
+    number, sure, right = (sum(counts) for counts in zip(*by_client.values(), strict=True))
+    return {
+        "pseudo_label_coverage": sure / number if number else None,
+        "pseudo_label_precision": right / sure if sure else None,
+        "client_pseudo_labels": by_client,
+    }
 
 
 def _screened(

@@ -224,6 +224,9 @@ CLIENT_COLUMNS: tuple[tuple[str, str], ...] = (
     ("client", "its id"),
     ("name", "what the data call it, where they do"),
     ("num_train", "its training examples"),
+    ("num_unlabelled", "its training images without a label, where there are some"),
+    ("pseudo_label_coverage", "share of these whose label was sure in the last round that it took part in"),
+    ("pseudo_label_precision", "share of these labels that were right"),
     ("num_held_out", "the examples that it keeps for its own test"),
     ("num_rounds", "the rounds in which its update came"),
     ("rank", "its rank, where clients have their own"),
@@ -262,7 +265,24 @@ def client_columns(
         columns["personal_test_accuracy"] = _cells(local_only.personal_test)
     if ranks is not None:
         columns["rank"] = ranks.tolist()
+    if any(len(client.unlabelled) for client in clients):
+        columns |= _pseudo_label_columns(records, [len(client.unlabelled) for client in clients])
     return {name: columns[name] for name, _ in CLIENT_COLUMNS if name in columns}
+
+
+def _pseudo_label_columns(records: Sequence[RoundRecord], numbers: list[int]) -> dict[str, list[Any]]:
+    """What clients' images without a label came to, in the last round that each took part in."""
+    last: dict[str, list[int]] = {}
+    for record in records:
+        last |= record.metrics.get("client_pseudo_labels") or {}
+    counts = np.array([last.get(str(client), [0, 0, 0]) for client in range(len(numbers))], dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        coverage, precision = counts[:, 1] / counts[:, 0], counts[:, 2] / counts[:, 1]
+    return {
+        "num_unlabelled": numbers,
+        "pseudo_label_coverage": _cells(coverage),
+        "pseudo_label_precision": _cells(precision),
+    }
 
 
 def _cells(accuracies: np.ndarray) -> list[str]:
