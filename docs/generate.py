@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from flora import catalogue  # noqa: F401  (registers the components)
+from flora.config import listing
 from flora.config.combinations import RULES
 from flora.config.listing import option_rows, summary_of
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
-from flora.core.registry import Component, Options, components, kinds
+from flora.core.registry import Options, components, kinds
 from flora.evaluation.metrics import FIGURES, METRICS
 from flora.runs.measure import CLIENT_COLUMNS
 from flora.server.strategies.base import Strategy
@@ -36,9 +36,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def sections() -> str:
     """Every key of an experiment that is no component's option."""
     parts = [option_table(ExperimentConfig)]
-    for field in dataclasses.fields(ExperimentConfig):
-        if isinstance(field.default, Options) and not isinstance(field.default, Component):
-            parts += [f"### `{field.name}`", summary_of(type(field.default)), option_table(type(field.default))]
+    for path, section in listing.sections():
+        parts += [f"### `{path}`", summary_of(section), option_table(section)]
     return "\n\n".join(parts)
 
 

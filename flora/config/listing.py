@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import typing
+from collections.abc import Iterator
 from typing import Any
 
 from flora import catalogue  # noqa: F401  (the catalogue registers the components)
@@ -16,9 +19,8 @@ from flora.core.registry import Bounds, Component, Options, components, kinds, n
 def list_components() -> str:
     """The text that `--list` prints: the sections of a config, then the components by kind."""
     parts = ["SECTIONS of an experiment (key: default, what it is)", *_options(ExperimentConfig, 2)]
-    for field in dataclasses.fields(ExperimentConfig):
-        if isinstance(field.default, Options) and not isinstance(field.default, Component):
-            parts += ["", f"{field.name}: {summary_of(type(field.default))}", *_options(type(field.default), 2)]
+    for path, section in sections():
+        parts += ["", f"{path}: {summary_of(section)}", *_options(section, 2)]
     for kind in sorted(kinds(), key=lambda kind: kind.__name__):
         parts += ["", f"{kind.__name__.upper()}: {summary_of(kind)}"]
         for name, component in components(kind).items():
@@ -28,6 +30,15 @@ def list_components() -> str:
         preset = presets.read_preset(name)
         parts += [f"  {name}: {preset.about}", *(f"      {line}" for line in presets.lines(preset))]
     return "\n".join(parts)
+
+
+def sections(cls: type[Options] = ExperimentConfig, prefix: str = "") -> Iterator[tuple[str, type[Options]]]:
+    """The mappings of a configuration that are no components, with their dotted paths: those that may be none, too."""
+    for name, annotation in typing.get_type_hints(cls).items():
+        for kind in typing.get_args(annotation) or (annotation,):
+            if inspect.isclass(kind) and issubclass(kind, Options) and not issubclass(kind, Component):
+                yield f"{prefix}{name}", kind
+                yield from sections(kind, f"{prefix}{name}.")
 
 
 def _options(cls: type[Options], indent: int) -> list[str]:
