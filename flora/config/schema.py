@@ -11,6 +11,7 @@ from flora.client.personalization import NoPersonalization, Personalization
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import Backbone
+from flora.clip.prediction import Fusion, NoFusion, PatchAttention, Prediction
 from flora.clip.towers.speed import SpeedOptions
 from flora.communication.network import Network, StragglerPolicy
 from flora.communication.options import CommunicationOptions
@@ -93,9 +94,18 @@ class EvaluationOptions(Options):
         at_least=1,
     )
     batch_size: int = option("images through the trained part of a tower at once", 512, at_least=1, at_most=1_000_000)
+    fusion: Fusion = option("how the adapted model's answers and the frozen one's become one", NoFusion())
+    patches: PatchAttention | None = option(
+        "what an image's patches add to its similarity with a class; none: nothing", None
+    )
     num_local_only: int = option(
         "clients that are also trained alone, for comparison (spread over the ids)", 0, at_least=0
     )
+
+    @property
+    def prediction(self) -> Prediction:
+        """How classes are told."""
+        return Prediction(self.fusion, self.patches)
 
 
 @dataclass(frozen=True)

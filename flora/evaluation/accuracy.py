@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from flora.clip.prediction import PLAIN, Prediction, bound
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.records import Evaluation
 from flora.core.tree import StateLike
@@ -20,30 +20,36 @@ MAX_DOMAINS = 1000
 
 @torch.no_grad()
 def evaluate(
-    model: AdaptedClip, adapters: StateLike | None, features: Features, *, batch_size: int
+    model: AdaptedClip,
+    adapters: StateLike | None,
+    features: Features,
+    *,
+    batch_size: int,
+    prediction: Prediction = PLAIN,
 ) -> list[Evaluation]:
     """Classify every example of `features` with each of K adapters `(K, ...)`: one `Evaluation` an adapter.
 
     Without adapters it is the frozen model that classifies (zero-shot), once.
-    The loss is the cross-entropy over all classes, whatever the training objective.
+    The loss is the cross-entropy over all classes, whatever the training objective. `prediction` says how logits come
+    about.
     """
     stack = {name: tensor.to(model.device) for name, tensor in (adapters or {}).items()}
     num_adapters = len(next(iter(stack.values()))) if adapters else 1
     predicted, losses = [], []
-    with model.adapter.bind(stack) if adapters else nullcontext():
-        classes = model.class_features(num_adapters).transpose(1, 2)
-        for start in range(0, len(features), batch_size):
-            stop = min(start + batch_size, len(features))
-            stem = features.take(torch.arange(start, stop, device=features.device), model.device)
-            repeated = stem.unsqueeze(0).expand(num_adapters, *stem.shape).flatten(0, 1)
-            logits = model.logit_scale() * torch.bmm(model.image_features(repeated, num_adapters), classes)
-            targets = features.labels[start:stop].to(model.device).unsqueeze(0).expand(num_adapters, -1)
-            predicted.append(logits.argmax(dim=-1))
-            losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+    with bound(model, stack):
+        classes = model.class_features(num_adapters)
+    for start in range(0, len(features), batch_size):
+        stop = min(start + batch_size, len(features))
+        stem = features.take(torch.arange(start, stop, device=features.device), model.device)
+        repeated = stem.unsqueeze(0).expand(num_adapters, *stem.shape).flatten(0, 1)
+        logits = prediction.logits(model, stack, repeated, classes)
+        targets = features.labels[start:stop].to(model.device).unsqueeze(0).expand(num_adapters, -1)
+        predicted.append(logits.argmax(dim=-1))
+        losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
     all_predicted = torch.cat(predicted, dim=1).cpu().numpy()
     all_losses = torch.cat(losses, dim=1).double().cpu().numpy()
     labels = features.labels.cpu().numpy()
-    all_classes = classes.transpose(1, 2).cpu().numpy()
+    all_classes = classes.cpu().numpy()
     return [
         Evaluation(own == labels, *each)
         for own, *each in zip(all_predicted, all_losses, all_predicted, all_classes, strict=True)
@@ -79,6 +85,18 @@ def domain_accuracy(evaluation: Evaluation, domains: np.ndarray | None) -> dict[
     return {str(name): float(mean) for name, mean in zip(names, means, strict=True) if name}
 
 
+def unheld_accuracies(correct: np.ndarray, labels: np.ndarray, holds: np.ndarray) -> np.ndarray:
+    """Accuracy on the examples of classes that a client never held, for each of K clients, `(K,)`.
+
+    `correct` `(K or 1, N)` says what its adapter gets right, `labels` `(N,)` are the examples' classes, `holds`
+    `(K, C)` is True for the classes of which it has a training example. NaN for a client that holds all that occur.
+    """
+    is_class = labels[:, None] == np.arange(holds.shape[1])
+    right, totals = correct.astype(np.float64) @ is_class, is_class.sum(axis=0)
+    number = (~holds * totals).sum(axis=1)
+    return np.divide((~holds * right).sum(axis=1), number, out=np.full(len(holds), np.nan), where=number > 0)
+
+
 def client_accuracies(evaluation: Evaluation, sizes: np.ndarray) -> np.ndarray:
     """Accuracy on each client's held-out part, `(num_clients,)`; NaN for a client without one.
 
@@ -92,7 +110,13 @@ def client_accuracies(evaluation: Evaluation, sizes: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def own_accuracies(
-    model: AdaptedClip, adapters: StateLike, features: Features, examples: Sequence[np.ndarray], *, batch_size: int
+    model: AdaptedClip,
+    adapters: StateLike,
+    features: Features,
+    examples: Sequence[np.ndarray],
+    *,
+    batch_size: int,
+    prediction: Prediction = PLAIN,
 ) -> np.ndarray:
     """Accuracy of each of K adapters `(K, ...)` on examples of its own, `(K,)`; NaN for one without.
 
@@ -106,14 +130,15 @@ def own_accuracies(
         row[: len(each)] = torch.from_numpy(each)
     targets = features.labels[places.to(features.labels.device)].to(model.device)
     right = torch.zeros(places.shape, dtype=torch.bool)
-    with model.adapter.bind({name: tensor.to(model.device) for name, tensor in adapters.items()}):
-        classes = model.class_features(number).transpose(1, 2)
-        width = max(1, batch_size // number)
-        for start in range(0, places.shape[1], width):
-            part = slice(start, start + width)
-            stem = features.take(places[:, part].flatten().to(features.device), model.device)
-            logits = torch.bmm(model.image_features(stem, number), classes)
-            right[:, part] = (logits.argmax(dim=-1) == targets[:, part]).cpu()
+    stack = {name: tensor.to(model.device) for name, tensor in adapters.items()}
+    with bound(model, stack):
+        classes = model.class_features(number)
+    width = max(1, batch_size // number)
+    for start in range(0, places.shape[1], width):
+        part = slice(start, start + width)
+        stem = features.take(places[:, part].flatten().to(features.device), model.device)
+        logits = prediction.logits(model, stack, stem, classes)
+        right[:, part] = (logits.argmax(dim=-1) == targets[:, part]).cpu()
     right &= torch.arange(places.shape[1]) < torch.from_numpy(sizes).unsqueeze(1)
     return np.divide(right.sum(dim=1).numpy(), sizes, out=np.full(number, np.nan), where=sizes > 0)
 

@@ -291,6 +291,13 @@ declare(
 )
 _of_last("harmonic_mean", "harmonic mean of `accuracy` and `new_accuracy`", "fraction", "server", "harmonic mean")
 _of_last(
+    "unheld_accuracy",
+    "mean over clients of the accuracy on the test images of classes of which a client has no training example",
+    "fraction",
+    "server",
+    "classes not held",
+)
+_of_last(
     "broadcast_accuracy",
     "accuracy of what clients would read of the next broadcast, where that is quantised",
     "fraction",
@@ -356,6 +363,20 @@ _figure(
     "local_only_accuracy_mean", "their mean accuracy on the common test images", "fraction", None, "one client alone"
 )
 _figure("local_only_accuracy_best", "the best one's", "fraction")
+_figure(
+    "local_only_unheld_accuracy",
+    "their mean accuracy on the test images of classes of which each has no training example",
+    "fraction",
+    None,
+    "alone, classes not held",
+)
+_figure(
+    "personal_unheld_accuracy",
+    "the same of their own adapters of the federated run, where clients have some",
+    "fraction",
+    None,
+    "personal, classes not held",
+)
 _figure("held_out_num_clients", "those of them that have held-out examples")
 _figure("held_out_federated_accuracy", "mean over these of the server's adapter on their own data", "fraction")
 _figure(

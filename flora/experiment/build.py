@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -69,6 +70,16 @@ class Experiment:
     left_out: tuple[str, ...] = ()
     test_domains: np.ndarray | None = None
     data: ImageData | None = None
+
+    @cached_property
+    def held_classes(self) -> np.ndarray:
+        """Which classes each client has training examples of, with a label or without: `(num_clients, C)` bool."""
+        clients, labels = self.federation.clients, self.federation.engine.features.labels.numpy()
+        examples = [np.concatenate([client.train, client.unlabelled]) for client in clients]
+        owners = np.repeat(np.arange(len(clients)), [len(each) for each in examples])
+        holds = np.zeros((len(clients), len(self.class_names)), dtype=bool)
+        holds[owners, labels[np.concatenate(examples)]] = True
+        return holds
 
     def initial_state(self) -> ServerState:
         """The server before the first round."""

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from flora.clip.towers.towers import AdaptedClip
 from flora.core import tree
 from flora.core.memory import peak_memory_bytes
-from flora.core.records import RoundRecord
+from flora.core.records import Evaluation, RoundRecord
 from flora.core.states import ServerState
 from flora.core.tree import StateLike
 from flora.evaluation.accuracy import (
@@ -20,10 +21,12 @@ from flora.evaluation.accuracy import (
     harmonic_mean,
     own_accuracies,
     spread,
+    unheld_accuracies,
 )
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_local_only
 from flora.evaluation.metrics import ServerView, complete, computed
 from flora.experiment.build import Experiment
+from flora.features.features import Features
 from flora.federated.round import RoundResult
 
 
@@ -44,19 +47,21 @@ class ClientResults:
 class LocalOnlyResults:
     """Accuracies of the clients that are also trained without the others, `(num_clients,)`, NaN for who is not.
 
-    `test` and `held_out` are what a client reaches alone, on the common test images and on its own held-out examples.
-    `personal_test` is its own adapter of the federated run on the test images, NaN where it has none; None if no client
-    can have one.
+    `test` and `held_out` are what a client reaches alone, on the common test images and on its own held-out examples,
+    `unheld` on the test images of classes that it has no example of. `personal_test` and `personal_unheld` are its own
+    adapter of the federated run on the test images, NaN where it has none; None if no client can have one.
     """
 
     test: np.ndarray
     held_out: np.ndarray
+    unheld: np.ndarray
     personal_test: np.ndarray | None = None
+    personal_unheld: np.ndarray | None = None
 
     @classmethod
     def of_nobody(cls, num_clients: int) -> LocalOnlyResults:
         """Where no client is trained without the others."""
-        return cls(np.full(num_clients, np.nan), np.full(num_clients, np.nan))
+        return cls(*(np.full(num_clients, np.nan) for _ in range(3)))
 
 
 def measure(
@@ -88,19 +93,39 @@ def measure(
 def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any]:
     """Return what a round's record says of the server's adapter on the common test images."""
     stack = _server_stack(state)
-    model, size = experiment.federation.engine.model, experiment.config.evaluation.batch_size
-    evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
+    evaluation = _evaluate(experiment, stack, experiment.test)[0]
     labels = experiment.test.labels.cpu().numpy()
     results = computed(ServerView(state, evaluation, labels, experiment.class_names, experiment.test_domains))
+    results["unheld_accuracy"] = _mean(unheld_accuracies(evaluation.correct[None], labels, experiment.held_classes))
     if state.round and not experiment.federation.communication.broadcast.is_identity:
         _, view = experiment.federation.broadcast(state)
-        accuracy = evaluate(model, tree.expand(view.adapter, 1), experiment.test, batch_size=size)[0].accuracy
+        accuracy = _evaluate(experiment, tree.expand(view.adapter, 1), experiment.test)[0].accuracy
         results |= {"broadcast_accuracy": accuracy, "model_privacy_gap": evaluation.accuracy - accuracy}
     if experiment.new is not None:
         new_model, features = experiment.new
-        accuracy = evaluate(new_model, stack, features, batch_size=size)[0].accuracy
+        accuracy = _evaluate(experiment, stack, features, new_model)[0].accuracy
         results |= {"new_accuracy": accuracy, "harmonic_mean": harmonic_mean(evaluation.accuracy, accuracy)}
     return results
+
+
+def _evaluate(
+    experiment: Experiment, adapters: StateLike | None, features: Features, model: AdaptedClip | None = None
+) -> list[Evaluation]:
+    """Evaluate adapters `(K, ...)` on `features` in the way that the configuration says."""
+    config, number = experiment.config.evaluation, len(next(iter(adapters.values()))) if adapters else 1
+    return evaluate(
+        model or experiment.federation.engine.model,
+        adapters,
+        features,
+        batch_size=max(1, config.batch_size // number),
+        prediction=config.prediction,
+    )
+
+
+def _mean(accuracies: np.ndarray) -> float | None:
+    """The mean of those that are not NaN; None if all are."""
+    known = accuracies[~np.isnan(accuracies)]
+    return float(known.mean()) if len(known) else None
 
 
 def _server_stack(state: ServerState) -> tree.State | None:
@@ -121,11 +146,10 @@ def _figures(whose: str, accuracies: np.ndarray | None, sizes: np.ndarray) -> di
 def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults:
     """Accuracy on each client's held-out examples."""
     sizes, federation = experiment.held_out_sizes, experiment.federation
-    size = experiment.config.evaluation.batch_size
     with_own = clients_with_own_adapters(federation, state)
     server = np.full(len(sizes), np.nan)
     if len(experiment.held_out):
-        evaluation = evaluate(federation.engine.model, _server_stack(state), experiment.held_out, batch_size=size)[0]
+        evaluation = _evaluate(experiment, _server_stack(state), experiment.held_out)[0]
         server = client_accuracies(evaluation, sizes)
     if with_own is None:
         return ClientResults(server)
@@ -141,32 +165,39 @@ def _of_blocks(
     experiment: Experiment,
     clients: Sequence[int],
     adapters: StateLike,
-    evaluate_some: Callable[[Sequence[int], StateLike], Sequence[float] | np.ndarray],
+    evaluate_some: Callable[[Sequence[int], StateLike], np.ndarray],
 ) -> np.ndarray:
-    """Evaluate each client's own of `adapters` `(K, ...)`, as many at once as fit; return the numbers `(K,)`."""
+    """Evaluate each client's own of `adapters` `(K, ...)`, as many at once as fit; return the numbers `(K, ...)`."""
     number = len(clients)
 
-    def block(places: Sequence[int]) -> Sequence[float] | np.ndarray:
+    def block(places: Sequence[int]) -> np.ndarray:
         # A residual `(1, ...)` is the same for all.
         part = {name: tensor[places] if len(tensor) == number else tensor for name, tensor in adapters.items()}
         return evaluate_some([clients[place] for place in places], part)
 
     parts = experiment.federation.engine.in_blocks(range(number), block)
-    return np.concatenate([np.empty(0), *parts])
+    return np.concatenate(list(parts))
 
 
 def _on_held_out(experiment: Experiment, ends: np.ndarray, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
     """Accuracy of each of `adapters` `(K, ...)` on its client's held-out examples, `(K,)`; these end at `ends`."""
-    starts, size = ends - experiment.held_out_sizes, experiment.config.evaluation.batch_size
+    starts, config = ends - experiment.held_out_sizes, experiment.config.evaluation
     examples = [np.arange(starts[client], ends[client]) for client in clients]
-    return own_accuracies(experiment.federation.engine.model, adapters, experiment.held_out, examples, batch_size=size)
+    return own_accuracies(
+        experiment.federation.engine.model,
+        adapters,
+        experiment.held_out,
+        examples,
+        batch_size=config.batch_size,
+        prediction=config.prediction,
+    )
 
 
-def _on_test_images(experiment: Experiment, adapters: StateLike) -> list[float]:
-    """Accuracy of each of `adapters` `(K, ...)` on the common test images."""
-    size = max(1, experiment.config.evaluation.batch_size // len(next(iter(adapters.values()))))
-    model = experiment.federation.engine.model
-    return [each.accuracy for each in evaluate(model, adapters, experiment.test, batch_size=size)]
+def _on_test_images(experiment: Experiment, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
+    """Accuracy of `adapters` `(K, ...)` on the common test images, and on those of classes not held, `(K, 2)`."""
+    correct = np.stack([each.correct for each in _evaluate(experiment, adapters, experiment.test)])
+    unheld = unheld_accuracies(correct, experiment.test.labels.cpu().numpy(), experiment.held_classes[clients])
+    return np.stack([correct.mean(axis=1), unheld], axis=1)
 
 
 def measure_local_only(
@@ -182,17 +213,25 @@ def measure_local_only(
     results, ends = LocalOnlyResults.of_nobody(len(federation.clients)), np.cumsum(experiment.held_out_sizes)
     own = federation.engine.model.adapter.models(adapters)[-1]
     clients = chosen.tolist()
-    results.test[chosen] = _of_blocks(experiment, clients, own, lambda some, part: _on_test_images(experiment, part))
+    results.test[chosen], results.unheld[chosen] = _of_test_images(experiment, clients, own)
     results.held_out[chosen] = _of_blocks(
         experiment, clients, own, lambda some, part: _on_held_out(experiment, ends, some, part)
     )
     with_own = clients_with_own_adapters(federation, state)
     if with_own is None:
         return results
-    personal = np.full(len(federation.clients), np.nan)
+    personal, unheld = (np.full(len(federation.clients), np.nan) for _ in range(2))
     for clients, own in own_adapters(federation, state, np.intersect1d(chosen, with_own)):
-        personal[clients] = _of_blocks(experiment, clients, own, lambda some, part: _on_test_images(experiment, part))
-    return replace(results, personal_test=personal)
+        personal[clients], unheld[clients] = _of_test_images(experiment, clients, own)
+    return replace(results, personal_test=personal, personal_unheld=unheld)
+
+
+def _of_test_images(
+    experiment: Experiment, clients: Sequence[int], adapters: StateLike
+) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy of each client's own of `adapters` on all test images, and on those of classes not held, `(K,)`."""
+    found = _of_blocks(experiment, clients, adapters, lambda some, part: _on_test_images(experiment, some, part))
+    return found[:, 0], found[:, 1]
 
 
 def local_only_figures(results: LocalOnlyResults) -> dict[str, Any]:
@@ -202,6 +241,8 @@ def local_only_figures(results: LocalOnlyResults) -> dict[str, Any]:
         "num_local_only": len(accuracies),
         "local_only_accuracy_mean": sum(accuracies) / len(accuracies) if accuracies else None,
         "local_only_accuracy_best": max(accuracies, default=None),
+        "local_only_unheld_accuracy": _mean(results.unheld),
+        "personal_unheld_accuracy": None if results.personal_unheld is None else _mean(results.personal_unheld),
     }
 
 
