@@ -509,6 +509,8 @@ def test_a_plain_openclip_model_encodes_as_the_simulator_does(
     found = plain.encode_image(images(5), normalize=True)  # type: ignore[operator]
     close(found, expected)
     assert list(plain.state_dict()) == names
+    reduce_tokens(plain, AllTokens())
+    close(plain.encode_image(images(5), normalize=True), before)  # type: ignore[operator]
     assert torch.equal(found, before) == (tokens in IDLE)
 
 

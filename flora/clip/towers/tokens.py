@@ -292,15 +292,18 @@ def reduce_tokens(model: Any, reduction: TokenReduction, classes: Tensor | None 
 
     For weights that `flora export` wrote, or any others. No weight changes; `model.visual.forward` and the attention's
     class do, so the names in the state dict stay. `classes` `(C, embed_dim)` are the unit text features of all classes
-    of the run, which `text_relevance` compares patches with: those of the model before it was adapted. Raises
-    `UserError` if the model's vision tower isn't OpenCLIP's own ViT, `OptionError` if the reduction doesn't fit it.
+    of the run, which `text_relevance` compares patches with: those of the model before it was adapted. A reduction
+    takes the place of an earlier one; `AllTokens()` takes it away. Raises `UserError` if the model's vision tower isn't
+    a ViT of OpenCLIP's own that gives one vector an image, `OptionError` if the reduction doesn't fit it.
     """
     visual = model.visual
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", ())
     kinds = (nn.MultiheadAttention, LoraAttention)
-    if not len(blocks) or not all(isinstance(getattr(block, "attn", None), kinds) for block in blocks):
+    is_known = len(blocks) > 0 and all(isinstance(getattr(block, "attn", None), kinds) for block in blocks)
+    if not is_known or visual.output_tokens or visual.pool_type not in ("tok", "avg") or visual.attn_pool is not None:
         raise UserError(f"a vision tower of class {type(visual).__name__} has no tokens that can be reduced")
     reducer = Reducer(visual, reduction, classes)
+    vars(visual).pop("forward", None)
     if reduction.is_idle:
         return model
     for block in blocks:

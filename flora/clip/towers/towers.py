@@ -63,7 +63,8 @@ class AdaptedClip:
     def patch_features(self, stem: Tensor, num_clients: int) -> Tensor:
         """Unit features `(K, B, P, embed_dim)` of the patches that are left, from stem outputs `(K * B, ...)`.
 
-        In the space of the class token's features, without what the adapter does to those alone (`adapt_images`).
+        In the space of the class token's features, without what the adapter does to those alone (`adapt_images`). Where
+        patches are merged, those that are left are in no order, and where others are pooled, these are the last.
         Raises ValueError if the model was not made with `reads_patches`.
         """
         if not self.vision.reads_patches:
