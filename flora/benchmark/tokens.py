@@ -18,8 +18,8 @@ from flora.core.errors import UserError
 class TokenCost:
     """What a model costs whose blocks merge `per_layer` patches each.
 
-    `num_last` is the number of patches that the last block begins with. `stem_seconds` is for one image through a frozen vision tower, `step_seconds` for one local step of one client that
-    trains LoRA in all blocks of it.
+    `num_last` is the number of patches that the last block begins with. `stem_seconds` is for one image through a
+    frozen vision tower, `step_seconds` for one local step of one client that trains LoRA in all blocks of it.
     """
 
     per_layer: int
