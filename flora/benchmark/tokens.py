@@ -31,7 +31,7 @@ class TokenCost:
 def compare_tokens(setting: Setting, numbers: str, *, seconds: float) -> list[str]:
     """Measure each of the comma-separated numbers of patches that a block merges; return a Markdown table.
 
-    Each quantity is measured for about `seconds`, once at least, after a warm-up; the median is shown. Raises
+    Each quantity is measured for about `seconds`, three times at least, after a warm-up; the median is shown. Raises
     `UserError` if one of them is no whole number from 0 on.
     """
     costs = [_cost(replace(setting, tower="vision", merged_per_layer=each), seconds) for each in _numbers(numbers)]
@@ -70,9 +70,9 @@ def _cost(setting: Setting, seconds: float) -> TokenCost:
 
 
 def _median(function: Callable[[], object], setting: Setting, seconds: float) -> float:
-    """The median time of a call, of as many as fit into `seconds`."""
+    """The median time of a call after the first, of as many as fit into `seconds`, but three at least."""
     timed(function, setting.device)
-    times = [timed(function, setting.device)]
-    while sum(times) < seconds:
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
         times.append(timed(function, setting.device))
     return statistics.median(times)
