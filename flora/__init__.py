@@ -11,10 +11,13 @@ from typing import Any
 # Imported when they are asked for: PyTorch takes seconds, and the command's help should not.
 _NAMES = {
     "Hooks": "flora.core.hooks",
+    "Merge": "flora.clip.towers.tokens",
     "RunResult": "flora.runs.loop",
     "Sink": "flora.runs.sinks",
+    "TextRelevance": "flora.clip.towers.tokens",
     "load_config": "flora.config.parse",
     "option": "flora.core.registry",
+    "reduce_tokens": "flora.clip.towers.tokens",
     "register": "flora.core.registry",
     "resume": "flora.runs.loop",
     "round_metric": "flora.evaluation.metrics",

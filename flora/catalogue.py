@@ -11,6 +11,7 @@ import flora.clip.adapters.dual_lora
 import flora.clip.adapters.full
 import flora.clip.adapters.heads_and_prompts
 import flora.clip.adapters.lora
+import flora.clip.towers.tokens
 import flora.communication.compressors
 import flora.communication.network
 import flora.communication.ranks

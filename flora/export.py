@@ -20,6 +20,7 @@ import torch
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.backbone import EXPORT_METADATA
 from flora.clip.frozen import FrozenClip
+from flora.clip.towers.tokens import AllTokens, TokenReduction
 from flora.config.overrides import apply_overrides
 from flora.config.parse import config_to_dict, parse_config, read_yaml
 from flora.config.schema import ExperimentConfig
@@ -42,13 +43,15 @@ class MergedModel:
     """A run's backbone with its adapter merged in: weights in fp32 on the CPU, and what OpenCLIP has to know of them.
 
     `model_cfg` and `preprocess_cfg` are as in OpenCLIP's `open_clip_config.json`; `backbone` is the `backbone.model`
-    that the weights fit, an absolute path if it is one.
+    that the weights fit, an absolute path if it is one. `tokens` says with which tokens of an image the run's vision
+    tower goes on, which the weights don't.
     """
 
     backbone: str
     weights: State
     model_cfg: dict[str, Any]
     preprocess_cfg: dict[str, Any]
+    tokens: TokenReduction = AllTokens()
 
 
 def read_adapter(path: Path) -> tuple[State, dict[str, Any]]:
@@ -102,6 +105,7 @@ def merged_model(run: Path, client: str | None = None, overrides: Sequence[str] 
         weights=attached.merged_state_dict(state_dict, adapter),
         model_cfg={key: value for key, value in clip.config.items() if key != "open_clip"},
         preprocess_cfg=dict(clip.preprocess_settings),
+        tokens=clip.tokens,
     )
 
 
@@ -215,6 +219,11 @@ def _main(argv: Sequence[str] | None) -> int:
     write_model(model, options.path, DTYPES[options.dtype])
     print(f"{options.path}: {len(model.weights)} tensors")
     print("\n".join(how_to_load(model, options.path)))
+    if not model.tokens.is_idle:
+        classes = ", classes" if model.tokens.reads_classes else ""
+        print(
+            f"with the run's tokens, in Python: import flora; flora.reduce_tokens(model, flora.{model.tokens}{classes})"
+        )
     return 0
 
 

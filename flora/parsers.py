@@ -94,7 +94,7 @@ def benchmark_parser() -> Parser:
     parser = Parser(prog="python -m flora.benchmark", description=BENCHMARK)
     parser.add_argument("--model", default="ViT-B-16", help="OpenCLIP name or JSON config (default: %(default)s)")
     parser.add_argument("--classes", type=int, default=10, help="number of classes, 1 to 100 (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="images in a step (default: %(default)s)")
+    parser.add_argument("--batch", type=int, help="images in a step (default: 32; 8 with --tokens)")
     parser.add_argument("--clients", type=int, default=32, help="clients in a block (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
     parser.add_argument("--tower", choices=("text", "vision"), default="text", help="the adapted one (default: text)")
@@ -110,6 +110,11 @@ def benchmark_parser() -> Parser:
     parser.add_argument("--variants", help="comma-separated names of variants, such as full,naive,ours (default: all)")
     parser.add_argument("--json", type=Path, help="write every measurement to this file, too")
     parser.add_argument("--whole", action="store_true", help="time a whole small experiment instead")
+    parser.add_argument(
+        "--tokens",
+        metavar="R,R,...",
+        help="compare numbers of patches that each block of the vision tower merges instead",
+    )
     parser.add_argument("--profile", metavar="CONFIG", help="show where the time of a round of an experiment goes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment that --profile names")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -130,3 +130,13 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert benchmark.main(arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error
+
+
+def test_a_table_of_merged_patches(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--model", tiny_model, "--classes", "3", "--seconds", "0.01", "--tokens", "0,1,2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| merged in a block | patches in the last | images per second, frozen | x 0 |")
+    assert "ms per LoRA step of 8 images" in lines[0]
+    assert [line.split("|")[1:3] for line in lines[2:]] == [[" 0 ", " 4 "], [" 1 ", " 3 "], [" 2 ", " 2 "]]
+    assert benchmark.main(["--model", tiny_model, "--tokens", "0,-1"]) == 2
+    assert "--tokens: expected whole numbers from 0 on" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from flora.client.penalties import Penalty
 from flora.client.personalization import Personalization
 from flora.client.sampling import LocalSampling
 from flora.clip.adapters.base import Adapter
+from flora.clip.towers.tokens import TokenReduction
 from flora.communication.compressors import Compressor
 from flora.communication.sampling import Sampler
 from flora.config.combinations import RULES
@@ -55,6 +56,7 @@ KINDS: dict[str, type[Component]] = {
     "local.penalty": Penalty,
     "local.correction": Correction,
     "local.augmentation": Augmentation,
+    "backbone.tokens": TokenReduction,
     "personal": Personalization,
     "clients.cohort": Sampler,
     "server.strategy": Strategy,

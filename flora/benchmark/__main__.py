@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from flora.benchmark.experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND, measure_experiment
 from flora.benchmark.profile import profile_round
+from flora.benchmark.timing import timed
+from flora.benchmark.tokens import compare_tokens
 from flora.benchmark.variants import ROUND_STEPS, VARIANTS, Setting
 from flora.clip.backbone import Backbone
 from flora.core.command_line import run_program
@@ -58,16 +60,16 @@ def measure(variant: str, setting: Setting, seconds: float) -> Result:
     step = VARIANTS[variant].build(setting)
     times: list[float] = []
     for warm_up in (1, 1) if setting.torch_device.type == "cpu" else (1, STEPS_BEFORE_RECORDING + 1):
-        if _timed(partial(step.run, warm_up), setting.device) > seconds:
+        if timed(partial(step.run, warm_up), setting.device) > seconds:
             break
     started = time.perf_counter()
     while not times or time.perf_counter() - started < seconds:
-        times.append(_timed(partial(step.run, ROUND_STEPS), setting.device))
+        times.append(timed(partial(step.run, ROUND_STEPS), setting.device))
     peak = resident_peak_bytes() - before
     device_peak = peak_memory_bytes(setting.torch_device) if setting.torch_device.type == "cuda" else 0
     round_seconds = statistics.median(times) / step.num_clients
     step_seconds = round_seconds / ROUND_STEPS
-    evaluation = min(_timed(step.evaluate, setting.device) for _ in range(2))
+    evaluation = min(timed(step.evaluate, setting.device) for _ in range(2))
     return Result(
         variant=variant,
         step_seconds=step_seconds,
@@ -92,20 +94,10 @@ def matmul_rate(setting: Setting) -> float:
         left = torch.randn(num_tokens, shape.width, device=setting.torch_device)
         right = torch.randn(shape.width, shape.mlp_width, device=setting.torch_device)
         product = partial(torch.mm, left, right)
-        _timed(product, setting.device)
-        times = [_timed(product, setting.device) for _ in range(20)]
+        timed(product, setting.device)
+        times = [timed(product, setting.device) for _ in range(20)]
         rates.append(2 * num_tokens * shape.width * shape.mlp_width / statistics.median(times))
     return max(rates)
-
-
-def _timed(function: Callable[[], Any], device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def resident_bytes() -> int:
@@ -193,7 +185,8 @@ def _main(options: argparse.Namespace) -> int:
         print(json.dumps(_work(json.loads(options.worker))))
         return 0
     setting = Setting(
-        model=options.model, num_classes=options.classes, batch_size=options.batch, num_clients=options.clients,
+        model=options.model, num_classes=options.classes, batch_size=options.batch or (8 if options.tokens else 32),
+        num_clients=options.clients,
         rank=options.rank, tower=options.tower, num_layers=options.layers, targets=options.targets,
         objective=options.objective, device=options.device, precision=options.precision,
     )  # fmt: skip
@@ -204,6 +197,9 @@ def _main(options: argparse.Namespace) -> int:
         raise UserError(f"{options.overrides[0]}: overrides belong to the CONFIG of --profile; see --help")
     if options.whole:
         print(compare_experiments(setting, repeats=options.repeats))
+        return 0
+    if options.tokens is not None:
+        print("\n".join(compare_tokens(setting, options.tokens, seconds=options.seconds)))
         return 0
     possible = [name for name, variant in VARIANTS.items() if variant.applies(setting)]
     names = possible if options.variants is None else options.variants.split(",")

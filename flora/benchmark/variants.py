@@ -16,6 +16,7 @@ from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import Backbone
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.speed import SpeedOptions
+from flora.clip.towers.tokens import Merge
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.options import payload_bytes
 from flora.core import tree
@@ -67,6 +68,7 @@ class Setting:
     objective: str
     device: str
     precision: str = "fp32"
+    merged_per_layer: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_classes <= len(CIFAR100):
@@ -90,7 +92,7 @@ class Setting:
 
     def load(self) -> FrozenClip:
         """The model with random weights."""
-        backbone = Backbone(model=self.model, weights="random", precision=self.precision)
+        backbone = Backbone(self.model, "random", self.precision, Merge(self.merged_per_layer))
         return backbone.load(self.torch_device, Rng(0))
 
     def images(self, clip: FrozenClip) -> tuple[Tensor, Tensor]:

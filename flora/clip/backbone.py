@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flora.clip.frozen import Architecture, FrozenClip, TowerShape, use_own_attention
+from flora.clip.towers.tokens import AllTokens, TokenReduction
 from flora.clip.weights import read_state, reason_of, weights_in
 from flora.core.errors import UserError
 from flora.core.files import read_text
@@ -57,6 +58,7 @@ class Backbone(Options):
         "fp32",
         choices=("fp32", "bf16", "fp64"),
     )
+    tokens: TokenReduction = option("which tokens of an image the vision tower goes on with", AllTokens())
 
     def architecture(self) -> Architecture:
         """The model's sizes, from its config alone. Raises `UserError` if it is unknown or not supported."""
@@ -76,8 +78,8 @@ class Backbone(Options):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         use_own_attention(getattr(model, "text", model))
-        if self.precision == "bf16":
-            # PyTorch's own attention copies frozen weights at every call there: 3 x slower on a CPU than fp32.
+        if self.precision == "bf16" or not self.tokens.is_idle:
+            # PyTorch's own copies frozen weights at every call in bf16 (3 x slower on a CPU than fp32), and hides keys.
             use_own_attention(model.visual)
         model.eval().to(device)
         if self.precision == "fp64":
@@ -97,6 +99,7 @@ class Backbone(Options):
             num_tokens=lambda text: len(tokenizer.encode(text)) + 2,
             device=device,
             precision=self.precision,
+            tokens=self.tokens,
         )
 
     def fetch(self) -> None:

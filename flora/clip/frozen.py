@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flora.clip.layers import LoraAttention, LoraLinear
+from flora.clip.towers.tokens import AllTokens, TokenReduction
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class FrozenClip:
     """A loaded model whose weights nobody writes to, with its image preprocessing and its tokenizer.
 
     `preprocess` turns a PIL image into float32 `(3, H, W)`; `tokenize` turns P texts into int64 `(P, context_length)`,
-    cut where they are longer; `num_tokens` is how long a text is, with its start and its end.
+    cut where they are longer; `num_tokens` is how long a text is, with its start and its end. `tokens` says with which
+    tokens of an image the vision tower goes on; `token_classes` `(C, embed_dim)` are the unit text features of all the
+    run's classes, if that depends on them.
     """
 
     model: nn.Module
@@ -56,6 +59,8 @@ class FrozenClip:
     num_tokens: Callable[[str], int]
     device: torch.device
     precision: str
+    tokens: TokenReduction = AllTokens()
+    token_classes: Tensor | None = None
 
     @property
     def visual(self) -> Any:

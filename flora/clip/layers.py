@@ -110,6 +110,10 @@ class LoraAttention(nn.Module):
 
         Returns `(K * N, R, D)` and None.
         """
+        return self.attend(query, key, attn_mask)[0], None
+
+    def attend(self, query: Tensor, key: Tensor, attn_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Attention as `forward` computes it, `(K * N, R, D)`, and the heads' keys `(K * N, H, L, D / H)`."""
         if query is key:
             projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
@@ -120,11 +124,11 @@ class LoraAttention(nn.Module):
             projected = (F.linear(query, self.in_proj_weight[:width], biases[0]), *keys_and_values.chunk(2, dim=-1))
         q, k, v = (
             self._add(target, x, part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for target, x, part in zip("qkv", (query, key, value), projected, strict=True)
+            for target, x, part in zip("qkv", (query, key, key), projected, strict=True)
         )
         mask = None if attn_mask is None else attn_mask.to(q.dtype)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        return self._add("out", mixed, F.linear(mixed, self.out_proj.weight, self.out_proj.bias)), None
+        return self._add("out", mixed, F.linear(mixed, self.out_proj.weight, self.out_proj.bias)), k
 
     def _add(self, target: str, x: Tensor, frozen: Tensor) -> Tensor:
         return self.low_rank[target](x, frozen) if target in self.low_rank else frozen

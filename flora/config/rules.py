@@ -43,6 +43,8 @@ def _check_model(config: ExperimentConfig) -> None:
     architecture = config.backbone.architecture()
     with below("adapter"):
         config.adapter.check_fits(architecture)
+    with below("backbone.tokens"):
+        config.backbone.tokens.check_fits(architecture.vision.num_layers)
 
 
 def _check_parts(config: ExperimentConfig) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.frozen import parameter_count
+from flora.clip.towers.text import with_classes
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.participation import Participation
 from flora.config.rules import check_experiment
@@ -155,8 +156,10 @@ def _models(
     digests = {"backbone_sha256": state_digest(clip.model.state_dict())}
     precision = config.backbone.precision
     tell.log(f"{clip.architecture.name}: {number:,} frozen parameters on {clip.device}, {precision}")
+    given = config.prompts.templates or config.data.templates
+    clip = with_classes(clip, (images.class_names, images.new_class_names), given)
     adapter = config.adapter.attach(clip)
-    templates = config.adapter.templates(config.prompts.templates or config.data.templates)
+    templates = config.adapter.templates(given)
     models = [
         AdaptedClip(clip, adapter, class_names=names, templates=templates, speed=config.speed)
         for names in (images.class_names, images.new_class_names)

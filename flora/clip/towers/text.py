@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flora.clip.frozen import FrozenClip
@@ -161,6 +163,21 @@ class TextTower:
             else:
                 x = project(text.ln_final(x.flatten(0, 1)[layout.ends]), text.text_projection)
         return x
+
+
+def with_classes(clip: FrozenClip, groups: Sequence[Sequence[str]], templates: Sequence[str]) -> FrozenClip:
+    """Return `clip` with the unit text features of the classes of all `groups`, if its reduction of tokens reads them.
+
+    An ensemble's mean is normalised once more. No adapter may be bound. Raises `UserError` as `TextTower.prompts` does.
+    """
+    if clip.tokens.is_idle or not clip.tokens.reads_classes:
+        return clip
+    tower, features = TextTower(clip, 2 + clip.architecture.text.num_layers), []
+    for names in groups:
+        if names:
+            prompts = F.normalize(tower.stem(tower.prompts(names, templates)).to(clip.dtype), dim=-1)
+            features.append(F.normalize(prompts.unflatten(0, (len(names), -1)).mean(dim=1), dim=-1))
+    return replace(clip, token_classes=torch.cat(features))
 
 
 def _check_distinct(tokens: Tensor, class_names: Sequence[str]) -> None:

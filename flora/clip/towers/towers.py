@@ -23,7 +23,10 @@ from flora.core.tree import State
 
 
 class AdaptedClip:
-    """A frozen model, an adapter attached to it, and the prompts: all that local training and evaluation call."""
+    """A frozen model, an adapter attached to it, and the prompts: all that local training and evaluation call.
+
+    With `reads_patches` the vision tower gives features of the patches, too: see `patch_features`.
+    """
 
     def __init__(
         self,
@@ -33,13 +36,14 @@ class AdaptedClip:
         class_names: Sequence[str],
         templates: Sequence[str],
         speed: SpeedOptions = ALL_SPEED,
+        reads_patches: bool = False,
     ) -> None:
         self.clip, self.adapter, self.speed = clip, adapter, speed
         self.class_names, self.templates = tuple(class_names), tuple(templates)
         self.device = clip.device
         if clip.precision == "bf16" and not adapter.is_large:  # large ones start from the weights themselves
             clip.keep_matrices_in_bf16()
-        self.vision = VisionTower(clip, adapter.trained_from["vision"], speed)
+        self.vision = VisionTower(clip, adapter.trained_from["vision"], speed, reads_patches=reads_patches)
         self.text = TextTower(clip, adapter.trained_from["text"], speed, has_dropout=adapter.has_dropout)
         self.prompts = self.text.prompts(class_names, templates)
         self._text_stem = self.text.stem(self.prompts)
@@ -51,8 +55,24 @@ class AdaptedClip:
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
         """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major."""
-        features = self.vision.suffix(self.adapter.adapt_patches(stem)).to(self.clip.dtype)
+        features = self._encode_images(stem)
+        if self.vision.reads_patches:
+            features = features[:, 0]
         return F.normalize(self.adapter.adapt_images(features.unflatten(0, (num_clients, -1))), dim=-1)
+
+    def patch_features(self, stem: Tensor, num_clients: int) -> Tensor:
+        """Unit features `(K, B, P, embed_dim)` of the patches that are left, from stem outputs `(K * B, ...)`.
+
+        In the space of the class token's features, without what the adapter does to those alone (`adapt_images`). Where
+        patches are merged, those that are left are in no order, and where others are pooled, these are the last.
+        Raises ValueError if the model was not made with `reads_patches`.
+        """
+        if not self.vision.reads_patches:
+            raise ValueError("features of patches need a model that was made with `reads_patches`")
+        return F.normalize(self._encode_images(stem)[:, 1:].unflatten(0, (num_clients, -1)), dim=-1)
+
+    def _encode_images(self, stem: Tensor) -> Tensor:
+        return self.vision.suffix(self.adapter.adapt_patches(stem)).to(self.clip.dtype)
 
     def class_features(self, num_clients: int, classes: Tensor | None = None) -> Tensor:
         """Unit text features, `(K, C, embed_dim)`: of all classes, or of each client's own `classes` `(K, C)`.

@@ -13,17 +13,32 @@ from torch import Tensor, nn
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.blocks import block_at, project
 from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
+from flora.clip.towers.tokens import Reducer, ones, pack_sizes, pool, size_mask, unpack_sizes
+from flora.core.errors import UserError
 from flora.core.tree import state_digest
 
 
 class VisionTower:
-    """Pixels `(N, 3, H, W)` to stem output to image features `(N, embed_dim)`, not normalised."""
+    """Pixels `(N, 3, H, W)` to stem output to image features `(N, embed_dim)`, not normalised.
 
-    def __init__(self, clip: FrozenClip, cut: int, speed: SpeedOptions = ALL_SPEED) -> None:
-        self._clip, self._visual, self.cut = clip, clip.visual, cut
-        self._reads_one = speed.trim_last_block and clip.visual.pool_type == "tok"
+    With `reads_patches` to the features of all tokens that are left, `(N, 1 + P, embed_dim)`, the class token's first.
+    Where tokens are merged or pooled in the stem, its output `(N, M, D + 1)` has their sizes behind the width. Raises
+    `UserError` if patches are to be read where the tower's features are their mean.
+    """
+
+    def __init__(
+        self, clip: FrozenClip, cut: int, speed: SpeedOptions = ALL_SPEED, *, reads_patches: bool = False
+    ) -> None:
+        self._clip, self._visual, self.cut, self.reads_patches = clip, clip.visual, cut, reads_patches
+        if reads_patches and clip.visual.pool_type != "tok":
+            raise UserError(
+                f"backbone.model: {clip.architecture.name}: features of patches need a vision tower that is read at "
+                "its class token"
+            )
+        self._reads_one = speed.trim_last_block and clip.visual.pool_type == "tok" and not reads_patches
         self._num_stages = 2 + len(self._visual.transformer.resblocks)
         self.num_tokens = int(self._visual.positional_embedding.shape[0])
+        self._reducer = None if clip.tokens.is_idle else Reducer(clip.visual, clip.tokens, clip.token_classes)
 
     @torch.no_grad()
     def stem(self, pixels: Tensor) -> Tensor:
@@ -47,6 +62,8 @@ class VisionTower:
             "precision": self._clip.precision if self._clip.precision != "bf16" else "bf16, own attention",
             "device": self._clip.device.type,
             "versions": {module.__name__: str(module.__version__) for module in (torch, torchvision, PIL)},
+            **({"reads_patches": True} if self.reads_patches else {}),
+            **({"tokens": self._reducer.key()} if self._reducer is not None else {}),
         }
 
     def stem_shape(self) -> tuple[torch.Size, torch.dtype]:
@@ -69,14 +86,31 @@ class VisionTower:
             visual.proj = None
 
     def _run(self, x: Tensor, stages: range) -> Tensor:
-        blocks = self._visual.transformer.resblocks
+        sizes: Tensor | None = None
+        if self._carries_sizes(stages.start):
+            x, sizes = unpack_sizes(x, self.num_tokens - 1)
         for stage in stages:
             if stage == 0:
                 x = self._visual._embeds(x)
-            elif stage == len(blocks) and self._reads_one:
-                x = block_at(blocks[stage - 1], x, torch.zeros(len(x), 1, dtype=torch.int64, device=x.device), None)
-            elif stage <= len(blocks):
-                x = blocks[stage - 1](x)
+            elif stage < self._num_stages - 1:
+                x, sizes = self._block(stage, x, sizes)
+            elif self.reads_patches:
+                x = project(self._visual.ln_post(x), self._visual.proj)
             else:
-                x = project(self._visual._pool(x)[0], self._visual.proj)
+                x = project(pool(self._visual, x, sizes), self._visual.proj)
+        if self._carries_sizes(stages.stop):
+            x = pack_sizes(x, ones(x) if sizes is None else sizes, self.num_tokens - 1)
         return x
+
+    def _carries_sizes(self, cut: int) -> bool:
+        """Whether what stands between the stages before `cut` and those from it on has its tokens' sizes."""
+        end = self._num_stages - (2 if self._reads_one else 1)
+        return self._reducer is not None and self._reducer.first < cut <= end
+
+    def _block(self, number: int, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Run a block, counted from 1, on tokens of these sizes, which are None as long as all are 1."""
+        block = self._visual.transformer.resblocks[number - 1]
+        if number == self._num_stages - 2 and self._reads_one:
+            reads = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+            return block_at(block, x, reads, size_mask(sizes)), None
+        return (block(x), None) if self._reducer is None else self._reducer.block(number, x, sizes)
