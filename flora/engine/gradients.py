@@ -26,11 +26,18 @@ class Batch:
     """What K clients see in one step, on the device: tensors by name, each client-major.
 
     `stem` `(K * B, ...)` are stem outputs, `labels` and `example_mask` are `(K, B)`. With `classes` `(K, C)`, on the
-    CPU, only those are encoded, and labels are places among them.
+    CPU, only those are encoded, and labels are places among them; with `drawn` `(K, C)`, on the CPU, only the prompt in
+    that place of each class.
     """
 
     tensors: Mapping[str, Tensor]
     classes: Tensor | None = None
+    drawn: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all prompts of all classes are encoded."""
+        return self.classes is None and self.drawn is None
 
     def of_clients(self, start: int, stop: int) -> Batch:
         """Return what the clients from `start` to `stop` see."""
@@ -39,6 +46,7 @@ class Batch:
         return Batch(
             {name: tensor[start * rows[name] : stop * rows[name]] for name, tensor in self.tensors.items()},
             None if self.classes is None else self.classes[start:stop],
+            None if self.drawn is None else self.drawn[start:stop],
         )
 
 
@@ -182,7 +190,11 @@ def _step_views(
     features: list[ImagesAndClasses] = []
     for bound in model.adapter.models(stack):
         with model.adapter.bind(bound, generators):
-            features.append((model.image_features(stem, number), model.class_features(number, batch.classes)))
+            images = model.image_features(stem, number)
+            if batch.drawn is not None:
+                features.append((images, model.drawn_class_features(batch.drawn)))
+            else:
+                features.append((images, model.class_features(number, batch.classes)))
             scale = model.logit_scale()
     return [
         StepView(images, classes, scale, batch.tensors, *frozen, (*features[:place], *features[place + 1 :]))
@@ -234,7 +246,7 @@ class _Recorder:
         """`compute`, replayed where a step of the same kind and shapes is recorded."""
 
         def recorded(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-            if batch.classes is not None or not self.works:
+            if not batch.is_plain or not self.works:
                 return compute(parameters, batch)
             inputs = (parameters, *batch.tensors.values())
             key = (kind, tuple(batch.tensors), *((each.shape, each.dtype) for each in inputs))

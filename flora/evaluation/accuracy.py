@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.records import Evaluation
@@ -27,22 +28,42 @@ def evaluate(
     Without adapters it is the frozen model that classifies (zero-shot), once.
     The loss is the cross-entropy over all classes, whatever the training objective.
     """
+    return evaluate_prompts([model], adapters, features, batch_size=batch_size)[0]
+
+
+@torch.no_grad()
+def evaluate_prompts(
+    models: Sequence[AdaptedClip], adapters: StateLike | None, features: Features, *, batch_size: int
+) -> list[list[Evaluation]]:
+    """Classify as `evaluate` with the prompts of each of `models`: a list of evaluations a model.
+
+    The models are one but for their prompts: an image's features are computed once for all of them.
+    """
+    model = models[0]
     stack = {name: tensor.to(model.device) for name, tensor in (adapters or {}).items()}
     num_adapters = len(next(iter(stack.values()))) if adapters else 1
-    predicted, losses = [], []
+    predicted: list[list[Tensor]] = [[] for _ in models]
+    losses: list[list[Tensor]] = [[] for _ in models]
     with model.adapter.bind(stack) if adapters else nullcontext():
-        classes = model.class_features(num_adapters).transpose(1, 2)
+        classes = [each.class_features(num_adapters).transpose(1, 2) for each in models]
         for start in range(0, len(features), batch_size):
             stop = min(start + batch_size, len(features))
             stem = features.take(torch.arange(start, stop, device=features.device), model.device)
             repeated = stem.unsqueeze(0).expand(num_adapters, *stem.shape).flatten(0, 1)
-            logits = model.logit_scale() * torch.bmm(model.image_features(repeated, num_adapters), classes)
+            images = model.image_features(repeated, num_adapters)
             targets = features.labels[start:stop].to(model.device).unsqueeze(0).expand(num_adapters, -1)
-            predicted.append(logits.argmax(dim=-1))
-            losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
-    all_predicted = torch.cat(predicted, dim=1).cpu().numpy()
-    all_losses = torch.cat(losses, dim=1).double().cpu().numpy()
+            for place, texts in enumerate(classes):
+                logits = model.logit_scale() * torch.bmm(images, texts)
+                predicted[place].append(logits.argmax(dim=-1))
+                losses[place].append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
     labels = features.labels.cpu().numpy()
+    return [_evaluations(*parts, labels) for parts in zip(predicted, losses, strict=True)]
+
+
+def _evaluations(predicted: Sequence[Tensor], losses: Sequence[Tensor], labels: np.ndarray) -> list[Evaluation]:
+    """An evaluation for each of K adapters, from parts `(K, B)` of what was predicted and of the losses."""
+    all_predicted = torch.cat(list(predicted), dim=1).cpu().numpy()
+    all_losses = torch.cat(list(losses), dim=1).double().cpu().numpy()
     return [Evaluation(own == labels, each, own) for own, each in zip(all_predicted, all_losses, strict=True)]
 
 

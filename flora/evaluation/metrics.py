@@ -311,6 +311,19 @@ _of_total("num_late", "clients that delivered when the round was over", "count",
 declare(Metric("mean_staleness", "how many rounds old the updates were, in the mean", "number", "traffic"))
 _of_last("domain_accuracy", "accuracy of test images by the client or folder that the data name", "by name", "server")
 COMPUTED["domain_accuracy"] = lambda view: domain_accuracy(view.evaluation, view.domains)
+_of_last(
+    "template_accuracy",
+    "accuracy with the prompts of each of `evaluation.templates` alone, by template",
+    "by name",
+    "server",
+)
+for _statistic, _about, _title in (
+    ("mean", "mean of `template_accuracy` over the templates", "other templates"),
+    ("std", "standard deviation (n) of `template_accuracy` over the templates", "std of these"),
+):
+    _name, _last_about = f"template_accuracy_{_statistic}", f"{_about}, after the last round"
+    _shown = Figure(_name, _last_about, "fraction", last(_name), _title, _title)
+    declare(Metric(_name, _about, "fraction", "server", (_shown,)))
 
 _figure("num_local_only", "clients that were also trained without the others")
 _figure(

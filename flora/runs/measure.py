@@ -17,6 +17,7 @@ from flora.core.tree import StateLike
 from flora.evaluation.accuracy import (
     client_accuracies,
     evaluate,
+    evaluate_prompts,
     harmonic_mean,
     own_accuracies,
     spread,
@@ -89,9 +90,15 @@ def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any
     """Return what a round's record says of the server's adapter on the common test images."""
     stack = _server_stack(state)
     model, size = experiment.federation.engine.model, experiment.config.evaluation.batch_size
-    evaluation = evaluate(model, stack, experiment.test, batch_size=size)[0]
+    models = [model, *experiment.by_template.values()]
+    evaluation, *others = (each[0] for each in evaluate_prompts(models, stack, experiment.test, batch_size=size))
     labels = experiment.test.labels.cpu().numpy()
     results = computed(ServerView(state, evaluation, labels, experiment.class_names, experiment.test_domains))
+    if others:
+        accuracies = {name: each.accuracy for name, each in zip(experiment.by_template, others, strict=True)}
+        values = list(accuracies.values())
+        results |= {"template_accuracy": accuracies}
+        results |= {"template_accuracy_mean": float(np.mean(values)), "template_accuracy_std": float(np.std(values))}
     if state.round and not experiment.federation.communication.broadcast.is_identity:
         _, view = experiment.federation.broadcast(state)
         accuracy = evaluate(model, tree.expand(view.adapter, 1), experiment.test, batch_size=size)[0].accuracy
