@@ -33,6 +33,7 @@ from torch import Tensor
 from flora.client.local_training import LocalTraining
 from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.client.optimizers import Sgd
+from flora.client.penalties import Anchor, Distillation, Penalty
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.heads_and_prompts import ClipAdapter
 from flora.clip.adapters.lora import Lora
@@ -245,6 +246,28 @@ def test_the_gradient_through_drawn_prompts_is_that_of_a_plain_loop(tiny_model: 
         assert expected.abs().max() > 1e-4
         torch.testing.assert_close(losses[client], own.detach(), atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(found[client], expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("penalty", [Anchor(), Distillation()], ids=["anchor", "distillation"])
+@pytest.mark.parametrize("adapter", [LORA, Lora(towers=("vision",))], ids=["text", "vision"])
+def test_a_penalty_compares_a_drawn_prompt_with_the_frozen_models_of_it(
+    tiny_model: str, adapter: Adapter, penalty: Penalty
+) -> None:
+    model = described(tiny_model, adapter)
+    flat = FlatStack(tree.expand(start(model).adapter, 2), model.device)  # which changes nothing yet
+    tensors = {
+        "stem": model.vision.stem(random_pixels(8)),
+        "labels": torch.tensor([[0, 1, 2, 0], [1, 1, 2, 2]]),
+        "example_mask": torch.ones(2, 4, dtype=torch.bool),
+    }
+    batch = Batch(tensors, drawn=torch.tensor([[3, 1, 0], [2, 0, 2]]))
+    terms = (("local.objective", CrossEntropy()), ("local.penalty", penalty))
+    without, found = (
+        gradient_function(model, Loss(some), flat, None, batch_size=4)(flat.matrix, batch)
+        for some in (terms[:1], terms)
+    )
+    for expected, each in zip(without, found, strict=True):
+        torch.testing.assert_close(each, expected, atol=TOLERANCE, rtol=0)
 
 
 def local_of(prompts: str, objective: Objective | None = None) -> LocalTraining:

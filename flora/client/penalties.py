@@ -64,5 +64,5 @@ class Distillation(Penalty):
 
     def loss(self, view: StepView) -> Tensor:
         assert view.frozen_images is not None and view.frozen_classes is not None
-        frozen = view.logit_scale * view.frozen_images @ view.frozen_classes.T
+        frozen = view.logit_scale * view.frozen_images @ view.frozen_classes.mT
         return self.weight * divergence(view.logits, frozen, view.example_mask, self.temperature)

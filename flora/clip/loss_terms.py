@@ -19,9 +19,10 @@ class StepView:
     """What a term of the loss sees of K clients' step: unit features, but for the rows of a linear head.
 
     `images` `(K, B, d)` and `classes` `(K, C, d)` are with adapters; `frozen_images` `(K, B, d)` and `frozen_classes`
-    `(C, d)` without, where a term has `needs_frozen`. `batch` are the step's tensors by name: `labels` `(K, B)` int64,
-    `example_mask` `(K, B)`, True for real examples, of which each client has one. `others` are the features that the
-    clients' other models make of the same step, where an adapter stands for several.
+    `(C, d)`, or `(K, C, d)` where prompts are drawn, without, where a term has `needs_frozen`. `batch` are the step's
+    tensors by name: `labels` `(K, B)` int64, `example_mask` `(K, B)`, True for real examples, of which each client has
+    one. `others` are the features that the clients' other models make of the same step, where an adapter stands for
+    several.
     """
 
     images: Tensor

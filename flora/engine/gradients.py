@@ -186,7 +186,7 @@ def _step_views(
     frozen: tuple[Tensor | None, Tensor | None] = (None, None)
     if loss.needs_frozen:
         with torch.no_grad():
-            frozen = model.image_features(stem, number), model.frozen_class_features()
+            frozen = model.image_features(stem, number), model.frozen_class_features(batch.drawn)
     features: list[ImagesAndClasses] = []
     for bound in model.adapter.models(stack):
         with model.adapter.bind(bound, generators):

@@ -52,6 +52,7 @@ class AdaptedClip:
         self._layouts = [self.prompts.for_clients(1).to(self.device)]
         self._frozen_features = self._encode_classes(self._layouts[0], self._shares) if self.text.is_frozen else None
         self._unadapted: Tensor | None = None
+        self._unadapted_prompts: Tensor | None = None
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
         """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major."""
@@ -77,9 +78,8 @@ class AdaptedClip:
         """
         if self.text.trains_blocks:
             return self._encode_prompts(self.prompts.of_places(places).to(self.device), 1).squeeze(2)
-        clients, classes = (torch.arange(size, device=self.device) for size in places.shape)
         every = self._encode_prompts(self._layout_of_all(1 if self.text.is_frozen else len(places)), None)
-        features = every.expand(len(places), -1, -1, -1)[clients.unsqueeze(1), classes, places.to(self.device)]
+        features = _picked(every, places)
         return self.adapter.adapt_classes(features) if self.text.is_frozen else features
 
     def _layout_of_all(self, num_clients: int) -> Layout:
@@ -88,8 +88,15 @@ class AdaptedClip:
         return self._layouts[-1].first(num_clients)
 
     @torch.no_grad()
-    def frozen_class_features(self) -> Tensor:
-        """The classes' unit features `(C, embed_dim)` without an adapter, computed once. None may be bound then."""
+    def frozen_class_features(self, places: Tensor | None = None) -> Tensor:
+        """The classes' unit features `(C, embed_dim)` without an adapter, computed once. None may be bound then.
+
+        With `places` `(K, C)` those of one prompt of each class, `(K, C, embed_dim)`, as `drawn_class_features`.
+        """
+        if places is not None:
+            if self._unadapted_prompts is None:
+                self._unadapted_prompts = self._encode_prompts(self._layout_of_all(1), None)
+            return _picked(self._unadapted_prompts, places)
         if self._unadapted is None:
             self._unadapted = self.class_features(1)[0]
         return self._unadapted
@@ -148,6 +155,13 @@ class AdaptedClip:
         """The factor of the cosine similarities, a scalar."""
         scale: Tensor = self.clip.model.logit_scale  # type: ignore[assignment]
         return scale.to(self.clip.dtype).exp().reshape(())
+
+
+def _picked(features: Tensor, places: Tensor) -> Tensor:
+    """One of each class's features `(K or 1, C, T, d)`, in the places `(K, C)`: `(K, C, d)`."""
+    clients, classes = (torch.arange(size, device=features.device) for size in places.shape)
+    every = features.expand(len(places), -1, -1, -1)
+    return every[clients.unsqueeze(1), classes, places.to(features.device)]
 
 
 def _shares(prompts: Prompts, dtype: torch.dtype, device: torch.device) -> Tensor | None:
