@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +84,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "network": NETWORK,
     "server.stragglers": {"server": {"stragglers": {"over_selection": 1.5, "deadline_seconds": 2.0}}, **NETWORK},
     "server.schedule=buffered": {"server": {"schedule": {"name": "buffered", "buffer": 2}}, **NETWORK},
+    "prompts.descriptions": {"prompts": {"descriptions": str(Path(__file__).with_name("things.json"))}},
+    "local.prompts=random": {"local": {"prompts": "random"}, "prompts": {"templates": ["a {}", "the {}"]}},
+    "evaluation.templates": {"evaluation": {"templates": ["a {}", "the {} itself"]}},
     "cache.enabled=false": {"cache": {"enabled": False}},
     "backbone.precision=bf16": {"backbone": {"precision": "bf16"}},
 }

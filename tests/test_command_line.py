@@ -28,7 +28,7 @@ from flora.runs import loop as program
 from flora.simulate import main, simulate
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted(str(path) for path in (ROOT / "experiments").rglob("*.yaml"))
+EXPERIMENTS = sorted(str(path) for path in (ROOT / "experiments").rglob("*.yaml") if path.parent.name != "descriptions")
 TIMES = ("train_seconds", "eval_seconds", "peak_memory_bytes")
 
 Capture = pytest.CaptureFixture[str]

@@ -25,7 +25,9 @@ from flora.data.partition import Dirichlet, Iid
 from flora.simulate import main
 
 MINIMAL = {"data": "patterns", "partition": "iid"}
-EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").rglob("*.yaml"))
+EXPERIMENTS = sorted(
+    path for path in (Path(__file__).parents[1] / "experiments").rglob("*.yaml") if path.parent.name != "descriptions"
+)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +62,21 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_model(tmp_path_factory.mktemp("tokens") / "model.json", vision=vision)
 
 
-def load(path: str, tokens: TokenReduction, precision: str = "fp64") -> FrozenClip:
+def load(path: str, tokens: TokenReduction, precision: str = "fp64", *, reads_patches: bool = False) -> FrozenClip:
     clip = Backbone(path, "random", precision, tokens).load(torch.device("cpu"), Rng(0))
-    return with_classes(clip, (CLASSES[:1], CLASSES[1:]), TEMPLATES)
+    return with_classes(replace(clip, reads_patches=reads_patches), (CLASSES[:1], CLASSES[1:]), TEMPLATES)
 
 
 def adapted(
     path: str, tokens: TokenReduction, adapter: Adapter = VISION, *, trim: bool = True, reads_patches: bool = False
 ) -> AdaptedClip:
-    clip = load(path, tokens)
+    clip = load(path, tokens, reads_patches=reads_patches)
     return AdaptedClip(
         clip,
         adapter.attach(clip),
         class_names=CLASSES,
         templates=TEMPLATES,
         speed=SpeedOptions(trim_last_block=trim),
-        reads_patches=reads_patches,
     )
 
 
@@ -250,10 +250,10 @@ def test_a_cut_anywhere_changes_nothing(
     model_path: str, tokens: TokenReduction, reads_patches: bool, precision: str
 ) -> None:
     """In bf16, too: the same operations in the same order, and sizes that are exact."""
-    clip = load(model_path, tokens, precision)
-    whole = VisionTower(clip, 0, reads_patches=reads_patches).suffix(images(4).to(clip.dtype))
+    clip = load(model_path, tokens, precision, reads_patches=reads_patches)
+    whole = VisionTower(clip, 0).suffix(images(4).to(clip.dtype))
     for cut in range(7):
-        tower = VisionTower(clip, cut, reads_patches=reads_patches)
+        tower = VisionTower(clip, cut)
         stem = tower.stem(images(4))
         assert tower.stem_shape() == (stem.shape[1:], stem.dtype)
         torch.testing.assert_close(tower.suffix(stem), whole, atol=TOLERANCE if precision == "fp64" else 0.05, rtol=0)
@@ -395,7 +395,7 @@ def test_patch_features_are_openclips(model_path: str) -> None:
 def test_patches_of_a_mean_are_refused(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.json", vision={"pool_type": "avg"})
     with pytest.raises(UserError, match=r"^backbone.model: .*: features of patches need .* its class token$"):
-        VisionTower(load(path, AllTokens()), 0, reads_patches=True)
+        VisionTower(load(path, AllTokens(), reads_patches=True), 0)
 
 
 # The cache, options, whole runs.
@@ -404,8 +404,8 @@ def test_patches_of_a_mean_are_refused(tmp_path: Path) -> None:
 def test_the_key_of_the_cache_holds_the_reduction(model_path: str) -> None:
     def key(tokens: TokenReduction, *, names: tuple[str, ...] = CLASSES, reads_patches: bool = False) -> str:
         clip = Backbone(model_path, "random", "fp64", tokens).load(torch.device("cpu"), Rng(0))
-        clip = with_classes(clip, (names, ()), TEMPLATES)
-        return json.dumps(VisionTower(clip, 6, reads_patches=reads_patches).stem_key(), sort_keys=True)
+        clip = with_classes(replace(clip, reads_patches=reads_patches), (names, ()), TEMPLATES)
+        return json.dumps(VisionTower(clip, 6).stem_key(), sort_keys=True)
 
     known = [key(each) for each in (AllTokens(), Merge(1), Merge(2), TextRelevance(0.5), TextRelevance(0.5, 1))]
     known += [key(TextRelevance(0.5), names=CLASSES[:2]), key(AllTokens(), reads_patches=True)]

@@ -40,6 +40,12 @@ class LocalTraining(Options):
     schedule: Schedule = option("the learning rate over rounds", Constant())
     clip_norm: float | None = option("largest norm of a client's gradient; none: no clipping", None, above=0)
     objective: Objective = option("what a step minimises", CrossEntropy())
+    prompts: str = option(
+        "which of a class's prompts (templates, descriptions) a step encodes: all, as an ensemble, or one at random; "
+        "evaluation takes all",
+        "ensemble",
+        choices=("ensemble", "random"),
+    )
     penalty: Penalty = option("what is added to the loss against forgetting the frozen model", NoPenalty())
     self_training: SelfTraining | None = option("how images without a label are learned from; none: not at all", None)
     correction: Correction = option("what is added to the gradient against drifting apart", NoCorrection())

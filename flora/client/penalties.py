@@ -64,7 +64,7 @@ class Distillation(Penalty):
 
     def loss(self, view: StepView) -> Tensor:
         assert view.frozen_images is not None and view.frozen_classes is not None
-        frozen = view.logit_scale * view.frozen_images @ view.frozen_classes.T
+        frozen = view.logit_scale * view.frozen_images @ view.frozen_classes.mT
         return self.weight * view.mean(divergence(view.logits, frozen, self.temperature))
 
 
@@ -85,7 +85,7 @@ class ReciprocalConsistency(Penalty):
 
     def loss(self, view: StepView) -> Tensor:
         assert view.frozen_images is not None and view.frozen_classes is not None
-        frozen = view.logit_scale * view.frozen_images @ view.frozen_classes.T
+        frozen = view.logit_scale * view.frozen_images @ view.frozen_classes.mT
         adapted, frozen = view.logits / self.temperature, frozen / self.temperature
         of_images = _symmetric_divergence(adapted, frozen)
         # A finite number: minus infinity on both sides would give NaN.

@@ -47,7 +47,7 @@ class FrozenClip:
     `preprocess` turns a PIL image into float32 `(3, H, W)`; `tokenize` turns P texts into int64 `(P, context_length)`,
     cut where they are longer; `num_tokens` is how long a text is, with its start and its end. `tokens` says with which
     tokens of an image the vision tower goes on; `token_classes` `(C, embed_dim)` are the unit text features of all the
-    run's classes, if that depends on them.
+    run's classes, if that depends on them. With `reads_patches` it gives the features of all tokens, not of one.
     """
 
     model: nn.Module
@@ -61,6 +61,7 @@ class FrozenClip:
     precision: str
     tokens: TokenReduction = AllTokens()
     token_classes: Tensor | None = None
+    reads_patches: bool = False
 
     @property
     def visual(self) -> Any:

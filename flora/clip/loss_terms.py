@@ -19,11 +19,11 @@ class StepView:
     """What a term of the loss sees of K clients' step: unit features, but for the rows of a linear head.
 
     `images` `(K, B, d)` and `classes` `(K, C, d)` are with adapters; `frozen_images` `(K, B, d)` and `frozen_classes`
-    `(C, d)` without, where a term has `needs_frozen`. `batch` are the step's tensors by name: `labels` `(K, B)` int64,
-    `example_mask` `(K, B)`, True for real examples, of which each client has one, and where examples count differently
-    `weights` `(K, B)`. `others` are the features that the clients' other models make of the same step, where an adapter
-    stands for several. `more` are features of other images of the step, by name, `(K, U, d)`: of those without labels;
-    `frozen_more` the same without adapters.
+    `(C, d)`, or `(K, C, d)` where prompts are drawn, without, where a term has `needs_frozen`. `batch` are the step's
+    tensors by name: `labels` `(K, B)` int64, `example_mask` `(K, B)`, True for real examples, of which each client has
+    one, and where examples count differently `weights` `(K, B)`. `others` are the features that the clients' other
+    models make of the same step, where an adapter stands for several. `more` are features of other images of the step,
+    by name, `(K, U, d)`: of those without labels; `frozen_more` the same without adapters.
     """
 
     images: Tensor
@@ -63,7 +63,7 @@ class StepView:
     def frozen_logits_of(self, name: str) -> Tensor:
         """The same of the frozen model."""
         assert self.frozen_classes is not None
-        return self.logit_scale * self.frozen_more[name] @ self.frozen_classes.T
+        return self.logit_scale * self.frozen_more[name] @ self.frozen_classes.mT
 
 
 class LossTerm(Protocol):

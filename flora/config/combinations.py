@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.lora import Lora
 from flora.communication.network import StragglerPolicy
 from flora.config.schema import ExperimentConfig
@@ -82,6 +83,11 @@ def _makes_views(config: ExperimentConfig) -> bool:
     own = config.local.active_self_training
     of_others = () if own is None else (own.weak, own.strong)
     return any(each.changes_images for each in (config.local.augmentation, *of_others))
+
+
+def _makes_prompts(config: ExperimentConfig) -> bool:
+    """Whether the adapter has prompts of its own in place of the experiment's."""
+    return type(config.adapter).templates is not Adapter.templates
 
 
 _EXPECT_NO_MEMORY = "expected none or fedprox, because"
@@ -284,6 +290,24 @@ RULES: tuple[Rule, ...] = (
         "classes set aside (base_to_new) need an adapter without weights for each class",
         lambda c: c.split.sets_classes_aside and c.adapter.knows_classes,
         "base_to_new needs an adapter without weights for each class, got {adapter}",
+    ),
+    Rule(
+        "prompts.descriptions",
+        "descriptions need an adapter that reads the experiment's prompts",
+        lambda c: c.prompts.descriptions is not None and _makes_prompts(c),
+        "expected none, because {adapter} has prompts of its own",
+    ),
+    Rule(
+        "local.prompts",
+        "drawn prompts need one that trains with the experiment's prompts: no prompt_context, no head",
+        lambda c: c.local.prompts == "random" and (_makes_prompts(c) or c.adapter.knows_classes),
+        "expected ensemble, because {adapter} does not train with the experiment's prompts",
+    ),
+    Rule(
+        "evaluation.templates",
+        "templates to evaluate with need one that reads prompts then: no prompt_context, no head",
+        lambda c: bool(c.evaluation.templates) and (_makes_prompts(c) or c.adapter.knows_classes),
+        "expected none, because {adapter} does not read the experiment's prompts",
     ),
     Rule(
         "cache.enabled",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from flora.clip.adapters.lora import Lora
 from flora.config.combinations import check_combinations
+from flora.config.descriptions import read_descriptions
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.registry import OptionError
@@ -45,6 +46,11 @@ def _check_model(config: ExperimentConfig) -> None:
         config.adapter.check_fits(architecture)
     with below("backbone.tokens"):
         config.backbone.tokens.check_fits(architecture.vision.num_layers)
+
+
+def _check_descriptions(config: ExperimentConfig) -> None:
+    if config.prompts.descriptions is not None:
+        read_descriptions(config.prompts.descriptions)
 
 
 def _check_parts(config: ExperimentConfig) -> None:
@@ -116,4 +122,11 @@ def below(section: str) -> Iterator[None]:
         raise error.below(section) from None
 
 
-_CHECKS = (_check_model, _check_parts, check_combinations, _check_ranks, _check_number_of_clients)
+_CHECKS = (
+    _check_model,
+    _check_parts,
+    check_combinations,
+    _check_ranks,
+    _check_number_of_clients,
+    _check_descriptions,
+)

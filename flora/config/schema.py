@@ -26,7 +26,7 @@ from flora.core.registry import (
 )
 from flora.data.datasets.base import Dataset
 from flora.data.partition import Partitioner
-from flora.data.prompts import PromptOptions
+from flora.data.prompts import PromptOptions, check_templates
 from flora.data.splits import Official, Splitter
 from flora.features.cache import CacheOptions
 from flora.federated.federation import RoundSchedule
@@ -101,6 +101,16 @@ class EvaluationOptions(Options):
     num_local_only: int = option(
         "clients that are also trained alone, for comparison (spread over the ids)", 0, at_least=0
     )
+    templates: tuple[str, ...] = option(
+        "other templates than those that are trained with: the server's adapter is also evaluated with each of these "
+        "alone",
+        (),
+    )
+
+    def check(self) -> None:
+        check_templates(self.templates)
+        if len(set(self.templates)) != len(self.templates):
+            raise OptionError("templates", "expected each template once")
 
     @property
     def prediction(self) -> Prediction:

@@ -29,12 +29,18 @@ class Batch:
     """What K clients see in one step, on the device: tensors by name, each client-major.
 
     `stem` `(K * B, ...)` are stem outputs, `labels` and `example_mask` are `(K, B)`; `OTHER_STEM` + NAME `(K * U, ...)`
-    are stem outputs of other images. With `classes` `(K, C)`, on the
-    CPU, only those are encoded, and labels are places among them.
+    are stem outputs of other images. With `classes` `(K, C)`, on the CPU, only those are encoded, and labels are places
+    among them; with `drawn` `(K, C)`, on the CPU, only the prompt in that place of each class.
     """
 
     tensors: Mapping[str, Tensor]
     classes: Tensor | None = None
+    drawn: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all prompts of all classes are encoded."""
+        return self.classes is None and self.drawn is None
 
     def of_clients(self, start: int, stop: int) -> Batch:
         """Return what the clients from `start` to `stop` see."""
@@ -43,6 +49,7 @@ class Batch:
         return Batch(
             {name: tensor[start * rows[name] : stop * rows[name]] for name, tensor in self.tensors.items()},
             None if self.classes is None else self.classes[start:stop],
+            None if self.drawn is None else self.drawn[start:stop],
         )
 
 
@@ -185,13 +192,17 @@ def _step_views(
     frozen_classes: Tensor | None = None
     if loss.needs_frozen:
         with torch.no_grad():
-            frozen, frozen_classes = _images(model, batch, number), model.frozen_class_features()
+            frozen, frozen_classes = _images(model, batch, number), model.frozen_class_features(batch.drawn)
     features: list[ImagesAndClasses] = []
     more: list[dict[str, Tensor]] = []
     for bound in model.adapter.models(stack):
         with model.adapter.bind(bound, generators):
             images = _images(model, batch, number)
-            features.append((images.pop(""), model.class_features(number, batch.classes)))
+            if batch.drawn is not None:
+                classes = model.drawn_class_features(batch.drawn)
+            else:
+                classes = model.class_features(number, batch.classes)
+            features.append((images.pop(""), classes))
             more.append(images)
             scale = model.logit_scale()
     return [
@@ -263,7 +274,7 @@ class _Recorder:
         """`compute`, replayed where a step of the same kind and shapes is recorded."""
 
         def recorded(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-            if batch.classes is not None or not self.works:
+            if not batch.is_plain or not self.works:
                 return compute(parameters, batch)
             inputs = (parameters, *batch.tensors.values())
             key = (kind, tuple(batch.tensors), *((each.shape, each.dtype) for each in inputs))

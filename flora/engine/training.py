@@ -178,6 +178,7 @@ class _Batches:
     def __init__(self, model: AdaptedClip, features: Features, block: Block, *, in_batch: bool) -> None:
         self._model, self._features, self._in_batch = model, features, in_batch
         self._rngs = [task.rng for task in block.tasks]
+        self._draws = block.setup.local.prompts == "random"
         self._indices = block.indices.to(features.device)
         self._mask = block.example_mask.to(model.device)
         self._labels = features.labels[block.indices]
@@ -194,13 +195,16 @@ class _Batches:
         """Return what the first `num_active` clients see at a step."""
         streams = (rng.child("augmentation", step) for rng in self._rngs[:num_active])
         stem = self._features.take(self._indices[step, :num_active].flatten(), self._model.device, streams)
-        labels, classes = self._labels_on_device[step, :num_active], None
-        selected = self._model.select_classes(self._labels[step, :num_active]) if self._in_batch else None
+        labels, classes, drawn = self._labels_on_device[step, :num_active], None, None
+        if self._draws:
+            drawn = self._model.draw_places(rng.child("prompts", step) for rng in self._rngs[:num_active])
+        selects = self._in_batch and drawn is None
+        selected = self._model.select_classes(self._labels[step, :num_active]) if selects else None
         if selected is not None:
             classes, labels = selected[0], selected[1].to(self._model.device)
         tensors = {"stem": stem, "labels": labels, "example_mask": self._mask[step, :num_active]}
         extra = {name: tensor[step, :num_active] for name, tensor in self._extra.items()}
-        return Batch({**tensors, **extra, **self._other_stems(step, num_active)}, classes)
+        return Batch({**tensors, **extra, **self._other_stems(step, num_active)}, classes, drawn)
 
     def _other_stems(self, step: int, num_active: int) -> dict[str, Tensor]:
         """The views of images without labels that a step sees, `(k * U, ...)`, by their names in its batch."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -53,7 +53,7 @@ class Experiment:
     the data name and that have no training image. `test_domains` `(N,)` is the group (client, folder, camera) that each
     test image belongs to, empty where that is not known; None where the data have no groups. `data` are the images as
     they were split, unreadable ones included; None once they are written down, because the paths of a million images
-    take memory.
+    take memory. `by_template` is the same model and adapter with the prompts of each of `evaluation.templates`.
     """
 
     config: ExperimentConfig
@@ -71,6 +71,7 @@ class Experiment:
     left_out: tuple[str, ...] = ()
     test_domains: np.ndarray | None = None
     data: ImageData | None = None
+    by_template: Mapping[str, AdaptedClip] = field(default_factory=dict)
 
     @cached_property
     def held_classes(self) -> np.ndarray:
@@ -106,6 +107,7 @@ def build_experiment(
     data = images.data
     models, backbone_parameters, digests = _models(config, images, rng, tell)
     model = models[0]
+    by_template = _models_by_template(config, model, tell)
     (train, test, *new), unreadable = features_of_splits(config, data, model, tell)
     digests |= {"data_sha256": data_digest(data), "images_sha256": images_digest([train, test, *new])}
     clients_per_block = _clients_per_block(config, model, clients_per_block)
@@ -144,6 +146,7 @@ def build_experiment(
         left_out=() if roster.names is None else without_training_images(images.whole, roster.names, log),
         test_domains=None if data.test.groups is None else data.test.groups[test.split_indices],
         data=data,
+        by_template=by_template,
     )
 
 
@@ -157,20 +160,44 @@ def _models(
     precision = config.backbone.precision
     tell.log(f"{clip.architecture.name}: {number:,} frozen parameters on {clip.device}, {precision}")
     given = config.prompts.templates or config.data.templates
+    clip = replace(clip, reads_patches=config.evaluation.patches is not None)
     clip = with_classes(clip, (images.class_names, images.new_class_names), given)
     adapter = config.adapter.attach(clip)
     templates = config.adapter.templates(given)
     models = [
-        AdaptedClip(clip, adapter, class_names=names, templates=templates, speed=config.speed)
+        AdaptedClip(
+            clip,
+            adapter,
+            class_names=names,
+            templates=templates,
+            speed=config.speed,
+            descriptions={name: images.descriptions[name] for name in names if name in images.descriptions},
+        )
         for names in (images.class_names, images.new_class_names)
         if names
     ]
-    for line in dict.fromkeys(line for model in models for line in model.text.cut_prompts):
-        tell.log(f"warning: prompts: {line}")
+    _warn_of_cut_prompts(models, tell)
     _check_clients_per_block(config, models[0])
     if not models[0].text.is_cut_at_end:
         tell.log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
-    return models, number, digests
+    return models, number, digests | images.descriptions_digest
+
+
+def _models_by_template(config: ExperimentConfig, model: AdaptedClip, tell: Tell) -> dict[str, AdaptedClip]:
+    """The same model with the prompts of each of `evaluation.templates` alone; they share all but the prompts."""
+    by_template = {
+        template: AdaptedClip(
+            model.clip, model.adapter, class_names=model.class_names, templates=(template,), speed=config.speed
+        )
+        for template in config.evaluation.templates
+    }
+    _warn_of_cut_prompts(list(by_template.values()), tell)
+    return by_template
+
+
+def _warn_of_cut_prompts(models: Sequence[AdaptedClip], tell: Tell) -> None:
+    for line in dict.fromkeys(line for model in models for line in model.text.cut_prompts):
+        tell.log(f"warning: prompts: {line}")
 
 
 def _federation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.towers.towers import AdaptedClip
+from flora.config.descriptions import check_known, read_descriptions
 from flora.config.rules import below
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
@@ -34,7 +36,10 @@ class Tell:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The images before they were split and after it, how their classes are called, and whom the data name."""
+    """The images before they were split and after it, how their classes are called, and whom the data name.
+
+    `descriptions` are the sentences of `prompts.descriptions`, by what the classes are called in prompts.
+    """
 
     whole: ImageData
     data: ImageData
@@ -42,6 +47,15 @@ class Images:
     new_class_names: tuple[str, ...]
     roster: Roster
     value_range: tuple[float, float] | None
+    descriptions: Mapping[str, tuple[str, ...]]
+
+    @property
+    def descriptions_digest(self) -> dict[str, str]:
+        """A SHA-256 of the descriptions, if there are any, under the name that `environment.json` has for it."""
+        if not self.descriptions:
+            return {}
+        content = json.dumps(sorted(self.descriptions.items()))
+        return {"descriptions_sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def find_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
@@ -52,10 +66,11 @@ def find_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
         tell.log(f"warning: {line}")
     roster = roster_of(config, data.train.groups, rng)
     class_names, new_names = _class_names(config, data)
+    descriptions = _descriptions(config, data, (*class_names, *new_names))
     _check_labels(config, data, class_names, rng)
     data, value_range = with_one_range(data, config.data.value_range, whole=whole, progress=tell.progress, log=tell.log)
     limits = None if value_range is None else value_range.limits
-    return Images(whole, data, class_names, new_names, roster, limits)
+    return Images(whole, data, class_names, new_names, roster, limits, descriptions)
 
 
 def features_of_splits(
@@ -186,3 +201,16 @@ def _class_names(config: ExperimentConfig, data: ImageData) -> tuple[tuple[str, 
     with below("prompts"):
         names = config.prompts.rename((*data.class_names, *data.new_class_names))
     return names[: len(data.class_names)], names[len(data.class_names) :]
+
+
+def _descriptions(config: ExperimentConfig, data: ImageData, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The sentences that the file of `prompts.descriptions` has, by `names`, which are what prompts call all classes.
+
+    The file has the data set's names of them. Raises `UserError` if it can't be read, or describes another class.
+    """
+    path = config.prompts.descriptions
+    if path is None:
+        return {}
+    found, data_names = read_descriptions(path), (*data.class_names, *data.new_class_names)
+    check_known(path, found, data_names)
+    return {name: found[key] for key, name in zip(data_names, names, strict=True) if key in found}

@@ -33,7 +33,7 @@ def prompts_as_used(experiment: Experiment) -> dict[str, Any]:
         models.append(experiment.new[0])
         content["new_classes"] = _classes(models[1], data.new_class_names, list(shown.values()))
     cut = [pair for each in models for pair in each.text.num_tokens_of_cut]
-    return content | {"cut_off": [shown[template].format(name) for name, template in cut]}
+    return content | {"cut_off": [shown.get(template, template).format(name) for name, template in cut]}
 
 
 def _classes(model: AdaptedClip, data_names: Sequence[str], templates: Sequence[str]) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def _classes(model: AdaptedClip, data_names: Sequence[str], templates: Sequence[
         {
             "name": name,
             **({} if data_name == name else {"data_name": data_name}),
-            "prompts": [template.format(name) for template in templates],
+            "prompts": [template.format(name) for template in (*templates, *model.descriptions.get(name, ()))],
         }
         for name, data_name in zip(model.class_names, data_names, strict=True)
     ]

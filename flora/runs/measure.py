@@ -97,6 +97,8 @@ def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any
     labels = experiment.test.labels.cpu().numpy()
     results = computed(ServerView(state, evaluation, labels, experiment.class_names, experiment.test_domains))
     results["unheld_accuracy"] = _mean(unheld_accuracies(evaluation.correct[None], labels, experiment.held_classes))
+    if experiment.by_template:
+        results |= _by_template(experiment, stack)
     if state.round and not experiment.federation.communication.broadcast.is_identity:
         _, view = experiment.federation.broadcast(state)
         accuracy = _evaluate(experiment, tree.expand(view.adapter, 1), experiment.test)[0].accuracy
@@ -106,6 +108,20 @@ def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any
         accuracy = _evaluate(experiment, stack, features, new_model)[0].accuracy
         results |= {"new_accuracy": accuracy, "harmonic_mean": harmonic_mean(evaluation.accuracy, accuracy)}
     return results
+
+
+def _by_template(experiment: Experiment, stack: tree.State | None) -> dict[str, Any]:
+    """The accuracies of the server's adapter with each of the other templates alone, their mean and deviation (n)."""
+    accuracies = {
+        template: _evaluate(experiment, stack, experiment.test, model)[0].accuracy
+        for template, model in experiment.by_template.items()
+    }
+    values = list(accuracies.values())
+    return {
+        "template_accuracy": accuracies,
+        "template_accuracy_mean": float(np.mean(values)),
+        "template_accuracy_std": float(np.std(values)),
+    }
 
 
 def _evaluate(

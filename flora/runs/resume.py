@@ -33,6 +33,7 @@ CHANGEABLE = (
     "data.path",
     "data.download",
     "network.path",
+    "prompts.descriptions",
     "backbone.model",
     "backbone.weights",
 )

@@ -55,7 +55,8 @@ class Prompts:
     `tokens` and `positions` are int64 `(G, M)`. `hidden` `(G or 1, M, M)` is True where a slot (row) must not see
     another (column); None hides nothing. `ends` `(C * T,)` is the slot in the flattened `(G * M,)` at which each prompt
     is read. `parents` `(G * M,)` is the slot of the token before, or -1; None means that each prompt has a sequence of
-    its own.
+    its own. `num_of_class` `(C,)` says how many prompts each class has where not all have T: its first one stands
+    in the places that it doesn't fill. None: all have T.
     """
 
     tokens: Tensor
@@ -64,6 +65,12 @@ class Prompts:
     ends: Tensor
     parents: Tensor | None
     num_classes: int
+    num_of_class: Tensor | None = None
+
+    @property
+    def num_places(self) -> int:
+        """T, the places for prompts that each class has."""
+        return len(self.ends) // self.num_classes
 
     @cached_property
     def layout(self) -> Layout:
@@ -91,8 +98,15 @@ class Prompts:
 
         What a client's prompts don't need is left out; sequences are as long as the one that needs most.
         """
-        templates = torch.arange(len(self.ends) // self.num_classes)
-        prompts = (classes.unsqueeze(-1) * len(templates) + templates).flatten(1)
+        places = torch.arange(self.num_places)
+        return self.chosen((classes.unsqueeze(-1) * len(places) + places).flatten(1))
+
+    def of_places(self, places: Tensor) -> Layout:
+        """Only one prompt of each class: that in the class's place `places` `(K, C)` int64, client k's own."""
+        return self.chosen(torch.arange(self.num_classes) * self.num_places + places)
+
+    def chosen(self, prompts: Tensor) -> Layout:
+        """Only the prompts `(K, P)` int64, client k's own, in that order; what they don't need is left out."""
         number, (num_groups, num_slots) = len(prompts), self.tokens.shape
         ends = self.ends[prompts]
         if self.parents is None:

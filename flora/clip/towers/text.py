@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -37,19 +38,32 @@ class TextTower:
         # Only a causal tower that is read at the end-of-text token never looks at what stands behind it.
         self.is_cut_at_end = self._text.attn_mask is not None and clip.text_pool in ("argmax", "eos")
 
-    def prompts(self, class_names: Sequence[str], templates: Sequence[str]) -> Prompts:
+    def prompts(
+        self,
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        descriptions: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> Prompts:
         """Tokenise every template for every class; cut and share what `speed` allows and the tower makes exact.
 
-        Raises `UserError` if two classes have the same prompts, or if nothing of a class's name fits into one.
+        `descriptions` are more sentences of some classes, by name; `{}` in them stands for it, too. Raises `UserError`
+        if two classes have the same prompts, or if nothing of a class's name fits into one.
         """
-        pairs = [(name, template) for name in class_names for template in templates]
+        of_class = [(*templates, *descriptions.get(name, ())) for name in class_names]
+        pairs = [(name, template) for name, own in zip(class_names, of_class, strict=True) for template in own]
         tokens = self._clip.tokenize([template.format(name) for name, template in pairs])
         full = [pair for pair, last in zip(pairs, tokens[:, -1].tolist(), strict=True) if last != 0]
-        self.cut_prompts = self._cut_prompts(full)
-        _check_distinct(tokens, class_names)
+        self.cut_prompts = self._cut_prompts(full, descriptions)
+        numbers = [len(own) for own in of_class]
+        _check_distinct(tokens, class_names, numbers)
+        prompts = self._packed_prompts(tokens, len(class_names))
+        return prompts if len(set(numbers)) == 1 else _with_places(prompts, numbers)
+
+    def _packed_prompts(self, tokens: Tensor, num_classes: int) -> Prompts:
+        """The prompts `(P, L)` as this tower takes them."""
         ends = self._ends(tokens)
         if not (self.is_cut_at_end and self._speed.cut_prompts):
-            return self._padded_prompts(tokens, ends, len(class_names))
+            return self._padded_prompts(tokens, ends, num_classes)
         sequences = [row[: end + 1] for row, end in zip(tokens.tolist(), ends.tolist(), strict=True)]
         share = self._speed.share_prefixes and not self._has_dropout
         packing = pack(sequences, self._clip.architecture.text.width) if share else one_by_one(sequences)
@@ -59,10 +73,10 @@ class TextTower:
             hidden=torch.from_numpy(~packing.visible),
             ends=torch.from_numpy(packing.ends),
             parents=torch.from_numpy(packing.parents).flatten() if share else None,
-            num_classes=len(class_names),
+            num_classes=num_classes,
         )
 
-    def _cut_prompts(self, full: Sequence[tuple[str, str]]) -> list[str]:
+    def _cut_prompts(self, full: Sequence[tuple[str, str]], descriptions: Mapping[str, Sequence[str]]) -> list[str]:
         """A line about those of the prompts (class name, template) that fill the context and are cut off, if any are.
 
         Raises `UserError` if nothing is left of a class's name.
@@ -72,9 +86,11 @@ class TextTower:
         for name, template in full:
             number = self._clip.num_tokens(template.format(name))
             # The start and the end of a text are among its tokens, and both keep their places.
-            if number > longest and self._clip.num_tokens(template.partition("{}")[0]) >= longest:
+            before, has_name, _ = template.partition("{}")
+            setting = "prompts.descriptions" if template in descriptions.get(name, ()) else "prompts.templates"
+            if number > longest and has_name and self._clip.num_tokens(before) >= longest:
                 raise UserError(
-                    f"prompts.templates: nothing of class {name!r} is left in {template!r}: the model reads {longest} "
+                    f"{setting}: nothing of class {name!r} is left in {template!r}: the model reads {longest} "
                     "tokens; shorten what precedes {}"
                 )
             if number > longest:
@@ -86,7 +102,7 @@ class TextTower:
         return [
             f"the model reads {longest} tokens of a prompt: {len(cut)} prompts of {len({name for name, _ in cut})} "
             f"classes are cut off, the longest is of class {name!r}, {number} tokens; shorten prompts.class_names or "
-            "prompts.templates"
+            f"prompts.templates{' or prompts.descriptions' if descriptions else ''}"
         ]
 
     def _padded_prompts(self, tokens: Tensor, ends: Tensor, num_classes: int) -> Prompts:
@@ -180,11 +196,23 @@ def with_classes(clip: FrozenClip, groups: Sequence[Sequence[str]], templates: S
     return replace(clip, token_classes=torch.cat(features))
 
 
-def _check_distinct(tokens: Tensor, class_names: Sequence[str]) -> None:
+def _with_places(prompts: Prompts, numbers: Sequence[int]) -> Prompts:
+    """Give each class as many places as the class with most prompts has; those left over hold its first prompt again.
+
+    `prompts` are as many of each class as `numbers` says. A prompt in two places is encoded once where prompts share
+    sequences.
+    """
+    counts = torch.tensor(numbers)
+    places = torch.arange(int(counts.max())).expand(len(counts), -1)
+    chosen = torch.where(places < counts.unsqueeze(1), places, 0) + (counts.cumsum(0) - counts).unsqueeze(1)
+    return replace(prompts, ends=prompts.ends[chosen.flatten()], num_of_class=counts)
+
+
+def _check_distinct(tokens: Tensor, class_names: Sequence[str], numbers: Sequence[int]) -> None:
     """Raise `UserError` if two classes have the same prompts: nothing could tell them apart."""
     seen: dict[tuple[int, ...], str] = {}
-    for name, rows in zip(class_names, tokens.unflatten(0, (len(class_names), -1)).flatten(1).tolist(), strict=True):
-        other = seen.setdefault(tuple(rows), name)
+    for name, rows in zip(class_names, tokens.split(list(numbers)), strict=True):
+        other = seen.setdefault(tuple(rows.flatten().tolist()), name)
         if other is not name:
             reason = "case and what lies beyond the context length don't count"
             raise UserError(f"prompts: classes {other!r} and {name!r} have the same prompts ({reason})")

@@ -6,15 +6,16 @@ gradients; what they give is all that training and evaluation ever see.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter
 from flora.clip.frozen import FrozenClip
-from flora.clip.towers.layout import Layout
+from flora.clip.towers.layout import Layout, Prompts
 from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
 from flora.clip.towers.text import TextTower
 from flora.clip.towers.vision import VisionTower
@@ -25,7 +26,7 @@ from flora.core.tree import State
 class AdaptedClip:
     """A frozen model, an adapter attached to it, and the prompts: all that local training and evaluation call.
 
-    With `reads_patches` the vision tower gives features of the patches, too: see `patch_features`.
+    Where `clip` has `reads_patches` the vision tower gives features of the patches, too: see `patch_features`.
     """
 
     def __init__(
@@ -36,22 +37,25 @@ class AdaptedClip:
         class_names: Sequence[str],
         templates: Sequence[str],
         speed: SpeedOptions = ALL_SPEED,
-        reads_patches: bool = False,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.clip, self.adapter, self.speed = clip, adapter, speed
         self.class_names, self.templates = tuple(class_names), tuple(templates)
+        self.descriptions = {name: tuple(sentences) for name, sentences in (descriptions or {}).items()}
         self.device = clip.device
         if clip.precision == "bf16" and not adapter.is_large:  # large ones start from the weights themselves
             clip.keep_matrices_in_bf16()
-        self.vision = VisionTower(clip, adapter.trained_from["vision"], speed, reads_patches=reads_patches)
+        self.vision = VisionTower(clip, adapter.trained_from["vision"], speed)
         self.text = TextTower(clip, adapter.trained_from["text"], speed, has_dropout=adapter.has_dropout)
-        self.prompts = self.text.prompts(class_names, templates)
+        self.prompts = self.text.prompts(class_names, templates, self.descriptions)
+        self._shares = _shares(self.prompts, clip.dtype, self.device)
         self._text_stem = self.text.stem(self.prompts)
         self._selects = speed.batch_classes and not adapter.has_dropout and self.text.trains_blocks
         # For all classes, each for more clients than the one before. None is dropped: recorded steps point into them.
         self._layouts = [self.prompts.for_clients(1).to(self.device)]
-        self._frozen_features = self._encode_classes(self._layouts[0]) if self.text.is_frozen else None
+        self._frozen_features = self._encode_classes(self._layouts[0], self._shares) if self.text.is_frozen else None
         self._unadapted: Tensor | None = None
+        self._unadapted_prompts: Tensor | None = None
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
         """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major."""
@@ -65,10 +69,10 @@ class AdaptedClip:
 
         In the space of the class token's features, without what the adapter does to those alone (`adapt_images`). Where
         patches are merged, those that are left are in no order, and where others are pooled, these are the last.
-        Raises ValueError if the model was not made with `reads_patches`.
+        Raises ValueError if the model was not loaded with `reads_patches`.
         """
         if not self.vision.reads_patches:
-            raise ValueError("features of patches need a model that was made with `reads_patches`")
+            raise ValueError("features of patches need a model that was loaded with `reads_patches`")
         return F.normalize(self._encode_images(stem)[:, 1:].unflatten(0, (num_clients, -1)), dim=-1)
 
     def _encode_images(self, stem: Tensor) -> Tensor:
@@ -82,24 +86,63 @@ class AdaptedClip:
         if self._frozen_features is not None:
             return self.adapter.adapt_classes(self._frozen_features.expand(num_clients, -1, -1))
         if classes is not None:
-            return self._encode_classes(self.prompts.of_classes(classes).to(self.device))
+            shares = None if self._shares is None else self._shares[classes.to(self.device)]
+            return self._encode_classes(self.prompts.of_classes(classes).to(self.device), shares)
+        return self._encode_classes(self._layout_of_all(num_clients), self._shares)
+
+    def drawn_class_features(self, places: Tensor) -> Tensor:
+        """Unit text features `(K, C, embed_dim)` of one prompt of each class, for each of K clients.
+
+        `places` `(K, C)`, on the CPU, are the prompts' places in their classes, as `draw_places` gives them.
+        """
+        if self.text.trains_blocks:
+            return self._encode_prompts(self.prompts.of_places(places).to(self.device), 1).squeeze(2)
+        every = self._encode_prompts(self._layout_of_all(1 if self.text.is_frozen else len(places)), None)
+        features = _picked(every, places)
+        return self.adapter.adapt_classes(features) if self.text.is_frozen else features
+
+    def _layout_of_all(self, num_clients: int) -> Layout:
         if num_clients > self._layouts[-1].num_clients:
             self._layouts.append(self.prompts.for_clients(num_clients).to(self.device))
-        return self._encode_classes(self._layouts[-1].first(num_clients))
+        return self._layouts[-1].first(num_clients)
 
     @torch.no_grad()
-    def frozen_class_features(self) -> Tensor:
-        """The classes' unit features `(C, embed_dim)` without an adapter, computed once. None may be bound then."""
+    def frozen_class_features(self, places: Tensor | None = None) -> Tensor:
+        """The classes' unit features `(C, embed_dim)` without an adapter, computed once. None may be bound then.
+
+        With `places` `(K, C)` those of one prompt of each class, `(K, C, embed_dim)`, as `drawn_class_features`.
+        """
+        if places is not None:
+            if self._unadapted_prompts is None:
+                self._unadapted_prompts = self._encode_prompts(self._layout_of_all(1), None)
+            return _picked(self._unadapted_prompts, places)
         if self._unadapted is None:
             self._unadapted = self.class_features(1)[0]
         return self._unadapted
 
-    def _encode_classes(self, layout: Layout) -> Tensor:
+    def _encode_classes(self, layout: Layout, shares: Tensor | None) -> Tensor:
+        """Unit features `(K, C, embed_dim)` of a layout's classes; `shares` as `_shares`, or `(K, C, T)`."""
+        ensembles = self._encode_prompts(layout, None)
+        if shares is None:
+            return F.normalize(ensembles.mean(dim=2), dim=-1)
+        return F.normalize((ensembles * shares.unsqueeze(-1)).sum(dim=2), dim=-1)
+
+    def _encode_prompts(self, layout: Layout, num_places: int | None) -> Tensor:
+        """Unit features `(K, C, T, embed_dim)` of a layout's prompts, `num_places` (None: T) of each class."""
         features = self.text.suffix(self._text_stem, layout, self.adapter.adapt_tokens).to(self.clip.dtype)
-        features = F.normalize(features, dim=-1)
-        num_templates = len(self.prompts.ends) // self.prompts.num_classes
-        ensembles = features.unflatten(0, (layout.num_clients, -1, num_templates))
-        return F.normalize(ensembles.mean(dim=2), dim=-1)
+        places = num_places or self.prompts.num_places
+        return F.normalize(features, dim=-1).unflatten(0, (layout.num_clients, -1, places))
+
+    def draw_places(self, rngs: Iterable[Rng]) -> Tensor | None:
+        """Draw one prompt of each class for each of K clients, from its own stream: their places `(K, C)`, on the CPU.
+
+        None where each class has only one.
+        """
+        if self.prompts.num_places == 1:
+            return None
+        counts = self.prompts.num_of_class
+        numbers = np.full(self.prompts.num_classes, self.prompts.num_places) if counts is None else counts.numpy()
+        return torch.from_numpy(np.stack([rng.numpy().integers(numbers) for rng in rngs]))
 
     def select_classes(self, labels: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return what to encode if only the classes among `labels` `(K, B)` (on the CPU) matter.
@@ -131,3 +174,21 @@ class AdaptedClip:
         """The factor of the cosine similarities, a scalar."""
         scale: Tensor = self.clip.model.logit_scale  # type: ignore[assignment]
         return scale.to(self.clip.dtype).exp().reshape(())
+
+
+def _picked(features: Tensor, places: Tensor) -> Tensor:
+    """One of each class's features `(K or 1, C, T, d)`, in the places `(K, C)`: `(K, C, d)`."""
+    clients, classes = (torch.arange(size, device=features.device) for size in places.shape)
+    every = features.expand(len(places), -1, -1, -1)
+    return every[clients.unsqueeze(1), classes, places.to(features.device)]
+
+
+def _shares(prompts: Prompts, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """The part `(C, T)` that each place has of its class's mean: none if it only repeats another prompt.
+
+    None where all classes have as many prompts: then it is the plain mean.
+    """
+    if prompts.num_of_class is None:
+        return None
+    counts = prompts.num_of_class.unsqueeze(1)
+    return ((torch.arange(prompts.num_places) < counts).to(dtype) / counts).to(device)

@@ -21,21 +21,19 @@ from flora.core.tree import state_digest
 class VisionTower:
     """Pixels `(N, 3, H, W)` to stem output to image features `(N, embed_dim)`, not normalised.
 
-    With `reads_patches` to the features of all tokens that are left, `(N, 1 + P, embed_dim)`, the class token's first.
-    Where tokens are merged or pooled in the stem, its output `(N, M, D + 1)` has their sizes behind the width. Raises
+    Where `clip` has `reads_patches`, to the features of all tokens that are left, `(N, 1 + P, embed_dim)`, the class
+    token's first. Where tokens are merged or pooled in the stem, its output `(N, M, D + 1)` has their sizes behind the width. Raises
     `UserError` if patches are to be read where the tower's features are their mean.
     """
 
-    def __init__(
-        self, clip: FrozenClip, cut: int, speed: SpeedOptions = ALL_SPEED, *, reads_patches: bool = False
-    ) -> None:
-        self._clip, self._visual, self.cut, self.reads_patches = clip, clip.visual, cut, reads_patches
-        if reads_patches and clip.visual.pool_type != "tok":
+    def __init__(self, clip: FrozenClip, cut: int, speed: SpeedOptions = ALL_SPEED) -> None:
+        self._clip, self._visual, self.cut, self.reads_patches = clip, clip.visual, cut, clip.reads_patches
+        if self.reads_patches and clip.visual.pool_type != "tok":
             raise UserError(
                 f"backbone.model: {clip.architecture.name}: features of patches need a vision tower that is read at "
                 "its class token"
             )
-        self._reads_one = speed.trim_last_block and clip.visual.pool_type == "tok" and not reads_patches
+        self._reads_one = speed.trim_last_block and clip.visual.pool_type == "tok" and not self.reads_patches
         self._num_stages = 2 + len(self._visual.transformer.resblocks)
         self.num_tokens = int(self._visual.positional_embedding.shape[0])
         self._reducer = None if clip.tokens.is_idle else Reducer(clip.visual, clip.tokens, clip.token_classes)

@@ -1,0 +1,102 @@
+"""How a metric is declared, how those that are come to their values, and a summary to its figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from flora.core.errors import UserError
+from flora.core.metrics import Figure, Metric, last
+from flora.core.records import Evaluation, RoundRecord
+from flora.core.states import ServerState
+from flora.evaluation.accuracy import class_accuracy
+
+
+@dataclass(frozen=True, eq=False)
+class ServerView:
+    """What a metric of the server's adapter is computed from, after an evaluated round.
+
+    `evaluation` has for each of the N common test images what was predicted, whether it is right, and the loss, and the
+    features of the classes; `labels` `(N,)` are the images' classes, places in `class_names`; `domains` `(N,)` the
+    groups (client, camera) that the data name for them, None if they name none. Round 0 is the frozen model.
+    """
+
+    state: ServerState
+    evaluation: Evaluation
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    domains: np.ndarray | None = None
+
+    @cached_property
+    def class_accuracy(self) -> dict[str, float | None]:
+        """Accuracy by class name; None for a class without test images."""
+        return class_accuracy(self.evaluation, self.labels, self.class_names)
+
+
+Compute = Callable[[ServerView], Any]
+METRICS: dict[str, Metric] = {}
+COMPUTED: dict[str, Compute] = {}
+FIGURES: dict[str, Figure] = {}
+
+
+def declare(metric: Metric) -> None:
+    """Make a metric known: from now on each record has it. Raises ValueError if its name or a figure's is taken."""
+    names = [metric.name, *(figure.name for figure in metric.figures)]
+    if metric.name in METRICS or any(figure.name in FIGURES for figure in metric.figures):
+        taken = next(name for name in names if name in METRICS or name in FIGURES)
+        raise ValueError(f"the metric {taken!r} is declared already: choose another name")
+    METRICS[metric.name] = metric
+    FIGURES.update({figure.name: figure for figure in metric.figures})
+
+
+def round_metric(name: str, about: str, *, unit: str = "fraction") -> Callable[[Compute], Compute]:
+    """Decorator: compute a metric of the server's adapter in each evaluated round, from a `ServerView`.
+
+    Its last value is in the summary under the same name, in the final table, and in a sweep's table. Raises ValueError
+    if the name is taken.
+    """
+
+    def decorate(compute: Compute) -> Compute:
+        title = name.replace("_", " ")
+        declare(Metric(name, about, unit, "server", (Figure(name, about, unit, last(name), title, title),)))
+        COMPUTED[name] = compute
+        return compute
+
+    return decorate
+
+
+def computed(view: ServerView) -> dict[str, Any]:
+    """The metrics that are computed from a view, by name, as plain numbers. Raises `UserError` for what is none."""
+    return {name: _plain(name, compute(view)) for name, compute in COMPUTED.items()}
+
+
+def complete(values: Mapping[str, Any]) -> dict[str, Any]:
+    """All declared metrics in their order: `values`, and what a round without one has. Raises ValueError for others."""
+    unknown = values.keys() - METRICS.keys()
+    if unknown:
+        raise ValueError(f"no metric is declared as {', '.join(sorted(unknown))}")
+    return {name: values.get(name, metric.default) for name, metric in METRICS.items()}
+
+
+def summed_up(records: Sequence[RoundRecord], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Every declared figure: of the records where these say it, else as `measured`, None where neither does."""
+    return {
+        name: measured.get(name) if figure.of_records is None else figure.of_records(records)
+        for name, figure in FIGURES.items()
+    }
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A metric's value as JSON knows it: a number, numbers by name, or None."""
+    value = value.item() if isinstance(value, np.generic) else value
+    fault = type(value).__name__
+    if isinstance(value, float) and not math.isfinite(value) and name != "loss":  # whose error says more
+        fault = str(value)
+    elif value is None or isinstance(value, int | float | dict):
+        return value
+    raise UserError(f"the metric {name!r} is {fault}, expected a number; None where a round has no value")
