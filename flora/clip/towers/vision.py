@@ -22,8 +22,8 @@ class VisionTower:
     """Pixels `(N, 3, H, W)` to stem output to image features `(N, embed_dim)`, not normalised.
 
     Where `clip` has `reads_patches`, to the features of all tokens that are left, `(N, 1 + P, embed_dim)`, the class
-    token's first. Where tokens are merged or pooled in the stem, its output `(N, M, D + 1)` has their sizes behind the width. Raises
-    `UserError` if patches are to be read where the tower's features are their mean.
+    token's first. Where tokens are merged or pooled in the stem, its output `(N, M, D + 1)` has their sizes behind the
+    width. Raises `UserError` if patches are to be read where the tower's features are their mean.
     """
 
     def __init__(self, clip: FrozenClip, cut: int, speed: SpeedOptions = ALL_SPEED) -> None:
