@@ -29,6 +29,7 @@ import flora.federated.buffered
 import flora.federated.synchronous
 import flora.server.aggregators
 import flora.server.optimizers
+import flora.server.own_training
 import flora.server.strategies.averaging
 import flora.server.strategies.factors
 import flora.server.strategies.products

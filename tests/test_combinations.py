@@ -74,6 +74,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "server.screening=clip": {"server": {"screening": {"policy": "clip", "max_norm_ratio": 1.5}}},
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},
     "clients.ranks": {"clients": {"ranks": {"name": "drawn", "values": [1, 2]}}},
+    "server.synthetic": {"server": {"synthetic": {"data": "patterns", "steps": 2}}},
+    "server.distillation": {"server": {"distillation": {"data": "patterns", "num_images": 9, "steps": 2}}},
+    "evaluation.fusion": {"evaluation": {"fusion": "entropy", "patches": {"alpha": 0.5}}},
     "clients.labelled_fraction": {"clients": {"labelled_fraction": 0.5}},
     "local.self_training": {
         "local": {"self_training": {"threshold": 0.3, "preference": "dpo"}},

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flora.clip.loss_terms import StepView, masked_mean
+from flora.clip.loss_terms import StepView, divergence, masked_mean
 from flora.core.registry import Component, option, register
 
 
@@ -97,3 +97,17 @@ class MultiPositive(Objective):
         of_images = -torch.where(is_own, to_texts, 0.0).sum(dim=2)
         of_texts = -torch.where(is_own, to_images, 0.0).sum(dim=1) / counts.clamp(min=1)
         return (masked_mean(of_images, example_mask) + masked_mean(of_texts, counts > 0)) / 2
+
+
+@dataclass(frozen=True)
+class MatchTeacher(Objective):
+    """T^2 KL(teacher's probabilities || adapted model's) for each image, of the batch's `teacher_logits` `(K, B, C)`.
+
+    Not for clients: the server distils with it (arXiv:2006.07242), so it is registered under no name.
+    """
+
+    weighs_examples: ClassVar[bool] = True
+    temperature: float = option("what logits are divided by: higher looks at all classes", 1.0, above=0)
+
+    def loss(self, view: StepView) -> Tensor:
+        return view.mean(divergence(view.logits, view.batch["teacher_logits"], self.temperature))

@@ -78,6 +78,12 @@ def _waits_for_buffer(config: ExperimentConfig) -> bool:
     return config.server.schedule.waits_for_buffer
 
 
+def _server_trains(config: ExperimentConfig) -> bool:
+    """Whether the server trains the adapter by itself."""
+    server = config.server
+    return any(each is not None for each in (server.synthetic, server.distillation, server.text_rounds))
+
+
 def _makes_views(config: ExperimentConfig) -> bool:
     """Whether training images are changed at random."""
     own = config.local.active_self_training
@@ -277,6 +283,22 @@ RULES: tuple[Rule, ...] = (
         "and no clients' own ranks",
         lambda c: _waits_for_buffer(c) and c.clients.ranks is not None,
         f"{_SYNCHRONOUS} is used with clients' own ranks, and needs what each of them began with",
+    ),
+    Rule(
+        "server.strategy",
+        "a server that trains by itself (server.synthetic, distillation, text_rounds) needs a strategy and an adapter "
+        "of which no tensor stays with its client, without a residual, and that do not start anew each round",
+        lambda c: (
+            _server_trains(c) and (_has_personal(c) or c.server.strategy.restarts or c.server.strategy.keeps_residual)
+        ),
+        "{strategy} with adapter {adapter} can't be used where the server trains by itself (server.synthetic, "
+        "server.distillation, server.text_rounds)",
+    ),
+    Rule(
+        "server.distillation",
+        "distillation needs the adapters that clients of one round ended with: no buffered schedule",
+        lambda c: c.server.distillation is not None and _waits_for_buffer(c),
+        "expected none: updates of a buffered schedule come from different rounds",
     ),
     Rule(
         "local.sampling",

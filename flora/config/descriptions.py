@@ -14,36 +14,44 @@ from flora.data.prompts import has_other_braces
 
 # Ten times what a thousand classes with ten sentences each take.
 MAX_BYTES = 10_000_000
+# The setting that names such a file, unless another does.
+SETTING = "prompts.descriptions"
 
 
-def read_descriptions(path: str) -> dict[str, tuple[str, ...]]:
-    """The sentences of each class that the file names. Raises `UserError` naming the file and what is wrong with it."""
-    raw = _content(path)
+def read_descriptions(path: str, setting: str = SETTING) -> dict[str, tuple[str, ...]]:
+    """The sentences of each class that a file names, which `setting` names.
+
+    Raises `UserError` naming both and what is wrong with it.
+    """
+    where = f"{setting}: {path}"
+    raw = _content(path, where)
     if not isinstance(raw, dict):
-        raise _error(path, f"expected a mapping of class names to sentences, got {show(raw)}")
-    return {name: _sentences(path, name, found) for name, found in raw.items()}
+        raise UserError(f"{where}: expected a mapping of class names to sentences, got {show(raw)}")
+    return {name: _sentences(where, name, found) for name, found in raw.items()}
 
 
-def check_known(path: str, descriptions: Mapping[str, Sequence[str]], class_names: Sequence[str]) -> None:
+def check_known(
+    path: str, descriptions: Mapping[str, Sequence[str]], class_names: Sequence[str], setting: str = SETTING
+) -> None:
     """Raise `UserError` if a class is described that the data set, which has `class_names`, doesn't have."""
     unknown = next((name for name in descriptions if name not in class_names), None)
     if unknown is not None:
-        raise _error(path, f"no class is called {show(unknown)}; {suggest(unknown, class_names)}")
+        raise UserError(f"{setting}: {path}: no class is called {show(unknown)}; {suggest(unknown, class_names)}")
 
 
-def _content(path: str) -> Any:
+def _content(path: str, where: str) -> Any:
     try:
         with open_regular(path) as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise _error(path, f"larger than {MAX_BYTES:,} bytes")
+            raise UserError(f"{where}: larger than {MAX_BYTES:,} bytes")
         text = content.decode("utf-8-sig")
         return json.loads(text, object_pairs_hook=_distinct) if path.endswith(".json") else read_plain_yaml(text)
     except OSError as error:
-        raise _error(path, error.strerror or str(error)) from None
+        raise UserError(f"{where}: {error.strerror or error}") from None
     except YAML_ERRORS as error:
         kind = "JSON" if path.endswith(".json") else "YAML"
-        raise _error(path, f"not valid {kind}: {yaml_reason(error)}") from None
+        raise UserError(f"{where}: not valid {kind}: {yaml_reason(error)}") from None
 
 
 def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -56,23 +64,18 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _sentences(path: str, name: str, found: Any) -> tuple[str, ...]:
+def _sentences(where: str, name: str, found: Any) -> tuple[str, ...]:
     sentences = [found] if isinstance(found, str) else found
     if not isinstance(sentences, list):
-        raise _error(path, f"class {show(name)}: expected a sentence or a list of sentences, got {show(found)}")
+        raise UserError(f"{where}: class {show(name)}: expected a sentence or a list of sentences, got {show(found)}")
     if not sentences:
-        raise _error(path, f"class {show(name)} has an empty list: leave it out, or give it a sentence")
+        raise UserError(f"{where}: class {show(name)} has an empty list: leave it out, or give it a sentence")
     for sentence in sentences:
         if not isinstance(sentence, str) or not sentence.strip():
-            raise _error(path, f"class {show(name)}: expected a sentence, got {show(sentence)}")
+            raise UserError(f"{where}: class {show(name)}: expected a sentence, got {show(sentence)}")
         if sentence.count("{}") > 1 or has_other_braces(sentence):
-            raise _error(
-                path,
-                f"class {show(name)}: expected at most one {{}} for the class name and no other braces, got "
-                f"{show(sentence)}",
+            raise UserError(
+                f"{where}: class {show(name)}: expected at most one {{}} for the class name and no other braces, got "
+                f"{show(sentence)}"
             )
     return tuple(sentences)
-
-
-def _error(path: str, message: str) -> UserError:
-    return UserError(f"prompts.descriptions: {path}: {message}")

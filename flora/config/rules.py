@@ -51,6 +51,8 @@ def _check_model(config: ExperimentConfig) -> None:
 def _check_descriptions(config: ExperimentConfig) -> None:
     if config.prompts.descriptions is not None:
         read_descriptions(config.prompts.descriptions)
+    if config.server.text_rounds is not None:
+        read_descriptions(config.server.text_rounds.descriptions, "server.text_rounds.descriptions")
 
 
 def _check_parts(config: ExperimentConfig) -> None:

@@ -33,6 +33,7 @@ from flora.federated.federation import RoundSchedule
 from flora.federated.synchronous import Synchronous
 from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
+from flora.server.own_training import Distillation, SyntheticImages, TextRounds
 from flora.server.screening import Screening
 from flora.server.strategies.averaging import FedAvg
 from flora.server.strategies.base import Strategy
@@ -79,6 +80,9 @@ class ServerOptions(Options):
     aggregator: Aggregator = option("how the cohort's deltas become one", Mean())
     optimizer: ServerOptimizer = option("how the server steps along that delta", ServerSgd())
     schedule: RoundSchedule = option("for whose updates the server waits before it steps", Synchronous())
+    synthetic: SyntheticImages | None = option("labelled images that the server trains on before round 1", None)
+    distillation: Distillation | None = option("unlabelled images with which the cohort teaches the server", None)
+    text_rounds: TextRounds | None = option("descriptions of classes that the server trains on after rounds", None)
     screening: Screening = option("what becomes of updates that must not be averaged", Screening())
     stragglers: StragglerPolicy = option("for whom the server waits, where there is a network", StragglerPolicy())
 

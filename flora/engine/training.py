@@ -181,6 +181,7 @@ class _Batches:
         self._draws = block.setup.local.prompts == "random"
         self._indices = block.indices.to(features.device)
         self._mask = block.example_mask.to(model.device)
+        self._places = block.indices
         self._labels = features.labels[block.indices]
         self._labels_on_device = self._labels.to(model.device)
         self._self_training = block.setup.local.active_self_training
@@ -204,6 +205,8 @@ class _Batches:
             classes, labels = selected[0], selected[1].to(self._model.device)
         tensors = {"stem": stem, "labels": labels, "example_mask": self._mask[step, :num_active]}
         extra = {name: tensor[step, :num_active] for name, tensor in self._extra.items()}
+        for name, target in self._features.targets.items():
+            extra[name] = target[self._places[step, :num_active]].to(self._model.device)
         return Batch({**tensors, **extra, **self._other_stems(step, num_active)}, classes, drawn)
 
     def _other_stems(self, step: int, num_active: int) -> dict[str, Tensor]:

@@ -286,6 +286,19 @@ declare(
         "training",
     )
 )
+declare(
+    Metric(
+        "distillation_loss",
+        "mean loss of the steps in which the server learned what the cohort says of public images",
+        "number",
+        "server",
+    )
+)
+declare(
+    Metric(
+        "text_loss", "mean loss of the steps in which the server learned descriptions of classes", "number", "server"
+    )
+)
 _of_last("domain_accuracy", "accuracy of test images by the client or folder that the data name", "by name", "server")
 COMPUTED["domain_accuracy"] = lambda view: domain_accuracy(view.evaluation, view.domains)
 _of_last(

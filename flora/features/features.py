@@ -40,13 +40,15 @@ class Features(ABC):
 
     Example i of the N has label `labels[i]` (on the CPU) and is example `split_indices[i]` of the split. `digests`
     `(N, 16)` uint8 are those of the images as they are stored, if they are known. `views` are features of the same
-    examples that are changed at random in other ways, by name, for images without labels.
+    examples that are changed at random in other ways, by name, for images without labels. `targets` are tensors
+    `(N, ...)`, on the CPU, that a step's batch has under the same names, for the examples that it sees.
     """
 
     labels: Tensor
     split_indices: np.ndarray
     digests: np.ndarray | None
     views: Mapping[str, Features] = MappingProxyType({})
+    targets: Mapping[str, Tensor] = MappingProxyType({})
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,6 +86,7 @@ class StoredFeatures(Features):
     split_indices: np.ndarray
     digests: np.ndarray | None = None
     views: Mapping[str, Features] = field(default_factory=dict)
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +117,7 @@ class LiveFeatures(Features):
     split_indices: np.ndarray
     digests: np.ndarray | None = None
     views: Mapping[str, Features] = field(default_factory=dict)
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def runs_stem(self) -> bool:

@@ -25,6 +25,7 @@ class ViewFeatures(Features):
     stored_views: StoredFeatures
     num_views: int
     views: Mapping[str, Features] = field(default_factory=dict)
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def labels(self) -> Tensor:  # type: ignore[override]

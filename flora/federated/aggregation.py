@@ -39,7 +39,7 @@ def step(
     """
     strategy, aggregator, round = federation.server.strategy, federation.server.aggregator, state.round + 1
     weights = checked_weights("server.strategy", strategy, strategy.weights(updates), len(updates))
-    shared, ends = _in_server_terms(federation, state.adapter, updates, starts)
+    shared, ends = in_server_terms(federation, state.adapter, updates, starts)
     deltas = [update.delta for update in updates]
     if federation.ranks is not None:
         deltas = [{name: end[name] - shared[name] for name in updates[0].delta} for end in ends]
@@ -98,7 +98,7 @@ def _require_finite(state: State, made_by: str, advice: str = "") -> None:
         raise DivergedError(f"{made_by} is not finite{advice}")
 
 
-def _in_server_terms(
+def in_server_terms(
     federation: Federation, adapter: State, updates: Sequence[ClientUpdate], starts: Mapping[int, StateLike]
 ) -> tuple[StateLike, list[StateLike]]:
     """Return what of the server's adapter the cohort can have, and the adapters that clients ended with.

@@ -27,6 +27,7 @@ from flora.core.states import ClientData, ClientState, ClientUpdate, InFlight, S
 from flora.core.tree import State, StateLike
 from flora.engine.engine import Engine
 from flora.engine.tasks import ClientTask, TrainingSetup
+from flora.federated.own_training import OwnTraining
 from flora.federated.roles import TensorRoles
 from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
@@ -109,7 +110,8 @@ class RoundSchedule(Component):
 class Federation:
     """The parts of a federation: who trains what, how it travels, and what the server makes of it. None of it changes.
 
-    `ranks` `(num_clients,)` are the clients' own, None if all have the adapter's.
+    `ranks` `(num_clients,)` are the clients' own, None if all have the adapter's. `own_training` is what the server
+    trains by itself.
     """
 
     engine: Engine
@@ -123,6 +125,7 @@ class Federation:
     personal: Personalization = field(default_factory=NoPersonalization)
     communication: CommunicationOptions = field(default_factory=CommunicationOptions)
     ranks: np.ndarray | None = None
+    own_training: OwnTraining = field(default_factory=OwnTraining)
 
     @cached_property
     def roles(self) -> TensorRoles:

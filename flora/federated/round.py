@@ -13,8 +13,9 @@ import numpy as np
 from flora.core import tree
 from flora.core.records import Rejection
 from flora.core.states import FRESH, ClientState, ClientUpdate, ServerState
+from flora.core.tree import State
 from flora.engine.tasks import ClientResult
-from flora.federated.aggregation import Step, step
+from flora.federated.aggregation import Step, in_server_terms, step
 from flora.federated.federation import Federation, Received, RoundPlan
 from flora.federated.receiving import personal_states, send_updates
 from flora.server.screening import refusal, screen
@@ -41,12 +42,22 @@ class RoundResult:
     pseudo_label_coverage: float | None = None
     pseudo_label_precision: float | None = None
     client_pseudo_labels: dict[str, list[int]] | None = None
+    distillation_loss: float | None = None
+    text_loss: float | None = None
     cohort: tuple[int, ...] = ()
 
     def metrics(self) -> dict[str, Any]:
         """The result's metrics by name: all of it but the ids of clients."""
         names = (field.name for field in dataclasses.fields(self) if field.name not in ("rejected_clients", "cohort"))
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class OwnLosses:
+    """The mean losses of what the server trained by itself in a round, None where it did not."""
+
+    distillation: float | None = None
+    texts: float | None = None
 
 
 def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, RoundResult]:
@@ -68,7 +79,9 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     after = Step(state.adapter, state.optimizer, state.correction, None)
     if accepted:
         after = step(federation, state, accepted, {task.client: task.adapter for task in plan.tasks})
-    adapter = after.adapter
+    adapter, own_losses = after.adapter, OwnLosses()
+    if accepted:
+        adapter, own_losses = _trained_by_server(federation, plan, state.adapter, accepted, adapter)
     if federation.server.strategy.restarts and accepted:
         adapter = {**adapter, **engine.model.adapter.initial_state(plan.rng.child("adapter"))}
     clock = state.clock + (plan.outcome.seconds or 0.0)
@@ -76,6 +89,8 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     result = dataclasses.replace(
         result,
         **_pseudo_label_figures(reports),
+        distillation_loss=own_losses.distillation,
+        text_loss=own_losses.texts,
         aggregation_error=after.aggregation_error,
         train_seconds=time.perf_counter() - started,
     )
@@ -102,6 +117,25 @@ def _pseudo_label_figures(reports: Mapping[int, Mapping[str, int]]) -> dict[str,
         "pseudo_label_precision": right / sure if sure else None,
         "client_pseudo_labels": by_client,
     }
+
+
+def _trained_by_server(
+    federation: Federation, plan: RoundPlan, before: State, accepted: Sequence[ClientUpdate], adapter: State
+) -> tuple[State, OwnLosses]:
+    """The adapter after what the server trains by itself behind a round's mean, and the losses of that.
+
+    `before` is what the round's clients got, `adapter` what was made of the updates that were accepted.
+    """
+    own, trained = federation.own_training, federation.roles.trained(adapter, plan.round)
+    distillation = texts = None
+    if own.public is not None:
+        _, ends = in_server_terms(federation, before, accepted, {task.client: task.adapter for task in plan.tasks})
+        adapter, distillation = own.public.with_teacher(ends).train(
+            adapter, trained, plan.rng.child("distillation"), setting="server.distillation"
+        )
+    if own.texts is not None and plan.round % own.texts.every == 0:
+        adapter, texts = own.texts.train(adapter, trained, plan.rng.child("texts"), setting="server.text_rounds")
+    return adapter, OwnLosses(distillation, texts)
 
 
 def _screened(

@@ -1,0 +1,85 @@
+"""What the server trains by itself: before round 1, and after a round's mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flora.client.local_training import LocalTraining
+from flora.core import tree
+from flora.core.errors import DivergedError
+from flora.core.rng import Rng
+from flora.core.tree import State, StateLike
+from flora.engine.engine import Engine
+from flora.engine.tasks import ClientTask, TrainingSetup
+
+# The id of a task that is no client's.
+SERVER = -1
+
+
+@dataclass(frozen=True, eq=False)
+class OwnExamples:
+    """Examples that the server has, as the `features` of an engine, and how it trains on them every so many rounds."""
+
+    engine: Engine
+    local: LocalTraining
+    every: int = 1
+
+    def train(self, adapter: StateLike, trained: Sequence[str], rng: Rng, *, setting: str) -> tuple[State, float]:
+        """Train the adapter's tensors called `trained` on all examples; return it, and the mean loss of the steps.
+
+        Raises `DivergedError` that names `setting` if a number is not finite.
+        """
+        number = len(self.engine.features)
+        setup = TrainingSetup(
+            round=0,
+            local=self.local,
+            learning_rate=self.local.learning_rate,
+            trained=tuple(trained),
+            width=min(self.local.batch_size, number),
+        )
+        (result,) = self.engine.train([ClientTask(SERVER, adapter, np.arange(number), rng, setup)])
+        if not result.is_finite:
+            raise DivergedError(f"{setting}: what the server trained is not finite; lower its learning_rate")
+        return {**adapter, **{name: tensor.clone() for name, tensor in result.adapter.items()}}, result.loss
+
+    def with_teacher(self, adapters: Sequence[StateLike]) -> OwnExamples:
+        """Return the same examples, each with the mean of the logits that `adapters` give it."""
+        features = self.engine.features
+        teacher = _mean_logits(self.engine, adapters, self.local.batch_size)
+        features = dataclasses.replace(features, targets={"teacher_logits": teacher})  # type: ignore[type-var]
+        return dataclasses.replace(self, engine=dataclasses.replace(self.engine, features=features))
+
+
+@dataclass(frozen=True, eq=False)
+class OwnTraining:
+    """What the server trains on after a round's mean: public images that the cohort labels, descriptions of classes."""
+
+    public: OwnExamples | None = None
+    texts: OwnExamples | None = None
+
+
+@torch.no_grad()
+def _mean_logits(engine: Engine, adapters: Sequence[StateLike], batch_size: int) -> Tensor:
+    """The mean over adapters of their logits for each example of the engine, `(N, C)`, on the CPU."""
+    model, features = engine.model, engine.features
+
+    def summed(some: Sequence[StateLike]) -> Tensor:
+        stack = {name: tensor.to(model.device) for name, tensor in tree.stack(some).items()}
+        parts = []
+        with model.adapter.bind(stack):
+            classes = model.class_features(len(some)).transpose(1, 2)
+            for start in range(0, len(features), batch_size):
+                places = torch.arange(start, min(start + batch_size, len(features)), device=features.device)
+                stem = features.take(places, model.device)
+                repeated = stem.unsqueeze(0).expand(len(some), *stem.shape).flatten(0, 1)
+                logits = model.logit_scale() * torch.bmm(model.image_features(repeated, len(some)), classes)
+                parts.append(logits.sum(dim=0).cpu())
+        return torch.cat(parts)
+
+    return torch.stack(list(engine.in_blocks(adapters, summed))).sum(dim=0) / len(adapters)
