@@ -8,7 +8,7 @@ CONFIG = $(if $(wildcard $(EXPERIMENT)),$(EXPERIMENT),experiments/$(EXPERIMENT).
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: docs help install experiment paper averaging communication check list benchmark test test-cpus stress lint types format clean
+.PHONY: docs help install experiment paper averaging communication neighbours check list benchmark test test-cpus stress lint types format clean
 
 help: ## show this help
 	@echo "usage: make TARGET [EXPERIMENT=name] [ARGS=\"key=value ...\"]"
@@ -65,6 +65,12 @@ communication_files = $(patsubst %,experiments/communication/%.yaml,$(subst $(co
 communication: $(VENV)/.installed-report ## run and tabulate experiments/communication: COMMUNICATION= DATASETS= SEEDS=
 	$(BIN)/python -m flora.sweep $(communication_files) data.name=$(call or_all,$(DATASETS),$(ALL_DATASETS)) \
 	  seed=$(SEEDS) --reference fedavg --output runs/communication $(ARGS)
+
+NEIGHBOUR ?= self_training
+
+neighbours: $(VENV)/.installed-report ## run and tabulate experiments/neighbours/NEIGHBOUR (docs/neighbours.md): SEEDS=
+	$(BIN)/python -m flora.sweep experiments/neighbours/$(NEIGHBOUR)/*.yaml seed=$(SEEDS) \
+	  --output runs/neighbours/$(NEIGHBOUR) $(ARGS)
 
 check: $(VENV)/.installed ## validate every experiment without running one
 	$(BIN)/python -m flora.simulate --check $$(find experiments -name '*.yaml' | sort) $(ARGS)

@@ -65,6 +65,16 @@ def _seconds_to_accuracy(records: Sequence[RoundRecord]) -> dict[str, float] | N
     return reached
 
 
+def _rounds_to_accuracy(records: Sequence[RoundRecord]) -> dict[str, int]:
+    """The first evaluated round that reached each tenth of accuracy, above that of the frozen model."""
+    reached: dict[str, int] = {}
+    for tenth in range(1, 11):
+        rounds = [record.round for record in records if record.accuracy is not None and record.accuracy >= tenth / 10]
+        if rounds and rounds[0]:
+            reached[f"{tenth / 10:.1f}"] = rounds[0]
+    return reached
+
+
 def _uplink_bytes_per_client_round(records: Sequence[RoundRecord]) -> float:
     client_rounds = sum(record.num_clients + record.num_late for record in records)
     return sum(values_of(records, "uplink_bytes")) / client_rounds if client_rounds else 0.0
@@ -123,6 +133,12 @@ declare(
                 "best round",
             ),
             Figure("best_round", "which round that is", "count", lambda records: _best(records)[1]),
+            Figure(
+                "rounds_to_accuracy",
+                "in which evaluated round each tenth of accuracy was first reached, above that of the frozen model",
+                "by name",
+                _rounds_to_accuracy,
+            ),
         ),
     )
 )
