@@ -96,9 +96,10 @@ def _figures_of_spread(name: str, whose: str, titles: Mapping[str, str]) -> None
         declare(Metric(full, about, "fraction", "clients", (figure,)))
 
 
-def _of_last(name: str, about: str, unit: str, of: str, column: str | None = None) -> None:
+def _of_last(name: str, about: str, unit: str, of: str, column: str | None = None, row: str | None = None) -> None:
     """A metric whose last value is in the summary under the same name."""
-    declare(Metric(name, about, unit, of, (Figure(name, f"{about}, after the last round", unit, last(name), column),)))
+    figure = Figure(name, f"{about}, after the last round", unit, last(name), column, row)
+    declare(Metric(name, about, unit, of, (figure,)))
 
 
 def _of_total(name: str, about: str, unit: str, of: str, *, figure: str, default: Any = 0) -> None:
@@ -290,9 +291,15 @@ _of_last(
     "fraction",
     "training",
     "pseudo-labels sure",
+    "pseudo-labels sure",
 )
 _of_last(
-    "pseudo_label_precision", "share of these labels that are right", "fraction", "training", "pseudo-labels right"
+    "pseudo_label_precision",
+    "share of these labels that are right",
+    "fraction",
+    "training",
+    "pseudo-labels right",
+    "pseudo-labels right",
 )
 declare(
     Metric(
