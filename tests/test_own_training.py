@@ -159,6 +159,18 @@ def test_what_the_server_trains_on_it_learns(tiny_model: str) -> None:
     assert before[1] < before[0]
 
 
+def test_synthetic_classes_may_have_other_names(raw_config: dict[str, Any]) -> None:
+    """Another order of the same names: a different label for each image, and so another adapter."""
+    own = {"data": {"name": "patterns", "num_train": 30}, "steps": 5, "learning_rate": 0.01}
+    adapters = []
+    for place, names in enumerate((None, ["thing 2", "thing 0", "thing 1"], {"thing 0": "thing 0"})):
+        config = {**raw_config, "rounds": 1, "name": f"run-{place}"}
+        config["server"] = {"synthetic": {**own, "class_names": names}}
+        adapters.append(simulate(parse_config(config)).adapter)
+    assert any(not torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    assert all(torch.equal(adapters[0][name], adapters[2][name]) for name in adapters[0])
+
+
 def test_a_warm_up_says_what_it_did_and_changes_where_clients_start(raw_config: dict[str, Any]) -> None:
     lines: list[str] = []
     own = {"data": {"name": "patterns", "num_train": 60}, "steps": 20, "learning_rate": 0.01}
@@ -176,6 +188,10 @@ def test_a_warm_up_says_what_it_did_and_changes_where_clients_start(raw_config: 
         (
             {"server": {"synthetic": {"data": {"name": "patterns", "num_classes": 4}}}},
             "server.synthetic.data: class 'thing 3' is none of the run's; did you mean 'thing 2'",
+        ),
+        (
+            {"server": {"synthetic": {"data": "patterns", "class_names": {"thing 9": "thing 0"}}}},
+            "server.synthetic.class_names: no class is called 'thing 9'",
         ),
         (
             {"server": {"distillation": {"data": {"name": "patterns", "num_train": 30}, "num_images": 31}}},

@@ -14,11 +14,13 @@ from flora.clip.adapters.base import AttachedAdapter
 from flora.clip.towers.text import TextTower
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.descriptions import check_known, read_descriptions
+from flora.config.rules import below
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.registry import OptionError, name_of, show, suggest
 from flora.core.rng import Rng
 from flora.data.datasets.base import Dataset, ImageData, Split, checked_images
+from flora.data.prompts import PromptOptions
 from flora.data.value_range import with_one_range
 from flora.engine.engine import Engine
 from flora.experiment.images import Tell
@@ -46,7 +48,9 @@ def find_server_data(config: ExperimentConfig, data: ImageData, rng: Rng, tell: 
         setting = "server.synthetic.data"
         found = _images(setting, server.synthetic.data, rng.child("synthetic"), tell)
         split = _drawn(setting, found.train, server.synthetic.num_images, rng.child("synthetic images"))
-        synthetic = _relabelled(setting, split, found.class_names, names)
+        with below("server.synthetic"):
+            own_names = PromptOptions(class_names=server.synthetic.class_names).rename(found.class_names)
+        synthetic = _relabelled(setting, split, own_names, names)
     if server.distillation is not None:
         setting = "server.distillation.data"
         found = _images(setting, server.distillation.data, rng.child("public"), tell)
@@ -74,7 +78,10 @@ def _relabelled(setting: str, split: Split, own_names: Sequence[str], names: Seq
     """A split whose labels are places among `names`. Raises `UserError` if it has a class that is not among them."""
     unknown = next((own_names[label] for label in np.unique(split.labels) if own_names[label] not in names), None)
     if unknown is not None:
-        raise UserError(f"{setting}: class {show(unknown)} is none of the run's; {suggest(unknown, names)}")
+        raise UserError(
+            f"{setting}: class {show(unknown)} is none of the run's; {suggest(unknown, names)}; "
+            "server.synthetic.class_names can rename it"
+        )
     places = np.array([names.index(name) if name in names else -1 for name in own_names])
     return replace(split, labels=places[split.labels])
 

@@ -34,6 +34,9 @@ class SyntheticImages(ServerSteps):
     """
 
     data: Dataset = option("where the images come from: its training images are taken")
+    class_names: dict[str, str] | tuple[str, ...] | None = option(
+        "what the run's data call its classes: a list of all, or a mapping of some; none: the same as it does", None
+    )
     num_images: int | None = option("as many of them, drawn at random; none: all", None, at_least=1)
 
     def training(self) -> LocalTraining:
