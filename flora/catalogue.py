@@ -29,8 +29,8 @@ import flora.federated.buffered
 import flora.federated.synchronous
 import flora.server.aggregators
 import flora.server.optimizers
-import flora.server.own_training
 import flora.server.strategies.averaging
 import flora.server.strategies.factors
 import flora.server.strategies.products
-import flora.server.strategies.residuals  # noqa: F401
+import flora.server.strategies.residuals
+import flora.server.training  # noqa: F401

@@ -20,6 +20,7 @@ import torch
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.backbone import EXPORT_METADATA
 from flora.clip.frozen import FrozenClip
+from flora.clip.prediction import PLAIN
 from flora.clip.towers.tokens import AllTokens, TokenReduction
 from flora.config.overrides import apply_overrides
 from flora.config.parse import config_to_dict, parse_config, read_yaml
@@ -52,6 +53,8 @@ class MergedModel:
     model_cfg: dict[str, Any]
     preprocess_cfg: dict[str, Any]
     tokens: TokenReduction = AllTokens()
+    is_fused: bool = False
+    """Whether the run predicted with more than the adapted model's own logits."""
 
 
 def read_adapter(path: Path) -> tuple[State, dict[str, Any]]:
@@ -106,6 +109,7 @@ def merged_model(run: Path, client: str | None = None, overrides: Sequence[str] 
         model_cfg={key: value for key, value in clip.config.items() if key != "open_clip"},
         preprocess_cfg=dict(clip.preprocess_settings),
         tokens=clip.tokens,
+        is_fused=config.evaluation.prediction != PLAIN,
     )
 
 
@@ -219,6 +223,10 @@ def _main(argv: Sequence[str] | None) -> int:
     write_model(model, options.path, DTYPES[options.dtype])
     print(f"{options.path}: {len(model.weights)} tensors")
     print("\n".join(how_to_load(model, options.path)))
+    if model.is_fused:
+        print(
+            "the run's evaluation.fusion or evaluation.patches are no part of the weights: predictions differ from its"
+        )
     if not model.tokens.is_idle:
         classes = ", classes" if model.tokens.reads_classes else ""
         print(

@@ -48,6 +48,16 @@ def test_steps_are_as_many_and_as_large_as_ever(
     assert draws.weights is None or (draws.weights.shape == draws.places.shape and (draws.weights > 0).all())
 
 
+@pytest.mark.parametrize("sampling", EVERY)
+def test_what_a_client_sees_does_not_depend_on_how_much_its_neighbours_have(sampling: LocalSampling) -> None:
+    """The places of a batch are as many as the client with most examples needs."""
+    alone, beside = (sampling.draw(LONG, BatchSizes(8, width, 3), Rng(4)) for width in (5, 8))
+    assert np.array_equal(alone.places[alone.mask], beside.places[beside.mask])
+    assert not beside.mask[:, 5:].any()
+    if alone.weights is not None and beside.weights is not None:
+        assert np.array_equal(alone.weights[alone.mask], beside.weights[beside.mask])
+
+
 def test_balanced_draws_see_each_class_as_often() -> None:
     draws = ClassBalanced().draw(LONG, BatchSizes(100, 5, 4000), Rng(0))
     seen = draws.places[draws.mask]

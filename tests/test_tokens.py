@@ -369,12 +369,12 @@ def test_reading_patches_changes_nothing_in_the_class_tokens_features(
     stems = [model.vision.stem(images(6)) for model in (plain, both)]
     with plain.adapter.bind(stack), both.adapter.bind(stack):
         close(plain.image_features(stems[0], 2), both.image_features(stems[1], 2))
-        patches = both.patch_features(stems[1], 2)
+        patches = both.image_and_patch_features(stems[1], 2)[1]
     left = {Merge(3): 4, Merge(99): 1, TextRelevance(0.4): 8, TextRelevance(0.1, 1): 3}.get(tokens, 16)  # type: ignore[call-overload]
     assert patches.shape == (2, 3, left, 16)
     close(patches.norm(dim=-1), torch.ones(2, 3, left, dtype=torch.float64))
     with pytest.raises(ValueError, match="reads_patches"):
-        plain.patch_features(stems[0], 2)
+        plain.image_and_patch_features(stems[0], 2)[1]
 
 
 @torch.no_grad()
@@ -387,7 +387,7 @@ def test_patch_features_are_openclips(model_path: str) -> None:
     pooled, tokens = visual(images(4))
     close(stem[:, 0], pooled)
     close(model.image_features(stem, 2), F.normalize(pooled, dim=-1).unflatten(0, (2, 2)))
-    close(model.patch_features(stem, 2), F.normalize(tokens @ visual.proj, dim=-1).unflatten(0, (2, 2)))
+    close(model.image_and_patch_features(stem, 2)[1], F.normalize(tokens @ visual.proj, dim=-1).unflatten(0, (2, 2)))
     model.release_stems()
     close(model.image_features(stem, 1)[0], F.normalize(pooled, dim=-1))
 

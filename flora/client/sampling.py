@@ -136,9 +136,14 @@ class ByLoss(LocalSampling):
 
 
 def _with_replacement(examples: LocalExamples, chances: np.ndarray, sizes: BatchSizes, rng: Rng) -> Draws:
-    """Draw each step's examples with these chances `(N,)`, however many others of the step are the same."""
-    shape, mask = (sizes.num_steps, sizes.width), sizes.mask(len(examples.places))
+    """Draw each step's examples with these chances `(N,)`, however many others of the step are the same.
+
+    As many numbers are drawn as the client has use for: `sizes.width` depends on its neighbours.
+    """
+    number, mask = len(chances), sizes.mask(len(chances))
+    shape = sizes.num_steps, min(sizes.batch_size, number)
     ends = np.cumsum(chances)
     drawn = np.searchsorted(ends / ends[-1], rng.child("draws").numpy().random(shape), side="right")
-    places = examples.places[np.minimum(drawn, len(chances) - 1)]
+    places = np.zeros(mask.shape, np.int64)
+    places[:, : shape[1]] = examples.places[np.minimum(drawn, number - 1)]
     return Draws(np.where(mask, places, places[:, :1]), mask)

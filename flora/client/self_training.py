@@ -71,10 +71,10 @@ def _of_label(values: Tensor, view: StepView) -> Tensor:
 
 @dataclass(frozen=True)
 class SelfTraining(Options):
-    """A term of the loss for a client's images without a label: weight * the mean over a step's, sure or not.
+    """A term of the loss for a client's images without a label: weight * a mean over those that a step sees.
 
     At the beginning of a round the received adapter labels a weakly changed view of each. Where it gives its first
-    class at least `threshold`, the client learns that label on other views; the others count as 0 in the mean.
+    class at least `threshold`, the client learns that label on other views; other images count as 0 in the mean.
     Source: FixMatch, arXiv:2001.07685. Differs from the paper: labels are those of the adapter that the round starts
     from, once a round, not of the one in training, at each step.
     """
@@ -130,7 +130,8 @@ class PseudoLabels:
     def draw(self, sizes: BatchSizes, rng: Rng) -> dict[str, np.ndarray]:
         """Return which of the images each step sees, and with which labels.
 
-        Arrays `(num_steps, width)` by their names in a step's batch; nothing of a client without such images counts.
+        Arrays `(num_steps, width)` by their names in a step's batch. A client without such images gets masks that are
+        False everywhere.
         """
         places = self.places
         if not len(places):

@@ -1,7 +1,8 @@
-"""How an image's class is told: from the adapted model alone, or fused with what the frozen one says."""
+"""How an image's class is predicted: by the adapted model alone, or by both it and the frozen one."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flora.clip.towers.towers import AdaptedClip
+from flora.core.counts import part_of
 from flora.core.registry import Component, Options, option, register
 from flora.core.tree import StateLike
 
@@ -91,13 +93,13 @@ class PatchAttention(Options):
         """What patches `(K, B, P, d)` add to the cosines with classes `(K, C, d)`: `(K, B, C)`."""
         similar = torch.einsum("kbpd,kcd->kbcp", patches, classes)
         number = similar.shape[-1]
-        num_kept = number - int(self.dropped * number)
+        num_kept = number - math.floor(part_of(self.dropped, number))
         return self.alpha * similar.topk(num_kept, dim=-1).values.sum(dim=-1) / number
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """How classes are told at evaluation: fused with the frozen model, by an image's patches too, or neither."""
+    """How classes are predicted at evaluation: with the frozen model's help, the patches', both or neither."""
 
     fusion: Fusion = NoFusion()
     patches: PatchAttention | None = None
@@ -115,10 +117,11 @@ class Prediction:
         return self.fusion.combine(adapted, self._logits(model, stem, frozen_classes))
 
     def _logits(self, model: AdaptedClip, stem: Tensor, classes: Tensor) -> Tensor:
-        cosines = torch.bmm(model.image_features(stem, len(classes)), classes.transpose(1, 2))
-        if self.patches is not None and self.patches.alpha:
-            cosines = cosines + self.patches.cosines(model.patch_features(stem, len(classes)), classes)
-        return model.logit_scale() * cosines
+        texts = classes.transpose(1, 2)
+        if self.patches is None or not self.patches.alpha:
+            return model.logit_scale() * torch.bmm(model.image_features(stem, len(classes)), texts)
+        images, patches = model.image_and_patch_features(stem, len(classes))
+        return model.logit_scale() * (torch.bmm(images, texts) + self.patches.cosines(patches, classes))
 
 
 PLAIN = Prediction()

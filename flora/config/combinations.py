@@ -295,6 +295,40 @@ RULES: tuple[Rule, ...] = (
         "server.distillation, server.text_rounds)",
     ),
     Rule(
+        "server.text_rounds",
+        "text rounds need an adapter that leaves the features of images as they are: descriptions stand in for them",
+        lambda c: c.server.text_rounds is not None and c.adapter.changes_images,
+        "expected none, because adapter {adapter} changes the features of images, for which descriptions stand in",
+    ),
+    Rule(
+        "server.text_rounds.every",
+        "and rounds enough to have one",
+        lambda c: c.server.text_rounds is not None and 0 < c.rounds < c.server.text_rounds.every,
+        "expected at most the number of rounds",
+    ),
+    Rule(
+        "rounds",
+        "synthetic images, on which the server trains before round 1, need a round",
+        lambda c: c.server.synthetic is not None and c.rounds == 0,
+        "expected at least 1 with server.synthetic: round 0 is the frozen model",
+    ),
+    Rule(
+        "server.distillation",
+        "distillation, whose teacher is the mean of all, needs the aggregator mean",
+        lambda c: c.server.distillation is not None and not isinstance(c.server.aggregator, Mean),
+        "expected none, because {aggregator} leaves some clients out, and the teacher is the mean of all",
+    ),
+    Rule(
+        "local.prompts",
+        "prompts can be drawn where classes have several",
+        lambda c: (
+            c.local.prompts == "random"
+            and c.prompts.descriptions is None
+            and len(c.prompts.templates or c.data.templates) == 1
+        ),
+        "expected ensemble: with one template and no prompts.descriptions there is nothing to draw",
+    ),
+    Rule(
         "server.distillation",
         "distillation needs the adapters that clients of one round ended with: no buffered schedule",
         lambda c: c.server.distillation is not None and _waits_for_buffer(c),

@@ -27,6 +27,8 @@ def read_descriptions(path: str, setting: str = SETTING) -> dict[str, tuple[str,
     raw = _content(path, where)
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected a mapping of class names to sentences, got {show(raw)}")
+    if not raw:
+        raise UserError(f"{where}: describes no class")
     return {name: _sentences(where, name, found) for name, found in raw.items()}
 
 

@@ -33,10 +33,10 @@ from flora.federated.federation import RoundSchedule
 from flora.federated.synchronous import Synchronous
 from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
-from flora.server.own_training import Distillation, SyntheticImages, TextRounds
 from flora.server.screening import Screening
 from flora.server.strategies.averaging import FedAvg
 from flora.server.strategies.base import Strategy
+from flora.server.training import Distillation, SyntheticImages, TextRounds
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class EvaluationOptions(Options):
 
     @property
     def prediction(self) -> Prediction:
-        """How classes are told."""
+        """How classes are predicted."""
         return Prediction(self.fusion, self.patches)
 
 

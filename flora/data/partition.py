@@ -318,7 +318,7 @@ class LongTailed(Partitioner):
     With `order: shared` the classes' order, drawn once, is everybody's: of each class as many examples are left as the
     profile allows, at least one, the others belong to nobody, and those that are left are dealt evenly, each class by
     itself. With `order: own` each client has an order of its own and every example is dealt: each class in proportion
-    to the clients' profiles, so a client's own counts follow its profile but for how common the class is.
+    to the clients' profiles. A client's counts then follow its profile, as far as classes are equally common.
 
     Source: the exponential profile of Cui et al., arXiv:1901.05555, section 5.1; federated in CReFF, arXiv:2204.13399.
     """

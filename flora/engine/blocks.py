@@ -65,10 +65,14 @@ class Block:
 
 def block_bytes(tasks: Sequence[ClientTask], clients_per_block: int) -> int:
     """Return how many bytes the batches take of the blocks that `make_blocks` makes."""
-    width = tasks[0].setup.width
+    setup = tasks[0].setup
+    place_bytes = torch.int64.itemsize + torch.bool.itemsize
+    step_bytes = setup.width * (place_bytes + (8 if setup.local.sampling.weighs else 0))
+    if setup.local.active_self_training is not None:
+        step_bytes += setup.unlabelled_width * 2 * place_bytes
     longest_first = sorted((task.num_steps for task in tasks), reverse=True)
     blocks = (longest_first[start : start + clients_per_block] for start in range(0, len(tasks), clients_per_block))
-    return (torch.int64.itemsize + torch.bool.itemsize) * width * sum(block[0] * len(block) for block in blocks)
+    return step_bytes * sum(block[0] * len(block) for block in blocks)
 
 
 def make_blocks(

@@ -63,17 +63,23 @@ class Engine:
                 for results in done:
                     yield from results
 
-    def in_blocks(self, items: Sequence[Item], compute: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
+    def in_blocks(
+        self,
+        items: Sequence[Item],
+        compute: Callable[[Sequence[Item]], Result],
+        *,
+        setting: str = "evaluation.batch_size",
+    ) -> Iterator[Result]:
         """Compute items, some clients or their adapters, up to `clients_per_block` at a time; yield the results.
 
-        Raises `UserError` if one item alone doesn't fit into memory.
+        Raises `UserError` if one item alone doesn't fit into memory; it says that `setting` is to be lowered.
         """
         start = 0
         while start < len(items):
             part = items[start : start + self.clients_per_block]
             done = _unless_out_of_memory(compute, part)
             if not done:
-                self._lower(len(part), "; lower evaluation.batch_size")
+                self._lower(len(part), f"; lower {setting}")
                 continue
             yield from done
             start += len(part)
@@ -102,7 +108,9 @@ class Engine:
         found: dict[int, PseudoLabels] = {}
         if local.active_self_training is None:
             return found
-        for part in self.in_blocks(tasks, lambda some: pseudo_labels(self.model, self.features, some)):
+        for part in self.in_blocks(
+            tasks, lambda some: pseudo_labels(self.model, self.features, some), setting="local.batch_size"
+        ):
             found.update(part)
         return found
 
@@ -113,7 +121,9 @@ class Engine:
             return {}
         found: dict[int, np.ndarray] = {}
         parts = self.in_blocks(
-            tasks, lambda some: example_losses(self.model, self.features, some, batch_size=local.batch_size)
+            tasks,
+            lambda some: example_losses(self.model, self.features, some, batch_size=local.batch_size),
+            setting="local.batch_size",
         )
         for part in parts:
             found.update(part)

@@ -311,6 +311,24 @@ declare(
 )
 declare(
     Metric(
+        "warm_up_accuracy",
+        "in round 0: accuracy of the adapter that the server trained on synthetic images before round 1",
+        "fraction",
+        "server",
+        (
+            Figure(
+                "warm_up_accuracy",
+                "accuracy of the adapter that the server trained on synthetic images before round 1",
+                "fraction",
+                first("warm_up_accuracy"),
+                "after warm-up",
+                "after warm-up",
+            ),
+        ),
+    )
+)
+declare(
+    Metric(
         "distillation_loss",
         "mean loss of the steps in which the server learned what the cohort says of public images",
         "number",

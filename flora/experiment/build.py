@@ -35,14 +35,13 @@ from flora.experiment.images import (
     find_images,
     warn_of_untested_classes,
 )
-from flora.experiment.own_training import find_server_data, own_training
+from flora.experiment.server_training import find_server_data, server_digests, server_training
 from flora.features.features import (
     Features,
     images_digest,
 )
 from flora.features.views import move_if_they_fit
 from flora.federated.federation import Federation, ServerParts
-from flora.federated.own_training import OwnExamples
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +112,9 @@ def build_experiment(
     by_template = _models_by_template(config, model, tell)
     (train, test, *new), unreadable = features_of_splits(config, data, model, tell)
     digests |= {"data_sha256": data_digest(data), "images_sha256": images_digest([train, test, *new])}
-    own, warm_up, own_digests = own_training(config, server_data, models, tell)
-    digests |= own_digests
     clients_per_block = _clients_per_block(config, model, clients_per_block)
+    training = server_training(config, server_data, models, clients_per_block, tell)
+    digests |= server_digests(training, server_data)
     log(f"clients in one step: up to {clients_per_block}")
     if not any(each.runs_stem for each in (train, test, *new)):
         model.release_stems()
@@ -135,7 +134,7 @@ def build_experiment(
     if new:
         log(f"{len(new[0]):,} more test images, of {len(images.new_class_names)} new classes")
     engine = Engine(model, train, clients_per_block, hooks or Hooks(), log)
-    federation = replace(_federation(config, engine, clients, roster, rng), own_training=own)
+    federation = replace(_federation(config, engine, clients, roster, rng), server_training=training)
     return Experiment(
         config=config,
         federation=federation,
@@ -143,7 +142,7 @@ def build_experiment(
         held_out=train.subset(np.concatenate([client.held_out for client in clients])),
         held_out_sizes=np.array([len(client.held_out) for client in clients]),
         class_names=images.class_names,
-        initial_adapter=_initial_adapter(federation, warm_up, rng, log),
+        initial_adapter=_initial_adapter(federation, rng, log),
         backbone_parameters=backbone_parameters,
         unreadable=tuple(unreadable),
         digests=digests,
@@ -156,19 +155,16 @@ def build_experiment(
     )
 
 
-def _initial_adapter(
-    federation: Federation, warm_up: OwnExamples | None, rng: Rng, log: Callable[[str], object]
-) -> State:
+def _initial_adapter(federation: Federation, rng: Rng, log: Callable[[str], object]) -> State:
     """The adapter that the server starts from, after what it trains before round 1."""
     adapter = federation.engine.model.initial_adapter(rng.child("adapter"))
-    if warm_up is None:
+    synthetic = federation.server_training.synthetic
+    if synthetic is None:
         return adapter
-    trained = federation.roles.trained(adapter, round=1)
-    adapter, loss = warm_up.train(adapter, trained, rng.child("warm-up"), setting="server.synthetic")
-    log(
-        f"before round 1 the server trained on {len(warm_up.engine.features):,} images of its own: mean loss {loss:.3f}"
-    )
-    return adapter
+    after = synthetic.train(adapter, federation.roles.trained(adapter, round=1), rng.child("warm-up"))
+    number = len(synthetic.engine.features)
+    log(f"before round 1 the server trained on {number:,} images of its own: mean loss {after.loss:.3f}")
+    return after.adapter
 
 
 def _models(

@@ -136,7 +136,7 @@ class _Loader:
             labels, places = features.labels, features.split_indices
             return LiveFeatures(split, self.model, augmentation, labels, places, features.digests)
         assert isinstance(features, StoredFeatures)
-        self.tell.log(f"features of the {name} images: {number} random views of each are kept")
+        self.tell.log(f"features of the {name} views of images: {number} of each image are kept")
         size, rng = clip.architecture.image_size, Rng(self.config.seed).child("views", name)
         views = views_of(split.subset(features.split_indices), augmentation, number, size, rng)
         return ViewFeatures(features, self._stored([views])[0], number)

@@ -27,8 +27,8 @@ from flora.core.states import ClientData, ClientState, ClientUpdate, InFlight, S
 from flora.core.tree import State, StateLike
 from flora.engine.engine import Engine
 from flora.engine.tasks import ClientTask, TrainingSetup
-from flora.federated.own_training import OwnTraining
 from flora.federated.roles import TensorRoles
+from flora.federated.server_training import ServerTraining
 from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
 from flora.server.screening import Screening
@@ -110,7 +110,7 @@ class RoundSchedule(Component):
 class Federation:
     """The parts of a federation: who trains what, how it travels, and what the server makes of it. None of it changes.
 
-    `ranks` `(num_clients,)` are the clients' own, None if all have the adapter's. `own_training` is what the server
+    `ranks` `(num_clients,)` are the clients' own, None if all have the adapter's. `server_training` is what the server
     trains by itself.
     """
 
@@ -125,7 +125,7 @@ class Federation:
     personal: Personalization = field(default_factory=NoPersonalization)
     communication: CommunicationOptions = field(default_factory=CommunicationOptions)
     ranks: np.ndarray | None = None
-    own_training: OwnTraining = field(default_factory=OwnTraining)
+    server_training: ServerTraining = field(default_factory=ServerTraining)
 
     @cached_property
     def roles(self) -> TensorRoles:

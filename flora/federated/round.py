@@ -53,7 +53,7 @@ class RoundResult:
 
 
 @dataclass(frozen=True)
-class OwnLosses:
+class ServerLosses:
     """The mean losses of what the server trained by itself in a round, None where it did not."""
 
     distillation: float | None = None
@@ -79,9 +79,9 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     after = Step(state.adapter, state.optimizer, state.correction, None)
     if accepted:
         after = step(federation, state, accepted, {task.client: task.adapter for task in plan.tasks})
-    adapter, own_losses = after.adapter, OwnLosses()
+    adapter, server_losses = after.adapter, ServerLosses()
     if accepted:
-        adapter, own_losses = _trained_by_server(federation, plan, state.adapter, accepted, adapter)
+        adapter, server_losses = _trained_by_server(federation, plan, state.adapter, accepted, adapter)
     if federation.server.strategy.restarts and accepted:
         adapter = {**adapter, **engine.model.adapter.initial_state(plan.rng.child("adapter"))}
     clock = state.clock + (plan.outcome.seconds or 0.0)
@@ -89,8 +89,8 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     result = dataclasses.replace(
         result,
         **_pseudo_label_figures(reports),
-        distillation_loss=own_losses.distillation,
-        text_loss=own_losses.texts,
+        distillation_loss=server_losses.distillation,
+        text_loss=server_losses.texts,
         aggregation_error=after.aggregation_error,
         train_seconds=time.perf_counter() - started,
     )
@@ -121,21 +121,21 @@ def _pseudo_label_figures(reports: Mapping[int, Mapping[str, int]]) -> dict[str,
 
 def _trained_by_server(
     federation: Federation, plan: RoundPlan, before: State, accepted: Sequence[ClientUpdate], adapter: State
-) -> tuple[State, OwnLosses]:
+) -> tuple[State, ServerLosses]:
     """The adapter after what the server trains by itself behind a round's mean, and the losses of that.
 
     `before` is what the round's clients got, `adapter` what was made of the updates that were accepted.
     """
-    own, trained = federation.own_training, federation.roles.trained(adapter, plan.round)
+    own, trained = federation.server_training, federation.roles.trained(adapter, plan.round)
     distillation = texts = None
     if own.public is not None:
         _, ends = in_server_terms(federation, before, accepted, {task.client: task.adapter for task in plan.tasks})
-        adapter, distillation = own.public.with_teacher(ends).train(
-            adapter, trained, plan.rng.child("distillation"), setting="server.distillation"
-        )
+        after = own.public.with_teacher(ends).train(adapter, trained, plan.rng.child("distillation"))
+        adapter, distillation = after.adapter, after.loss
     if own.texts is not None and plan.round % own.texts.every == 0:
-        adapter, texts = own.texts.train(adapter, trained, plan.rng.child("texts"), setting="server.text_rounds")
-    return adapter, OwnLosses(distillation, texts)
+        after = own.texts.train(adapter, trained, plan.rng.child("texts"))
+        adapter, texts = after.adapter, after.loss
+    return adapter, ServerLosses(distillation, texts)
 
 
 def _screened(

@@ -59,6 +59,7 @@ def partition_as_used(experiment: Experiment) -> dict[str, Any]:
                 "client": index,
                 **({} if client.name is None else {"name": client.name}),
                 "num_train": len(client.train),
+                **({"num_unlabelled": len(client.unlabelled)} if len(client.unlabelled) else {}),
                 "num_held_out": len(client.held_out),
                 "class_counts": {name: int(count) for name, count in zip(class_names, counts, strict=True) if count},
             }
@@ -87,15 +88,20 @@ def environment_as_used(experiment: Experiment) -> dict[str, Any]:
 def examples_as_used(experiment: Experiment) -> Iterator[tuple[str, str, str, str, str]]:
     """The rows of `examples.csv`, as `EXAMPLE_COLUMNS`: whose each image is, and what for.
 
-    `split` is train, held_out, test or new (classes that were set aside), or unused: a training image that no client
-    has. An image that several clients have has a row for each. Images that can't be read have none.
+    `split` is train, unlabelled (a training image of which the client does not know the label), held_out, test or new
+    (classes that were set aside), or unused: a training image that no client has. An image that several clients have
+    has a row for each. Images that can't be read have none.
     """
     data, federation = experiment.data, experiment.federation
     features = federation.engine.features
     assert data is not None
     used = np.zeros(len(features), bool)
     for index, client in enumerate(federation.clients):
-        for split, examples in (("train", client.train), ("held_out", client.held_out)):
+        for split, examples in (
+            ("train", client.train),
+            ("unlabelled", client.unlabelled),
+            ("held_out", client.held_out),
+        ):
             used[examples] = True
             for row in _rows(data.train, features, examples, data.class_names):
                 yield *row, split, str(index), client.name or ""

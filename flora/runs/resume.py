@@ -34,6 +34,12 @@ CHANGEABLE = (
     "data.download",
     "network.path",
     "prompts.descriptions",
+    "server.text_rounds.descriptions",
+    *(
+        f"server.{section}.data.{key}"
+        for section in ("synthetic", "distillation")
+        for key in ("root", "path", "download")
+    ),
     "backbone.model",
     "backbone.weights",
 )

@@ -95,6 +95,11 @@ class Adapter(Component):
     knows_classes: ClassVar[bool] = False
     """Whether it has weights for each class, and so none for classes that it has not seen."""
 
+    @property
+    def changes_images(self) -> bool:
+        """Whether it changes the features of images."""
+        return True
+
     @abstractmethod
     def check_fits(self, architecture: Architecture) -> None:
         """Raise `OptionError` where the options don't fit the model."""

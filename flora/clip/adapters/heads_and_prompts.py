@@ -59,6 +59,10 @@ class LinearHead(FitsEveryModel):
 
     knows_classes = True
 
+    @property
+    def changes_images(self) -> bool:
+        return False
+
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedHead(clip)
 
@@ -203,6 +207,10 @@ class PromptContext(FitsEveryModel):
 
     def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
         return ("[learned context] {}.",)
+
+    @property
+    def changes_images(self) -> bool:
+        return False
 
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedContext(self, clip)

@@ -68,6 +68,10 @@ class Lora(Adapter):
                 raise OptionError("layers", f"expected blocks from {allowed} ({num_layers} in the tower), got {block}")
         return sorted({block % num_layers for block in chosen})
 
+    @property
+    def changes_images(self) -> bool:
+        return "vision" in self.towers
+
     def check_fits(self, architecture: Architecture) -> None:
         for tower in self.towers:
             shape = architecture.tower(tower)

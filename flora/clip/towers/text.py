@@ -59,6 +59,10 @@ class TextTower:
         prompts = self._packed_prompts(tokens, len(class_names))
         return prompts if len(set(numbers)) == 1 else _with_places(prompts, numbers)
 
+    def texts(self, sentences: Sequence[str]) -> Prompts:
+        """Tokenise sentences, each for itself: what goes into no class's prompt."""
+        return self._packed_prompts(self._clip.tokenize(sentences), len(sentences))
+
     def _packed_prompts(self, tokens: Tensor, num_classes: int) -> Prompts:
         """The prompts `(P, L)` as this tower takes them."""
         ends = self._ends(tokens)

@@ -102,9 +102,9 @@ class Merge(TokenReduction):
 class TextRelevance(TokenReduction):
     """Behind one block the patches most like any class's text stay; the others become one (after arXiv:2305.19924).
 
-    A patch's relevance is the highest cosine of its features (the tower's final norm and projection) with the frozen
-    text features of the classes. The other patches become their mean, weighted by size; attention is proportional
-    from then on, as with `merge`.
+    A patch's relevance is the highest cosine of its features (by the tower's final norm and projection) with the frozen
+    text features of the classes, of the templates alone. The other patches become their mean, weighted by size;
+    attention is proportional from then on, as with `merge`.
 
     Differs from the paper: there a network is trained that makes the tokens out of image and text, again in each layer
     that joins the two. CLIP's towers never meet before their outputs, and are frozen: so the choice is made once, by

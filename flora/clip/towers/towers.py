@@ -26,7 +26,7 @@ from flora.core.tree import State
 class AdaptedClip:
     """A frozen model, an adapter attached to it, and the prompts: all that local training and evaluation call.
 
-    Where `clip` has `reads_patches` the vision tower gives features of the patches, too: see `patch_features`.
+    Where `clip` has `reads_patches` the vision tower gives features of the patches, too (`image_and_patch_features`).
     """
 
     def __init__(
@@ -60,20 +60,23 @@ class AdaptedClip:
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
         """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major."""
         features = self._encode_images(stem)
-        if self.vision.reads_patches:
-            features = features[:, 0]
-        return F.normalize(self.adapter.adapt_images(features.unflatten(0, (num_clients, -1))), dim=-1)
+        return self._adapted_images(features[:, 0] if self.vision.reads_patches else features, num_clients)
 
-    def patch_features(self, stem: Tensor, num_clients: int) -> Tensor:
-        """Unit features `(K, B, P, embed_dim)` of the patches that are left, from stem outputs `(K * B, ...)`.
+    def image_and_patch_features(self, stem: Tensor, num_clients: int) -> tuple[Tensor, Tensor]:
+        """Unit features of images `(K, B, embed_dim)`, and of the patches `(K, B, P, embed_dim)` that are left of them.
 
-        In the space of the class token's features, without what the adapter does to those alone (`adapt_images`). Where
-        patches are merged, those that are left are in no order, and where others are pooled, these are the last.
-        Raises ValueError if the model was not loaded with `reads_patches`.
+        From stem outputs `(K * B, ...)`. Patches are in the space of the class token's features, without what the
+        adapter does to those alone (`adapt_images`). Where patches are merged, those that are left are in no order, and
+        where others are pooled, these are the last. Raises ValueError if the model was not loaded with `reads_patches`.
         """
         if not self.vision.reads_patches:
             raise ValueError("features of patches need a model that was loaded with `reads_patches`")
-        return F.normalize(self._encode_images(stem)[:, 1:].unflatten(0, (num_clients, -1)), dim=-1)
+        tokens = self._encode_images(stem)
+        patches = F.normalize(tokens[:, 1:].unflatten(0, (num_clients, -1)), dim=-1)
+        return self._adapted_images(tokens[:, 0], num_clients), patches
+
+    def _adapted_images(self, features: Tensor, num_clients: int) -> Tensor:
+        return F.normalize(self.adapter.adapt_images(features.unflatten(0, (num_clients, -1))), dim=-1)
 
     def _encode_images(self, stem: Tensor) -> Tensor:
         return self.vision.suffix(self.adapter.adapt_patches(stem)).to(self.clip.dtype)

@@ -37,7 +37,7 @@ class SyntheticImages(ServerSteps):
     class_names: dict[str, str] | tuple[str, ...] | None = option(
         "what the run's data call its classes: a list of all, or a mapping of some; none: the same as it does", None
     )
-    num_images: int | None = option("as many of them, drawn at random; none: all", None, at_least=1)
+    num_images: int | None = option("at most as many of them, drawn at random; none: all", None, at_least=1)
 
     def training(self) -> LocalTraining:
         """What the server does before round 1."""
@@ -54,7 +54,7 @@ class Distillation(ServerSteps):
     """
 
     data: Dataset = option("where the images come from: its training images are taken, their labels are not looked at")
-    num_images: int | None = option("as many of them, drawn at random; none: all", 1000, at_least=1)
+    num_images: int | None = option("at most as many of them, drawn at random; none: all", 1000, at_least=1)
     temperature: float = option("what logits are divided by: higher looks at all classes", 1.0, above=0)
 
     def training(self) -> LocalTraining:

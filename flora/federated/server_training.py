@@ -23,17 +23,29 @@ SERVER = -1
 
 
 @dataclass(frozen=True, eq=False)
-class OwnExamples:
-    """Examples that the server has, as the `features` of an engine, and how it trains on them every so many rounds."""
+class Trained:
+    """The adapter after some steps, and their mean loss."""
 
+    adapter: State
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class ServerExamples:
+    """Examples that the server has, as the `features` of an engine, and how it trains on them every so many rounds.
+
+    `setting` is the section of the configuration that says so.
+    """
+
+    setting: str
     engine: Engine
     local: LocalTraining
     every: int = 1
 
-    def train(self, adapter: StateLike, trained: Sequence[str], rng: Rng, *, setting: str) -> tuple[State, float]:
-        """Train the adapter's tensors called `trained` on all examples; return it, and the mean loss of the steps.
+    def train(self, adapter: StateLike, trained: Sequence[str], rng: Rng) -> Trained:
+        """Train the adapter's tensors called `trained` on all examples.
 
-        Raises `DivergedError` that names `setting` if a number is not finite.
+        Raises `DivergedError` that names the setting if a number is not finite.
         """
         number = len(self.engine.features)
         setup = TrainingSetup(
@@ -45,10 +57,11 @@ class OwnExamples:
         )
         (result,) = self.engine.train([ClientTask(SERVER, adapter, np.arange(number), rng, setup)])
         if not result.is_finite:
-            raise DivergedError(f"{setting}: what the server trained is not finite; lower its learning_rate")
-        return {**adapter, **{name: tensor.clone() for name, tensor in result.adapter.items()}}, result.loss
+            raise DivergedError(f"{self.setting}: what the server trained is not finite; lower its learning_rate")
+        ended = {name: tensor.clone() for name, tensor in result.adapter.items()}
+        return Trained({**adapter, **ended}, result.loss)
 
-    def with_teacher(self, adapters: Sequence[StateLike]) -> OwnExamples:
+    def with_teacher(self, adapters: Sequence[StateLike]) -> ServerExamples:
         """Return the same examples, each with the mean of the logits that `adapters` give it."""
         features = self.engine.features
         teacher = _mean_logits(self.engine, adapters, self.local.batch_size)
@@ -57,11 +70,17 @@ class OwnExamples:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnTraining:
-    """What the server trains on after a round's mean: public images that the cohort labels, descriptions of classes."""
+class ServerTraining:
+    """What the server trains on: before round 1, and after a round's mean, images that the cohort labels, and texts."""
 
-    public: OwnExamples | None = None
-    texts: OwnExamples | None = None
+    synthetic: ServerExamples | None = None
+    public: ServerExamples | None = None
+    texts: ServerExamples | None = None
+
+    @property
+    def all(self) -> list[ServerExamples]:
+        """Those that there are."""
+        return [each for each in (self.synthetic, self.public, self.texts) if each is not None]
 
 
 @torch.no_grad()
@@ -82,4 +101,5 @@ def _mean_logits(engine: Engine, adapters: Sequence[StateLike], batch_size: int)
                 parts.append(logits.sum(dim=0).cpu())
         return torch.cat(parts)
 
-    return torch.stack(list(engine.in_blocks(adapters, summed))).sum(dim=0) / len(adapters)
+    sums = engine.in_blocks(adapters, summed, setting="server.distillation.batch_size")
+    return torch.stack(list(sums)).sum(dim=0) / len(adapters)

@@ -1,0 +1,208 @@
+"""What the server has to train on by itself: images of other data sets, and descriptions of classes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from flora.clip.towers.text import TextTower
+from flora.clip.towers.towers import AdaptedClip
+from flora.config.descriptions import check_known, read_descriptions
+from flora.config.rules import below
+from flora.config.schema import ExperimentConfig
+from flora.core.errors import UserError
+from flora.core.registry import show, suggest
+from flora.core.rng import Rng
+from flora.data.augmentation import NoAugmentation
+from flora.data.datasets.base import Dataset, ImageData, Split, checked_images
+from flora.data.prompts import PromptOptions
+from flora.data.value_range import with_one_range
+from flora.engine.engine import Engine
+from flora.experiment.images import Tell
+from flora.features.features import Features, StoredFeatures, images_digest, live_features, load_features
+from flora.federated.server_training import ServerExamples, ServerTraining
+
+
+@dataclass(frozen=True, eq=False)
+class ServerData:
+    """What the server has: labelled images, images without a label, and sentences with the classes that they describe.
+
+    Labels are places among all classes of the run, those set aside behind the others.
+    """
+
+    synthetic: Split | None = None
+    public: Split | None = None
+    sentences: tuple[tuple[str, int], ...] = ()
+
+
+def find_server_data(config: ExperimentConfig, data: ImageData, rng: Rng, tell: Tell) -> ServerData:
+    """Find what the server has, and check it, before the model is loaded. Raises `UserError` naming the setting."""
+    server, names = config.server, (*data.class_names, *data.new_class_names)
+    synthetic = public = None
+    if server.synthetic is not None:
+        found = _images("server.synthetic.data", server.synthetic.data, rng.child("synthetic"), tell)
+        split = _drawn(found.train, server.synthetic.num_images, rng.child("synthetic images"))
+        with below("server.synthetic"):
+            own_names = PromptOptions(class_names=server.synthetic.class_names).rename(found.class_names)
+        synthetic = _relabelled(split, own_names, names)
+    if server.distillation is not None:
+        found = _images("server.distillation.data", server.distillation.data, rng.child("public"), tell)
+        public = _drawn(found.train, server.distillation.num_images, rng.child("public images"))
+        public = replace(public, labels=np.zeros(len(public), np.int64))
+    return ServerData(synthetic, public, _sentences(config, names))
+
+
+def _images(setting: str, dataset: Dataset, rng: Rng, tell: Tell) -> ImageData:
+    with _named(setting):
+        found = checked_images(setting, dataset, dataset.load_with_progress(rng, tell.progress))
+        return with_one_range(found, dataset.value_range, whole=found, progress=tell.progress, log=tell.log)[0]
+
+
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Let what is said of `data` be said of `setting`: messages of data sets name the section that most are in."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"(?<![\w.])data(?=[.:]\B|\.\w)", setting, str(error))) from None
+
+
+def _drawn(split: Split, number: int | None, rng: Rng) -> Split:
+    """At most as many of a split's images, drawn at random, in their order."""
+    if number is None or number >= len(split):
+        return split
+    return split.subset(np.sort(rng.numpy().permutation(len(split))[:number]))
+
+
+def _relabelled(split: Split, own_names: Sequence[str], names: Sequence[str]) -> Split:
+    """A split whose labels are places among `names`. Raises `UserError` if it has a class that is not among them."""
+    unknown = next((own_names[label] for label in np.unique(split.labels) if own_names[label] not in names), None)
+    if unknown is not None:
+        raise UserError(
+            f"server.synthetic.data: class {show(unknown)} is none of the run's; {suggest(unknown, names)}; "
+            "server.synthetic.class_names can rename it"
+        )
+    places = np.array([names.index(name) if name in names else -1 for name in own_names])
+    return replace(split, labels=places[split.labels])
+
+
+def _sentences(config: ExperimentConfig, names: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Each sentence of `server.text_rounds.descriptions`, with the place among `names` of the class it describes."""
+    if config.server.text_rounds is None:
+        return ()
+    path = config.server.text_rounds.descriptions
+    setting = "server.text_rounds.descriptions"
+    described = read_descriptions(path, setting)
+    check_known(path, described, names, setting)
+    renamed = dict(zip(names, config.prompts.rename(tuple(names)), strict=True))
+    class_of: dict[str, str] = {}
+    for name, own in described.items():
+        for sentence in (each.replace("{}", renamed[name]) for each in own):
+            other = class_of.setdefault(sentence, name)
+            if other != name:
+                raise UserError(f"{setting}: {path}: {show(sentence)} describes both {show(other)} and {show(name)}")
+    return tuple((sentence, names.index(name)) for sentence, name in class_of.items())
+
+
+def server_training(
+    config: ExperimentConfig, found: ServerData, models: Sequence[AdaptedClip], clients_per_block: int, tell: Tell
+) -> ServerTraining:
+    """What the server trains on, as features.
+
+    `models` are the model with the prompts of the classes that are trained on, and with those of classes set aside.
+    """
+    server, model = config.server, models[0]
+    for_all = _with_all_classes(models) if found.synthetic is not None or found.sentences else model
+    synthetic = public = texts = None
+    if server.synthetic is not None and found.synthetic is not None:
+        setting = "server.synthetic"
+        features = _features(config, f"{setting}.data", server.synthetic.data, found.synthetic, Model(model, tell))
+        synthetic = ServerExamples(setting, Engine(for_all, features, 1), server.synthetic.training())
+    if server.distillation is not None and found.public is not None:
+        setting = "server.distillation"
+        features = _features(config, f"{setting}.data", server.distillation.data, found.public, Model(model, tell))
+        engine = Engine(model, features, clients_per_block, log=tell.log)
+        public = ServerExamples(setting, engine, server.distillation.training())
+    if server.text_rounds is not None:
+        features = _text_features(for_all, found.sentences, tell)
+        engine = Engine(for_all, features, 1)
+        texts = ServerExamples("server.text_rounds", engine, server.text_rounds.training(), server.text_rounds.every)
+    return ServerTraining(synthetic, public, texts)
+
+
+def server_digests(training: ServerTraining, found: ServerData) -> dict[str, str]:
+    """A SHA-256 of what the server trains on, for each section of the configuration that says so."""
+    digests = {}
+    for examples in training.all:
+        features, digest = examples.engine.features, hashlib.sha256()
+        if features.digests is None:
+            digest.update(repr(found.sentences).encode())
+        else:
+            digest.update(images_digest([features]).encode())
+        digest.update(features.labels.numpy().tobytes())
+        digests[f"{examples.setting.replace('.', '_')}_sha256"] = digest.hexdigest()
+    return digests
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model that images go through, and who is told of it."""
+
+    model: AdaptedClip
+    tell: Tell
+
+
+def _features(config: ExperimentConfig, setting: str, dataset: Dataset, split: Split, through: Model) -> Features:
+    """A split's features: computed once, unless the configuration wants none kept. `setting` names the data set."""
+    model, tell, skip = through.model, through.tell, dataset.unreadable == "skip"
+    features: Features
+    with _named(setting):
+        if config.cache.enabled is False:
+            features, problems = live_features(
+                split, model, NoAugmentation(), skip_unreadable=skip, progress=tell.progress
+            )
+        else:
+            (features,), problems = load_features(
+                [split], model, cache=config.cache, skip_unreadable=skip, progress=tell.progress, log=tell.log
+            )
+    if problems:
+        tell.log(f"{setting}: left out: {len(problems):,} images can't be read; the first: {problems[0]}")
+    return features
+
+
+def _with_all_classes(models: Sequence[AdaptedClip]) -> AdaptedClip:
+    """The model with the prompts of all classes, those set aside behind the others."""
+    if len(models) == 1:
+        return models[0]
+    descriptions: Mapping[str, Sequence[str]] = {**models[0].descriptions, **models[1].descriptions}
+    return AdaptedClip(
+        models[0].clip,
+        models[0].adapter,
+        class_names=[name for model in models for name in model.class_names],
+        templates=models[0].templates,
+        speed=models[0].speed,
+        descriptions=descriptions,
+    )
+
+
+def _text_features(model: AdaptedClip, sentences: Sequence[tuple[str, int]], tell: Tell) -> StoredFeatures:
+    """The frozen model's features of sentences, `(N, embed_dim)`, in the shape of a whole vision tower's output."""
+    tower = TextTower(model.clip, 2 + model.clip.architecture.text.num_layers)
+    texts, longest = [text for text, _ in sentences], model.clip.architecture.context_length
+    too_long = [text for text in texts if model.clip.num_tokens(text) > longest]
+    if too_long:
+        tell.log(
+            f"warning: server.text_rounds.descriptions: the model reads {longest} tokens: {len(too_long)} sentences "
+            f"are cut off, the first is {show(too_long[0])}"
+        )
+    stem = tower.stem(tower.texts(texts)).to(model.clip.dtype)
+    if model.vision.reads_patches:
+        stem = stem.unsqueeze(1)
+    labels = torch.tensor([label for _, label in sentences])
+    return StoredFeatures(stem, torch.arange(len(stem), device=stem.device), labels, np.arange(len(stem)))
