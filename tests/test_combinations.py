@@ -40,6 +40,7 @@ from flora.server.aggregators import Aggregator
 from flora.server.optimizers import ServerOptimizer
 from flora.server.strategies.base import Strategy
 
+THINGS = str(Path(__file__).with_name("things.json"))
 NETWORK = {"network": {"name": "drawn", "dropout": 0.1, "availability": 0.9}}
 # What a component can't do without.
 NEEDS: dict[str, dict[str, Any]] = {
@@ -75,6 +76,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},
     "clients.ranks": {"clients": {"ranks": {"name": "drawn", "values": [1, 2]}}},
     "server.synthetic": {"server": {"synthetic": {"data": "patterns", "steps": 2}}},
+    "server.text_rounds": {"server": {"text_rounds": {"descriptions": THINGS, "steps": 2}}},
     "server.distillation": {"server": {"distillation": {"data": "patterns", "num_images": 9, "steps": 2}}},
     "evaluation.fusion": {"evaluation": {"fusion": "entropy", "patches": {"alpha": 0.5}}},
     "clients.labelled_fraction": {"clients": {"labelled_fraction": 0.5}},
@@ -87,7 +89,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "network": NETWORK,
     "server.stragglers": {"server": {"stragglers": {"over_selection": 1.5, "deadline_seconds": 2.0}}, **NETWORK},
     "server.schedule=buffered": {"server": {"schedule": {"name": "buffered", "buffer": 2}}, **NETWORK},
-    "prompts.descriptions": {"prompts": {"descriptions": str(Path(__file__).with_name("things.json"))}},
+    "prompts.descriptions": {"prompts": {"descriptions": THINGS}},
     "local.prompts=random": {"local": {"prompts": "random"}, "prompts": {"templates": ["a {}", "the {}"]}},
     "evaluation.templates": {"evaluation": {"templates": ["a {}", "the {} itself"]}},
     "cache.enabled=false": {"cache": {"enabled": False}},
@@ -203,6 +205,8 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "and a strategy that weighs each client by itself (a method `weight`, not `weights`)",  # no shipped one has
         "a policy for stragglers needs a network",  # all pairs here have one
         "a buffered schedule needs a network",  # all pairs here have one
+        "and rounds enough to have one",  # every is 1
+        "synthetic images, on which the server trains before round 1, need a round",  # all pairs here have two
         "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
         "self-training needs images without a label",  # all pairs here have some
     ]

@@ -456,7 +456,7 @@ def test_another_content_is_refused_at_resume_and_another_place_is_not(
     things.write_text(original.replace("bright", "dark"))
     with pytest.raises(UserError, match=r": the descriptions are not what this run began with \(SHA-256\)$"):
         resume(directory)
-    with pytest.raises(UserError, match=r"prompts.json: the prompts are not those that this run began with"):
+    with pytest.raises(UserError, match=r"local.prompts: expected ensemble: .* there is nothing to draw"):
         resume(directory, ["prompts.descriptions=null"])
     things.unlink()
     moved = tmp_path / "moved.json"

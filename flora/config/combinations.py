@@ -319,16 +319,6 @@ RULES: tuple[Rule, ...] = (
         "expected none, because {aggregator} leaves some clients out, and the teacher is the mean of all",
     ),
     Rule(
-        "local.prompts",
-        "prompts can be drawn where classes have several",
-        lambda c: (
-            c.local.prompts == "random"
-            and c.prompts.descriptions is None
-            and len(c.prompts.templates or c.data.templates) == 1
-        ),
-        "expected ensemble: with one template and no prompts.descriptions there is nothing to draw",
-    ),
-    Rule(
         "server.distillation",
         "distillation needs the adapters that clients of one round ended with: no buffered schedule",
         lambda c: c.server.distillation is not None and _waits_for_buffer(c),
@@ -358,6 +348,16 @@ RULES: tuple[Rule, ...] = (
         "drawn prompts need one that trains with the experiment's prompts: no prompt_context, no head",
         lambda c: c.local.prompts == "random" and (_makes_prompts(c) or c.adapter.knows_classes),
         "expected ensemble, because {adapter} does not train with the experiment's prompts",
+    ),
+    Rule(
+        "local.prompts",
+        "prompts can be drawn where classes have several",
+        lambda c: (
+            c.local.prompts == "random"
+            and c.prompts.descriptions is None
+            and len(c.prompts.templates or c.data.templates) == 1
+        ),
+        "expected ensemble: with one template and no prompts.descriptions there is nothing to draw",
     ),
     Rule(
         "evaluation.templates",
