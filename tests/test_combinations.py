@@ -207,6 +207,7 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "a buffered schedule needs a network",  # all pairs here have one
         "and rounds enough to have one",  # every is 1
         "synthetic images, on which the server trains before round 1, need a round",  # all pairs here have two
+        "prompts can be drawn where classes have several",  # the pairs have descriptions then
         "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
         "self-training needs images without a label",  # all pairs here have some
     ]
