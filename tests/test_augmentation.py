@@ -25,7 +25,7 @@ from flora.core.states import ClientData, ServerState
 from flora.data.augmentation import CropFlip, NoAugmentation
 from flora.data.datasets.base import ImageArrays, ImageFiles, Split
 from flora.engine.engine import Engine
-from flora.features.features import LiveFeatures, live_features
+from flora.features.live import LiveFeatures, live_features
 from flora.federated.federation import Federation
 from flora.federated.round import run_round
 from flora.federated.synchronous import Synchronous

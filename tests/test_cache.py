@@ -21,7 +21,8 @@ from flora.core.errors import UserError
 from flora.data.datasets.base import ImageArrays, ImageFiles, Split
 from flora.features import cache as cache_module
 from flora.features.cache import CacheOptions, Entry, FeatureCache
-from flora.features.features import Features, load_features
+from flora.features.features import Features
+from flora.features.loading import load_features
 from flora.features.unfinished import Part
 from flora.simulate import simulate
 
@@ -293,7 +294,7 @@ class Counted(ImageArrays):
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Split]:
     """All images in one split; four of them go through the stem at once."""
-    monkeypatch.setattr("flora.features.features.STEM_BATCH_SIZE", 4)
+    monkeypatch.setattr("flora.features.reading.STEM_BATCH_SIZE", 4)
     monkeypatch.setattr(Counted, "opened", [])
     monkeypatch.setattr(Counted, "broken", set())
     return [Split(Counted(PIXELS, "noise"), np.arange(23), np.zeros(23, dtype=np.int64))]

@@ -18,7 +18,8 @@ from flora.engine import capacity as memory
 from flora.engine.capacity import choose_clients_per_block, clients_at_once
 from flora.evaluation.accuracy import evaluate
 from flora.features.cache import CacheOptions
-from flora.features.features import StoredFeatures, load_features
+from flora.features.features import StoredFeatures
+from flora.features.loading import load_features
 
 LABELS = torch.arange(20) % len(CLASSES)
 
@@ -76,7 +77,7 @@ def compute(split: Split, model, *, skip: bool, seen: list[int] | None = None): 
 def test_unreadable_images_are_named_and_left_out(
     tiny_model: str, split: Split, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flora.features.features.STEM_BATCH_SIZE", batch_size)
+    monkeypatch.setattr("flora.features.reading.STEM_BATCH_SIZE", batch_size)
     model, seen = adapt(tiny_model), []  # type: ignore[var-annotated]
     features, problems = compute(split, model, skip=True, seen=seen)
     assert sum(seen) == 6

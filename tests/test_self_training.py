@@ -37,7 +37,9 @@ from flora.engine.engine import Engine
 from flora.engine.training import _Batches
 from flora.experiment.clients import hide_labels
 from flora.features.cache import CacheOptions
-from flora.features.features import Features, LiveFeatures, StoredFeatures, load_features
+from flora.features.features import Features, StoredFeatures
+from flora.features.live import LiveFeatures
+from flora.features.loading import load_features
 from flora.features.views import ViewFeatures
 from flora.federated.federation import Federation
 from flora.federated.round import run_round

@@ -24,7 +24,8 @@ from flora.data.datasets.folders import CsvFile, ImageFolder
 from flora.data.rgb import to_rgb
 from flora.data.value_range import ValueRange, with_one_range
 from flora.features.cache import CacheOptions
-from flora.features.features import live_features, load_features
+from flora.features.live import live_features
+from flora.features.loading import load_features
 from flora.simulate import resume, simulate
 
 # Eight images of very different brightness: a range of each one's own would make them alike.

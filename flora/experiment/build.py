@@ -36,10 +36,7 @@ from flora.experiment.images import (
     warn_of_untested_classes,
 )
 from flora.experiment.server_training import find_server_data, server_digests, server_training
-from flora.features.features import (
-    Features,
-    images_digest,
-)
+from flora.features.features import Features, images_digest
 from flora.features.views import move_if_they_fit
 from flora.federated.federation import Federation, ServerParts
 

@@ -22,7 +22,9 @@ from flora.data.datasets.base import ImageData, Split, checked_images
 from flora.data.value_range import with_one_range
 from flora.data.views import views_of
 from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of
-from flora.features.features import Features, LiveFeatures, StoredFeatures, live_features, load_features
+from flora.features.features import Features, StoredFeatures
+from flora.features.live import LiveFeatures, live_features
+from flora.features.loading import load_features
 from flora.features.views import ViewFeatures
 
 

@@ -25,7 +25,9 @@ from flora.data.prompts import PromptOptions
 from flora.data.value_range import with_one_range
 from flora.engine.engine import Engine
 from flora.experiment.images import Tell
-from flora.features.features import Features, StoredFeatures, images_digest, live_features, load_features
+from flora.features.features import Features, StoredFeatures, images_digest
+from flora.features.live import live_features
+from flora.features.loading import load_features
 from flora.federated.server_training import ServerExamples, ServerTraining
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flora.core.memory import available_memory_bytes
 from flora.core.rng import Rng
-from flora.features.features import Features, LiveFeatures, StoredFeatures
+from flora.features.features import Features, StoredFeatures
+from flora.features.live import LiveFeatures
 
 
 @dataclass(frozen=True, eq=False)
