@@ -83,6 +83,26 @@ def test_a_second_run_reads_what_the_first_computed(tiny_model, tmp_path, towers
     assert not torch.equal(numbers(other)[0], numbers(first)[0])
 
 
+@pytest.mark.parametrize(("storage", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize("memory_bytes", [None, 1], ids=["in memory", "memory-mapped"])
+def test_features_of_16_bits_are_those_of_the_stem_rounded(
+    tiny_model: str, tmp_path: Path, storage: str, dtype: torch.dtype, memory_bytes: int | None
+) -> None:
+    """They take half the room, an entry of their own, and come out in the type that the model computes in."""
+    plain, _ = load(adapt(tiny_model, precision="fp32"), CacheOptions(folder=str(tmp_path)))
+    options = CacheOptions(folder=str(tmp_path), storage=storage, memory_bytes=memory_bytes)
+    for said_first in ("to be computed once", "read from the cache"):
+        features, said = load(adapt(tiny_model, precision="fp32"), options)
+        assert said_first in said[0]
+        for one, other in zip(numbers(plain), numbers(features), strict=True):
+            assert other.dtype == torch.float32
+            assert torch.equal(one.to(dtype).float(), other)
+        part = features[0].subset(np.array([3, 1]))
+        assert torch.equal(part.take(torch.arange(2), torch.device("cpu")), numbers(features)[0][[3, 1]])
+    sizes = sorted((entry / "stem.bin").stat().st_size for entry in entries(tmp_path))
+    assert sizes[1] == 2 * sizes[0]
+
+
 def test_the_key_holds_what_the_numbers_depend_on(tiny_model: str, tmp_path: Path) -> None:
     options = CacheOptions(folder=str(tmp_path))
     load(adapt(tiny_model), options)

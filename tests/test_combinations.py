@@ -92,6 +92,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "prompts.descriptions": {"prompts": {"descriptions": THINGS}},
     "local.prompts=random": {"local": {"prompts": "random"}, "prompts": {"templates": ["a {}", "the {}"]}},
     "evaluation.templates": {"evaluation": {"templates": ["a {}", "the {} itself"]}},
+    "cache.storage=bfloat16": {"cache": {"storage": "bfloat16"}},
     "cache.enabled=false": {"cache": {"enabled": False}},
     "backbone.precision=bf16": {"backbone": {"precision": "bf16"}},
 }

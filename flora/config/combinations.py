@@ -380,6 +380,12 @@ RULES: tuple[Rule, ...] = (
         "false",
     ),
     Rule(
+        "cache.storage",
+        "features of fewer tokens (backbone.tokens) are not kept in bfloat16, which can't hold all sizes of tokens",
+        lambda c: c.cache.storage == "bfloat16" and not c.backbone.tokens.is_idle,
+        "expected computed or float16, because bfloat16 can't hold the sizes of tokens (backbone.tokens)",
+    ),
+    Rule(
         "local.self_training",
         "self-training needs images without a label",
         lambda c: c.local.self_training is not None and c.clients.labelled_fraction == 1,

@@ -46,9 +46,19 @@ class CacheOptions(Options):
         at_least=1,
         at_most=10_000,
     )
+    storage: str = option(
+        "numbers in which features are kept: as they are computed, or rounded to 16 bits, which take half the room",
+        "computed",
+        choices=("computed", "float16", "bfloat16"),
+    )
     memory_bytes: int | None = option(
         "features larger than this stay on disk, memory-mapped; none: half of the free memory", None, at_least=1
     )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that features are rounded to; None: they stay as they are computed."""
+        return {"computed": None, "float16": torch.float16, "bfloat16": torch.bfloat16}[self.storage]
 
     def check(self) -> None:
         if self.folder is not None and not self.folder.strip():

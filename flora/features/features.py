@@ -58,7 +58,10 @@ class Features(ABC):
 
 @dataclass(frozen=True, eq=False)
 class StoredFeatures(Features):
-    """Features that were computed before: example i has row `rows[i]` of `stem`."""
+    """Features that were computed before: example i has row `rows[i]` of `stem`.
+
+    `computed_as` is the type in which the stem gave them, where they are kept in another.
+    """
 
     stem: Tensor
     rows: Tensor
@@ -67,13 +70,14 @@ class StoredFeatures(Features):
     digests: np.ndarray | None = None
     views: Mapping[str, Features] = field(default_factory=dict)
     targets: Mapping[str, Tensor] = field(default_factory=dict)
+    computed_as: torch.dtype | None = None
 
     @property
     def device(self) -> torch.device:
         return self.stem.device
 
     def take(self, indices: Tensor, device: torch.device, rngs: Iterable[Rng] | None = None) -> Tensor:
-        return self.stem[self.rows[indices]].to(device)
+        return self.stem[self.rows[indices]].to(device).to(self.computed_as or self.stem.dtype)
 
     def subset(self, indices: np.ndarray) -> StoredFeatures:
         chosen = torch.from_numpy(indices)
@@ -83,6 +87,7 @@ class StoredFeatures(Features):
             self.labels[chosen],
             self.split_indices[indices],
             chosen_digests(self.digests, indices),
+            computed_as=self.computed_as,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,13 +41,16 @@ def load_features(
     problems: list[str] = []
     for key, source in by_source.items():
         used = np.unique(np.concatenate([split.source_indices for split in splits if split.source is source]))
-        images = _Images(source, used, model)
+        images = _Images(source, used, model, cache.dtype)
         entry = _entry(images, cache=cache, skip_unreadable=skip_unreadable, progress=progress, log=log)
         problems += entry.problems.values()
         rows = np.full(len(source), -1, dtype=np.int64)
         rows[used[entry.readable]] = np.arange(len(entry.readable))
         entries[key] = entry, rows
-    return [_of_split(split, *entries[id(split.source)], problems) for split in splits], problems
+    loaded = [_of_split(split, *entries[id(split.source)], problems) for split in splits]
+    if cache.dtype is not None:
+        loaded = [replace(each, computed_as=model.vision.stem_shape()[1]) for each in loaded]
+    return loaded, problems
 
 
 def _of_split(split: Split, entry: Entry, rows: np.ndarray, problems: Sequence[str]) -> StoredFeatures:
@@ -60,11 +63,15 @@ def _of_split(split: Split, entry: Entry, rows: np.ndarray, problems: Sequence[s
 
 @dataclass(frozen=True, eq=False)
 class _Images:
-    """The images `used` of a source, and the model whose stem they go through. They are numbered from 0."""
+    """The images `used` of a source, and the model whose stem they go through. They are numbered from 0.
+
+    `storage` is the type that the stem's output is rounded to; None: it stays as it is.
+    """
 
     source: ImageSource
     used: np.ndarray
     model: AdaptedClip
+    storage: torch.dtype | None = None
 
     def __len__(self) -> int:
         return len(self.used)
@@ -75,7 +82,13 @@ class _Images:
             **self.model.vision.stem_key(),
             "images": self.source.fingerprint(self.used),
             "num_images": len(self.used),
+            **({} if self.storage is None else {"storage": str(self.storage)}),
         }
+
+    def shape(self) -> tuple[torch.Size, torch.dtype]:
+        """Shape and type of what is kept of one image."""
+        shape, computed_as = self.model.vision.stem_shape()
+        return shape, self.storage or computed_as
 
     def read(self, number: int) -> tuple[Tensor, bytes] | str:
         """An image's pixels as they go into the stem, and its digest; a line that says why if it can't be read."""
@@ -108,8 +121,9 @@ class _Images:
         good = [(number, *each) for number, each in zip(batch, found, strict=True) if not isinstance(each, str)]
         if good:
             rows = self.model.vision.stem(torch.stack([pixels for _, pixels, _ in good]).to(self.model.device)).cpu()
+            rows = rows.to(self.storage or rows.dtype)
         else:
-            shape, dtype = self.model.vision.stem_shape()
+            shape, dtype = self.shape()
             rows = torch.empty((0, *shape), dtype=dtype)
         return Part(
             stop=batch.stop,
@@ -130,7 +144,7 @@ def _entry(
 ) -> Entry:
     """The stem's outputs for images: found, or computed and kept."""
     key = images.key()
-    shape, dtype = images.model.vision.stem_shape()
+    shape, dtype = images.shape()
     num_bytes = len(images) * int(np.prod(shape)) * dtype.itemsize
     budget = cache.memory_bytes or available_memory_bytes(torch.device("cpu")) // 2
     if images.model.vision.cut == 0 and num_bytes <= budget:

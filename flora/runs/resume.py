@@ -24,7 +24,9 @@ from flora.runs.run_directory import RunDirectory, read_json
 CHANGEABLE = (
     "clients.per_block",
     "threads",
-    "cache",
+    "cache.enabled",
+    "cache.folder",
+    "cache.memory_bytes",
     "checkpoints",
     "evaluation.batch_size",
     "output",
