@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flora.core.command_line import Parser, split_arguments
+from flora.core.command_line import Parser, run_program, split_arguments
 from flora.core.errors import UserError
 
 EXPORT = "Merge a run's adapter into its backbone, as a model that OpenCLIP loads."
@@ -127,6 +128,13 @@ def understand(program: str, arguments: Sequence[str]) -> int:
     if program == "simulate":
         check_simulate(options)
     return 0
+
+
+def first_look(program: str) -> None:
+    """Answer --help, and end with 2 for arguments that a program does not understand, before it imports PyTorch."""
+    status = run_program(lambda: understand(program, sys.argv[1:]))
+    if status:
+        sys.exit(status)
 
 
 PARSERS: dict[str, Callable[[], Parser]] = {

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from flora.parsers import first_look
+
+if __name__ == "__main__":
+    first_look("simulate")  # what is imported from here on takes seconds
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

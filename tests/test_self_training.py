@@ -323,7 +323,7 @@ def test_each_step_sees_views_of_its_own(tiny_model: str) -> None:
 def test_a_stopped_run_goes_on_as_if_it_had_not(raw_config: dict[str, Any], tmp_path: Path) -> None:
     whole = simulate(parse_config(raw(raw_config, output=str(tmp_path / "whole"), cache={"views": 2})))
     short = simulate(parse_config(raw(raw_config, output=str(tmp_path / "cut"), rounds=1, cache={"views": 2})))
-    with pytest.raises(UserError, match="cache.views"):
+    with pytest.raises(UserError, match=r"cache\.views"):
         resume(short.directory, ["rounds=3", "cache.views=3"])
     later = resume(short.directory, ["rounds=3"])
     assert all(torch.equal(whole.adapter[name], later.adapter[name]) for name in whole.adapter)

@@ -5,6 +5,11 @@ Finished runs are skipped and stopped ones gone on with, so a sweep can be stopp
 
 from __future__ import annotations
 
+from flora.parsers import first_look
+
+if __name__ == "__main__":
+    first_look("sweep")  # what is imported from here on takes seconds
+
 import argparse
 import importlib.util
 import itertools
