@@ -528,3 +528,12 @@ def test_adapters_that_read_no_prompts_refuse_what_is_about_them(
 ) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         check_experiment(parse_config({**raw_config, "adapter": adapter, **changes}))
+
+
+def test_other_templates_stand_alone_without_sentences(raw_config: dict[str, Any], things: Path) -> None:
+    template = "{} from far away"
+    raw = {**raw_config, "evaluation": {"templates": [template]}}
+    alone = built(raw).by_template[template]
+    beside = built({**raw, "prompts": {"descriptions": str(things)}}).by_template[template]
+    assert not beside.descriptions and beside.templates == (template,)
+    assert torch.equal(alone.class_features(1), beside.class_features(1))
