@@ -72,7 +72,7 @@ def _named(setting: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(re.sub(r"(?<![\w.])data(?=[.:]\B|\.\w)", setting, str(error))) from None
+        raise UserError(re.sub(r"(?<![\w./])data(?=[.:]\B|\.\w)", setting, str(error))) from None
 
 
 def _drawn(split: Split, number: int | None, rng: Rng) -> Split:
