@@ -6,7 +6,6 @@ import math
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +20,10 @@ from flora.core.tree import StateLike
 class Fusion(Component):
     """How the adapted and the frozen model's logits become one: z = (1 - w) z_adapted + w z_frozen."""
 
-    is_idle: ClassVar[bool] = False
+    @property
+    def is_idle(self) -> bool:
+        """Whether the adapted model answers alone."""
+        return False
 
     @abstractmethod
     def frozen_weight(self, adapted: Tensor, frozen: Tensor) -> Tensor:
@@ -38,7 +40,9 @@ class Fusion(Component):
 class NoFusion(Fusion):
     """The adapted model alone (the default)."""
 
-    is_idle = True
+    @property
+    def is_idle(self) -> bool:
+        return True
 
     def frozen_weight(self, adapted: Tensor, frozen: Tensor) -> Tensor:
         return adapted.new_zeros(adapted.shape[:-1])
@@ -50,6 +54,10 @@ class FixedFusion(Fusion):
     """The same weight for all images: at 0 the adapted model alone, at 1 the frozen one."""
 
     weight: float = option("weight of the frozen model", 0.5, at_least=0, at_most=1)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.weight == 0
 
     def frozen_weight(self, adapted: Tensor, frozen: Tensor) -> Tensor:
         return adapted.new_full(adapted.shape[:-1], self.weight)
