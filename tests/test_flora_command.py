@@ -45,33 +45,23 @@ USAGE_ERRORS = [
 HELP = [[name, "--help"] for name in PROGRAMS]
 
 
+# `flora PROGRAM`, and `python -m flora.PROGRAM` as the docs write it.
+STARTS = [
+    "from flora.__main__ import main; status = main(sys.argv[1:])",
+    "import runpy; runpy.run_module('flora.' + sys.argv.pop(1), run_name='__main__', alter_sys=True)",
+]
+
+
+@pytest.mark.parametrize("start", STARTS, ids=["command", "module"])
 @pytest.mark.parametrize("arguments", [*USAGE_ERRORS, *HELP], ids=" ".join)
-def test_help_and_usage_errors_of_programs_import_nothing_heavy(arguments: list[str]) -> None:
+def test_help_and_usage_errors_of_programs_import_nothing_heavy(arguments: list[str], start: str) -> None:
     code = (
-        "import sys; from flora.__main__ import main\n"
-        "try: status = main(sys.argv[1:])\n"
+        f"import sys\ntry: {start}\n"
         "except SystemExit as ended: status = ended.code\n"
         "assert not {'torch', 'open_clip', 'numpy', 'yaml'} & set(sys.modules); sys.exit(status)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == (2 if arguments in USAGE_ERRORS else 0), done.stderr
-    assert (done.stderr.count("\n") == 1) == (arguments in USAGE_ERRORS), done.stderr
-
-
-@pytest.mark.parametrize("arguments", [*USAGE_ERRORS, *HELP], ids=" ".join)
-def test_so_do_those_of_modules(arguments: list[str]) -> None:
-    """`python -m flora.PROGRAM`, as the docs write it."""
-    code = (
-        "import runpy, sys\n"
-        "try: runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
-        "except SystemExit as ended: status = ended.code\n"
-        "assert not {'torch', 'open_clip', 'numpy', 'yaml'} & set(sys.modules); sys.exit(status)"
-    )
-    program, *others = arguments
-    done = subprocess.run(
-        [sys.executable, "-c", code, f"flora.{program}", *others], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == (2 if arguments in USAGE_ERRORS else 0), done.stderr
     assert (done.stderr.count("\n") == 1) == (arguments in USAGE_ERRORS), done.stderr

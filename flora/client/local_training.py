@@ -58,10 +58,10 @@ class LocalTraining(Options):
     @property
     def images_per_step(self) -> int:
         """How many images go through the model in a step of one client, at most."""
-        own = self.active_self_training
-        if own is None:
-            return self.batch_size
-        return self.batch_size + (own.batch_size or self.batch_size) * len(own.preference.views)
+        number, self_training = self.batch_size, self.active_self_training
+        if self_training is not None:
+            number += (self_training.batch_size or self.batch_size) * len(self_training.preference.views)
+        return number
 
     @property
     def active_self_training(self) -> SelfTraining | None:

@@ -106,7 +106,6 @@ class MatchTeacher(Objective):
     Not for clients: the server distils with it (arXiv:2006.07242), so it is registered under no name.
     """
 
-    weighs_examples: ClassVar[bool] = True
     temperature: float = option("what logits are divided by: higher looks at all classes", 1.0, above=0)
 
     def loss(self, view: StepView) -> Tensor:

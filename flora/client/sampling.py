@@ -68,8 +68,8 @@ class Shuffled(LocalSampling):
 class ClassBalanced(LocalSampling):
     """Draws with replacement: one of the client's classes, each as likely, then one of its examples of that class.
 
-    Steps are as many and as large as for `shuffled`. Source: resampling of rare classes, as in arXiv:1910.09217,
-    section 4.1; DeLVM, arXiv:2402.04841, evens out unbalanced data in the same way.
+    Steps are as many and as large as for `shuffled`. Source: class-balanced sampling, as in arXiv:1910.09217; for the
+    unbalanced data of DeLVM, arXiv:2402.04841, which balances tasks, by augmented copies.
     """
 
     def draw(self, examples: LocalExamples, sizes: BatchSizes, rng: Rng) -> Draws:
@@ -83,7 +83,7 @@ class EffectiveNumber(LocalSampling):
     """As `shuffled`, but an example of a class of which the client has n counts (1 - beta) / (1 - beta^n).
 
     These weights are scaled so that those of the client's classes add up to their number. Source: Cui et al.,
-    arXiv:1901.05555, equation 2. Differs from the paper: classes are counted at each client, by itself.
+    arXiv:1901.05555. Differs from the paper: classes are counted at each client, by itself.
     """
 
     weighs: ClassVar[bool] = True

@@ -320,7 +320,7 @@ class LongTailed(Partitioner):
     itself. With `order: own` each client has an order of its own and every example is dealt: each class in proportion
     to the clients' profiles. A client's counts then follow its profile, as far as classes are equally common.
 
-    Source: the exponential profile of Cui et al., arXiv:1901.05555, section 5.1; federated in CReFF, arXiv:2204.13399.
+    Source: the exponential profile of Cui et al., arXiv:1901.05555; federated in CReFF, arXiv:2204.13399.
     """
 
     imbalance: float = option("how many times as many examples the most common class has as the rarest", 50, at_least=1)

@@ -1,4 +1,4 @@
-"""What the adapters that clients start from make of their examples, before a round begins."""
+"""What adapters make of examples without training: their logits, losses, and labels for images without one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora.client.self_training import PseudoLabels
+from flora.clip.prediction import PLAIN, Prediction
 from flora.clip.towers.towers import AdaptedClip
 from flora.core import tree
 from flora.core.low_rank import is_residual
+from flora.core.tree import StateLike
 from flora.engine.tasks import ClientTask
 from flora.features.features import Features
+
+
+def logits_in_batches(
+    model: AdaptedClip,
+    stack: StateLike,
+    classes: Tensor,
+    features: Features,
+    *,
+    batch_size: int,
+    prediction: Prediction = PLAIN,
+) -> Iterator[Tensor]:
+    """Yield the logits `(K, n, C)` that K adapters `(K, ...)`, or the frozen model without any, give all examples.
+
+    `batch_size` examples at a time, in their order; all adapters see the same. `classes` `(K, C, d)` are the classes'
+    features with these adapters.
+    """
+    for start in range(0, len(features), batch_size):
+        places = torch.arange(start, min(start + batch_size, len(features)), device=features.device)
+        stem = features.take(places, model.device)
+        repeated = stem.unsqueeze(0).expand(len(classes), *stem.shape).flatten(0, 1)
+        yield prediction.logits(model, stack, repeated, classes)
 
 
 @torch.no_grad()

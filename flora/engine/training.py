@@ -179,9 +179,8 @@ class _Batches:
         self._model, self._features, self._in_batch = model, features, in_batch
         self._rngs = [task.rng for task in block.tasks]
         self._draws = block.setup.local.prompts == "random"
-        self._indices = block.indices.to(features.device)
+        self._places, self._indices = block.indices, block.indices.to(features.device)
         self._mask = block.example_mask.to(model.device)
-        self._places = block.indices
         self._labels = features.labels[block.indices]
         self._labels_on_device = self._labels.to(model.device)
         self._self_training = block.setup.local.active_self_training

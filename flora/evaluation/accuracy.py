@@ -13,6 +13,7 @@ from flora.clip.prediction import PLAIN, Prediction, bound
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.records import Evaluation
 from flora.core.tree import StateLike
+from flora.engine.losses import logits_in_batches
 from flora.features.features import Features
 
 MAX_DOMAINS = 1000
@@ -38,20 +39,16 @@ def evaluate(
     predicted, losses = [], []
     with bound(model, stack):
         classes = model.class_features(num_adapters)
-    for start in range(0, len(features), batch_size):
-        stop = min(start + batch_size, len(features))
-        stem = features.take(torch.arange(start, stop, device=features.device), model.device)
-        repeated = stem.unsqueeze(0).expand(num_adapters, *stem.shape).flatten(0, 1)
-        logits = prediction.logits(model, stack, repeated, classes)
-        targets = features.labels[start:stop].to(model.device).unsqueeze(0).expand(num_adapters, -1)
+    batches = logits_in_batches(model, stack, classes, features, batch_size=batch_size, prediction=prediction)
+    for logits, labels in zip(batches, features.labels.split(batch_size), strict=True):
+        targets = labels.to(model.device).unsqueeze(0).expand(num_adapters, -1)
         predicted.append(logits.argmax(dim=-1))
         losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
     all_predicted = torch.cat(predicted, dim=1).cpu().numpy()
     all_losses = torch.cat(losses, dim=1).double().cpu().numpy()
-    labels = features.labels.cpu().numpy()
-    all_classes = classes.cpu().numpy()
+    all_labels, all_classes = features.labels.cpu().numpy(), classes.cpu().numpy()
     return [
-        Evaluation(own == labels, *each)
+        Evaluation(own == all_labels, *each)
         for own, *each in zip(all_predicted, all_losses, all_predicted, all_classes, strict=True)
     ]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flora import catalogue  # noqa: F401  (registers the components)
 from flora.communication.network import COLUMNS, Profiles
 from flora.config.rules import check_clients
 from flora.config.schema import ExperimentConfig

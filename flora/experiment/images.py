@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.descriptions import check_known, read_descriptions
 from flora.config.rules import below
@@ -84,14 +83,14 @@ def features_of_splits(
     of views of each is kept.
     """
     splits = {"training": data.train, "test": data.test} | ({"new": data.new} if data.new is not None else {})
-    loader = _Loader(config, model, tell)
+    loader = Loader(config, model, tell, config.data.unreadable == "skip")
     features = loader.load(splits)
     train = loader.changed_at_random("training", config.local.augmentation, features["training"], data.train)
     self_training = config.local.active_self_training
     if self_training is not None:
         views = {"weak": self_training.weak, "strong": self_training.strong}
         train = replace(
-            train,  # type: ignore[type-var]
+            train,
             views={
                 name: loader.changed_at_random(name, augmentation, features["training"], data.train)
                 for name, augmentation in views.items()
@@ -105,12 +104,16 @@ def features_of_splits(
 
 
 @dataclass(eq=False)
-class _Loader:
-    """Turns images into features. `problems` has a line for each image that can't be read."""
+class Loader:
+    """Turns images into features. `problems` has a line for each image that can't be read.
+
+    With `skip_unreadable` these are left out; without it the first of them is an error.
+    """
 
     config: ExperimentConfig
     model: AdaptedClip
     tell: Tell
+    skip_unreadable: bool
     problems: list[str] = field(default_factory=list)
 
     def load(self, splits: Mapping[str, Split]) -> dict[str, Features]:
@@ -118,9 +121,12 @@ class _Loader:
         features: dict[str, Features] = {}
         for name in (name for name in splits if self._is_live(name)):
             self.tell.log(f"features of the {name} images: computed at each use")
-            skip, progress = self.config.data.unreadable == "skip", self.tell.progress
             features[name], problems = live_features(
-                splits[name], self.model, NoAugmentation(), skip_unreadable=skip, progress=progress
+                splits[name],
+                self.model,
+                NoAugmentation(),
+                skip_unreadable=self.skip_unreadable,
+                progress=self.tell.progress,
             )
             self.problems += problems
         stored = [name for name in splits if not self._is_live(name)]
@@ -153,7 +159,7 @@ class _Loader:
             splits,
             self.model,
             cache=self.config.cache,
-            skip_unreadable=self.config.data.unreadable == "skip",
+            skip_unreadable=self.skip_unreadable,
             progress=self.tell.progress,
             log=self.tell.log,
         )
@@ -162,6 +168,7 @@ class _Loader:
 
 
 def data_digest(data: ImageData) -> str:
+    """A digest that tells other images or labels from these, wherever they are."""
     splits = [data.train, data.test] + ([data.new] if data.new is not None else [])
     parts = [each for split in splits for each in (split.source.contents(split.source_indices), split.labels)]
     digest = hashlib.sha256()
@@ -178,6 +185,7 @@ def _check_labels(config: ExperimentConfig, data: ImageData, class_names: Sequen
 
 
 def check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:
+    """Raise `UserError` unless there are two classes, all have training images by these labels, and there is a test."""
     if len(class_names) < 2:
         raise UserError(f"data: {class_names[0]!r} is the only class: there is nothing to tell it from")
     empty = np.flatnonzero(np.bincount(train, minlength=len(class_names)) == 0)
@@ -191,6 +199,7 @@ def check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str
 
 
 def warn_of_untested_classes(test: np.ndarray, class_names: Sequence[str], log: Callable[[str], object]) -> None:
+    """Log which classes have no test image, by the labels `test` `(N,)`, if there are any."""
     counts = np.bincount(test, minlength=len(class_names)).tolist()
     untested = [name for name, count in zip(class_names, counts, strict=True) if not count]
     if untested:

@@ -19,15 +19,12 @@ from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.registry import show, suggest
 from flora.core.rng import Rng
-from flora.data.augmentation import NoAugmentation
 from flora.data.datasets.base import Dataset, ImageData, Split, checked_images
 from flora.data.prompts import PromptOptions
 from flora.data.value_range import with_one_range
 from flora.engine.engine import Engine
-from flora.experiment.images import Tell
+from flora.experiment.images import Loader, Tell
 from flora.features.features import Features, StoredFeatures, images_digest
-from flora.features.live import live_features
-from flora.features.loading import load_features
 from flora.federated.server_training import ServerExamples, ServerTraining
 
 
@@ -121,16 +118,15 @@ def server_training(
     """
     server, model = config.server, models[0]
     for_all = _with_all_classes(models) if found.synthetic is not None or found.sentences else model
+    loader = Loader(config, model, tell, skip_unreadable=False)
     synthetic = public = texts = None
     if server.synthetic is not None and found.synthetic is not None:
-        setting = "server.synthetic"
-        features = _features(config, f"{setting}.data", server.synthetic.data, found.synthetic, Model(model, tell))
-        synthetic = ServerExamples(setting, Engine(for_all, features, 1), server.synthetic.training())
+        features = _features("synthetic", server.synthetic.data, found.synthetic, loader)
+        synthetic = ServerExamples("server.synthetic", Engine(for_all, features, 1), server.synthetic.training())
     if server.distillation is not None and found.public is not None:
-        setting = "server.distillation"
-        features = _features(config, f"{setting}.data", server.distillation.data, found.public, Model(model, tell))
+        features = _features("distillation", server.distillation.data, found.public, loader)
         engine = Engine(model, features, clients_per_block, log=tell.log)
-        public = ServerExamples(setting, engine, server.distillation.training())
+        public = ServerExamples("server.distillation", engine, server.distillation.training())
     if server.text_rounds is not None:
         features = _text_features(for_all, found.sentences, tell)
         engine = Engine(for_all, features, 1)
@@ -152,29 +148,14 @@ def server_digests(training: ServerTraining, found: ServerData) -> dict[str, str
     return digests
 
 
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A model that images go through, and who is told of it."""
-
-    model: AdaptedClip
-    tell: Tell
-
-
-def _features(config: ExperimentConfig, setting: str, dataset: Dataset, split: Split, through: Model) -> Features:
-    """A split's features: computed once, unless the configuration wants none kept. `setting` names the data set."""
-    model, tell, skip = through.model, through.tell, dataset.unreadable == "skip"
-    features: Features
-    with _named(setting):
-        if config.cache.enabled is False:
-            features, problems = live_features(
-                split, model, NoAugmentation(), skip_unreadable=skip, progress=tell.progress
-            )
-        else:
-            (features,), problems = load_features(
-                [split], model, cache=config.cache, skip_unreadable=skip, progress=tell.progress, log=tell.log
-            )
-    if problems:
-        tell.log(f"{setting}: left out: {len(problems):,} images can't be read; the first: {problems[0]}")
+def _features(name: str, dataset: Dataset, split: Split, loader: Loader) -> Features:
+    """A split's features, of the data set of `server.NAME`."""
+    loader = replace(loader, skip_unreadable=dataset.unreadable == "skip", problems=[])
+    with _named(f"server.{name}.data"):
+        features = loader.load({name: split})[name]
+    if loader.problems:
+        number, first = len(loader.problems), loader.problems[0]
+        loader.tell.log(f"server.{name}.data: left out: {number:,} images can't be read; the first: {first}")
     return features
 
 

@@ -6,7 +6,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -15,7 +14,15 @@ from torch import Tensor
 from flora.core.rng import Rng
 
 
-class Features(ABC):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Beside:
+    """What all kinds of features may have beside their own: see `Features`."""
+
+    views: Mapping[str, Features] = field(default_factory=dict)
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Features(_Beside, ABC):
     """Stem outputs and labels of a split's readable examples, whether they were computed before or are computed now.
 
     Example i of the N has label `labels[i]` (on the CPU) and is example `split_indices[i]` of the split. `digests`
@@ -27,8 +34,6 @@ class Features(ABC):
     labels: Tensor
     split_indices: np.ndarray
     digests: np.ndarray | None
-    views: Mapping[str, Features] = MappingProxyType({})
-    targets: Mapping[str, Tensor] = MappingProxyType({})
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,8 +73,6 @@ class StoredFeatures(Features):
     labels: Tensor
     split_indices: np.ndarray
     digests: np.ndarray | None = None
-    views: Mapping[str, Features] = field(default_factory=dict)
-    targets: Mapping[str, Tensor] = field(default_factory=dict)
     computed_as: torch.dtype | None = None
 
     @property
@@ -92,6 +95,7 @@ class StoredFeatures(Features):
 
 
 def chosen_digests(digests: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
+    """The rows of `digests` `(N, 16)` at `indices`, if there are any."""
     return None if digests is None else digests[indices]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,8 +39,6 @@ class LiveFeatures(Features):
     labels: Tensor
     split_indices: np.ndarray
     digests: np.ndarray | None = None
-    views: Mapping[str, Features] = field(default_factory=dict)
-    targets: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def runs_stem(self) -> bool:

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 
 def in_threads(read: Callable[[int], T], numbers: range, advance: Callable[[int], object]) -> list[T]:
+    """Return what `read` gives for each of the numbers, in their order; `advance` is told of each."""
     found = []
     with reading_pool() as pool:
         for each in pool.map(read, numbers):
@@ -31,6 +32,7 @@ def in_threads(read: Callable[[int], T], numbers: range, advance: Callable[[int]
 
 
 def reading_pool() -> ThreadPoolExecutor:
+    """Threads that read and decode images side by side."""
     return ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16))
 
 
@@ -40,10 +42,12 @@ def stem_batch_size(model: AdaptedClip) -> int:
 
 
 def as_rows(digests: Sequence[bytes]) -> np.ndarray:
+    """Digests as one array `(N, 16)` uint8."""
     return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def unreadable(name: str, error: BaseException) -> str:
+    """The line about an image that can't be read."""
     return " ".join(f"{name}: can't be read as an image: {error}".split())
 
 
@@ -57,6 +61,7 @@ def refusal(problems: Sequence[str]) -> UserError:
 
 
 def check_some_are_left(num_kept: int, num_images: int, problems: Sequence[str]) -> None:
+    """Raise `UserError` if no image of a split can be read."""
     if not num_kept:
         first = problems[0] if problems else "there are none"
         raise UserError(f"data: none of the {num_images} images of a split can be read; the first: {first}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,14 +19,12 @@ from flora.features.live import LiveFeatures
 class ViewFeatures(Features):
     """Stored features of N images, and of V random views of each: which one training sees is drawn at each look.
 
-    `views` has those of image i in rows i * V to i * V + V - 1.
+    `stored_views` has those of image i at places i * V to i * V + V - 1.
     """
 
     images: StoredFeatures
     stored_views: StoredFeatures
     num_views: int
-    views: Mapping[str, Features] = field(default_factory=dict)
-    targets: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def labels(self) -> Tensor:  # type: ignore[override]
@@ -81,7 +79,7 @@ def _moved(features: Features, stems: Mapping[int, Tensor], device: torch.device
     views = {name: _moved(view, stems, device) for name, view in features.views.items()}
     if isinstance(features, ViewFeatures):
         images, own = (_with_stem(each, stems, device) for each in (features.images, features.stored_views))
-        return ViewFeatures(images, own, features.num_views, views)
+        return ViewFeatures(images, own, features.num_views, views=views)
     if isinstance(features, StoredFeatures):
         return replace(_with_stem(features, stems, device), views=views)
     assert isinstance(features, LiveFeatures)

@@ -16,6 +16,7 @@ from flora.core.errors import DivergedError
 from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 from flora.engine.engine import Engine
+from flora.engine.losses import logits_in_batches
 from flora.engine.tasks import ClientTask, TrainingSetup
 
 # The id of a task that is no client's.
@@ -65,7 +66,7 @@ class ServerExamples:
         """Return the same examples, each with the mean of the logits that `adapters` give it."""
         features = self.engine.features
         teacher = _mean_logits(self.engine, adapters, self.local.batch_size)
-        features = dataclasses.replace(features, targets={"teacher_logits": teacher})  # type: ignore[type-var]
+        features = dataclasses.replace(features, targets={"teacher_logits": teacher})
         return dataclasses.replace(self, engine=dataclasses.replace(self.engine, features=features))
 
 
@@ -90,16 +91,10 @@ def _mean_logits(engine: Engine, adapters: Sequence[StateLike], batch_size: int)
 
     def summed(some: Sequence[StateLike]) -> Tensor:
         stack = {name: tensor.to(model.device) for name, tensor in tree.stack(some).items()}
-        parts = []
         with model.adapter.bind(stack):
-            classes = model.class_features(len(some)).transpose(1, 2)
-            for start in range(0, len(features), batch_size):
-                places = torch.arange(start, min(start + batch_size, len(features)), device=features.device)
-                stem = features.take(places, model.device)
-                repeated = stem.unsqueeze(0).expand(len(some), *stem.shape).flatten(0, 1)
-                logits = model.logit_scale() * torch.bmm(model.image_features(repeated, len(some)), classes)
-                parts.append(logits.sum(dim=0).cpu())
-        return torch.cat(parts)
+            classes = model.class_features(len(some))
+        batches = logits_in_batches(model, stack, classes, features, batch_size=batch_size)
+        return torch.cat([logits.sum(dim=0).cpu() for logits in batches])
 
     sums = engine.in_blocks(adapters, summed, setting="server.distillation.batch_size")
     return torch.stack(list(sums)).sum(dim=0) / len(adapters)

@@ -12,6 +12,7 @@ from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.core.rng import Rng
+from flora.data.datasets.base import Dataset
 from flora.evaluation.summary import percent
 from flora.runs.loop import resume, simulate
 from flora.runs.resume import changeable_overrides, finished_rounds, refuse_other_settings
@@ -91,13 +92,20 @@ def _with_what_they_need(configs: Sequence[ExperimentConfig], outcomes: Outcomes
     ready = []
     for config in configs:
         found = problem(repr(config.backbone), config.backbone.fetch)
-        if found is None and getattr(config.data, "download", False):
-            found = problem(repr(config.data), lambda data=config.data: data.load(Rng(0)))  # type: ignore[misc]
+        for data in _datasets(config):
+            if found is None and getattr(data, "download", False):
+                found = problem(repr(data), lambda data=data: data.load(Rng(0)))  # type: ignore[misc]
         if found is None:
             ready.append(config)
         else:
             outcomes[config.name] = found
     return ready
+
+
+def _datasets(config: ExperimentConfig) -> list[Dataset]:
+    """The data sets that a run reads: its own, and those of its server."""
+    sections = (config.server.synthetic, config.server.distillation)
+    return [config.data, *(section.data for section in sections if section is not None)]
 
 
 def _one_line(directory: Path) -> str:
