@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,8 +33,15 @@ class Block:
 
     @property
     def setup(self) -> TrainingSetup:
-        """What the tasks have in common."""
+        """The first task's setup: the others have the same `step_key`."""
         return self.tasks[0].setup
+
+    def by_setup(self) -> list[tuple[TrainingSetup, list[int]]]:
+        """The setups of the tasks, one for each run, with the rows of its clients in ascending order."""
+        rows: dict[TrainingSetup, list[int]] = {}
+        for row, task in enumerate(self.tasks):
+            rows.setdefault(task.setup, []).append(row)
+        return list(rows.items())
 
     @property
     def clients(self) -> tuple[int, ...]:
@@ -76,16 +83,16 @@ def block_bytes(tasks: Sequence[ClientTask], clients_per_block: int) -> int:
 
 
 def make_blocks(
-    tasks: Sequence[ClientTask], clients_per_block: int, examples_of: Callable[[ClientTask], LocalExamples]
+    tasks: Sequence[ClientTask], clients_per_block: int, examples: Sequence[LocalExamples]
 ) -> Iterator[Block]:
-    """Cut tasks of one setup into blocks of at most `clients_per_block`, those with similar numbers of steps together.
+    """Cut tasks of one `step_key` into blocks of up to `clients_per_block`, those of similar numbers of steps together.
 
-    A client's batches come from its task's `rng` alone: the block that it lands in changes nothing.
+    `examples` are the tasks'. A client's batches come from its task's `rng` alone, whatever block it is in.
     """
-    order = sorted(tasks, key=lambda task: (-task.num_steps, task.client))
+    order = sorted(range(len(tasks)), key=lambda place: (-tasks[place].num_steps, tasks[place].client))
     for start in range(0, len(order), clients_per_block):
-        part = order[start : start + clients_per_block]
-        known = [examples_of(task) for task in part]
+        places = order[start : start + clients_per_block]
+        part, known = [tasks[place] for place in places], [examples[place] for place in places]
         drawn = [_drawn(task, examples) for task, examples in zip(part, known, strict=True)]
         tensors = {name: _laid_out([each[name] for each in drawn]) for name in drawn[0]}
         yield Block(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -43,7 +44,8 @@ class Engine:
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         """Train every task's client and hand on its result, block by block: in no particular order.
 
-        Tasks share steps with those of the same setup. Raises `UserError` if one client alone doesn't fit into memory.
+        Tasks share steps with those of the same `step_key`, whatever run they are of. Raises `UserError` if one client
+        alone doesn't fit into memory.
         """
         total = sum(task.num_steps for task in tasks)
         taken = 0
@@ -53,8 +55,11 @@ class Engine:
             taken += number
             self.hooks.after_step(taken, total)
 
-        for setup in dict.fromkeys(task.setup for task in tasks):
-            waiting = self._blocks([task for task in tasks if task.setup is setup])
+        by_key: dict[Hashable, list[ClientTask]] = {}
+        for task in tasks:
+            by_key.setdefault(task.step_key, []).append(task)
+        for alike in by_key.values():
+            waiting = self._blocks(alike)
             while waiting:
                 block, taken_before = waiting.pop(0), taken
                 done = _unless_out_of_memory(self._train_block, block, advance)
@@ -95,39 +100,32 @@ class Engine:
             )
         labels = self.features.labels.numpy()
         losses, without_label = self._losses(tasks), self._labelled(tasks)
+        examples = [
+            LocalExamples(task.examples, labels[task.examples], own_losses, labelled)
+            for task, own_losses, labelled in zip(tasks, losses, without_label, strict=True)
+        ]
+        return list(make_blocks(tasks, self.clients_per_block, examples))
 
-        def examples_of(task: ClientTask) -> LocalExamples:
-            own = losses.get(task.client), without_label.get(task.client)
-            return LocalExamples(task.examples, labels[task.examples], *own)
-
-        return list(make_blocks(tasks, self.clients_per_block, examples_of))
-
-    def _labelled(self, tasks: Sequence[ClientTask]) -> dict[int, PseudoLabels]:
+    def _labelled(self, tasks: Sequence[ClientTask]) -> Sequence[PseudoLabels | None]:
         """Each client's images without a label, labelled by the adapter that it starts from, if it learns from them."""
-        local = tasks[0].setup.local
-        found: dict[int, PseudoLabels] = {}
-        if local.active_self_training is None:
-            return found
-        for part in self.in_blocks(
+        if tasks[0].setup.local.active_self_training is None:
+            return [None] * len(tasks)
+        parts = self.in_blocks(
             tasks, lambda some: pseudo_labels(self.model, self.features, some), setting="local.batch_size"
-        ):
-            found.update(part)
-        return found
+        )
+        return list(chain.from_iterable(parts))
 
-    def _losses(self, tasks: Sequence[ClientTask]) -> dict[int, np.ndarray]:
-        """The losses of each client's examples before it trains, by client, if its sampling asks for them."""
+    def _losses(self, tasks: Sequence[ClientTask]) -> Sequence[np.ndarray | None]:
+        """The losses `(N,)` of each client's examples before it trains, if its sampling asks for them."""
         local = tasks[0].setup.local
         if not local.sampling.needs_losses:
-            return {}
-        found: dict[int, np.ndarray] = {}
+            return [None] * len(tasks)
         parts = self.in_blocks(
             tasks,
             lambda some: example_losses(self.model, self.features, some, batch_size=local.batch_size),
             setting="local.batch_size",
         )
-        for part in parts:
-            found.update(part)
-        return found
+        return list(chain.from_iterable(parts))
 
     def _train_block(self, block: Block, advance: Callable[[int], object]) -> list[ClientResult]:
         self.hooks.before_block(block.setup.round, block.clients)
