@@ -86,6 +86,12 @@ def sweep_parser() -> Parser:
         "--set", action="append", default=[], metavar="key=value", help="for all runs, and no part of their names"
     )
     parser.add_argument("--jobs", default="1", help="runs at once, sharing the CPU's cores (%(default)s)")
+    parser.add_argument(
+        "--fold",
+        default="auto",
+        metavar="auto|off|N",
+        help="how many runs train together in one process, where they can share their steps (%(default)s)",
+    )
     parser.add_argument("--reference", help="the method that the ratios refer to (full, if there is one)")
     return parser
 

@@ -29,6 +29,9 @@ Rate = float | Tensor
 class Optimizer(Component):
     """How a client turns gradients into steps."""
 
+    rate_by_client: ClassVar[bool] = False
+    """Whether `step` also takes learning rates `(K, 1)`, so that runs that differ in theirs can share a step."""
+
     @abstractmethod
     def init(self, parameters: Tensor) -> State:
         """Fresh state for `parameters` `(K, P)`; every tensor has the leading client axis."""
@@ -37,7 +40,7 @@ class Optimizer(Component):
     def step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: Rate) -> None:
         """One update of `parameters` `(K, P)` and `state`, in place.
 
-        `learning_rate` is a number, or `(K, 1)` where runs of a sweep that differ in it share the step.
+        `learning_rate` is a number; with `rate_by_client` it may be `(K, 1)`, of clients of several runs.
         """
 
 
@@ -46,6 +49,7 @@ class Optimizer(Component):
 class Sgd(Optimizer):
     """Stochastic gradient descent, as `torch.optim.SGD`."""
 
+    rate_by_client = True
     momentum: float = option("share of the last step that is kept", 0.0, at_least=0, below=1)
     nesterov: bool = option("look ahead along the momentum", False)
     weight_decay: float = option("L2 penalty added to the gradient", 0.0, at_least=0)
@@ -74,6 +78,7 @@ class Sgd(Optimizer):
 class Adam(Optimizer):
     """Adam with L2 weight decay in the gradient (arXiv:1412.6980), as `torch.optim.Adam`."""
 
+    rate_by_client = True
     beta1: float = option("decay of the mean of gradients", 0.9, at_least=0, below=1)
     beta2: float = option("decay of the mean of squared gradients", 0.999, at_least=0, below=1)
     eps: float = option("added to the denominator", 1e-8, above=0)

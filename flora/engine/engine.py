@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,6 +17,7 @@ from flora.clip.towers.towers import AdaptedClip
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.core.memory import available_memory_bytes, is_out_of_memory, release_cached_memory
+from flora.core.tree import StateLike
 from flora.engine.blocks import Block, block_bytes, make_blocks
 from flora.engine.capacity import client_bytes
 from flora.engine.losses import example_losses, pseudo_labels
@@ -67,6 +69,27 @@ class Engine:
                     waiting[:0], taken = self._smaller(block), taken_before
                 for results in done:
                     yield from results
+
+    @property
+    def num_runs(self) -> int:
+        """How many runs' clients share its steps."""
+        return 1
+
+    def seconds(self) -> float:
+        """A clock for what this run's work takes."""
+        return time.perf_counter()
+
+    def evaluate(
+        self,
+        key: Hashable,
+        adapters: StateLike | None,
+        compute: Callable[[StateLike | None], Sequence[Result]],
+    ) -> Sequence[Result]:
+        """Return what `compute` makes of each of K adapters `(K, ...)`, None being the frozen model.
+
+        What runs that train together compute under the same `key` is computed once for all of them.
+        """
+        return compute(adapters)
 
     def in_blocks(
         self,

@@ -37,7 +37,8 @@ class TrainingSetup:
     @cached_property
     def step_key(self) -> Hashable:
         """What the tasks of other rounds or runs must have the same of to share a step with these."""
-        return self.trained, self.width, self.unlabelled_width, self.local.step_key
+        rate = None if self.local.optimizer.rate_by_client else self.learning_rate
+        return self.trained, self.width, self.unlabelled_width, self.local.step_key, rate
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -20,6 +20,7 @@ from flora.core.hooks import Hooks
 from flora.core.progress import Progress
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
+from flora.core.shared import Shared
 from flora.core.states import ClientData, ServerState
 from flora.core.tree import State, state_digest
 from flora.data.datasets.base import ImageData
@@ -31,6 +32,7 @@ from flora.experiment.images import (
     Tell,
     check_classes,
     data_digest,
+    features_key,
     features_of_splits,
     find_images,
     warn_of_untested_classes,
@@ -93,29 +95,39 @@ def build_experiment(
     log: Callable[[str], object],
     hooks: Hooks | None = None,
     clients_per_block: int | None = None,
+    shared: Shared | None = None,
 ) -> Experiment:
     """Load the model and the data, run the frozen stems over all images, deal the examples out.
 
     `clients_per_block` is used where the configuration leaves the choice open. `log` is given what a user should know.
-    Raises `UserError` naming the setting or the file.
+    `shared` keeps models, images and features for other experiments of this process that have the same; the frozen
+    stems then stay in memory, too. Raises `UserError` naming the setting or the file.
     """
     check_experiment(config)
     rng, tell = Rng(config.seed), Tell(progress, log)
-    images = find_images(config, rng, tell)
+    known = shared or Shared()
+    images = find_images(config, rng, tell, known)
     data = images.data
     server_data = find_server_data(config, data, rng.child("server"), tell)
-    models, backbone_parameters, digests = _models(config, images, rng, tell)
+    models, backbone_parameters, models_digests = known.of(
+        _models_key(config, images), lambda: _models(config, images, rng, tell)
+    )
+    digests = dict(models_digests)
     model = models[0]
-    by_template = _models_by_template(config, model, tell)
-    (train, test, *new), unreadable = features_of_splits(config, data, model, tell)
-    digests |= {"data_sha256": data_digest(data), "images_sha256": images_digest([train, test, *new])}
+    by_template = known.of(
+        ("by template", id(model), config.evaluation.templates), lambda: _models_by_template(config, model, tell)
+    )
+    (train, test, *new), unreadable, images_digests = known.of(
+        features_key(config, data, model), lambda: _features(config, data, model, tell)
+    )
+    digests |= images_digests
     clients_per_block = _clients_per_block(config, model, clients_per_block)
     training = server_training(config, server_data, models, clients_per_block, tell)
     digests |= server_digests(training, server_data)
     log(f"clients in one step: up to {clients_per_block}")
-    if not any(each.runs_stem for each in (train, test, *new)):
+    if shared is None and not any(each.runs_stem for each in (train, test, *new)):
         model.release_stems()
-    train, test, *new = move_if_they_fit([train, test, *new], model.device)
+    train, test, *new = known.of(("moved", id(train)), lambda: move_if_they_fit([train, test, *new], model.device))
     labels, test_labels = train.labels.numpy(), test.labels.cpu().numpy()
     check_classes(labels, test_labels, images.class_names)
     warn_of_untested_classes(test_labels, images.class_names, log)
@@ -162,6 +174,22 @@ def _initial_adapter(federation: Federation, rng: Rng, log: Callable[[str], obje
     number = len(synthetic.engine.features)
     log(f"before round 1 the server trained on {number:,} images of its own: mean loss {after.loss:.3f}")
     return after.adapter
+
+
+def _features(
+    config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell
+) -> tuple[list[Features], list[str], dict[str, str]]:
+    """The features of the splits, lines about images that can't be read, and the digests of images and labels."""
+    features, unreadable = features_of_splits(config, data, model, tell)
+    return features, unreadable, {"data_sha256": data_digest(data), "images_sha256": images_digest(features)}
+
+
+def _models_key(config: ExperimentConfig, images: Images) -> Hashable:
+    """All that the models depend on: the seed too where their weights are random."""
+    seed = config.seed if config.backbone.weights == "random" else None
+    parts = config.backbone, config.adapter, config.prompts, config.data.templates, config.speed, images.descriptions
+    names = images.class_names, images.new_class_names
+    return "models", seed, repr(parts), names, str(choose_device(config.device)), config.evaluation.patches is not None
 
 
 def _models(

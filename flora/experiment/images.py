@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.progress import Progress
 from flora.core.rng import Rng
+from flora.core.shared import Shared
 from flora.data.augmentation import Augmentation, NoAugmentation
 from flora.data.datasets.base import ImageData, Split, checked_images
 from flora.data.value_range import with_one_range
@@ -59,19 +60,35 @@ class Images:
         return {"descriptions_sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
-def find_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
+def find_images(config: ExperimentConfig, rng: Rng, tell: Tell, shared: Shared) -> Images:
     """Find the images, split them, and check all that can be checked of them before the model is loaded."""
-    whole = checked_images("data", config.data, config.data.load_with_progress(rng.child("data"), tell.progress))
-    data = checked_images("split", config.split, config.split.split(whole, rng.child("split")))
+    key = "images", config.seed, repr((config.data, config.split))
+    whole, data = shared.of(key, lambda: _loaded(config, rng, tell))
     for line in whole.remarks:
         tell.log(f"warning: {line}")
     roster = roster_of(config, data.train.groups, rng)
     class_names, new_names = _class_names(config, data)
     descriptions = _descriptions(config, data, (*class_names, *new_names))
     _check_labels(config, data, class_names, rng)
-    data, value_range = with_one_range(data, config.data.value_range, whole=whole, progress=tell.progress, log=tell.log)
+    data, value_range = shared.of(
+        ("range", *key),
+        lambda: with_one_range(data, config.data.value_range, whole=whole, progress=tell.progress, log=tell.log),
+    )
     limits = None if value_range is None else value_range.limits
     return Images(whole, data, class_names, new_names, roster, limits, descriptions)
+
+
+def _loaded(config: ExperimentConfig, rng: Rng, tell: Tell) -> tuple[ImageData, ImageData]:
+    """The images before they are split and after it."""
+    whole = checked_images("data", config.data, config.data.load_with_progress(rng.child("data"), tell.progress))
+    return whole, checked_images("split", config.split, config.split.split(whole, rng.child("split")))
+
+
+def features_key(config: ExperimentConfig, data: ImageData, model: AdaptedClip) -> Hashable:
+    """All that the features of the splits depend on."""
+    seed = None if config.cache.views is None else config.seed
+    options = config.cache, config.local.augmentation, config.local.self_training, config.data.unreadable
+    return "features", id(data), id(model), seed, repr(options)
 
 
 def features_of_splits(

@@ -80,6 +80,7 @@ def environment_as_used(experiment: Experiment) -> dict[str, Any]:
     engine, limits = experiment.federation.engine, experiment.value_range
     return {
         **environment(engine.model.device, experiment.config.seed, engine.clients_per_block),
+        **({} if engine.num_runs == 1 else {"runs_in_one_step": engine.num_runs}),
         "value_range": None if limits is None else list(limits),
         **experiment.digests,
     }

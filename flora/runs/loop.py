@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from flora.core.progress import StepBar, bar, image_progress, on_terminal
 from flora.core.records import RoundRecord, Summary
 from flora.core.states import ServerState
 from flora.core.tree import State
+from flora.engine.together import Member
 from flora.evaluation import summary as report
 from flora.evaluation.metrics import METRICS
 from flora.experiment.build import Experiment, build_experiment
@@ -57,6 +60,8 @@ from flora.runs.sinks import DirectorySink, Finished, RoundBar, RoundLines, Sink
 from flora.runs.threads import choose_threads
 from flora.server.screening import refusal
 
+Result = TypeVar("Result")
+
 # Unreadable images that are named on the terminal; log.txt names all.
 MAX_SHOWN = 10
 # Rounds in a row without one usable update after which a run is given up.
@@ -82,16 +87,18 @@ def simulate(
     notes: Sequence[str] = (),
     sinks: Sequence[Sink] = (),
     progress: bool = False,
+    member: Member | None = None,
 ) -> RunResult:
     """Run an experiment into a new run directory.
 
     `numbered`: if a run of that name exists, use the first free of name-2, name-3, ...; else that is an error.
     `echo` is given the lines that go to the log, but for `notes`, its first ones. `sinks` are told of the records, as
-    the run directory is. `progress` shows bars where standard error is a terminal. Raises `UserError` for anything that
-    the user can mend; a directory in which not even round 0 was recorded is taken away again.
+    the run directory is. `progress` shows bars where standard error is a terminal. `member` is for a run whose clients
+    train together with those of others. Raises `UserError` for anything that the user can mend; a directory in which
+    not even round 0 was recorded is taken away again.
     """
     check_experiment(config)
-    listeners = _Listeners(echo, hooks or Hooks(), tuple(sinks), progress)
+    listeners = _Listeners(echo, hooks or Hooks(), tuple(sinks), progress, member)
     before_write = listeners.hooks.before_write
     directory = RunDirectory.create(config.output, config.name, numbered=numbered, before_write=before_write)
     try:
@@ -115,6 +122,7 @@ def resume(
     accept_lost_records: bool = False,
     sinks: Sequence[Sink] = (),
     progress: bool = False,
+    member: Member | None = None,
 ) -> RunResult:
     """Go on with the run in `path` from its newest good checkpoint, as if it had never stopped.
 
@@ -125,7 +133,7 @@ def resume(
     """
     config = resumed_config(Path(path), overrides, echo or (lambda line: None))
     check_experiment(config)
-    listeners = _Listeners(echo, hooks or Hooks(), tuple(sinks), progress)
+    listeners = _Listeners(echo, hooks or Hooks(), tuple(sinks), progress, member)
     directory = RunDirectory(Path(path), listeners.hooks.before_write)
     try:
         finished = finished_rounds(directory.path)
@@ -134,7 +142,8 @@ def resume(
         checkpoints = CheckpointFolder(directory.path / "checkpoints", listeners.hooks.before_write)
 
         def start(experiment: Experiment, log: Callable[[str], object]) -> Start:
-            for line in directory.what_differs(environment(experiment.federation.engine.model.device, config.seed, 0)):
+            device = experiment.federation.engine.model.device
+            for line in directory.what_differs(listeners.call(lambda: environment(device, config.seed, 0))):
                 log(f"warning: this run began elsewhere: {line}; the last bits may differ")
             for name in sorted(_recorded_metrics(directory) - METRICS.keys()):
                 log(f"warning: nothing computes the metric {name!r} any more: --import the file that declares it")
@@ -159,12 +168,20 @@ def resume(
 
 @dataclass(frozen=True)
 class _Listeners:
-    """Who is told of a run: of the lines of its log, on its way, of its records, and whether bars show it."""
+    """Who is told of a run: of the lines of its log, on its way, of its records, and whether bars show it.
+
+    `member` is what it asks for all that is done together with other runs.
+    """
 
     echo: Callable[[str], object] | None
     hooks: Hooks
     sinks: tuple[Sink, ...]
     progress: bool
+    member: Member | None
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Compute something where the machine's threads are."""
+        return function() if self.member is None else self.member.call(function)
 
 
 def _recorded_metrics(directory: RunDirectory) -> set[str]:
@@ -202,22 +219,15 @@ def _run_in(
     hooks = Hooks(after_step=steps.show).then(listeners.hooks) if listeners.progress else listeners.hooks
     sinks = _sinks(directory, config, listeners)
     try:
-        if config.threads is not None:
+        if config.threads is not None and listeners.member is None:
             torch.set_num_threads(config.threads)
         started = time.perf_counter()
         memory_before = peak_memory_bytes(choose_device(config.device))
-        experiment = build_experiment(
-            config,
-            progress=image_progress(log, shows_bars=listeners.progress),
-            log=log,
-            hooks=hooks,
-            clients_per_block=recorded_clients_per_block(directory.path),
-        )
-        _set_threads(config, directory, experiment, log)
+        experiment = _built(directory, config, replace(listeners, hooks=hooks), log)
         for number, line in enumerate(experiment.unreadable):
             (log if number < MAX_SHOWN else directory.log)(f"left out: {line}")
         for sink in sinks:
-            sink.start(experiment)
+            listeners.call(partial(sink.start, experiment))
         experiment = replace(experiment, data=None)
         start = find(experiment, log)
         run = _Run(
@@ -232,6 +242,32 @@ def _run_in(
     for line in report.lines(result.summary, config):
         directory.log(line)
     return result
+
+
+def _built(
+    directory: RunDirectory, config: ExperimentConfig, listeners: _Listeners, log: Callable[[str], object]
+) -> Experiment:
+    """The experiment, with as many threads to compute with as it should have.
+
+    Where its clients train together with those of other runs, it shares with these what can be shared.
+    """
+    build = partial(
+        build_experiment,
+        config,
+        progress=image_progress(log, shows_bars=listeners.progress),
+        log=log,
+        hooks=listeners.hooks,
+        clients_per_block=recorded_clients_per_block(directory.path),
+    )
+    member = listeners.member
+    if member is None:
+        experiment = build()
+        _set_threads(config, directory, experiment, log)
+        return experiment
+    experiment = member.call(lambda: build(shared=member.shared))
+    member.once("threads", lambda: _set_threads(config, directory, experiment, log))
+    engine = member.join(experiment.federation.engine)
+    return replace(experiment, federation=replace(experiment.federation, engine=engine))
 
 
 def _sinks(directory: RunDirectory, config: ExperimentConfig, listeners: _Listeners) -> list[Sink]:

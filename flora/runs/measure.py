@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -68,7 +67,8 @@ def measure(
     experiment: Experiment, state: ServerState, result: RoundResult | None
 ) -> tuple[RoundRecord, ClientResults | None]:
     """The record of the round that led to `state` (no result: round 0), evaluated if due; the clients' accuracies."""
-    config, started = experiment.config.evaluation, time.perf_counter()
+    config, engine = experiment.config.evaluation, experiment.federation.engine
+    started = engine.seconds()
     is_last = state.round == experiment.config.rounds
     results: dict[str, Any] = {}
     clients: ClientResults | None = None
@@ -80,8 +80,8 @@ def measure(
         sizes = experiment.held_out_sizes
         results |= _figures("client", clients.server, sizes) | _figures("personal", clients.own, sizes)
     measured = result.metrics() if result else {}
-    measured["eval_seconds"] = time.perf_counter() - started
-    measured["peak_memory_bytes"] = peak_memory_bytes(experiment.federation.engine.model.device)
+    measured["eval_seconds"] = engine.seconds() - started
+    measured["peak_memory_bytes"] = peak_memory_bytes(engine.model.device)
     return RoundRecord(
         state.round,
         complete({**results, **measured}),
@@ -129,16 +129,18 @@ def _by_template(experiment: Experiment, stack: tree.State | None) -> dict[str, 
 
 def _evaluate(
     experiment: Experiment, adapters: StateLike | None, features: Features, model: AdaptedClip | None = None
-) -> list[Evaluation]:
+) -> Sequence[Evaluation]:
     """Evaluate adapters `(K, ...)` on `features` in the way that the configuration says."""
-    config, number = experiment.config.evaluation, len(next(iter(adapters.values()))) if adapters else 1
-    return evaluate(
-        model or experiment.federation.engine.model,
-        adapters,
-        features,
-        batch_size=max(1, config.batch_size // number),
-        prediction=config.prediction,
-    )
+    config, engine = experiment.config.evaluation, experiment.federation.engine
+    model = model or engine.model
+
+    def compute(stack: StateLike | None) -> list[Evaluation]:
+        number = len(next(iter(stack.values()))) if stack else 1
+        return evaluate(
+            model, stack, features, batch_size=max(1, config.batch_size // number), prediction=config.prediction
+        )
+
+    return engine.evaluate((id(model), id(features), config.batch_size, config.prediction), adapters, compute)
 
 
 def _mean(accuracies: np.ndarray) -> float | None:

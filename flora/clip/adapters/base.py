@@ -94,6 +94,8 @@ class Adapter(Component):
     """Whether some of its tensors never leave their client."""
     knows_classes: ClassVar[bool] = False
     """Whether it has weights for each class, and so none for classes that it has not seen."""
+    is_large: ClassVar[bool] = False
+    """Whether it is about as large as the model."""
 
     @property
     def changes_images(self) -> bool:
