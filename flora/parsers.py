@@ -123,7 +123,10 @@ def benchmark_parser() -> Parser:
         help="compare numbers of patches that each block of the vision tower merges instead",
     )
     parser.add_argument("--profile", metavar="CONFIG", help="show where the time of a round of an experiment goes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment that --profile names")
+    parser.add_argument("--sweep", metavar="CONFIG", help="time a sweep's runs one after another, and together")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the experiment that --profile names; --sweep's grid"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from flora.benchmark.experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND, measure_experiment
+from flora.benchmark.folding import compare_sweeps
 from flora.benchmark.profile import profile_round
 from flora.benchmark.timing import timed
 from flora.benchmark.tokens import compare_tokens
@@ -198,8 +199,11 @@ def _main(options: argparse.Namespace) -> int:
     if options.profile:
         print("\n".join(profile_round(options.profile, options.overrides)))
         return 0
+    if options.sweep:
+        print("\n".join(compare_sweeps(options.sweep, options.overrides)))
+        return 0
     if options.overrides:
-        raise UserError(f"{options.overrides[0]}: overrides belong to the CONFIG of --profile; see --help")
+        raise UserError(f"{options.overrides[0]}: belongs to the CONFIG of --profile or --sweep; see --help")
     if options.whole:
         print(compare_experiments(setting, repeats=options.repeats))
         return 0
