@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -57,7 +57,9 @@ class Message:
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Message:
-        """The inverse of `pack`; its tensors have memory of their own."""
+        """The inverse of `pack`, an empty message of no bytes; its tensors have memory of their own."""
+        if not len(packed):
+            return cls()
         start = 8 + int(packed[:8].clone().view(torch.int64))
         fields, layout = json.loads(packed[8:start].numpy().tobytes())
         tensors: State = {}
@@ -109,7 +111,8 @@ class Processes:
         """
         if self.size == 1:
             return [message]
-        states, packed = self._meet(WORKING, message.pack())
+        is_empty = message.fields is None and not message.tensors
+        states, packed = self._meet(WORKING, torch.empty(0, dtype=torch.uint8) if is_empty else message.pack())
         if any(state != WORKING for state in states):
             raise _ending(states, packed)
         return [message if rank == self.rank else Message.unpack(each) for rank, each in enumerate(packed)]
@@ -123,6 +126,16 @@ class Processes:
     def anybody(self, says_so: bool) -> bool:
         """Whether one process says so at least."""
         return any(message.fields for message in self.exchange(Message(says_so)))
+
+    @contextmanager
+    def one_first(self, *, if_needed: bool) -> Iterator[None]:
+        """Have one process of each machine do something before the others, for whom it is done then: a download."""
+        waits = if_needed and self.size > 1
+        if waits and self.local_rank:
+            self.exchange(Message())
+        yield
+        if waits and not self.local_rank:
+            self.exchange(Message())
 
     def check_same(self, digest: str, *, when: str) -> None:
         """Raise `UserError` if processes have come to different adapters, by their digests."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.frozen import parameter_count
@@ -17,7 +18,8 @@ from flora.config.rules import check_experiment
 from flora.config.schema import ExperimentConfig
 from flora.core.devices import choose_device
 from flora.core.hooks import Hooks
-from flora.core.progress import Progress
+from flora.core.processes import ALONE, Message, Processes
+from flora.core.progress import Progress, Tell
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.core.states import ClientData, ServerState
@@ -28,7 +30,6 @@ from flora.engine.engine import Engine
 from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of, without_training_images
 from flora.experiment.images import (
     Images,
-    Tell,
     check_classes,
     data_digest,
     features_of_splits,
@@ -93,24 +94,28 @@ def build_experiment(
     log: Callable[[str], object],
     hooks: Hooks | None = None,
     clients_per_block: int | None = None,
+    processes: Processes = ALONE,
 ) -> Experiment:
     """Load the model and the data, run the frozen stems over all images, deal the examples out.
 
     `clients_per_block` is used where the configuration leaves the choice open. `log` is given what a user should know.
-    Raises `UserError` naming the setting or the file.
+    All `processes` of a run do this together. Raises `UserError` naming the setting or the file.
     """
     check_experiment(config)
     rng, tell = Rng(config.seed), Tell(progress, log)
-    images = find_images(config, rng, tell)
+    with processes.one_first(if_needed=getattr(config.data, "download", False)):
+        images = find_images(config, rng, tell)
+        server_data = find_server_data(config, images.data, rng.child("server"), tell)
     data = images.data
-    server_data = find_server_data(config, data, rng.child("server"), tell)
-    models, backbone_parameters, digests = _models(config, images, rng, tell)
+    device = choose_device(config.device, processes)
+    models, backbone_parameters, digests = _models(config, device, images, rng, tell)
     model = models[0]
     by_template = _models_by_template(config, model, tell)
-    (train, test, *new), unreadable = features_of_splits(config, data, model, tell)
+    (train, test, *new), unreadable = features_of_splits(config, data, model, tell, processes)
     digests |= {"data_sha256": data_digest(data), "images_sha256": images_digest([train, test, *new])}
-    clients_per_block = _clients_per_block(config, model, clients_per_block)
-    training = server_training(config, server_data, models, clients_per_block, tell)
+    chosen = _clients_per_block(config, model, clients_per_block, images.num_clients(config), processes.size)
+    clients_per_block = processes.first(lambda: Message(chosen)).fields
+    training = server_training(config, server_data, models, clients_per_block, tell, processes)
     digests |= server_digests(training, server_data)
     log(f"clients in one step: up to {clients_per_block}")
     if not any(each.runs_stem for each in (train, test, *new)):
@@ -130,7 +135,7 @@ def build_experiment(
     )
     if new:
         log(f"{len(new[0]):,} more test images, of {len(images.new_class_names)} new classes")
-    engine = Engine(model, train, clients_per_block, hooks or Hooks(), log)
+    engine = Engine(model, train, clients_per_block, hooks or Hooks(), log, processes)
     federation = replace(_federation(config, engine, clients, roster, rng), server_training=training)
     return Experiment(
         config=config,
@@ -165,10 +170,10 @@ def _initial_adapter(federation: Federation, rng: Rng, log: Callable[[str], obje
 
 
 def _models(
-    config: ExperimentConfig, images: Images, rng: Rng, tell: Tell
+    config: ExperimentConfig, device: torch.device, images: Images, rng: Rng, tell: Tell
 ) -> tuple[list[AdaptedClip], int, dict[str, str]]:
     """The model with the prompts of its classes, and with those of new ones if there are any; its size and digest."""
-    clip = config.backbone.load(choose_device(config.device), rng.child("backbone"))
+    clip = config.backbone.load(device, rng.child("backbone"))
     number = parameter_count(clip.model)
     digests = {"backbone_sha256": state_digest(clip.model.state_dict())}
     precision = config.backbone.precision
@@ -241,10 +246,14 @@ def _check_clients_per_block(config: ExperimentConfig, model: AdaptedClip) -> No
         raise OptionError("clients.per_block", f"expected at most {limit} with this adapter, got {asked}")
 
 
-def _clients_per_block(config: ExperimentConfig, model: AdaptedClip, recorded: int | None) -> int:
-    """As many as are asked for, or as `recorded` of the run so far, or as fit."""
+def _clients_per_block(
+    config: ExperimentConfig, model: AdaptedClip, recorded: int | None, num_clients: int, num_processes: int
+) -> int:
+    """As many as are asked for, or as `recorded` of the run so far, or as fit: with a block for each process."""
     limit, asked = model.adapter.max_clients_per_block, config.clients.per_block
     if asked or recorded:
         return asked or recorded or 1
     chosen = choose_clients_per_block(model, batch_size=config.local.images_per_step)
+    if num_processes > 1:
+        chosen = min(chosen, -(-config.clients.cohort.size_in(1, num_clients) // num_processes))
     return min(chosen, limit or chosen)

@@ -14,7 +14,8 @@ from flora.config.descriptions import check_known, read_descriptions
 from flora.config.rules import below
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
-from flora.core.progress import Progress
+from flora.core.processes import ALONE, Processes
+from flora.core.progress import Tell
 from flora.core.rng import Rng
 from flora.data.augmentation import Augmentation, NoAugmentation
 from flora.data.datasets.base import ImageData, Split, checked_images
@@ -25,14 +26,6 @@ from flora.features.features import Features, StoredFeatures
 from flora.features.live import LiveFeatures, live_features
 from flora.features.loading import load_features
 from flora.features.views import ViewFeatures
-
-
-@dataclass(frozen=True)
-class Tell:
-    """Who is told how far it is, and what a user should know."""
-
-    progress: Progress
-    log: Callable[[str], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +42,10 @@ class Images:
     roster: Roster
     value_range: tuple[float, float] | None
     descriptions: Mapping[str, tuple[str, ...]]
+
+    def num_clients(self, config: ExperimentConfig) -> int:
+        """How many clients there are, if all images can be read."""
+        return len(self.roster.names) if self.roster.names is not None else config.clients.number_training or 1
 
     @property
     def descriptions_digest(self) -> dict[str, str]:
@@ -75,7 +72,7 @@ def find_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
 
 
 def features_of_splits(
-    config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell
+    config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell, processes: Processes = ALONE
 ) -> tuple[list[Features], list[str]]:
     """The features of the splits, and a line for each image that can't be read.
 
@@ -83,7 +80,7 @@ def features_of_splits(
     of views of each is kept.
     """
     splits = {"training": data.train, "test": data.test} | ({"new": data.new} if data.new is not None else {})
-    loader = Loader(config, model, tell, config.data.unreadable == "skip")
+    loader = Loader(config, model, tell, config.data.unreadable == "skip", processes)
     features = loader.load(splits)
     train = loader.changed_at_random("training", config.local.augmentation, features["training"], data.train)
     self_training = config.local.active_self_training
@@ -114,6 +111,7 @@ class Loader:
     model: AdaptedClip
     tell: Tell
     skip_unreadable: bool
+    processes: Processes = ALONE
     problems: list[str] = field(default_factory=list)
 
     def load(self, splits: Mapping[str, Split]) -> dict[str, Features]:
@@ -160,8 +158,8 @@ class Loader:
             self.model,
             cache=self.config.cache,
             skip_unreadable=self.skip_unreadable,
-            progress=self.tell.progress,
-            log=self.tell.log,
+            tell=self.tell,
+            processes=self.processes,
         )
         self.problems += problems
         return loaded

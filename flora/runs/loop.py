@@ -22,10 +22,11 @@ from flora.core.devices import choose_device
 from flora.core.errors import DivergedError, UserError
 from flora.core.hooks import Hooks
 from flora.core.memory import peak_memory_bytes
+from flora.core.processes import ALONE, Processes
 from flora.core.progress import StepBar, bar, image_progress, on_terminal
 from flora.core.records import RoundRecord, Summary
 from flora.core.states import ServerState
-from flora.core.tree import State
+from flora.core.tree import State, state_digest
 from flora.evaluation import summary as report
 from flora.evaluation.metrics import METRICS
 from flora.experiment.build import Experiment, build_experiment
@@ -54,7 +55,8 @@ from flora.runs.resume import (
 from flora.runs.run_directory import RunDirectory
 from flora.runs.saving import Saver
 from flora.runs.sinks import DirectorySink, Finished, RoundBar, RoundLines, Sink
-from flora.runs.threads import choose_threads
+from flora.runs.threads import choose_threads, shared_threads
+from flora.runs.together import shared_config, shared_directory, shared_start
 from flora.server.screening import refusal
 
 # Unreadable images that are named on the terminal; log.txt names all.
@@ -82,18 +84,24 @@ def simulate(
     notes: Sequence[str] = (),
     sinks: Sequence[Sink] = (),
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> RunResult:
     """Run an experiment into a new run directory.
 
     `numbered`: if a run of that name exists, use the first free of name-2, name-3, ...; else that is an error.
     `echo` is given the lines that go to the log, but for `notes`, its first ones. `sinks` are told of the records, as
-    the run directory is. `progress` shows bars where standard error is a terminal. Raises `UserError` for anything that
-    the user can mend; a directory in which not even round 0 was recorded is taken away again.
+    the run directory is. `progress` shows bars where standard error is a terminal. All `processes` of a run call this
+    alike; process 0 alone writes and talks. Raises `UserError` for anything that the user can mend; a directory in
+    which not even round 0 was recorded is taken away again.
     """
+    config = shared_config(processes, lambda: config)
     check_experiment(config)
-    listeners = _Listeners(echo, hooks or Hooks(), tuple(sinks), progress)
+    listeners = _Listeners(echo, hooks or Hooks(), tuple(sinks), progress, processes).of_process()
     before_write = listeners.hooks.before_write
-    directory = RunDirectory.create(config.output, config.name, numbered=numbered, before_write=before_write)
+    directory = shared_directory(
+        processes,
+        lambda: RunDirectory.create(config.output, config.name, numbered=numbered, before_write=before_write),
+    )
     try:
         directory.write_config(config)
         for line in notes:
@@ -115,6 +123,7 @@ def resume(
     accept_lost_records: bool = False,
     sinks: Sequence[Sink] = (),
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> RunResult:
     """Go on with the run in `path` from its newest good checkpoint, as if it had never stopped.
 
@@ -123,12 +132,12 @@ def resume(
     not, unless `accept_lost_records`: then round 0 and the checkpoint's round are measured anew, the others are lost.
     The others are as for `simulate`; `sinks` are told of the records that are still to come.
     """
-    config = resumed_config(Path(path), overrides, echo or (lambda line: None))
+    listeners = _Listeners(echo, hooks or Hooks(), tuple(sinks), progress, processes).of_process()
+    config = shared_config(processes, lambda: resumed_config(Path(path), overrides, echo or (lambda line: None)))
     check_experiment(config)
-    listeners = _Listeners(echo, hooks or Hooks(), tuple(sinks), progress)
-    directory = RunDirectory(Path(path), listeners.hooks.before_write)
+    directory = shared_directory(processes, lambda: RunDirectory(Path(path), listeners.hooks.before_write))
     try:
-        finished = finished_rounds(directory.path)
+        finished = finished_rounds(directory.path) if processes.is_first else None
         if finished is not None and finished >= config.rounds:
             raise UserError(f"{path}: this run is finished, after {finished} rounds; for more of them: rounds=NUMBER")
         checkpoints = CheckpointFolder(directory.path / "checkpoints", listeners.hooks.before_write)
@@ -146,10 +155,7 @@ def resume(
                 client_like=experiment.federation.client_state(initial.adapter),
                 accept_lost_records=accept_lost_records,
             )
-            found = _with_first_and_last_record(experiment, found, directory)
             directory.write_config(config)
-            if config.clients.per_block is None and found.clients_per_block:
-                experiment.federation.engine.clients_per_block = found.clients_per_block
             return found
 
         return _run_in(directory, config, listeners, start)
@@ -165,6 +171,11 @@ class _Listeners:
     hooks: Hooks
     sinks: tuple[Sink, ...]
     progress: bool
+    processes: Processes
+
+    def of_process(self) -> _Listeners:
+        """Who is told in this process: all in process 0, in the others the hooks alone."""
+        return self if self.processes.is_first else replace(self, echo=None, sinks=(), progress=False)
 
 
 def _recorded_metrics(directory: RunDirectory) -> set[str]:
@@ -198,28 +209,36 @@ def _run_in(
             listeners.echo(line)
         directory.log(line)
 
-    threads, steps = torch.get_num_threads(), StepBar()
+    threads, steps, processes = torch.get_num_threads(), StepBar(), listeners.processes
     hooks = Hooks(after_step=steps.show).then(listeners.hooks) if listeners.progress else listeners.hooks
-    sinks = _sinks(directory, config, listeners)
+    sinks = _sinks(directory, config, listeners) if processes.is_first else []
     try:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        asked = config.threads
+        if processes.size > 1:
+            asked = shared_threads(processes, asked or recorded_threads(directory.path))
+        if asked is not None:
+            torch.set_num_threads(asked)
         started = time.perf_counter()
-        memory_before = peak_memory_bytes(choose_device(config.device))
+        memory_before = peak_memory_bytes(choose_device(config.device, processes))
         experiment = build_experiment(
             config,
             progress=image_progress(log, shows_bars=listeners.progress),
             log=log,
             hooks=hooks,
             clients_per_block=recorded_clients_per_block(directory.path),
+            processes=processes,
         )
-        _set_threads(config, directory, experiment, log)
+        if asked is None:
+            _set_threads(directory, experiment, log)
         for number, line in enumerate(experiment.unreadable):
             (log if number < MAX_SHOWN else directory.log)(f"left out: {line}")
         for sink in sinks:
             sink.start(experiment)
         experiment = replace(experiment, data=None)
-        start = find(experiment, log)
+        start = shared_start(processes, lambda: find(experiment, log))
+        if config.clients.per_block is None and start.clients_per_block:
+            experiment.federation.engine.clients_per_block = start.clients_per_block
+        start = _with_first_and_last_record(experiment, start, directory)
         run = _Run(
             experiment, directory, sinks, Saver(experiment, directory, start, started), list(start.records), start.state
         )
@@ -242,14 +261,12 @@ def _sinks(directory: RunDirectory, config: ExperimentConfig, listeners: _Listen
     return [DirectorySink(directory, config), lines, *bars, *listeners.sinks]
 
 
-def _set_threads(
-    config: ExperimentConfig, directory: RunDirectory, experiment: Experiment, log: Callable[[str], object]
-) -> None:
-    """As many threads as the configuration says, as the run so far has had, or as are fastest now."""
+def _set_threads(directory: RunDirectory, experiment: Experiment, log: Callable[[str], object]) -> None:
+    """As many threads as the run so far has had, or as are fastest now."""
     recorded = recorded_threads(directory.path)
-    if config.threads is None and recorded is not None:
+    if recorded is not None:
         torch.set_num_threads(min(recorded, torch.get_num_threads()))
-    elif config.threads is None:
+    else:
         choose_threads(experiment, log)
 
 
@@ -275,6 +292,7 @@ class _Run:
                 clients = self._record(state, None)
             while state.round < experiment.config.rounds:
                 state, result = run_round(experiment.federation, state)
+                self._check_same(state)
                 clients = self._record(state, result)
                 self.saver.after_round(state)
                 experiment.federation.engine.hooks.after_round(self.records[-1], state)
@@ -286,6 +304,12 @@ class _Run:
         if clients is None:  # the run was stopped behind its last round
             clients = measure_clients(experiment, state)
         return self._finish(state, clients, local_only, memory_before)
+
+    def _check_same(self, state: ServerState) -> None:
+        """Raise `UserError` if the processes have come to different states in a round."""
+        processes = self.experiment.federation.engine.processes
+        if processes.size > 1:
+            processes.check_same(state_digest(state.adapter), when=f"round {state.round}")
 
     def _record(self, state: ServerState, result: RoundResult | None) -> ClientResults | None:
         """Measure a round, tell of it, and return what was measured of clients."""
