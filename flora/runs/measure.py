@@ -15,6 +15,7 @@ from flora.core.memory import peak_memory_bytes
 from flora.core.records import Evaluation, RoundRecord
 from flora.core.states import ServerState
 from flora.core.tree import StateLike
+from flora.engine.dealing import ARRAYS
 from flora.evaluation.accuracy import (
     client_accuracies,
     evaluate,
@@ -25,6 +26,7 @@ from flora.evaluation.accuracy import (
 )
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_local_only
 from flora.evaluation.metrics import ServerView, complete, computed
+from flora.evaluation.shares import evaluate_in_shares
 from flora.experiment.build import Experiment
 from flora.features.features import Features
 from flora.federated.round import RoundResult
@@ -130,10 +132,12 @@ def _by_template(experiment: Experiment, stack: tree.State | None) -> dict[str, 
 def _evaluate(
     experiment: Experiment, adapters: StateLike | None, features: Features, model: AdaptedClip | None = None
 ) -> list[Evaluation]:
-    """Evaluate adapters `(K, ...)` on `features` in the way that the configuration says."""
+    """Evaluate adapters `(K, ...)` on `features` in the way that the configuration says, each process a share."""
     config, number = experiment.config.evaluation, len(next(iter(adapters.values()))) if adapters else 1
-    return evaluate(
-        model or experiment.federation.engine.model,
+    engine = experiment.federation.engine
+    return evaluate_in_shares(
+        engine.processes,
+        model or engine.model,
         adapters,
         features,
         batch_size=max(1, config.batch_size // number),
@@ -194,7 +198,7 @@ def _of_blocks(
         part = {name: tensor[places] if len(tensor) == number else tensor for name, tensor in adapters.items()}
         return evaluate_some([clients[place] for place in places], part)
 
-    parts = experiment.federation.engine.in_blocks(range(number), block)
+    parts = experiment.federation.engine.in_blocks(range(number), block, travel=ARRAYS)
     return np.concatenate(list(parts))
 
 
@@ -214,7 +218,15 @@ def _on_held_out(experiment: Experiment, ends: np.ndarray, clients: Sequence[int
 
 def _on_test_images(experiment: Experiment, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
     """Accuracy of `adapters` `(K, ...)` on the common test images, and on those of classes not held, `(K, 2)`."""
-    correct = np.stack([each.correct for each in _evaluate(experiment, adapters, experiment.test)])
+    config, number = experiment.config.evaluation, len(clients)
+    evaluations = evaluate(
+        experiment.federation.engine.model,
+        adapters,
+        experiment.test,
+        batch_size=max(1, config.batch_size // number),
+        prediction=config.prediction,
+    )
+    correct = np.stack([each.correct for each in evaluations])
     unheld = unheld_accuracies(correct, experiment.test.labels.cpu().numpy(), experiment.held_classes[clients])
     return np.stack([correct.mean(axis=1), unheld], axis=1)
 
