@@ -35,6 +35,7 @@ from flora.clip.backbone import Backbone
 from flora.core.command_line import run_program
 from flora.core.errors import UserError
 from flora.core.memory import peak_memory_bytes
+from flora.core.processes import refuse_several
 from flora.engine.gradients import STEPS_BEFORE_RECORDING
 from flora.evaluation.summary import size
 from flora.parsers import benchmark_parser
@@ -186,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
+    refuse_several("flora.benchmark")
     if options.worker:
         print(json.dumps(_work(json.loads(options.worker))))
         return 0

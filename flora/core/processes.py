@@ -172,7 +172,7 @@ class Processes:
     def _say_goodbye(self, error: BaseException | None) -> BaseException | None:
         """Tell the others how this process ended, until all have heard; return what ended one of them, if it did."""
         state = _state_after(error)
-        text = torch.frombuffer(bytearray(_text(error).encode()), dtype=torch.uint8)
+        text = torch.tensor(list(_text(error).encode()), dtype=torch.uint8)
         found: BaseException | None = None
         with suppress(UserError):  # cut off: nobody is left to be told
             while True:
