@@ -36,7 +36,7 @@ class Mischief:
             blocks += 1
             if blocks == self.block + 1:
                 self._happen()
-            if self.kind == "memory" and len(clients) > 2 or self.kind == "memory of one":
+            if (self.kind == "memory" and len(clients) > 2) or self.kind == "memory of one":
                 raise MemoryError
 
         def update(round: int, update: ClientUpdate) -> ClientUpdate:
