@@ -113,7 +113,7 @@ def build_experiment(
     by_template = _models_by_template(config, model, tell)
     (train, test, *new), unreadable = features_of_splits(config, data, model, tell, processes)
     digests |= {"data_sha256": data_digest(data), "images_sha256": images_digest([train, test, *new])}
-    chosen = _clients_per_block(config, model, clients_per_block, images.num_clients(config), processes.size)
+    chosen = _clients_per_block(config, model, clients_per_block, len(images.clients), processes.size)
     clients_per_block = processes.first(lambda: Message(chosen)).fields
     training = server_training(config, server_data, models, clients_per_block, tell, processes)
     digests |= server_digests(training, server_data)
@@ -125,10 +125,11 @@ def build_experiment(
     check_classes(labels, test_labels, images.class_names)
     warn_of_untested_classes(test_labels, images.class_names, log)
     groups = None if data.train.groups is None else data.train.groups[train.split_indices]
-    roster = roster_of(config, groups, rng) if unreadable else images.roster
+    roster, clients = images.roster, images.clients
+    if unreadable:
+        roster, clients = roster_of(config, groups, rng), deal_out(config, labels, groups, rng)
     if roster.profiles is not None:
         digests["network_sha256"] = roster.profiles.digest()
-    clients = deal_out(config, labels, groups, rng)
     log(
         f"{len(labels):,} training and {len(test):,} test images, {len(images.class_names)} classes, "
         f"{len(clients)} clients"

@@ -17,6 +17,7 @@ from flora.core.errors import UserError
 from flora.core.processes import ALONE, Processes
 from flora.core.progress import Tell
 from flora.core.rng import Rng
+from flora.core.states import ClientData
 from flora.data.augmentation import Augmentation, NoAugmentation
 from flora.data.datasets.base import ImageData, Split, checked_images
 from flora.data.value_range import with_one_range
@@ -32,7 +33,8 @@ from flora.features.views import ViewFeatures
 class Images:
     """The images before they were split and after it, how their classes are called, and whom the data name.
 
-    `descriptions` are the sentences of `prompts.descriptions`, by what the classes are called in prompts.
+    `descriptions` are the sentences of `prompts.descriptions`, by what the classes are called in prompts. `clients` are
+    the clients' shares, if all images can be read.
     """
 
     whole: ImageData
@@ -42,10 +44,7 @@ class Images:
     roster: Roster
     value_range: tuple[float, float] | None
     descriptions: Mapping[str, tuple[str, ...]]
-
-    def num_clients(self, config: ExperimentConfig) -> int:
-        """How many clients there are, if all images can be read."""
-        return len(self.roster.names) if self.roster.names is not None else config.clients.number_training or 1
+    clients: Sequence[ClientData]
 
     @property
     def descriptions_digest(self) -> dict[str, str]:
@@ -65,10 +64,10 @@ def find_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
     roster = roster_of(config, data.train.groups, rng)
     class_names, new_names = _class_names(config, data)
     descriptions = _descriptions(config, data, (*class_names, *new_names))
-    _check_labels(config, data, class_names, rng)
+    clients = _dealt_out(config, data, class_names, rng)
     data, value_range = with_one_range(data, config.data.value_range, whole=whole, progress=tell.progress, log=tell.log)
     limits = None if value_range is None else value_range.limits
-    return Images(whole, data, class_names, new_names, roster, limits, descriptions)
+    return Images(whole, data, class_names, new_names, roster, limits, descriptions, clients)
 
 
 def features_of_splits(
@@ -175,11 +174,12 @@ def data_digest(data: ImageData) -> str:
     return digest.hexdigest()
 
 
-def _check_labels(config: ExperimentConfig, data: ImageData, class_names: Sequence[str], rng: Rng) -> None:
-    """Raise `UserError` for what labels alone show to be wrong: before any image is read, not hours later."""
+def _dealt_out(config: ExperimentConfig, data: ImageData, class_names: Sequence[str], rng: Rng) -> list[ClientData]:
+    """Each client's share. Raises `UserError` for what labels alone show to be wrong: before any image is read."""
     check_classes(data.train.labels, data.test.labels, class_names)
     clients = deal_out(config, data.train.labels, data.train.groups, rng)
     ranks_of(config, len(clients), rng.child("ranks"))
+    return clients
 
 
 def check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,12 @@ def _recorded_metrics(directory: RunDirectory) -> set[str]:
 
 
 def _with_first_and_last_record(experiment: Experiment, start: Start, directory: RunDirectory) -> Start:
-    """Measure anew what a summary needs if its record was lost: the frozen model, and the state to go on from."""
+    """Measure anew what a summary needs if its record was lost: the frozen model, and the state to go on from.
+
+    Blocks are as large as they were in the end.
+    """
+    if experiment.config.clients.per_block is None and start.clients_per_block:
+        experiment.federation.engine.clients_per_block = start.clients_per_block
     records = {record.round: record for record in start.records}
     missing = [state for state in (experiment.initial_state(), start.state) if state.round not in records]
     if not missing or not start.state.round:
@@ -213,11 +219,7 @@ def _run_in(
     hooks = Hooks(after_step=steps.show).then(listeners.hooks) if listeners.progress else listeners.hooks
     sinks = _sinks(directory, config, listeners) if processes.is_first else []
     try:
-        asked = config.threads
-        if processes.size > 1:
-            asked = shared_threads(processes, asked or recorded_threads(directory.path))
-        if asked is not None:
-            torch.set_num_threads(asked)
+        has_threads = _set_threads_asked_for(config, directory, processes)
         started = time.perf_counter()
         memory_before = peak_memory_bytes(choose_device(config.device, processes))
         experiment = build_experiment(
@@ -228,17 +230,16 @@ def _run_in(
             clients_per_block=recorded_clients_per_block(directory.path),
             processes=processes,
         )
-        if asked is None:
+        if not has_threads:
             _set_threads(directory, experiment, log)
         for number, line in enumerate(experiment.unreadable):
             (log if number < MAX_SHOWN else directory.log)(f"left out: {line}")
         for sink in sinks:
             sink.start(experiment)
         experiment = replace(experiment, data=None)
-        start = shared_start(processes, lambda: find(experiment, log))
-        if config.clients.per_block is None and start.clients_per_block:
-            experiment.federation.engine.clients_per_block = start.clients_per_block
-        start = _with_first_and_last_record(experiment, start, directory)
+        start = _with_first_and_last_record(
+            experiment, shared_start(processes, partial(find, experiment, log)), directory
+        )
         run = _Run(
             experiment, directory, sinks, Saver(experiment, directory, start, started), list(start.records), start.state
         )
@@ -259,6 +260,16 @@ def _sinks(directory: RunDirectory, config: ExperimentConfig, listeners: _Listen
     echo = None if bars and on_terminal() else listeners.echo  # there the bar shows the rounds
     lines = RoundLines(config.rounds, directory.log, echo)
     return [DirectorySink(directory, config), lines, *bars, *listeners.sinks]
+
+
+def _set_threads_asked_for(config: ExperimentConfig, directory: RunDirectory, processes: Processes) -> bool:
+    """Set as many threads as the configuration says, or as several processes have each; return whether that is said."""
+    asked = config.threads
+    if processes.size > 1:
+        asked = shared_threads(processes, asked or recorded_threads(directory.path))
+    if asked is not None:
+        torch.set_num_threads(asked)
+    return asked is not None
 
 
 def _set_threads(directory: RunDirectory, experiment: Experiment, log: Callable[[str], object]) -> None:
