@@ -117,7 +117,11 @@ def benchmark_parser() -> Parser:
         help="compare numbers of patches that each block of the vision tower merges instead",
     )
     parser.add_argument("--profile", metavar="CONFIG", help="show where the time of a round of an experiment goes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment that --profile names")
+    parser.add_argument(
+        "--processes", metavar="CONFIG", help="compare a process on each core with one process on all of them instead"
+    )
+    parser.add_argument("--planning", action="store_true", help="plan rounds of a million virtual clients instead")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment that CONFIG names")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 
