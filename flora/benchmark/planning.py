@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from flora.client.local_training import LocalTraining
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform
-from flora.core.memory import available_memory_bytes, peak_memory_bytes
+from flora.core.memory import peak_memory_bytes
 from flora.core.rng import Rng
 from flora.core.states import ClientData
 from flora.data.partition import Iid
