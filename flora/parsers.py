@@ -26,7 +26,7 @@ def simulate_parser() -> Parser:
     """Return what `flora simulate` takes."""
     parser = Parser(
         prog="python -m flora.simulate",
-        description="Federated adaptation of a frozen CLIP model, simulated in one process.",
+        description="Federated adaptation of a frozen CLIP model, simulated in one process, or in several by torchrun.",
         epilog="example: python -m flora.simulate experiments/quickstart.yaml rounds=5 clients.number=20",
     )
     parser.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file, then overrides")
