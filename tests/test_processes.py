@@ -232,7 +232,7 @@ def test_no_process_has_more_to_do_than_it_must(costs: list[int], size: int) -> 
 def test_killed_at_random_moments_by_twos_and_resumed_by_any_number(config: str, tmp_path: Path) -> None:
     expected = whole(tmp_path / "whole", config)
     choice = random.Random(5)
-    for attempt in range(30):
+    for attempt in range(12):
         folder, kills = tmp_path / f"attempt {attempt}", 0
         arguments, directory = [config, f"output={folder}"], folder / "run"
         while True:
@@ -246,9 +246,9 @@ def test_killed_at_random_moments_by_twos_and_resumed_by_any_number(config: str,
                 os.kill(victim.pid, signal.SIGKILL)
                 kills += 1
             ends = several.ended(processes, folder)
-            if all(each.status == 0 for each in ends):
+            if (directory / "summary.json").exists():  # whoever is killed now has nothing left to do
                 break
-            assert all(each.status for each in ends if each.status is not None)
+            assert all(each.status for each in ends), ends  # none of them waits, none thinks that all is well
             if (directory / "config.yaml").exists():
                 arguments = ["--resume", str(directory)]
             else:
