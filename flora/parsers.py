@@ -26,7 +26,7 @@ def simulate_parser() -> Parser:
     """Return what `flora simulate` takes."""
     parser = Parser(
         prog="python -m flora.simulate",
-        description="Federated adaptation of a frozen CLIP model, simulated in one process.",
+        description="Federated adaptation of a frozen CLIP model, simulated in one process, or in several by torchrun.",
         epilog="example: python -m flora.simulate experiments/quickstart.yaml rounds=5 clients.number=20",
     )
     parser.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file, then overrides")
@@ -125,7 +125,11 @@ def benchmark_parser() -> Parser:
     parser.add_argument("--profile", metavar="CONFIG", help="show where the time of a round of an experiment goes")
     parser.add_argument("--sweep", metavar="CONFIG", help="time a sweep's runs one after another, and together")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of the experiment that --profile names; --sweep's grid"
+        "--processes", metavar="CONFIG", help="compare a process on each core with one process on all of them instead"
+    )
+    parser.add_argument("--planning", action="store_true", help="plan rounds of a million virtual clients instead")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the experiment that CONFIG names; --sweep's grid"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser

@@ -22,6 +22,7 @@ from flora.sweep import __main__ as sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PROGRAM = r"(\.venv/bin/)?(python|torchrun( --\S+)*) -m flora"
 EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.yaml") if path.parent.name != "descriptions")
 
 
@@ -31,16 +32,19 @@ def commands(text: str) -> Iterator[str]:
         if language not in ("", "bash", "sh"):
             continue
         for line in block.replace("\\\n", " ").splitlines():
-            if re.match(r"(\.venv/bin/)?python -m flora|make ", line.strip()):
+            if re.match(rf"{PROGRAM}|make ", line.strip()):
                 yield line.strip()
     for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
-        if re.match(r"(\.venv/bin/)?python -m flora|make [a-z]", code):
+        if re.match(rf"{PROGRAM}|make [a-z]", code):
             yield " ".join(code.split())
 
 
 def arguments_of(command: str) -> tuple[str, list[str]]:
     words = shlex.split(command, comments=True)
-    return (words[0], words[1:]) if words[0] == "make" else (words[2], words[3:])
+    if words[0] == "make":
+        return words[0], words[1:]
+    start = words.index("-m") + 1
+    return words[start], words[start + 1 :]
 
 
 SHOWN = sorted({command for page in PAGES for command in commands(page.read_text())})
@@ -105,6 +109,8 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(benchmark, "run_variants", lambda setting, *arguments, **options: seen.append(setting))
     monkeypatch.setattr(benchmark, "compare_experiments", lambda setting, **options: seen.append(setting))
     monkeypatch.setattr(benchmark, "profile_round", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(benchmark, "compare_processes", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(benchmark, "compare_planning", lambda setting: seen.append(setting) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "table", lambda results: [])
     return seen
 

@@ -21,7 +21,8 @@ from flora.core.hooks import Hooks
 from flora.core.low_rank import is_residual
 from flora.core.shared import Shared
 from flora.core.tree import StateLike
-from flora.engine.engine import Engine, Item
+from flora.engine.dealing import Item, Travel
+from flora.engine.engine import Engine
 from flora.engine.tasks import ClientResult, ClientTask
 from flora.features.joined import can_be_joined, joined
 
@@ -170,8 +171,12 @@ class SharedEngine(Engine):
         compute: Callable[[Sequence[Item]], Result],
         *,
         setting: str = "evaluation.batch_size",
+        travel: Travel[Result] | None = None,
     ) -> Iterator[Result]:
-        yield from super().in_blocks(items, lambda some: self.member.call(lambda: compute(some)), setting=setting)
+        def in_main_thread(some: Sequence[Item]) -> Result:
+            return self.member.call(lambda: compute(some))
+
+        yield from super().in_blocks(items, in_main_thread, setting=setting, travel=travel)
 
     def evaluate(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.frozen import parameter_count
@@ -17,7 +18,8 @@ from flora.config.rules import check_experiment
 from flora.config.schema import ExperimentConfig
 from flora.core.devices import choose_device
 from flora.core.hooks import Hooks
-from flora.core.progress import Progress
+from flora.core.processes import ALONE, Message, Processes
+from flora.core.progress import Progress, Tell
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.core.shared import Shared
@@ -29,7 +31,6 @@ from flora.engine.engine import Engine
 from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of, without_training_images
 from flora.experiment.images import (
     Images,
-    Tell,
     check_classes,
     data_digest,
     features_key,
@@ -95,22 +96,26 @@ def build_experiment(
     log: Callable[[str], object],
     hooks: Hooks | None = None,
     clients_per_block: int | None = None,
+    processes: Processes = ALONE,
     shared: Shared | None = None,
 ) -> Experiment:
     """Load the model and the data, run the frozen stems over all images, deal the examples out.
 
     `clients_per_block` is used where the configuration leaves the choice open. `log` is given what a user should know.
-    `shared` keeps models, images and features for other experiments of this process that have the same; the frozen
-    stems then stay in memory, too. Raises `UserError` naming the setting or the file.
+    All `processes` of a run do this together. `shared` keeps models, images and features for other experiments of this
+    process that have the same; the frozen stems then stay in memory, too. Raises `UserError` naming the setting or the
+    file.
     """
     check_experiment(config)
     rng, tell = Rng(config.seed), Tell(progress, log)
     known = shared or Shared()
-    images = find_images(config, rng, tell, known)
+    with processes.one_first(if_needed=getattr(config.data, "download", False)):
+        images = find_images(config, rng, tell, known)
+        server_data = find_server_data(config, images.data, rng.child("server"), tell)
     data = images.data
-    server_data = find_server_data(config, data, rng.child("server"), tell)
+    device = choose_device(config.device, processes)
     models, backbone_parameters, models_digests = known.of(
-        _models_key(config, images), lambda: _models(config, images, rng, tell)
+        _models_key(config, device, images), lambda: _models(config, device, images, rng, tell)
     )
     digests = dict(models_digests)
     model = models[0]
@@ -118,11 +123,12 @@ def build_experiment(
         ("by template", id(model), config.evaluation.templates), lambda: _models_by_template(config, model, tell)
     )
     (train, test, *new), unreadable, images_digests = known.of(
-        features_key(config, data, model), lambda: _features(config, data, model, tell)
+        features_key(config, data, model), lambda: _features(config, data, model, tell, processes)
     )
     digests |= images_digests
-    clients_per_block = _clients_per_block(config, model, clients_per_block)
-    training = server_training(config, server_data, models, clients_per_block, tell)
+    chosen = _clients_per_block(config, model, clients_per_block, len(images.clients), processes.size)
+    clients_per_block = processes.first(lambda: Message(chosen)).fields
+    training = server_training(config, server_data, models, clients_per_block, tell, processes)
     digests |= server_digests(training, server_data)
     log(f"clients in one step: up to {clients_per_block}")
     if shared is None and not any(each.runs_stem for each in (train, test, *new)):
@@ -132,17 +138,18 @@ def build_experiment(
     check_classes(labels, test_labels, images.class_names)
     warn_of_untested_classes(test_labels, images.class_names, log)
     groups = None if data.train.groups is None else data.train.groups[train.split_indices]
-    roster = roster_of(config, groups, rng) if unreadable else images.roster
+    roster, clients = images.roster, images.clients
+    if unreadable:
+        roster, clients = roster_of(config, groups, rng), deal_out(config, labels, groups, rng)
     if roster.profiles is not None:
         digests["network_sha256"] = roster.profiles.digest()
-    clients = deal_out(config, labels, groups, rng)
     log(
         f"{len(labels):,} training and {len(test):,} test images, {len(images.class_names)} classes, "
         f"{len(clients)} clients"
     )
     if new:
         log(f"{len(new[0]):,} more test images, of {len(images.new_class_names)} new classes")
-    engine = Engine(model, train, clients_per_block, hooks or Hooks(), log)
+    engine = Engine(model, train, clients_per_block, hooks or Hooks(), log, processes)
     federation = replace(_federation(config, engine, clients, roster, rng), server_training=training)
     return Experiment(
         config=config,
@@ -177,26 +184,26 @@ def _initial_adapter(federation: Federation, rng: Rng, log: Callable[[str], obje
 
 
 def _features(
-    config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell
+    config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell, processes: Processes
 ) -> tuple[list[Features], list[str], dict[str, str]]:
     """The features of the splits, lines about images that can't be read, and the digests of images and labels."""
-    features, unreadable = features_of_splits(config, data, model, tell)
+    features, unreadable = features_of_splits(config, data, model, tell, processes)
     return features, unreadable, {"data_sha256": data_digest(data), "images_sha256": images_digest(features)}
 
 
-def _models_key(config: ExperimentConfig, images: Images) -> Hashable:
+def _models_key(config: ExperimentConfig, device: torch.device, images: Images) -> Hashable:
     """All that the models depend on: the seed too where their weights are random."""
     seed = config.seed if config.backbone.weights == "random" else None
     parts = config.backbone, config.adapter, config.prompts, config.data.templates, config.speed, images.descriptions
     names = images.class_names, images.new_class_names
-    return "models", seed, repr(parts), names, str(choose_device(config.device)), config.evaluation.patches is not None
+    return "models", seed, repr(parts), names, str(device), config.evaluation.patches is not None
 
 
 def _models(
-    config: ExperimentConfig, images: Images, rng: Rng, tell: Tell
+    config: ExperimentConfig, device: torch.device, images: Images, rng: Rng, tell: Tell
 ) -> tuple[list[AdaptedClip], int, dict[str, str]]:
     """The model with the prompts of its classes, and with those of new ones if there are any; its size and digest."""
-    clip = config.backbone.load(choose_device(config.device), rng.child("backbone"))
+    clip = config.backbone.load(device, rng.child("backbone"))
     number = parameter_count(clip.model)
     digests = {"backbone_sha256": state_digest(clip.model.state_dict())}
     precision = config.backbone.precision
@@ -269,10 +276,14 @@ def _check_clients_per_block(config: ExperimentConfig, model: AdaptedClip) -> No
         raise OptionError("clients.per_block", f"expected at most {limit} with this adapter, got {asked}")
 
 
-def _clients_per_block(config: ExperimentConfig, model: AdaptedClip, recorded: int | None) -> int:
-    """As many as are asked for, or as `recorded` of the run so far, or as fit."""
+def _clients_per_block(
+    config: ExperimentConfig, model: AdaptedClip, recorded: int | None, num_clients: int, num_processes: int
+) -> int:
+    """As many as are asked for, or as `recorded` of the run so far, or as fit: with a block for each process."""
     limit, asked = model.adapter.max_clients_per_block, config.clients.per_block
     if asked or recorded:
         return asked or recorded or 1
     chosen = choose_clients_per_block(model, batch_size=config.local.images_per_step)
+    if num_processes > 1:
+        chosen = min(chosen, -(-config.clients.cohort.size_in(1, num_clients) // num_processes))
     return min(chosen, limit or chosen)

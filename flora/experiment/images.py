@@ -14,9 +14,11 @@ from flora.config.descriptions import check_known, read_descriptions
 from flora.config.rules import below
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
-from flora.core.progress import Progress
+from flora.core.processes import ALONE, Processes
+from flora.core.progress import Tell
 from flora.core.rng import Rng
 from flora.core.shared import Shared
+from flora.core.states import ClientData
 from flora.data.augmentation import Augmentation, NoAugmentation
 from flora.data.datasets.base import ImageData, Split, checked_images
 from flora.data.value_range import with_one_range
@@ -28,19 +30,12 @@ from flora.features.loading import load_features
 from flora.features.views import ViewFeatures
 
 
-@dataclass(frozen=True)
-class Tell:
-    """Who is told how far it is, and what a user should know."""
-
-    progress: Progress
-    log: Callable[[str], object]
-
-
 @dataclass(frozen=True, eq=False)
 class Images:
     """The images before they were split and after it, how their classes are called, and whom the data name.
 
-    `descriptions` are the sentences of `prompts.descriptions`, by what the classes are called in prompts.
+    `descriptions` are the sentences of `prompts.descriptions`, by what the classes are called in prompts. `clients` are
+    the clients' shares, if all images can be read.
     """
 
     whole: ImageData
@@ -50,6 +45,7 @@ class Images:
     roster: Roster
     value_range: tuple[float, float] | None
     descriptions: Mapping[str, tuple[str, ...]]
+    clients: Sequence[ClientData]
 
     @property
     def descriptions_digest(self) -> dict[str, str]:
@@ -69,13 +65,13 @@ def find_images(config: ExperimentConfig, rng: Rng, tell: Tell, shared: Shared) 
     roster = roster_of(config, data.train.groups, rng)
     class_names, new_names = _class_names(config, data)
     descriptions = _descriptions(config, data, (*class_names, *new_names))
-    _check_labels(config, data, class_names, rng)
+    clients = _dealt_out(config, data, class_names, rng)
     data, value_range = shared.of(
         ("range", *key),
         lambda: with_one_range(data, config.data.value_range, whole=whole, progress=tell.progress, log=tell.log),
     )
     limits = None if value_range is None else value_range.limits
-    return Images(whole, data, class_names, new_names, roster, limits, descriptions)
+    return Images(whole, data, class_names, new_names, roster, limits, descriptions, clients)
 
 
 def _loaded(config: ExperimentConfig, rng: Rng, tell: Tell) -> tuple[ImageData, ImageData]:
@@ -92,7 +88,7 @@ def features_key(config: ExperimentConfig, data: ImageData, model: AdaptedClip) 
 
 
 def features_of_splits(
-    config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell
+    config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell, processes: Processes = ALONE
 ) -> tuple[list[Features], list[str]]:
     """The features of the splits, and a line for each image that can't be read.
 
@@ -100,7 +96,7 @@ def features_of_splits(
     of views of each is kept.
     """
     splits = {"training": data.train, "test": data.test} | ({"new": data.new} if data.new is not None else {})
-    loader = Loader(config, model, tell, config.data.unreadable == "skip")
+    loader = Loader(config, model, tell, config.data.unreadable == "skip", processes)
     features = loader.load(splits)
     train = loader.changed_at_random("training", config.local.augmentation, features["training"], data.train)
     self_training = config.local.active_self_training
@@ -131,6 +127,7 @@ class Loader:
     model: AdaptedClip
     tell: Tell
     skip_unreadable: bool
+    processes: Processes = ALONE
     problems: list[str] = field(default_factory=list)
 
     def load(self, splits: Mapping[str, Split]) -> dict[str, Features]:
@@ -177,8 +174,8 @@ class Loader:
             self.model,
             cache=self.config.cache,
             skip_unreadable=self.skip_unreadable,
-            progress=self.tell.progress,
-            log=self.tell.log,
+            tell=self.tell,
+            processes=self.processes,
         )
         self.problems += problems
         return loaded
@@ -194,11 +191,12 @@ def data_digest(data: ImageData) -> str:
     return digest.hexdigest()
 
 
-def _check_labels(config: ExperimentConfig, data: ImageData, class_names: Sequence[str], rng: Rng) -> None:
-    """Raise `UserError` for what labels alone show to be wrong: before any image is read, not hours later."""
+def _dealt_out(config: ExperimentConfig, data: ImageData, class_names: Sequence[str], rng: Rng) -> list[ClientData]:
+    """Each client's share. Raises `UserError` for what labels alone show to be wrong: before any image is read."""
     check_classes(data.train.labels, data.test.labels, class_names)
     clients = deal_out(config, data.train.labels, data.train.groups, rng)
     ranks_of(config, len(clients), rng.child("ranks"))
+    return clients
 
 
 def check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:

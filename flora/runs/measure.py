@@ -14,6 +14,7 @@ from flora.core.memory import peak_memory_bytes
 from flora.core.records import Evaluation, RoundRecord
 from flora.core.states import ServerState
 from flora.core.tree import StateLike
+from flora.engine.dealing import ARRAYS
 from flora.evaluation.accuracy import (
     client_accuracies,
     evaluate,
@@ -24,6 +25,7 @@ from flora.evaluation.accuracy import (
 )
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_local_only
 from flora.evaluation.metrics import ServerView, complete, computed
+from flora.evaluation.shares import evaluate_in_shares
 from flora.experiment.build import Experiment
 from flora.features.features import Features
 from flora.federated.round import RoundResult
@@ -130,14 +132,19 @@ def _by_template(experiment: Experiment, stack: tree.State | None) -> dict[str, 
 def _evaluate(
     experiment: Experiment, adapters: StateLike | None, features: Features, model: AdaptedClip | None = None
 ) -> Sequence[Evaluation]:
-    """Evaluate adapters `(K, ...)` on `features` in the way that the configuration says."""
+    """Evaluate adapters `(K, ...)` on `features` in the way that the configuration says, each process a share."""
     config, engine = experiment.config.evaluation, experiment.federation.engine
     model = model or engine.model
 
     def compute(stack: StateLike | None) -> list[Evaluation]:
         number = len(next(iter(stack.values()))) if stack else 1
-        return evaluate(
-            model, stack, features, batch_size=max(1, config.batch_size // number), prediction=config.prediction
+        return evaluate_in_shares(
+            engine.processes,
+            model,
+            stack,
+            features,
+            batch_size=max(1, config.batch_size // number),
+            prediction=config.prediction,
         )
 
     return engine.evaluate((id(model), id(features), config.batch_size, config.prediction), adapters, compute)
@@ -196,7 +203,7 @@ def _of_blocks(
         part = {name: tensor[places] if len(tensor) == number else tensor for name, tensor in adapters.items()}
         return evaluate_some([clients[place] for place in places], part)
 
-    parts = experiment.federation.engine.in_blocks(range(number), block)
+    parts = experiment.federation.engine.in_blocks(range(number), block, travel=ARRAYS)
     return np.concatenate(list(parts))
 
 
@@ -216,7 +223,15 @@ def _on_held_out(experiment: Experiment, ends: np.ndarray, clients: Sequence[int
 
 def _on_test_images(experiment: Experiment, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
     """Accuracy of `adapters` `(K, ...)` on the common test images, and on those of classes not held, `(K, 2)`."""
-    correct = np.stack([each.correct for each in _evaluate(experiment, adapters, experiment.test)])
+    config, number = experiment.config.evaluation, len(clients)
+    evaluations = evaluate(
+        experiment.federation.engine.model,
+        adapters,
+        experiment.test,
+        batch_size=max(1, config.batch_size // number),
+        prediction=config.prediction,
+    )
+    correct = np.stack([each.correct for each in evaluations])
     unheld = unheld_accuracies(correct, experiment.test.labels.cpu().numpy(), experiment.held_classes[clients])
     return np.stack([correct.mean(axis=1), unheld], axis=1)
 

@@ -43,9 +43,12 @@ class RunDirectory:
     def __init__(self, path: Path, before_write: Callable[[Path], object] = lambda path: None) -> None:
         self.path = path
         self._before_write = before_write
-        self._lock = lock_file(path / "lock")
+        self._lock = self._locked()
         self._records_bytes = 0
         self._records_sha256 = hashlib.sha256()
+
+    def _locked(self) -> IO[bytes] | None:
+        return lock_file(self.path / "lock")
 
     @classmethod
     def create(

@@ -28,6 +28,7 @@ from flora.core.command_line import run_program, split_arguments
 from flora.core.errors import UserError
 from flora.core.files import write_whole
 from flora.core.interrupts import Interrupted, Interrupts
+from flora.core.processes import refuse_several
 from flora.core.registry import suggest
 from flora.parsers import sweep_parser
 from flora.report.curves import draw_curves, undrawn
@@ -126,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
+    refuse_several("flora.sweep")
     configs, axes = split_arguments(options.arguments)
     grid = combinations(configs, axes)
     if not configs:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from flora.config.schema import ExperimentConfig
@@ -65,8 +64,6 @@ def bring_to_their_end(configs: Sequence[ExperimentConfig], hooks: Hooks) -> Out
     if len(configs) == 1:
         _bring_to_its_end(configs[0], hooks)
         return {configs[0].name: None}
-    if configs[0].threads is not None:
-        torch.set_num_threads(configs[0].threads)
     works = [partial(_bring_to_its_end, config, Hooks()) for config in configs]
     errors = Together(hooks).run(works)
     names = [config.name for config in configs]
