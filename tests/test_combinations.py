@@ -71,6 +71,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "local.optimizer_state=kept": {"local": {"optimizer_state": "kept"}},
     "local.schedule=cosine": {"local": {"schedule": {"name": "cosine", "warmup_rounds": 1}}},
     "local.clip_norm": {"local": {"clip_norm": 0.5}},
+    "evaluation.auroc": {"evaluation": {"auroc": True}},
     "local.steps": {"local": {"steps": 2}},
     "server.screening=clip": {"server": {"screening": {"policy": "clip", "max_norm_ratio": 1.5}}},
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},

@@ -34,6 +34,8 @@ FILES = {
     "prompts.json",
     "rounds.jsonl",
     "clients.csv",
+    "confusion.csv",
+    "reliability.csv",
     "adapter.safetensors",
     "summary.json",
     "log.txt",

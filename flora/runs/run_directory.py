@@ -243,6 +243,10 @@ class RunDirectory:
         """Write `clients.csv`, a row a client; a missing result is an empty cell."""
         self._write("clients.csv", _csv(list(columns), zip(*columns.values(), strict=True)))
 
+    def write_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Write a CSV file."""
+        self._write(name, _csv(columns, rows))
+
     def write_summary(self, summary: Summary) -> None:
         """Write `summary.json`, the last file of a finished run."""
         self._write_json("summary.json", dict(summary.figures))
