@@ -178,7 +178,7 @@ def test_domains(raw_config: dict[str, Any], tmp_path: Path) -> None:
         path = tmp_path / "images" / client / kind / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(path)
-    data = {"name": "folder", "root": str(tmp_path / "images"), "groups": "folder", "test_fraction": 0.5}
+    data = {"name": "image_folder", "root": str(tmp_path / "images"), "groups": "folder", "test_fraction": 0.5}
     result = simulate(
         parse_config({**raw_config, "data": data, "partition": "natural", "clients": {"number": None}, "rounds": 1})
     )

@@ -181,7 +181,7 @@ def test_the_adapter(run: RunResult) -> None:
 def test_the_clients(run: RunResult) -> None:
     with (run.directory / "clients.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    promised = {"client", "num_train", "num_held_out", "num_rounds", "accuracy", "test_accuracy",
+    promised = {"client", "num_train", "num_held_out", "num_rounds", "accuracy", "loss", "test_accuracy",
                 "local_only_accuracy", "local_only_held_out_accuracy"}  # fmt: skip
     assert list(rows[0]) == [name for name, _ in CLIENT_COLUMNS if name in promised]
     partition = read_json(run, "partition.json")["clients"]
@@ -316,6 +316,8 @@ def write_everything(directory: RunDirectory, name: str) -> None:
         directory.append_round(RECORD)
     elif name == "clients.csv":
         directory.write_clients({"client": [0], "accuracy": [""]})
+    elif name in ("confusion.csv", "reliability.csv"):
+        directory.write_table(name, ["label"], [["a"]])
     elif name == "adapter.safetensors":
         directory.write_adapter({"a": torch.zeros(3)}, config)
     else:
