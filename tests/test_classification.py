@@ -160,9 +160,10 @@ def test_a_run_that_was_stopped_behind_its_last_round_has_the_same_tables(
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("flora.runs.loop.last_tables", stop)
-        simulate(parse_config({**raw, "name": "stopped"}))
+        with pytest.raises(KeyboardInterrupt):
+            simulate(parse_config({**raw, "name": "stopped"}))
     stopped = Path(raw["output"]) / "stopped"
     assert not (stopped / "confusion.csv").exists()
     resume(stopped)

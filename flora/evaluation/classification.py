@@ -1,4 +1,4 @@
-"""Figures of merit of a classifier: confusion matrix, macro F1, top-k, AUROC, and how far its confidence can be trusted.
+"""Figures of merit of a classifier: confusion matrix, macro F1, top-k, AUROC, and how far to trust its confidence.
 
 `labels` and `predicted` `(N,)` are classes, numbered from 0.
 """
