@@ -7,13 +7,12 @@ from flora.parsers import first_look
 if __name__ == "__main__":
     first_look("export")  # what is imported from here on takes seconds
 
-import dataclasses
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,15 @@ import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.backbone import EXPORT_METADATA
-from flora.clip.frozen import FrozenClip
 from flora.clip.prediction import PLAIN
 from flora.clip.towers.tokens import AllTokens, TokenReduction
-from flora.config.overrides import apply_overrides
-from flora.config.parse import config_to_dict, parse_config, read_yaml
-from flora.config.schema import ExperimentConfig
 from flora.core.command_line import run_program
 from flora.core.errors import UserError
-from flora.core.files import open_regular, write_whole
-from flora.core.registry import OptionError, suggest
+from flora.core.files import write_whole
 from flora.core.rng import Rng
-from flora.core.tree import State, fits, is_finite, state_digest
+from flora.core.tree import State
 from flora.parsers import export_parser
-from flora.runs.checkpoints import CheckpointFolder
-from flora.runs.run_directory import ADAPTER_FORMAT, read_json
+from flora.runs.finished import read_run
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -62,116 +55,29 @@ class MergedModel:
     """Whether the run predicted with more than the adapted model's own logits."""
 
 
-def read_adapter(path: Path) -> tuple[State, dict[str, Any]]:
-    """The tensors of an `adapter.safetensors`, verified, and what it says that they belong to.
-
-    Raises `UserError` if it is missing, damaged, something else, or not finite.
-    """
-    try:
-        open_regular(path).close()
-        with safetensors.safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get("flora", "{}"))
-            if not isinstance(description, dict) or description.get("format") != ADAPTER_FORMAT:
-                raise UserError(f"{path}: not an adapter of this program (format {ADAPTER_FORMAT})")
-            adapter = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged: {' '.join(str(error).split())}") from None
-    if state_digest(adapter) != description.get("sha256"):
-        raise UserError(f"{path}: its numbers are not those that the run wrote (SHA-256)")
-    if not is_finite(adapter):
-        raise UserError(f"{path}: its numbers are not finite: the run has diverged")
-    return adapter, description
-
-
 def merged_model(run: Path, client: str | None = None, overrides: Sequence[str] = ()) -> MergedModel:
     """Merge a finished run's adapter into its backbone: the server's, or the own one of a client, by its name or id.
 
     `overrides` (`backbone.weights=...`) say where things are now. Raises `UserError` if the run's files are missing,
     damaged or don't belong together, or if the client has no adapter of its own.
     """
-    adapter, description = read_adapter(run / "adapter.safetensors")
-    config = _config(run, description, overrides)
-    clip = _backbone(run, config)
+    finished = read_run(run, overrides)
+    config = finished.config
+    clip = finished.load_backbone(torch.device("cpu"), "fp32")
     state_dict = dict(clip.model.state_dict())
     attached = config.adapter.attach(clip)
     if not attached.mergeable:
         raise UserError(f"{run}: its adapter works beside the model, and OpenCLIP's weights have no place for it")
-    expected = config.server.strategy.initial(attached.initial_state(Rng(0)))
-    if config.backbone.precision == "fp64":
-        expected = {name: tensor.double() for name, tensor in expected.items()}
-    if expected.keys() != adapter.keys() or not all(fits(adapter[name], expected[name]) for name in expected):
-        raise UserError(f"{run / 'adapter.safetensors'}: doesn't fit the adapter that config.yaml describes")
-    if client is not None and not config.communication.broadcast.is_identity:
-        raise UserError(f"{run}: its broadcast is quantised: no client has the server's adapter as this run keeps it")
-    if client is not None:
-        adapter = dict(attached.models({**adapter, **_own_tensors(run, client)})[-1])
+    finished.check_fits(attached.initial_state(Rng(0)))
     named = Path(config.backbone.model)
     return MergedModel(
         backbone=str(named.resolve()) if named.exists() else config.backbone.model,
-        weights=attached.merged_state_dict(state_dict, adapter),
+        weights=attached.merged_state_dict(state_dict, finished.adapter_of(client, attached)),
         model_cfg={key: value for key, value in clip.config.items() if key != "open_clip"},
         preprocess_cfg=dict(clip.preprocess_settings),
         tokens=clip.tokens,
         is_fused=config.evaluation.prediction != PLAIN,
     )
-
-
-def _config(run: Path, description: Mapping[str, Any], overrides: Sequence[str]) -> ExperimentConfig:
-    """The run's configuration, changed by `overrides`; its own must be that which its adapter was written with."""
-    stored = read_yaml(run / "config.yaml")
-    try:
-        as_stored = config_to_dict(parse_config(stored, is_complete=True))
-        parts = ("adapter", "backbone", "prompts")
-        described = {**stored, **{key: description.get(key) for key in parts}}
-        written = config_to_dict(parse_config(described, is_complete=True))
-        for key in parts:
-            if as_stored[key] != written[key]:
-                raise UserError(f"{run}: `{key}` in config.yaml is not what its adapter was trained with")
-        apply_overrides(stored, overrides, ExperimentConfig)
-        return parse_config(stored, is_complete=True)
-    except OptionError as error:
-        raise UserError(f"{run / 'config.yaml'}: {error}") from None
-
-
-def _backbone(run: Path, config: ExperimentConfig) -> FrozenClip:
-    """The run's backbone in fp32 on the CPU. Raises `UserError` if its weights are not those that the run had."""
-    recorded = read_json(run / "environment.json")
-    if not isinstance(recorded, dict) or not isinstance(recorded.get("backbone_sha256"), str):
-        raise UserError(f"{run / 'environment.json'}: missing or damaged")
-    # The same stream as in the run, in case that its backbone had random weights.
-    device, rng = torch.device("cpu"), Rng(config.seed).child("backbone")
-    clip = config.backbone.load(device, rng)
-    if state_digest(clip.model.state_dict()) != recorded["backbone_sha256"]:
-        raise UserError(f"{run}: the backbone's weights are not those that the run was made with (SHA-256)")
-    if config.backbone.precision == "fp32":
-        return clip
-    return dataclasses.replace(config.backbone, precision="fp32").load(device, rng)
-
-
-def _own_tensors(run: Path, client: str) -> State:
-    """Return what of its adapter a client kept for itself until the run's last checkpoint."""
-    checkpoints, index = CheckpointFolder(run / "checkpoints"), _client_id(run, client)
-    rounds = checkpoints.rounds()
-    own = checkpoints.client(rounds[0], index).own if rounds else {}
-    if not own:
-        raise UserError(f"{run}: client {client} has kept no adapter of its own in this run")
-    return own
-
-
-def _client_id(run: Path, client: str) -> int:
-    """The id of the client of this name or, where there is none, of this id. Raises `UserError` if there is neither."""
-    partition = read_json(run / "partition.json")
-    try:
-        names = [each.get("name", str(index)) for index, each in enumerate(partition["clients"])]
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{run / 'partition.json'}: missing or damaged") from None
-    if client in names:
-        return names.index(client)
-    if client.isdecimal() and int(client) < len(names):
-        return int(client)
-    raise UserError(f"{run}: there is no client {client!r}; {suggest(client, names)}")
 
 
 def write_model(model: MergedModel, path: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.clip.frozen import parameter_count
+from flora.clip.frozen import FrozenClip, parameter_count
 from flora.clip.towers.text import with_classes
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.participation import Participation
@@ -173,28 +173,41 @@ def _models(
     digests = {"backbone_sha256": state_digest(clip.model.state_dict())}
     precision = config.backbone.precision
     tell.log(f"{clip.architecture.name}: {number:,} frozen parameters on {clip.device}, {precision}")
+    models = adapted_models(config, clip, (images.class_names, images.new_class_names), images.descriptions)
+    _warn_of_cut_prompts(models, tell)
+    _check_clients_per_block(config, models[0])
+    if not models[0].text.is_cut_at_end:
+        tell.log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
+    return models, number, digests | images.descriptions_digest
+
+
+def adapted_models(
+    config: ExperimentConfig,
+    clip: FrozenClip,
+    groups: Sequence[Sequence[str]],
+    descriptions: Mapping[str, Sequence[str]],
+) -> list[AdaptedClip]:
+    """The model with the configuration's adapter and the prompts of each of `groups` of class names that isn't empty.
+
+    All share the adapter. `descriptions` are more sentences for some classes, by their names.
+    """
     given = config.prompts.templates or config.data.templates
     clip = replace(clip, reads_patches=config.evaluation.patches is not None)
-    clip = with_classes(clip, (images.class_names, images.new_class_names), given)
+    clip = with_classes(clip, groups, given)
     adapter = config.adapter.attach(clip)
     templates = config.adapter.templates(given)
-    models = [
+    return [
         AdaptedClip(
             clip,
             adapter,
             class_names=names,
             templates=templates,
             speed=config.speed,
-            descriptions={name: images.descriptions[name] for name in names if name in images.descriptions},
+            descriptions={name: descriptions[name] for name in names if name in descriptions},
         )
-        for names in (images.class_names, images.new_class_names)
+        for names in groups
         if names
     ]
-    _warn_of_cut_prompts(models, tell)
-    _check_clients_per_block(config, models[0])
-    if not models[0].text.is_cut_at_end:
-        tell.log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
-    return models, number, digests | images.descriptions_digest
 
 
 def _models_by_template(config: ExperimentConfig, model: AdaptedClip, tell: Tell) -> dict[str, AdaptedClip]:

@@ -61,17 +61,41 @@ class Images:
 
 def find_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
     """Find the images, split them, and check all that can be checked of them before the model is loaded."""
+    images = _split_images(config, rng, tell)
+    images = replace(images, roster=roster_of(config, images.data.train.groups, rng))
+    _check_labels(config, images.data, images.class_names, rng)
+    return _with_one_range(config, images, tell)
+
+
+def find_test_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
+    """Find the images and split them as `find_images` does, for evaluation alone: nobody is dealt any.
+
+    Raises `UserError` if there are no two classes, or no test images.
+    """
+    images = _split_images(config, rng, tell)
+    if len(images.class_names) < 2:
+        raise UserError(f"data: {images.class_names[0]!r} is the only class: there is nothing to tell it from")
+    if not len(images.data.test):
+        raise UserError("data: there are no test images")
+    return _with_one_range(config, images, tell)
+
+
+def _split_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
     whole = checked_images("data", config.data, config.data.load_with_progress(rng.child("data"), tell.progress))
     data = checked_images("split", config.split, config.split.split(whole, rng.child("split")))
     for line in whole.remarks:
         tell.log(f"warning: {line}")
-    roster = roster_of(config, data.train.groups, rng)
     class_names, new_names = _class_names(config, data)
     descriptions = _descriptions(config, data, (*class_names, *new_names))
-    _check_labels(config, data, class_names, rng)
-    data, value_range = with_one_range(data, config.data.value_range, whole=whole, progress=tell.progress, log=tell.log)
-    limits = None if value_range is None else value_range.limits
-    return Images(whole, data, class_names, new_names, roster, limits, descriptions)
+    return Images(whole, data, class_names, new_names, Roster(None, None), None, descriptions)
+
+
+def _with_one_range(config: ExperimentConfig, images: Images, tell: Tell) -> Images:
+    """The images with those of more than 8 bits scaled by one range, if there are any."""
+    data, value_range = with_one_range(
+        images.data, config.data.value_range, whole=images.whole, progress=tell.progress, log=tell.log
+    )
+    return replace(images, data=data, value_range=None if value_range is None else value_range.limits)
 
 
 def features_of_splits(

@@ -281,6 +281,23 @@ class RunDirectory:
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
 
 
+def write_json_beside(folder: Path, name: str, content: Any, *, numbered: bool) -> Path:
+    """Write a new JSON file into a folder of a run, which is made if it is not there; return its path.
+
+    `numbered`: if there is one of that name, use the first free of name-2, name-3, ...; else that is a `UserError`.
+    """
+    path = folder / name
+    try:
+        folder.mkdir(exist_ok=True)
+        path = free_name(folder, name) if numbered else path
+        if path.exists():
+            raise UserError(f"{path}: exists already")
+        write_whole(path, _encode(_json(content, 2)))
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+    return path
+
+
 def read_json(path: Path) -> Any:
     """The content of a file; None if it is not there, or damaged."""
     try:
