@@ -95,7 +95,7 @@ def predict_parser() -> Parser:
     parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/own_images")
     parser.add_argument(
         "arguments",
-        nargs="*",
+        nargs="+",
         metavar="IMAGE_OR_FOLDER [key=value]",
         help="images, or folders with images anywhere below; settings of the run that say where things are now",
     )
