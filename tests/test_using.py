@@ -155,7 +155,7 @@ def test_classes_that_nobody_trained_on(run: Path, images: Path, tmp_path: Path,
     content = predicted(capsys, str(run), image, "--classes", "tractor, barn,field,sky", "--top", "4")
     assert content["classes"] == ["tractor", "barn", "field", "sky"]
     (answer,) = content["predictions"]
-    assert list(answer["probabilities"])[0] == answer["predicted"] and len(answer["probabilities"]) == 4
+    assert next(iter(answer["probabilities"])) == answer["predicted"] and len(answer["probabilities"]) == 4
     names = tmp_path / "names.txt"
     names.write_text("tractor\nbarn\n\nfield\nsky\n")
     assert predicted(capsys, str(run), image, "--classes", str(names), "--top", "4") == content
