@@ -17,13 +17,14 @@ import safetensors.torch
 import torch
 import yaml
 
+from flora.clip.adapters.files import ADAPTER_FORMAT
 from flora.config.parse import config_to_dict, parse_config
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.records import RoundRecord
 from flora.evaluation.metrics import FIGURES, METRICS, complete
 from flora.runs.measure import CLIENT_COLUMNS
-from flora.runs.run_directory import ADAPTER_FORMAT, RunDirectory
+from flora.runs.run_directory import RunDirectory
 from flora.simulate import RunResult, simulate
 
 FILES = {

@@ -285,6 +285,12 @@ RULES: tuple[Rule, ...] = (
         f"{_SYNCHRONOUS} is used with clients' own ranks, and needs what each of them began with",
     ),
     Rule(
+        "adapter.start",
+        "an adapter to begin from needs a strategy that does not start anew each round (flora_stacking)",
+        lambda c: isinstance(c.adapter, Lora) and c.adapter.start is not None and c.server.strategy.restarts,
+        "expected none, because {strategy} starts anew each round",
+    ),
+    Rule(
         "server.strategy",
         "a server that trains by itself (server.synthetic, distillation, text_rounds) needs a strategy and an adapter "
         "of which no tensor stays with its client, without a residual, and that do not start anew each round",

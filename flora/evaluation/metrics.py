@@ -317,6 +317,24 @@ declare(
 )
 declare(
     Metric(
+        "start_accuracy",
+        "in round 0: accuracy of the adapter that `adapter.start` names",
+        "fraction",
+        "server",
+        (
+            Figure(
+                "start_accuracy",
+                "accuracy of the adapter that `adapter.start` names",
+                "fraction",
+                first("start_accuracy"),
+                None,
+                "at the start",
+            ),
+        ),
+    )
+)
+declare(
+    Metric(
         "distillation_loss",
         "mean loss of the steps in which the server learned what the cohort says of public images",
         "number",

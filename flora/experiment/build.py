@@ -36,6 +36,7 @@ from flora.experiment.images import (
     warn_of_untested_classes,
 )
 from flora.experiment.server_training import find_server_data, server_digests, server_training
+from flora.experiment.start import starting_adapter
 from flora.features.features import Features, images_digest
 from flora.features.views import move_if_they_fit
 from flora.federated.federation import Federation, ServerParts
@@ -81,6 +82,11 @@ class Experiment:
         holds[owners, labels[np.concatenate(examples)]] = True
         return holds
 
+    @property
+    def has_start(self) -> bool:
+        """Whether the adapter begins from a file."""
+        return "start_sha256" in self.digests
+
     def initial_state(self) -> ServerState:
         """The server before the first round."""
         return self.federation.initial_state(self.initial_adapter)
@@ -107,6 +113,8 @@ def build_experiment(
     models, backbone_parameters, digests = _models(config, images, rng, tell)
     model = models[0]
     by_template = _models_by_template(config, model, tell)
+    start = starting_adapter(config, model)
+    digests |= {"start_sha256": state_digest(start)} if start else {}
     (train, test, *new), unreadable = features_of_splits(config, data, model, tell)
     digests |= {"data_sha256": data_digest(data), "images_sha256": images_digest([train, test, *new])}
     clients_per_block = _clients_per_block(config, model, clients_per_block)
@@ -139,7 +147,7 @@ def build_experiment(
         held_out=train.subset(np.concatenate([client.held_out for client in clients])),
         held_out_sizes=np.array([len(client.held_out) for client in clients]),
         class_names=images.class_names,
-        initial_adapter=_initial_adapter(federation, rng, log),
+        initial_adapter=_initial_adapter(federation, start, rng, log),
         backbone_parameters=backbone_parameters,
         unreadable=tuple(unreadable),
         digests=digests,
@@ -152,9 +160,9 @@ def build_experiment(
     )
 
 
-def _initial_adapter(federation: Federation, rng: Rng, log: Callable[[str], object]) -> State:
-    """The adapter that the server starts from, after what it trains before round 1."""
-    adapter = federation.engine.model.initial_adapter(rng.child("adapter"))
+def _initial_adapter(federation: Federation, start: State, rng: Rng, log: Callable[[str], object]) -> State:
+    """The adapter that the server starts from, `start` in it, after what it trains before round 1."""
+    adapter = {**federation.engine.model.initial_adapter(rng.child("adapter")), **start}
     synthetic = federation.server_training.synthetic
     if synthetic is None:
         return adapter

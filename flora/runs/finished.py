@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 
 from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.adapters.files import read_adapter
 from flora.clip.frozen import FrozenClip
 from flora.config.overrides import apply_overrides, override_key
 from flora.config.parse import config_to_dict, parse_config, read_yaml
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import ConfigError, UserError
-from flora.core.files import open_regular
 from flora.core.registry import OptionError, suggest
 from flora.core.rng import Rng
-from flora.core.tree import State, StateLike, fits, is_finite, state_digest
+from flora.core.tree import State, StateLike, fits, state_digest
 from flora.runs.checkpoints import CheckpointFolder
 from flora.runs.resume import TRACES, finished_rounds
-from flora.runs.run_directory import ADAPTER_FORMAT, read_json
+from flora.runs.run_directory import read_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,29 +153,6 @@ def check_overrides(overrides: Sequence[str], allowed: Sequence[str]) -> None:
             raise ConfigError(
                 f"command line: {key}: a finished run stays what it is; expected one of {', '.join(allowed)}"
             )
-
-
-def read_adapter(path: Path) -> tuple[State, dict[str, Any]]:
-    """The tensors of an `adapter.safetensors`, verified, and what it says that they belong to.
-
-    Raises `UserError` if it is missing, damaged, something else, or not finite.
-    """
-    try:
-        open_regular(path).close()
-        with safetensors.safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get("flora", "{}"))
-            if not isinstance(description, dict) or description.get("format") != ADAPTER_FORMAT:
-                raise UserError(f"{path}: not an adapter of this program (format {ADAPTER_FORMAT})")
-            adapter = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged: {' '.join(str(error).split())}") from None
-    if state_digest(adapter) != description.get("sha256"):
-        raise UserError(f"{path}: its numbers are not those that the run wrote (SHA-256)")
-    if not is_finite(adapter):
-        raise UserError(f"{path}: its numbers are not finite: the run has diverged")
-    return adapter, description
 
 
 def _config(run: Path, description: Mapping[str, Any], overrides: Sequence[str]) -> ExperimentConfig:

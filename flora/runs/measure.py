@@ -114,9 +114,11 @@ def _measure_server(experiment: Experiment, state: ServerState, evaluation: Eval
     labels = experiment.test.labels.cpu().numpy()
     results = computed(ServerView(state, evaluation, labels, experiment.class_names, experiment.test_domains))
     results["unheld_accuracy"] = _mean(unheld_accuracies(evaluation.correct[None], labels, experiment.held_classes))
-    if not state.round and experiment.federation.server_training.synthetic is not None:
-        warm = tree.expand(experiment.initial_adapter, 1)
-        results["warm_up_accuracy"] = _evaluate(experiment, warm, experiment.test)[0].accuracy
+    is_warm = experiment.federation.server_training.synthetic is not None
+    if not state.round and (is_warm or experiment.has_start):
+        begun = tree.expand(experiment.initial_adapter, 1)
+        name = "warm_up_accuracy" if is_warm else "start_accuracy"
+        results[name] = _evaluate(experiment, begun, experiment.test)[0].accuracy
     if experiment.by_template:
         results |= _by_template(experiment, stack)
     if state.round and not experiment.federation.communication.broadcast.is_identity:

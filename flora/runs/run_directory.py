@@ -18,6 +18,7 @@ from typing import IO, Any
 import safetensors.torch
 import yaml
 
+from flora.clip.adapters.files import ADAPTER_FORMAT
 from flora.config.parse import config_to_dict
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import DivergedError, UserError
@@ -29,8 +30,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
-
-ADAPTER_FORMAT = "flora-adapter-1"
 
 
 class RunDirectory:
