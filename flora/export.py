@@ -1,4 +1,4 @@
-"""`python -m flora.export RUN FOLDER`: a run's adapter merged into its backbone, as a model that OpenCLIP loads."""
+"""`python -m flora.export RUN FOLDER`: a run's adapter, merged into its backbone or by itself, as others load it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,19 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from PIL import Image
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.clip.backbone import EXPORT_METADATA
+from flora.clip import huggingface
+from flora.clip.adapters.files import peft_files
+from flora.clip.adapters.lora import Lora
+from flora.clip.backbone import EXPORT_METADATA, plain_model, vocabulary
 from flora.clip.prediction import PLAIN
 from flora.clip.towers.tokens import AllTokens, TokenReduction
 from flora.core.command_line import run_program
 from flora.core.errors import UserError
 from flora.core.files import write_whole
+from flora.core.registry import name_of
 from flora.core.rng import Rng
 from flora.core.tree import State
 from flora.parsers import export_parser
@@ -80,32 +86,93 @@ def merged_model(run: Path, client: str | None = None, overrides: Sequence[str] 
     )
 
 
+def load_adapted(
+    run: str | Path, *, client: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor], Callable[..., torch.Tensor]]:
+    """Return a finished run's model as plain OpenCLIP, with its adapter merged in, its preprocessing and its tokenizer.
+
+    `client` and `overrides` are as for `merged_model`, and so are the errors. What a run does beside the model
+    (`evaluation.fusion`, `evaluation.patches`, `backbone.tokens`) is no part of it.
+    """
+    model = merged_model(Path(run), client, overrides)
+    return plain_model(model.model_cfg, model.preprocess_cfg, model.weights)
+
+
 def write_model(model: MergedModel, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a folder that OpenCLIP loads by itself, or one `.safetensors` file with its settings in the metadata.
 
     Raises `UserError` if it can't be written, or is there already; nothing half-written stays behind.
     """
     settings = {"model_cfg": model.model_cfg, "preprocess_cfg": model.preprocess_cfg}
-    weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.weights.items()}
-    content = safetensors.torch.save(weights, metadata={EXPORT_METADATA: json.dumps(settings)})
+    metadata = {EXPORT_METADATA: json.dumps(settings)}
+    content = safetensors.torch.save(huggingface.in_type(model.weights, dtype), metadata=metadata)
+    if path.suffix != ".safetensors":
+        write_folder(path, {"open_clip_config.json": huggingface.as_json(settings), WEIGHTS_NAME: content})
+        return
     if path.exists():
         raise UserError(f"{path}: exists already")
     try:
-        if path.suffix == ".safetensors":
-            write_whole(path, content)
-            return
-        part = path.with_name(f"{path.name}.part")
+        write_whole(path, content)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder with `files`, by name, whole or not at all. Raises `UserError` if it can't be written."""
+    if path.exists():
+        raise UserError(f"{path}: exists already")
+    part = path.with_name(f"{path.name}.part")
+    try:
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed here
         part.mkdir()
         try:
-            write_whole(part / "open_clip_config.json", (json.dumps(settings, indent=2) + "\n").encode())
-            write_whole(part / WEIGHTS_NAME, content)
+            for name, content in files.items():
+                write_whole(part / name, content)
             os.rename(part, path)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def huggingface_files(model: MergedModel, dtype: torch.dtype) -> dict[str, bytes]:
+    """The files of a `CLIPModel` of transformers with its image processor and its tokenizer, by name.
+
+    Raises `UserError` for what it can't express.
+    """
+    if not model.tokens.is_idle:
+        raise UserError(f"the run goes on with some tokens of an image ({model.tokens}), which CLIPModel can't")
+    settings = {**huggingface.clip_config(model.model_cfg), "dtype": str(dtype).removeprefix("torch.")}
+    weights = huggingface.in_type(huggingface.clip_weights(model.weights), dtype)
+    length = settings["text_config"]["max_position_embeddings"]
+    return {
+        "config.json": huggingface.as_json(settings),
+        "model.safetensors": safetensors.torch.save(weights, metadata={"format": "pt"}),
+        "preprocessor_config.json": huggingface.as_json(huggingface.image_processor(model.preprocess_cfg)),
+        **huggingface.tokenizer_files(*vocabulary(), length),
+    }
+
+
+def peft_adapter(
+    run: Path, client: str | None = None, overrides: Sequence[str] = (), dtype: torch.dtype = torch.float32
+) -> dict[str, bytes]:
+    """The files of a finished run's adapter as PEFT has it for a `CLIPModel` of the run's backbone, by name.
+
+    Raises `UserError` for an adapter or a backbone that can't be expressed so, and as `merged_model` does.
+    """
+    finished = read_run(run, overrides)
+    options = finished.config.adapter
+    if not isinstance(options, Lora):
+        raise UserError(f"{run}: its adapter ({name_of(options)}) is no LoRA, and PEFT's LoRA has no place for it")
+    clip = finished.load_backbone(torch.device("cpu"), "fp32")
+    huggingface.clip_config(clip.config)
+    attached = options.attach(clip)
+    finished.check_fits(attached.initial_state(Rng(0)))
+    try:
+        return peft_files(huggingface.in_type(finished.adapter_of(client, attached), dtype), options)
+    except UserError as error:
+        raise UserError(f"{run}: {error}") from None
 
 
 def how_to_load(model: MergedModel, path: Path) -> list[str]:
@@ -130,20 +197,57 @@ def _main(argv: Sequence[str] | None) -> int:
     options = export_parser().parse(argv)
     if options.path.exists():
         raise UserError(f"{options.path}: exists already")
+    if options.to != "openclip" and options.path.suffix == ".safetensors":
+        raise UserError(f"{options.path}: --to {options.to} writes a folder, whose name can't end in .safetensors")
+    print("\n".join(WRITERS[options.to](options)))
+    return 0
+
+
+def _to_openclip(options: Namespace) -> list[str]:
+    """Write what `--to openclip` asks for; return the lines to print."""
     model = merged_model(options.run, options.client, options.overrides)
     write_model(model, options.path, DTYPES[options.dtype])
-    print(f"{options.path}: {len(model.weights)} tensors")
-    print("\n".join(how_to_load(model, options.path)))
-    if model.is_fused:
-        print(
-            "the run's evaluation.fusion or evaluation.patches are no part of the weights: predictions differ from its"
-        )
+    lines = [f"{options.path}: {len(model.weights)} tensors", *how_to_load(model, options.path), *_beside(model)]
     if not model.tokens.is_idle:
         classes = ", classes" if model.tokens.reads_classes else ""
-        print(
-            f"with the run's tokens, in Python: import flora; flora.reduce_tokens(model, flora.{model.tokens}{classes})"
-        )
-    return 0
+        call = f"flora.reduce_tokens(model, flora.{model.tokens}{classes})"
+        lines.append(f"with the run's tokens, in Python: import flora; {call}")
+    return lines
+
+
+def _to_huggingface(options: Namespace) -> list[str]:
+    model = merged_model(options.run, options.client, options.overrides)
+    write_folder(options.path, huggingface_files(model, DTYPES[options.dtype]))
+    loaded = f"transformers.CLIPModel.from_pretrained({str(options.path.resolve())!r})"
+    return [
+        f"{options.path}: {len(model.weights)} tensors",
+        f"in Python: import transformers; model = {loaded}",
+        *_beside(model),
+    ]
+
+
+def _to_peft(options: Namespace) -> list[str]:
+    files = peft_adapter(options.run, options.client, options.overrides, DTYPES[options.dtype])
+    write_folder(options.path, files)
+    where = str(options.path.resolve())
+    return [
+        f"{options.path}: {', '.join(files)}",
+        f"in Python, with the backbone as a CLIPModel: import peft; peft.PeftModel.from_pretrained(model, {where!r})",
+        f"as a run's beginning: {shlex.join([f'adapter.start={where}'])}",
+    ]
+
+
+def _beside(model: MergedModel) -> list[str]:
+    """The line about what the run does beside the model, if it does."""
+    what = "the run's evaluation.fusion or evaluation.patches are no part of the weights: predictions differ from its"
+    return [what] if model.is_fused else []
+
+
+WRITERS: dict[str, Callable[[Namespace], list[str]]] = {
+    "openclip": _to_openclip,
+    "peft": _to_peft,
+    "huggingface": _to_huggingface,
+}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ from pathlib import Path
 from flora.core.command_line import Parser, run_program, split_arguments
 from flora.core.errors import UserError
 
-EXPORT = "Merge a run's adapter into its backbone, as a model that OpenCLIP loads."
+EXPORT = (
+    "Merge a run's adapter into its backbone, as a model that OpenCLIP or transformers loads, or write the adapter "
+    "alone, as PEFT loads it."
+)
 SWEEP = (
     "Run every combination of some settings, each once, and tabulate what came out. Finished runs are skipped and "
     "stopped ones gone on with, so a sweep can be stopped and started as often as one likes."
@@ -78,7 +81,14 @@ def export_parser() -> Parser:
         "path", type=Path, help="the folder to write, or a file that ends in .safetensors; it must not exist"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="where the backbone is now, if it was moved")
-    parser.add_argument("--client", help="merge the own adapter of this client (name or id) in place of the server's")
+    parser.add_argument("--client", help="take the own adapter of this client (name or id) in place of the server's")
+    parser.add_argument(
+        "--to",
+        choices=("openclip", "peft", "huggingface"),
+        default="openclip",
+        help="a merged model for OpenCLIP (the default), the adapter for PEFT on a CLIPModel of transformers, or such a "
+        "model with the adapter merged in",
+    )
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="type of the numbers (default: fp32)"
     )

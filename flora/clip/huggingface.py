@@ -158,7 +158,10 @@ def tokenizer_files(vocabulary: Mapping[str, int], merges: list[str], context_le
     settings = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": context_length,
-        **{"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END},
+        "bos_token": START,
+        "eos_token": END,
+        "pad_token": END,
+        "unk_token": END,
     }
     return {
         "vocab.json": as_json({named.get(token, token): number for token, number in vocabulary.items()}, None),
