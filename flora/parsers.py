@@ -86,8 +86,8 @@ def export_parser() -> Parser:
         "--to",
         choices=("openclip", "peft", "huggingface"),
         default="openclip",
-        help="a merged model for OpenCLIP (the default), the adapter for PEFT on a CLIPModel of transformers, or such a "
-        "model with the adapter merged in",
+        help="a merged model for OpenCLIP (the default), the adapter for PEFT on a CLIPModel of transformers, or such "
+        "a model with the adapter merged in",
     )
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="type of the numbers (default: fp32)"
