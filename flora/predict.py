@@ -8,6 +8,7 @@ if __name__ == "__main__":
     first_look("predict")  # what is imported from here on takes seconds
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -84,9 +85,8 @@ def _given_classes(given: str, run: FinishedRun) -> Classes:
 
     Descriptions that the run has of some of them are used. Raises `UserError` if there are no two different ones.
     """
-    path = Path(given)
     try:
-        lines = read_text(path).splitlines() if path.exists() else given.split(",")
+        lines = read_text(given).splitlines() if os.path.exists(given) else given.split(",")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--classes: {given}: can't be read as text: {error}") from None
     names = [line.strip() for line in lines if line.strip()]

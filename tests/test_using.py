@@ -159,6 +159,8 @@ def test_classes_that_nobody_trained_on(run: Path, images: Path, tmp_path: Path,
     names = tmp_path / "names.txt"
     names.write_text("tractor\nbarn\n\nfield\nsky\n")
     assert predicted(capsys, str(run), image, "--classes", str(names), "--top", "4") == content
+    many = [f"a class with a rather long name {place}" for place in range(200)]
+    assert predicted(capsys, str(run), image, "--classes", ",".join(many))["classes"] == many
     own = predicted(capsys, str(run), image)
     assert predicted(capsys, str(run), image, "--classes", ",".join(own["classes"])) == own
     assert evaluate.main([str(run), 'prompts.class_names=["tractor", "barn", "field"]']) == 0

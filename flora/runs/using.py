@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         try:
-            below = image_paths(path) if path.is_dir() else [path] if path.exists() else []
+            below = image_paths(path) if path.is_dir() else [path] if os.path.exists(path) else []
         except OSError as error:
             raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
         if not below:
