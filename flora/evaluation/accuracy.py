@@ -58,11 +58,14 @@ def evaluate(
 def _outcomes(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield what an `Evaluation` holds of logits `(K, B, C)` of examples with labels `(K, B)`, in its order."""
     predicted = logits.argmax(dim=-1)
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    of_label, highest = (logits.gather(-1, each.unsqueeze(-1)) for each in (targets, predicted))
     yield predicted == targets
-    yield F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double()
+    yield losses.double()
     yield predicted
-    yield (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp().double()
-    yield (logits > logits.gather(-1, targets.unsqueeze(-1))).sum(dim=-1)
+    # The log of the sum over classes is the loss plus the label's logit: it costs more than all else here.
+    yield (highest - of_label).squeeze(-1).sub(losses).exp().clamp(max=1).double()
+    yield (logits > of_label).sum(dim=-1)
     yield logits.double().softmax(dim=-1)
 
 
