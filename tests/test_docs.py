@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from flora import export, simulate
+from flora import evaluate, export, predict, simulate
 from flora.benchmark import __main__ as benchmark
+from flora.config.parse import load_config
 from flora.core import command_line
 from flora.evaluation import metrics
+from flora.runs.finished import Classes, FinishedRun
 from flora.sweep import __main__ as sweep
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +105,23 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(arguments)
         return export.MergedModel("tiny", {"weight": torch.zeros(2)}, {}, {})
 
+    def finished(path: Path, overrides: list[str]) -> FinishedRun:
+        return FinishedRun(path, load_config(ROOT / "experiments/quickstart.yaml", overrides), {})
+
+    def evaluated(run: FinishedRun, client: str | None) -> dict[str, Any]:
+        seen.append(run)
+        figures = {"accuracy": 0.5}
+        return {"num_images": 1, "class_names": [], "zero_shot": figures, "metrics": figures}
+
+    for program in (predict, evaluate):
+        monkeypatch.setattr(program, "read_run", finished)
+    monkeypatch.setattr(FinishedRun, "classes", lambda run: Classes(("a", "b"), (), {}))
+    monkeypatch.setattr(predict, "image_files", lambda paths: paths)
+    monkeypatch.setattr(predict, "_answers", lambda *arguments: seen.append(arguments) or iter(()))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(evaluate, "evaluated", evaluated)
+    monkeypatch.setattr(evaluate, "write_json_beside", lambda folder, name, *arguments, **options: folder / name)
+    monkeypatch.setattr(export, "peft_adapter", lambda *arguments: seen.append(arguments) or {})  # type: ignore[func-returns-value]
+    monkeypatch.setattr(export, "huggingface_files", lambda *arguments: {})
     monkeypatch.setattr(simulate, "_run_one", check)
     monkeypatch.setattr(sweep, "run_all", lambda runs, *arguments, **options: seen.append(runs))
     monkeypatch.setattr(export, "merged_model", merged)
@@ -117,7 +136,9 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def understand(command: str, seen: list[Any]) -> None:
     name, arguments = arguments_of(command)
-    program = {"simulate": simulate, "sweep": sweep, "export": export, "benchmark": benchmark}[name.split(".")[1]]
+    programs = {"predict": predict, "evaluate": evaluate, "export": export}
+    programs |= {"simulate": simulate, "sweep": sweep, "benchmark": benchmark}
+    program = programs[name.split(".")[1]]
     with_placeholders = {"RUN": "runs/mine", "FOLDER": "adapted", "NAME": "7"}
     expanded = [
         found for each in arguments for found in (sorted(map(str, Path().glob(each))) if "*" in each else [each])

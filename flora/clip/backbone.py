@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -288,6 +288,22 @@ def _build(name: str, config: dict[str, Any], rng: Rng) -> nn.Module:
 @lru_cache(maxsize=8)
 def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer(context_length=context_length)
+
+
+def plain_model(
+    model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> tuple[nn.Module, Callable[[Image.Image], Tensor], open_clip.SimpleTokenizer]:
+    """A model as OpenCLIP builds it, in evaluation mode, with these weights, its preprocessing and its tokenizer."""
+    model = _build("the model", dict(model_cfg), Rng(0))
+    model.load_state_dict(dict(weights))
+    _, transform = _preprocessing("the model", dict(preprocess_cfg))
+    return model.eval(), transform, _tokenizer(model_cfg["text_cfg"].get("context_length", 77))
+
+
+def vocabulary() -> tuple[dict[str, int], list[str]]:
+    """The tokens of OpenCLIP's tokenizer with their numbers, and the pairs that it merges, in order."""
+    tokenizer = _tokenizer(77)
+    return dict(tokenizer.encoder), [" ".join(pair) for pair in tokenizer.bpe_ranks]
 
 
 def _preprocessing(name: str, given: dict[str, Any]) -> tuple[PreprocessCfg, Callable[[Image.Image], Tensor]]:

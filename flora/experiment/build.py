@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.clip.frozen import parameter_count
+from flora.clip.frozen import FrozenClip, parameter_count
 from flora.clip.towers.text import with_classes
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.participation import Participation
@@ -39,6 +39,7 @@ from flora.experiment.images import (
     warn_of_untested_classes,
 )
 from flora.experiment.server_training import find_server_data, server_digests, server_training
+from flora.experiment.start import starting_adapter
 from flora.features.features import Features, images_digest
 from flora.features.views import move_if_they_fit
 from flora.federated.federation import Federation, ServerParts
@@ -84,6 +85,11 @@ class Experiment:
         holds[owners, labels[np.concatenate(examples)]] = True
         return holds
 
+    @property
+    def has_start(self) -> bool:
+        """Whether the adapter begins from a file."""
+        return "start_sha256" in self.digests
+
     def initial_state(self) -> ServerState:
         """The server before the first round."""
         return self.federation.initial_state(self.initial_adapter)
@@ -122,6 +128,8 @@ def build_experiment(
     by_template = known.of(
         ("by template", id(model), config.evaluation.templates), lambda: _models_by_template(config, model, tell)
     )
+    start = starting_adapter(config, model)
+    digests |= {"start_sha256": state_digest(start)} if start else {}
     (train, test, *new), unreadable, images_digests = known.of(
         features_key(config, data, model), lambda: _features(config, data, model, tell, processes)
     )
@@ -158,7 +166,7 @@ def build_experiment(
         held_out=train.subset(np.concatenate([client.held_out for client in clients])),
         held_out_sizes=np.array([len(client.held_out) for client in clients]),
         class_names=images.class_names,
-        initial_adapter=_initial_adapter(federation, rng, log),
+        initial_adapter=_initial_adapter(federation, start, rng, log),
         backbone_parameters=backbone_parameters,
         unreadable=tuple(unreadable),
         digests=digests,
@@ -171,9 +179,9 @@ def build_experiment(
     )
 
 
-def _initial_adapter(federation: Federation, rng: Rng, log: Callable[[str], object]) -> State:
-    """The adapter that the server starts from, after what it trains before round 1."""
-    adapter = federation.engine.model.initial_adapter(rng.child("adapter"))
+def _initial_adapter(federation: Federation, start: State, rng: Rng, log: Callable[[str], object]) -> State:
+    """The adapter that the server starts from, `start` in it, after what it trains before round 1."""
+    adapter = {**federation.engine.model.initial_adapter(rng.child("adapter")), **start}
     synthetic = federation.server_training.synthetic
     if synthetic is None:
         return adapter
@@ -208,28 +216,41 @@ def _models(
     digests = {"backbone_sha256": state_digest(clip.model.state_dict())}
     precision = config.backbone.precision
     tell.log(f"{clip.architecture.name}: {number:,} frozen parameters on {clip.device}, {precision}")
+    models = adapted_models(config, clip, (images.class_names, images.new_class_names), images.descriptions)
+    _warn_of_cut_prompts(models, tell)
+    _check_clients_per_block(config, models[0])
+    if not models[0].text.is_cut_at_end:
+        tell.log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
+    return models, number, digests | images.descriptions_digest
+
+
+def adapted_models(
+    config: ExperimentConfig,
+    clip: FrozenClip,
+    groups: Sequence[Sequence[str]],
+    descriptions: Mapping[str, Sequence[str]],
+) -> list[AdaptedClip]:
+    """The model with the configuration's adapter and the prompts of each of `groups` of class names that isn't empty.
+
+    All share the adapter. `descriptions` are more sentences for some classes, by their names.
+    """
     given = config.prompts.templates or config.data.templates
     clip = replace(clip, reads_patches=config.evaluation.patches is not None)
-    clip = with_classes(clip, (images.class_names, images.new_class_names), given)
+    clip = with_classes(clip, groups, given)
     adapter = config.adapter.attach(clip)
     templates = config.adapter.templates(given)
-    models = [
+    return [
         AdaptedClip(
             clip,
             adapter,
             class_names=names,
             templates=templates,
             speed=config.speed,
-            descriptions={name: images.descriptions[name] for name in names if name in images.descriptions},
+            descriptions={name: descriptions[name] for name in names if name in descriptions},
         )
-        for names in (images.class_names, images.new_class_names)
+        for names in groups
         if names
     ]
-    _warn_of_cut_prompts(models, tell)
-    _check_clients_per_block(config, models[0])
-    if not models[0].text.is_cut_at_end:
-        tell.log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
-    return models, number, digests | images.descriptions_digest
 
 
 def _models_by_template(config: ExperimentConfig, model: AdaptedClip, tell: Tell) -> dict[str, AdaptedClip]:

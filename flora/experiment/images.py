@@ -45,7 +45,7 @@ class Images:
     roster: Roster
     value_range: tuple[float, float] | None
     descriptions: Mapping[str, tuple[str, ...]]
-    clients: Sequence[ClientData]
+    clients: Sequence[ClientData] = ()
 
     @property
     def descriptions_digest(self) -> dict[str, str]:
@@ -58,26 +58,53 @@ class Images:
 
 def find_images(config: ExperimentConfig, rng: Rng, tell: Tell, shared: Shared) -> Images:
     """Find the images, split them, and check all that can be checked of them before the model is loaded."""
-    key = "images", config.seed, repr((config.data, config.split))
-    whole, data = shared.of(key, lambda: _loaded(config, rng, tell))
+    images = _split_images(config, rng, tell, shared)
+    clients = _dealt_out(config, images.data, images.class_names, rng)
+    images = replace(images, roster=roster_of(config, images.data.train.groups, rng), clients=clients)
+    return _with_one_range(config, images, tell, shared)
+
+
+def find_test_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
+    """Find the images and split them as `find_images` does, for evaluation alone: nobody is dealt any.
+
+    Raises `UserError` if there are no two classes, or no test images.
+    """
+    images = _split_images(config, rng, tell, Shared())
+    if len(images.class_names) < 2:
+        raise UserError(f"data: {images.class_names[0]!r} is the only class: there is nothing to tell it from")
+    if not len(images.data.test):
+        raise UserError("data: there are no test images")
+    return _with_one_range(config, images, tell, Shared())
+
+
+def _images_key(config: ExperimentConfig) -> Hashable:
+    return config.seed, repr((config.data, config.split))
+
+
+def _split_images(config: ExperimentConfig, rng: Rng, tell: Tell, shared: Shared) -> Images:
+    whole, data = shared.of(("images", _images_key(config)), lambda: _loaded(config, rng, tell))
     for line in whole.remarks:
         tell.log(f"warning: {line}")
-    roster = roster_of(config, data.train.groups, rng)
     class_names, new_names = _class_names(config, data)
     descriptions = _descriptions(config, data, (*class_names, *new_names))
-    clients = _dealt_out(config, data, class_names, rng)
-    data, value_range = shared.of(
-        ("range", *key),
-        lambda: with_one_range(data, config.data.value_range, whole=whole, progress=tell.progress, log=tell.log),
-    )
-    limits = None if value_range is None else value_range.limits
-    return Images(whole, data, class_names, new_names, roster, limits, descriptions, clients)
+    return Images(whole, data, class_names, new_names, Roster(None, None), None, descriptions)
 
 
 def _loaded(config: ExperimentConfig, rng: Rng, tell: Tell) -> tuple[ImageData, ImageData]:
     """The images before they are split and after it."""
     whole = checked_images("data", config.data, config.data.load_with_progress(rng.child("data"), tell.progress))
     return whole, checked_images("split", config.split, config.split.split(whole, rng.child("split")))
+
+
+def _with_one_range(config: ExperimentConfig, images: Images, tell: Tell, shared: Shared) -> Images:
+    """The images with those of more than 8 bits scaled by one range, if there are any."""
+    data, value_range = shared.of(
+        ("range", _images_key(config)),
+        lambda: with_one_range(
+            images.data, config.data.value_range, whole=images.whole, progress=tell.progress, log=tell.log
+        ),
+    )
+    return replace(images, data=data, value_range=None if value_range is None else value_range.limits)
 
 
 def features_key(config: ExperimentConfig, data: ImageData, model: AdaptedClip) -> Hashable:

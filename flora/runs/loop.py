@@ -57,6 +57,7 @@ from flora.runs.resume import (
 from flora.runs.run_directory import RunDirectory
 from flora.runs.saving import Saver
 from flora.runs.sinks import DirectorySink, Finished, RoundBar, RoundLines, Sink
+from flora.runs.tables import last_tables
 from flora.runs.together import shared_config, shared_directory, shared_start
 from flora.server.screening import refusal
 
@@ -319,7 +320,8 @@ class _Run:
             backbone_parameters=experiment.backbone_parameters,
             num_unreadable=len(experiment.unreadable),
         )
-        finished = Finished(summary, state, client_columns(experiment, clients, local_only, self.records))
+        columns = client_columns(experiment, clients, local_only, self.records)
+        finished = Finished(summary, state, columns, last_tables(experiment, state, clients))
         for sink in self.sinks:
             sink.finish(finished)
         return RunResult(summary, tuple(self.records), state.adapter, self.directory.path)

@@ -16,7 +16,7 @@ from flora.core.states import ServerState
 from flora.core.tree import StateLike
 from flora.engine.dealing import ARRAYS
 from flora.evaluation.accuracy import (
-    client_accuracies,
+    client_means,
     evaluate,
     harmonic_mean,
     own_accuracies,
@@ -36,12 +36,15 @@ class ClientResults:
     """Accuracies on each client's held-out examples, `(num_clients,)`, NaN where it has none.
 
     `server` is the server's adapter, `own` each client's own, if they have any: the server's for who has none.
-    `has_own` says who has one.
+    `has_own` says who has one. `losses` are the server's adapter's mean losses on the same examples. `test` is that
+    adapter on the common test images, if they were evaluated at the same time.
     """
 
     server: np.ndarray
+    losses: np.ndarray
     own: np.ndarray | None = None
     has_own: np.ndarray | None = None
+    test: Evaluation | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +77,12 @@ def measure(
     is_last = state.round == experiment.config.rounds
     results: dict[str, Any] = {}
     clients: ClientResults | None = None
+    test: Evaluation | None = None
     if is_last or state.round % config.every == 0:
-        results = _measure_server(experiment, state)
+        test = evaluate_test_images(experiment, state)
+        results = _measure_server(experiment, state, test)
     if is_last or (config.clients_every and state.round and state.round % config.clients_every == 0):
-        clients = measure_clients(experiment, state)
+        clients = replace(measure_clients(experiment, state), test=test)
     if clients is not None:
         sizes = experiment.held_out_sizes
         results |= _figures("client", clients.server, sizes) | _figures("personal", clients.own, sizes)
@@ -92,16 +97,30 @@ def measure(
     ), clients
 
 
-def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any]:
-    """Return what a round's record says of the server's adapter on the common test images."""
-    stack = _server_stack(state)
-    evaluation = _evaluate(experiment, stack, experiment.test)[0]
+def evaluate_test_images(experiment: Experiment, state: ServerState) -> Evaluation:
+    """Evaluate the server's adapter on the common test images."""
+    config = experiment.config.evaluation
+    return evaluate(
+        experiment.federation.engine.model,
+        server_stack(state),
+        experiment.test,
+        batch_size=config.batch_size,
+        prediction=config.prediction,
+        keep_probabilities=config.auroc,
+    )[0]
+
+
+def _measure_server(experiment: Experiment, state: ServerState, evaluation: Evaluation) -> dict[str, Any]:
+    """Return what a round's record says of the server's adapter; `evaluation` is it on the common test images."""
+    stack = server_stack(state)
     labels = experiment.test.labels.cpu().numpy()
     results = computed(ServerView(state, evaluation, labels, experiment.class_names, experiment.test_domains))
     results["unheld_accuracy"] = _mean(unheld_accuracies(evaluation.correct[None], labels, experiment.held_classes))
-    if not state.round and experiment.federation.server_training.synthetic is not None:
-        warm = tree.expand(experiment.initial_adapter, 1)
-        results["warm_up_accuracy"] = _evaluate(experiment, warm, experiment.test)[0].accuracy
+    is_warm = experiment.federation.server_training.synthetic is not None
+    if not state.round and (is_warm or experiment.has_start):
+        begun = tree.expand(experiment.initial_adapter, 1)
+        name = "warm_up_accuracy" if is_warm else "start_accuracy"
+        results[name] = _evaluate(experiment, begun, experiment.test)[0].accuracy
     if experiment.by_template:
         results |= _by_template(experiment, stack)
     if state.round and not experiment.federation.communication.broadcast.is_identity:
@@ -156,7 +175,7 @@ def _mean(accuracies: np.ndarray) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def _server_stack(state: ServerState) -> tree.State | None:
+def server_stack(state: ServerState) -> tree.State | None:
     """The server's adapter `(1, ...)`; None in round 0, which is the frozen model: some adapters change it at once."""
     return tree.expand(state.adapter, 1) if state.round else None
 
@@ -175,18 +194,18 @@ def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults
     """Accuracy on each client's held-out examples."""
     sizes, federation = experiment.held_out_sizes, experiment.federation
     with_own = clients_with_own_adapters(federation, state)
-    server = np.full(len(sizes), np.nan)
+    server, losses = np.full(len(sizes), np.nan), np.full(len(sizes), np.nan)
     if len(experiment.held_out):
-        evaluation = _evaluate(experiment, _server_stack(state), experiment.held_out)[0]
-        server = client_accuracies(evaluation, sizes)
+        evaluation = _evaluate(experiment, server_stack(state), experiment.held_out)[0]
+        server, losses = client_means(evaluation.correct, sizes), client_means(evaluation.losses, sizes)
     if with_own is None:
-        return ClientResults(server)
+        return ClientResults(server, losses)
     own, ends = server.copy(), np.cumsum(sizes)
     for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
         own[clients] = _of_blocks(
             experiment, clients, adapters, lambda some, part: _on_held_out(experiment, ends, some, part)
         )
-    return ClientResults(server, own, np.isin(np.arange(len(sizes)), with_own))
+    return ClientResults(server, losses, own, np.isin(np.arange(len(sizes)), with_own))
 
 
 def _of_blocks(
@@ -308,6 +327,7 @@ CLIENT_COLUMNS: tuple[tuple[str, str], ...] = (
     ("num_rounds", "the rounds in which its update came"),
     ("rank", "its rank, where clients have their own"),
     ("accuracy", "accuracy of the server's adapter of the last round on its own held-out examples"),
+    ("loss", "its mean loss on them"),
     ("test_accuracy", "accuracy of the same on the common test images"),
     ("local_only_accuracy", "what it reaches without the others, on the common test images"),
     ("local_only_held_out_accuracy", "what it reaches without the others, on its own held-out examples"),
@@ -329,6 +349,7 @@ def client_columns(
         "num_held_out": [len(client.held_out) for client in clients],
         "num_rounds": _num_rounds(records, len(clients)),
         "accuracy": _cells(results.server),
+        "loss": _cells(results.losses),
         "test_accuracy": _cells(np.full(len(clients), records[-1].accuracy)),
         "local_only_accuracy": _cells(local_only.test),
         "local_only_held_out_accuracy": _cells(local_only.held_out),

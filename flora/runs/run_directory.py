@@ -18,6 +18,7 @@ from typing import IO, Any
 import safetensors.torch
 import yaml
 
+from flora.clip.adapters.files import ADAPTER_FORMAT
 from flora.config.parse import config_to_dict
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import DivergedError, UserError
@@ -29,8 +30,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
-
-ADAPTER_FORMAT = "flora-adapter-1"
 
 
 class RunDirectory:
@@ -246,6 +245,10 @@ class RunDirectory:
         """Write `clients.csv`, a row a client; a missing result is an empty cell."""
         self._write("clients.csv", _csv(list(columns), zip(*columns.values(), strict=True)))
 
+    def write_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Write a CSV file."""
+        self._write(name, _csv(columns, rows))
+
     def write_summary(self, summary: Summary) -> None:
         """Write `summary.json`, the last file of a finished run."""
         self._write_json("summary.json", dict(summary.figures))
@@ -278,6 +281,23 @@ class RunDirectory:
             with suppress(OSError):
                 os.truncate(path, size)
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def write_json_beside(folder: Path, name: str, content: Any, *, numbered: bool) -> Path:
+    """Write a new JSON file into a folder of a run, which is made if it is not there; return its path.
+
+    `numbered`: if there is one of that name, use the first free of name-2, name-3, ...; else that is a `UserError`.
+    """
+    path = folder / name
+    try:
+        folder.mkdir(exist_ok=True)
+        path = free_name(folder, name) if numbered else path
+        if path.exists():
+            raise UserError(f"{path}: exists already")
+        write_whole(path, _encode(_json(content, 2)))
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+    return path
 
 
 def read_json(path: Path) -> Any:
