@@ -102,6 +102,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "evaluation.templates": {"evaluation": {"templates": ["a {}", "the {} itself"]}},
     "cache.storage=bfloat16": {"cache": {"storage": "bfloat16"}},
     "cache.enabled=false": {"cache": {"enabled": False}},
+    "trackers": {"trackers": ["csv"]},
     "backbone.precision=bf16": {"backbone": {"precision": "bf16"}},
 }
 

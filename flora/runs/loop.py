@@ -59,6 +59,7 @@ from flora.runs.saving import Saver
 from flora.runs.sinks import DirectorySink, Finished, RoundBar, RoundLines, Sink
 from flora.runs.tables import last_tables
 from flora.runs.together import shared_config, shared_directory, shared_start
+from flora.runs.tracking import Trackers
 from flora.server.screening import refusal
 
 Result = TypeVar("Result")
@@ -209,7 +210,7 @@ def _run_in(
 
     threads, steps, processes = torch.get_num_threads(), StepBar(), listeners.processes
     hooks = Hooks(after_step=steps.show).then(listeners.hooks) if listeners.progress else listeners.hooks
-    sinks = _sinks(directory, config, listeners) if processes.is_first else []
+    sinks = _sinks(directory, config, listeners, log) if processes.is_first else []
     try:
         started = time.perf_counter()
         memory_before = peak_memory_bytes(choose_device(config.device, processes))
@@ -236,12 +237,15 @@ def _run_in(
     return result
 
 
-def _sinks(directory: RunDirectory, config: ExperimentConfig, listeners: Listeners) -> list[Sink]:
-    """Who is told of the records: the run directory first, then the log, a bar if there is one, the caller's own."""
+def _sinks(
+    directory: RunDirectory, config: ExperimentConfig, listeners: Listeners, log: Callable[[str], object]
+) -> list[Sink]:
+    """Who is told of the records: the run directory first, the log, a bar if there is one, trackers, the caller's."""
     bars: list[Sink] = [RoundBar(config.rounds)] if listeners.progress else []
     echo = None if bars and on_terminal() else listeners.echo  # there the bar shows the rounds
     lines = RoundLines(config.rounds, directory.log, echo)
-    return [DirectorySink(directory, config), lines, *bars, *listeners.sinks]
+    trackers = [Trackers(directory, config, log)] if config.trackers else []
+    return [DirectorySink(directory, config), lines, *bars, *trackers, *listeners.sinks]
 
 
 @dataclass(eq=False)

@@ -43,6 +43,7 @@ CHANGEABLE = (
         for key in ("root", "path", "download")
     ),
     "adapter.start",
+    "trackers",
     "backbone.model",
     "backbone.weights",
 )
