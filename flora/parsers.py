@@ -26,6 +26,10 @@ EVALUATE = (
     "Evaluate a finished run's model on another data set, or again on its own: on the test images, with the prompts of "
     "that data set's classes. The record is written to RUN/evaluations."
 )
+REPORT = (
+    "Write one page of a finished run, or of several side by side: a file that opens from the disk in any browser. A "
+    "folder of runs, such as a sweep's, stands for all finished ones in it."
+)
 BENCHMARK = (
     "Time a local step, from full fine-tuning to ours, as ratios within one run. Weights and images are random, because"
     " cost is what is measured. Each variant runs in a process of its own, the variants take turns, and the median of"
@@ -158,6 +162,20 @@ def sweep_parser() -> Parser:
     return parser
 
 
+def report_parser() -> Parser:
+    """Return what `flora report` takes."""
+    parser = Parser(
+        prog="python -m flora.report",
+        description=REPORT,
+        epilog="example: python -m flora.report runs/quickstart",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run's folder, or a sweep's")
+    parser.add_argument(
+        "--output", type=Path, help="the file to write (report.html in the folder; of several, where you are)"
+    )
+    return parser
+
+
 def benchmark_parser() -> Parser:
     """Return what `flora benchmark` takes."""
     parser = Parser(prog="python -m flora.benchmark", description=BENCHMARK)
@@ -217,6 +235,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "sweep": sweep_parser,
     "predict": predict_parser,
     "evaluate": evaluate_parser,
+    "report": report_parser,
     "export": export_parser,
     "benchmark": benchmark_parser,
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flora.evaluation.summary import describe, duration, percent, shown, size
+from flora.evaluation.summary import describe, percent, shown, size
 from flora.report import charts
 from flora.report.charts import picture
 from flora.report.elements import Cell, Html, bars, element, facts, folded, joined, section, table
@@ -269,5 +269,3 @@ def commands(run: RunFiles) -> Html:
         ]
     return element("dl", *(joined([element("dt", what), element("dd", element("code", line))]) for what, line in found), class_="commands")
 
-
-__all__ = ["commands", "csv_table", "duration", "fairness", "grid", "result", "sections", "sentence", "settings", "worst_pairs"]

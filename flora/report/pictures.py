@@ -1,0 +1,183 @@
+"""Pictures as inline SVG in the page's colours, light or dark. Needs the extra `[report]`."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flora.core.errors import UserError
+from flora.report.curves import COLOURS, GREY, STYLE
+from flora.report.elements import Html, element
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Inches; text of 10 points stays readable where the picture is as wide as a phone.
+SIZE = (4.6, 2.9)
+GRID, PAPER = "#e6e6e6", "#fefefe"
+# The page's style sheet says what these are, for light and for dark paper.
+VARIABLES = {
+    **{colour.lower(): f"var(--s{place})" for place, colour in enumerate(COLOURS)},
+    "#000000": "currentColor", GREY.lower(): "var(--quiet)", GRID: "var(--grid)", PAPER: "var(--paper)",
+}  # fmt: skip
+# What a cell of a heat map is at its highest; its opacity says how high, so it suits either paper.
+HEAT = (0.20, 0.48, 0.93)
+DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2), (1, 3))
+# Cells of a heat map with their number in it, and names along a side of a picture, at most.
+MAX_CELLS, MAX_NAMES = 12, 24
+
+
+def require_matplotlib() -> None:
+    """Raise `UserError` if matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("a page needs matplotlib: pip install 'flora-clip[report]' (or matplotlib)") from None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a picture: its points, a band from `low` to `high` if there is one, and its place among the styles.
+
+    Of the style None it is grey, of no importance by itself.
+    """
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    style: int | None = 0
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+def svg(draw: Callable[[Figure], None], about: str, size: tuple[float, float] = SIZE) -> Html:
+    """Return what `draw` draws on a figure, as an SVG element; `about` is what a screen reader says of it."""
+    from matplotlib import style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    own = {
+        "font.size": 10.0, "axes.labelsize": 10.0, "axes.titlesize": 10.0, "legend.fontsize": 10.0,
+        "grid.color": GRID, "svg.fonttype": "none", "svg.hashsalt": about, "image.interpolation": "none",
+    }  # fmt: skip
+    content = io.StringIO()
+    with style.context(["default", STYLE, own]):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure)
+        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(content.getvalue(), about)
+
+
+def _inline(text: str, about: str) -> Html:
+    """The SVG element of a file, in the page's colours and font, without names that another picture may have, too."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<g) id="[^"]*"', r"\1", text)
+    text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", lambda found: f"{found[1]}: {VARIABLES.get(found[2], found[2])}", text)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", text)
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    label = element("svg", role="img", aria_label=about).removesuffix("></svg>")
+    return Html(f"{label} {box[0]}>" + text[text.index(">") + 1 :].strip())
+
+
+def lines_picture(lines: Sequence[Line], about: str, x_title: str, *, percent: bool = False) -> Html:
+    """Return lines over `x_title`, in percent or as they are, with a legend where there is more than one."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        scale = 100 if percent else 1
+        for line in lines:
+            ys = scale * np.array(line.ys)
+            axes.plot(line.xs, ys, **_line_style(line, len(ys)))
+            if line.low is not None and line.high is not None:
+                low, high = scale * np.array(line.low), scale * np.array(line.high)
+                axes.fill_between(line.xs, low, high, color=_colour(line.style), alpha=0.15, linewidth=0)
+        axes.set_xlabel(x_title)
+        axes.margins(x=0.02)
+        if percent:
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -2), min(high, 102))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        if all(float(x).is_integer() for line in lines for x in line.xs):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return Html(svg(draw, about) + (legend(lines) if len(lines) > 1 else ""))
+
+
+def _colour(style: int | None) -> str:
+    return GREY if style is None else COLOURS[style % len(COLOURS)]
+
+
+def _dashes(style: int | None) -> tuple[int, ...]:
+    return (2, 3) if style is None else DASHES[style // len(COLOURS) % len(DASHES)]
+
+
+def _line_style(line: Line, num_points: int) -> dict[str, Any]:
+    dashes = _dashes(line.style)
+    style: dict[str, Any] = {"color": _colour(line.style), "linewidth": 1.2 if line.style is None else 1.8}
+    if dashes:
+        style["dashes"] = dashes
+    if num_points == 1 or (line.style is not None and num_points <= 12):
+        style |= {"marker": "o", "markersize": 4}
+    return style
+
+
+def legend(lines: Sequence[Line]) -> Html:
+    """Return the names of lines with a sample of each, which wrap as text does; one of each name."""
+    unique = {line.name: line for line in lines}
+    items = [element("li", sample(line.style), line.name) for line in unique.values()]
+    return element("ul", *items, class_="legend")
+
+
+def sample(style: int | None) -> Html:
+    """Return a short piece of a line in a style."""
+    dashes = " ".join(map(str, _dashes(style))) or "none"
+    colour = VARIABLES[_colour(style).lower()]
+    line = element("line", x1=1, y1=5, x2=23, y2=5, style=f"stroke:{colour};stroke-width:2.5;stroke-dasharray:{dashes}")
+    return element("svg", line, width=24, height=10, aria_hidden="true")
+
+
+def heat_map(
+    counts: np.ndarray, rows: Sequence[str], columns: Sequence[str], about: str, titles: tuple[str, str]
+) -> Html:
+    """Return `counts` `(R, C)` as cells, the darker the more; `titles` say what the columns and the rows are."""
+    shares = counts / max(float(counts.max(initial=0)), 1e-12)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        cells = np.empty((*counts.shape, 4))
+        cells[..., :3], cells[..., 3] = HEAT, 0.95 * np.sqrt(np.clip(shares, 0, 1))
+        axes.imshow(cells, aspect="auto")
+        axes.grid(visible=False)
+        _name_ticks(axes, rows, columns)
+        if max(counts.shape) <= MAX_CELLS:
+            for (row, column), count in np.ndenumerate(counts):
+                if count:
+                    axes.text(column, row, f"{count:.0f}", ha="center", va="center", fontsize=9)
+        axes.set_xlabel(titles[0])
+        axes.set_ylabel(titles[1])
+
+    height = min(max(0.24 * len(rows) + 1.0, 2.4), 4.6)
+    return svg(draw, about, (SIZE[0], height))
+
+
+def _name_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Names along both sides where there is room, else numbers."""
+    if len(rows) <= MAX_NAMES:
+        axes.set_yticks(range(len(rows)), [shortened(name) for name in rows])
+    if len(columns) <= MAX_NAMES:
+        is_long = sum(max(len(name), 2) for name in map(shortened, columns)) > 36
+        axes.set_xticks(range(len(columns)), [shortened(name) for name in columns], rotation=90 if is_long else 0)
+
+
+def shortened(name: str, most: int = 16) -> str:
+    """Return a name as it fits at the side of a picture."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
