@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 # What the first pictures show, or what says nothing over rounds.
 SHOWN = ("accuracy", "loss", "train_loss", "client_accuracy_mean", "client_accuracy_worst_decile", "num_clients",
-         "uplink_bytes", "downlink_bytes", "simulated_seconds", "num_examples", "top5_accuracy", "macro_f1",
+         "uplink_bytes", "downlink_bytes", "simulated_seconds", "num_examples", "num_steps", "top5_accuracy", "macro_f1",
          "balanced_accuracy")  # fmt: skip
+SENT = "megabytes sent, up and down, all clients"
 # Clients drawn as points of their own; more are lines.
 MAX_POINTS = 150
 # Sides of a reliability diagram and of a strip, in inches.
@@ -41,7 +42,7 @@ def picture(title: str, draw: Callable[[], Html], caption: str = "") -> Html:
     try:
         content = draw()
     except Absent as reason:
-        return element("p", element("b", f"{title}: "), f"left out. {reason}", class_="absent")
+        return element("p", element("b", f"{title}: "), str(reason), class_="absent")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return element("p", element("b", f"{title}: "), "left out: a file of the run is damaged.", class_="absent")
     below = [element("figcaption", caption)] if caption else []
@@ -68,12 +69,18 @@ def axes_of(run: RunFiles) -> list[tuple[str, dict[int, float]]]:
     found = [("round", {record.round: float(record.round) for record in run.records})]
     sent = sent_bytes(run)
     if len(sent) and max(sent.values()) > 0:
-        found.append(("megabytes sent, up and down, all clients", {round: each / 1e6 for round, each in sent.items()}))
+        found.append((SENT, {round: each / 1e6 for round, each in sent.items()}))
     seconds = elapsed(run)
     if seconds is not None:
-        unit, length = next(((u, n) for u, n in (("hours", 3600), ("minutes", 60)) if max(seconds.values()) > 2 * n), ("seconds", 1))
+        unit, length = time_unit(max(seconds.values()))
         found.append((f"simulated {unit}", {round: each / length for round, each in seconds.items()}))
     return found
+
+
+def time_unit(seconds: float) -> tuple[str, int]:
+    """Return the unit in which to show so many seconds, and its length in seconds."""
+    known = (("days", 86_400), ("hours", 3600), ("minutes", 60))
+    return next((unit for unit in known if seconds > 2 * unit[1]), ("seconds", 1))
 
 
 def accuracy_lines(run: RunFiles, places: dict[int, float]) -> list[Line]:
@@ -82,15 +89,18 @@ def accuracy_lines(run: RunFiles, places: dict[int, float]) -> list[Line]:
     spread = [_line(run, "", f"client_accuracy_{which}_decile", places, 2) for which in ("worst", "best")]
     mean = _line(run, "clients' own images (band: worst to best tenth)", "client_accuracy_mean", places, 2)
     same = all(list(each.xs) == list(mean.xs) for each in spread)
-    if mean.xs:
+    if len(mean.xs) > 1:
         band = (spread[0].ys, spread[1].ys) if same else (None, None)
         lines.append(Line(mean.name, mean.xs, mean.ys, 2, *band))
     personal = _line(run, "clients' own adapters", "personal_accuracy_mean", places, 3)
-    lines += [personal] * bool(personal.xs)
+    lines += [personal] * (len(personal.xs) > 1)
     ends = (min(places.values()), max(places.values()))
-    for name, figure in (("zero-shot", run.figure("zero_shot_accuracy")), ("one client alone", run.figure("local_only_accuracy_mean"))):
+    for name, figure in (
+        ("zero-shot", run.figure("zero_shot_accuracy")),
+        ("one client alone", run.figure("local_only_accuracy_mean")),
+    ):
         if figure is not None:
-            lines.append(Line(name, ends, (figure, figure), None if name == "zero-shot" else 1))
+            lines.append(Line(name, ends, (figure, figure), None if name == "zero-shot" else 1, is_level=True))
     return [line for line in lines if line.xs]
 
 
@@ -146,15 +156,16 @@ def client_strip(run: RunFiles) -> Html:
     def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         for line in lines:
-            colour = COLOURS[line.style or 0]
             if len(order) > MAX_POINTS:
-                above.plot(line.xs, 100 * np.sort(line.ys), color=colour)
+                above.plot(line.xs, 100 * np.sort(line.ys), color=line.colour)
                 continue
-            face = colour if line.style == 0 else PAPER
-            above.plot(line.xs, 100 * np.array(line.ys), "o", color=colour, markerfacecolor=face, markersize=5)
+            face = line.colour if line.style == 0 else PAPER
+            above.plot(line.xs, 100 * np.array(line.ys), "o", color=line.colour, markerfacecolor=face, markersize=5)
         if len(lines) > 1 and len(order) <= MAX_POINTS:
             stacked = np.stack([100 * np.array(line.ys) for line in lines])
-            above.vlines(range(len(order)), np.nanmin(stacked, 0), np.nanmax(stacked, 0), colors=GREY, linewidth=0.6, zorder=1)
+            above.vlines(
+                range(len(order)), np.nanmin(stacked, 0), np.nanmax(stacked, 0), colors=GREY, linewidth=0.6, zorder=1
+            )
         above.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         below.bar(range(len(order)), sizes, color=GREY, width=0.7 if len(order) <= MAX_POINTS else 1.0)
         below.set_ylabel("images")
@@ -164,7 +175,7 @@ def client_strip(run: RunFiles) -> Html:
             below.set_xticks(range(len(order)), labels, rotation=90 if is_long else 0)
         else:
             below.tick_params(labelbottom=False)
-        below.set_xlabel("clients, sorted by the server's accuracy on their held-out images")
+        below.set_xlabel("clients, sorted by the server's accuracy")
 
     return Html(svg(draw, f"held-out accuracy by client of {run.name}", STRIP) + legend(lines))
 
@@ -267,12 +278,26 @@ def other_metrics(run: RunFiles) -> list[Html]:
     found = []
     for name, metric in METRICS.items():
         points = [(round, value) for round, value in run.points(name) if math.isfinite(value)]
+        if metric.of != "server":
+            points = [(round, value) for round, value in points if round]
         told = metric.of in ("server", "training", "traffic") and name not in SHOWN
         if told and len(points) > 1 and len({value for _, value in points}) > 1:
-            found.append(picture(name.replace("_", " "), lambda name=name, points=points: _simple(run, name, points), metric.about))  # type: ignore[misc]
+            found.append(
+                picture(
+                    name.replace("_", " ").capitalize(),
+                    lambda name=name, points=points: _simple(run, name, points),
+                    metric.about,
+                )
+            )  # type: ignore[misc]
     rejected = [(record.round, len(record.rejected_clients)) for record in run.records if record.round]
     if any(count for _, count in rejected):
-        found.append(picture("rejected updates", lambda: _simple(run, "rejected updates", rejected), "updates that were left out of the average"))
+        found.append(
+            picture(
+                "Rejected updates",
+                lambda: _simple(run, "rejected updates", rejected),
+                "updates that were left out of the average",
+            )
+        )
     return found
 
 

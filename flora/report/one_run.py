@@ -27,17 +27,17 @@ def sections(run: RunFiles) -> dict[str, Html]:
         "Over rounds": (grid(charts.curves(run)),),
         "Clients": _clients(run),
         "Classes": _classes(run),
-        "Inside the rounds": (grid(*charts.other_metrics(run)),),
+        "Inside the rounds": (grid(*charts.other_metrics(run), kind="grid small"),),
         "Settings": (settings(run), _environment(run)),
         "Go on": (commands(run),),
     }
     return {title: section(title, *content) for title, content in made.items()}
 
 
-def grid(*content: Any) -> Html:
+def grid(*content: Any, kind: str = "grid") -> Html:
     """Return pictures beside each other, or below each other where there is no room."""
     inside = joined(content)
-    return element("div", inside, class_="grid") if inside else Html("")
+    return element("div", inside, class_=kind) if inside else Html("")
 
 
 def sentence(run: RunFiles) -> str:
@@ -101,7 +101,10 @@ def _tiles(run: RunFiles) -> Html:
     rounds, best = known.get("rounds"), known.get("best_accuracy")
     pairs = [
         ("rounds", rounds),
-        ("best round, chosen on the test set", None if best is None else f"{percent(best)} (round {known.get('best_round')})"),
+        (
+            "best round, chosen on the test set",
+            None if best is None else f"{percent(best)} (round {known.get('best_round')})",
+        ),
         ("trained parameters", None if not trained or not of_all else f"{trained:,} of {of_all:,}"),
         ("up per client and round", _shown("bytes", known.get("uplink_bytes_per_client_round"))),
         ("sent in all, up and down", _sum_shown(known)),
@@ -137,7 +140,9 @@ def _clients(run: RunFiles) -> tuple[Html, ...]:
                 "Below: how many training images each client has.",
             ),
             picture("Who has what", lambda: charts.partition_map(run), "Training images by class and client."),
-            picture("Who took part how often", lambda: charts.participation(run), "Rounds in which a client's update came."),
+            picture(
+                "Who took part how often", lambda: charts.participation(run), "Rounds in which a client's update came."
+            ),
         ),
         optional(lambda: folded("All clients", csv_table(run, "clients.csv"))),
         optional(lambda: folded("Domains of the test images", csv_table(run, "domains.csv"))),
@@ -221,7 +226,12 @@ def worst_pairs(run: RunFiles) -> Html:
     order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_PAIRS]
     places = [divmod(int(place), len(names)) for place in order]
     rows = [
-        (names[row], names[column], int(wrong[row, column]), Cell(percent(wrong[row, column] / totals[row]), wrong[row, column] / totals[row]))
+        (
+            names[row],
+            names[column],
+            int(wrong[row, column]),
+            Cell(percent(wrong[row, column] / totals[row]), wrong[row, column] / totals[row]),
+        )
         for row, column in places
         if wrong[row, column]
     ]
@@ -260,12 +270,20 @@ def commands(run: RunFiles) -> Html:
         found.append(("Go on, if it has stopped", f"python -m flora.simulate --resume {path}"))
     elif run.config is not None and not run.config.local.schedule.needs_num_rounds:
         found.append(("More rounds", f"python -m flora.simulate --resume {path} rounds={2 * rounds}"))
-    found.append(("The same with another seed", f"python -m flora.simulate {path}/config.yaml seed={run.setting('seed') + 1} name={shlex.quote(run.name + '-again')}"))
+    found.append(
+        (
+            "The same with another seed",
+            f"python -m flora.simulate {path}/config.yaml seed={run.setting('seed') + 1} name={shlex.quote(run.name + '-again')}",
+        )
+    )
     if run.summary is not None:
         found += [
             ("What it makes of your images", f"python -m flora.predict {path} photo.jpg"),
             ("How good it is on other data", f"python -m flora.evaluate {path} data=cifar10 data.download=true"),
             ("A model that OpenCLIP loads", f"python -m flora.export {path} adapted"),
         ]
-    return element("dl", *(joined([element("dt", what), element("dd", element("code", line))]) for what, line in found), class_="commands")
-
+    return element(
+        "dl",
+        *(joined([element("dt", what), element("dd", element("code", line))]) for what, line in found),
+        class_="commands",
+    )

@@ -32,7 +32,9 @@ def page(runs: Sequence[RunFiles]) -> str:
         head = [element("p", _sentence(run), class_="lead"), _state(run)]
     else:
         title, sections = f"{len(runs)} runs", several_runs.sections(runs)
-        head = [element("p", ", ".join(run.name for run in runs[:12]) + (", …" if len(runs) > 12 else ""), class_="lead")]
+        head = [
+            element("p", ", ".join(run.name for run in runs[:12]) + (", …" if len(runs) > 12 else ""), class_="lead")
+        ]
     header = element("header", element("p", "FLoRA", class_="kicker"), element("h1", title), *head)
     there = [name for name, content in sections.items() if content]
     body = joined([header, contents(there), element("main", *sections.values()), _footer()])
@@ -50,7 +52,9 @@ def _state(run: RunFiles) -> Html:
     if run.summary is None:
         return element("p", f"On its way: round {run.records[-1].round} of {run.setting('rounds')}.", class_="live")
     frozen, last = run.figure("zero_shot_accuracy"), run.figure("last_accuracy")
-    return element("p", "From ", element("b", percent(frozen)), " zero-shot to ", element("b", percent(last)), ".", class_="claim")
+    return element(
+        "p", "From ", element("b", percent(frozen)), " zero-shot to ", element("b", percent(last)), ".", class_="claim"
+    )
 
 
 def _footer() -> Html:

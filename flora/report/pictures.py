@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flora.core.errors import UserError
-from flora.report.curves import COLOURS, GREY, STYLE
+from flora.report.curves import COLOURS, GREY, STYLE, scale_axis
 from flora.report.elements import Html, element
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ HEAT = (0.20, 0.48, 0.93)
 DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2), (1, 3))
 # Cells of a heat map with their number in it, and names along a side of a picture, at most.
 MAX_CELLS, MAX_NAMES = 12, 24
+# Lines of which one goes so many times further than another are drawn over logarithms.
+FAR = 8
 
 
 def require_matplotlib() -> None:
@@ -45,7 +47,7 @@ def require_matplotlib() -> None:
 class Line:
     """A line of a picture: its points, a band from `low` to `high` if there is one, and its place among the styles.
 
-    Of the style None it is grey, of no importance by itself.
+    Of the style None it is grey, of no importance by itself. `is_level`: one to compare others with, the same all along.
     """
 
     name: str
@@ -54,6 +56,29 @@ class Line:
     style: int | None = 0
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    is_level: bool = False
+
+    @property
+    def colour(self) -> str:
+        """Its colour in the picture, for which the page's own comes."""
+        return GREY if self.style is None else COLOURS[self.style % len(COLOURS)]
+
+    @property
+    def dashes(self) -> tuple[int, ...]:
+        """Lengths of its dashes and gaps; none for a solid line."""
+        if self.style is None or self.is_level:
+            return (2, 3)
+        return DASHES[self.style // len(COLOURS) % len(DASHES)]
+
+    def look(self) -> dict[str, Any]:
+        """Return what matplotlib's `plot` takes."""
+        is_quiet = self.style is None or self.is_level
+        look: dict[str, Any] = {"color": self.colour, "linewidth": 1.3 if is_quiet else 1.8}
+        if self.dashes:
+            look["dashes"] = self.dashes
+        if not is_quiet and len(self.xs) <= 12:
+            look |= {"marker": "o", "markersize": 4}
+        return look
 
 
 def svg(draw: Callable[[Figure], None], about: str, size: tuple[float, float] = SIZE) -> Html:
@@ -80,7 +105,9 @@ def _inline(text: str, about: str) -> Html:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<g) id="[^"]*"', r"\1", text)
-    text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", lambda found: f"{found[1]}: {VARIABLES.get(found[2], found[2])}", text)
+    text = re.sub(
+        r"(fill|stroke): (#[0-9a-f]{6})", lambda found: f"{found[1]}: {VARIABLES.get(found[2], found[2])}", text
+    )
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", text)
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None
@@ -88,61 +115,48 @@ def _inline(text: str, about: str) -> Html:
     return Html(f"{label} {box[0]}>" + text[text.index(">") + 1 :].strip())
 
 
-def lines_picture(lines: Sequence[Line], about: str, x_title: str, *, percent: bool = False) -> Html:
-    """Return lines over `x_title`, in percent or as they are, with a legend where there is more than one."""
+def lines_picture(
+    lines: Sequence[Line], about: str, x_title: str, *, percent: bool = False, has_legend: bool | None = None
+) -> Html:
+    """Return lines over `x_title`, in percent or as they are; with a legend, if not said, where they are several."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         scale = 100 if percent else 1
         for line in lines:
-            ys = scale * np.array(line.ys)
-            axes.plot(line.xs, ys, **_line_style(line, len(ys)))
+            axes.plot(line.xs, scale * np.array(line.ys), **line.look())
             if line.low is not None and line.high is not None:
                 low, high = scale * np.array(line.low), scale * np.array(line.high)
-                axes.fill_between(line.xs, low, high, color=_colour(line.style), alpha=0.15, linewidth=0)
+                axes.fill_between(line.xs, low, high, color=line.colour, alpha=0.15, linewidth=0)
         axes.set_xlabel(x_title)
         axes.margins(x=0.02)
         if percent:
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, -2), min(high, 102))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        if all(float(x).is_integer() for line in lines for x in line.xs):
-            axes.xaxis.get_major_locator().set_params(integer=True)
+        ends = [max(line.xs) for line in lines if len(line.xs)]
+        if max(ends) > FAR * min(ends) > 0:
+            scale_axis(axes, over_bytes=True)
+        elif all(float(x).is_integer() for line in lines for x in line.xs):
+            scale_axis(axes, over_bytes=False)
 
-    return Html(svg(draw, about) + (legend(lines) if len(lines) > 1 else ""))
-
-
-def _colour(style: int | None) -> str:
-    return GREY if style is None else COLOURS[style % len(COLOURS)]
-
-
-def _dashes(style: int | None) -> tuple[int, ...]:
-    return (2, 3) if style is None else DASHES[style // len(COLOURS) % len(DASHES)]
-
-
-def _line_style(line: Line, num_points: int) -> dict[str, Any]:
-    dashes = _dashes(line.style)
-    style: dict[str, Any] = {"color": _colour(line.style), "linewidth": 1.2 if line.style is None else 1.8}
-    if dashes:
-        style["dashes"] = dashes
-    if num_points == 1 or (line.style is not None and num_points <= 12):
-        style |= {"marker": "o", "markersize": 4}
-    return style
+    shows = len(lines) > 1 if has_legend is None else has_legend
+    return Html(svg(draw, about) + (legend(lines) if shows else ""))
 
 
 def legend(lines: Sequence[Line]) -> Html:
     """Return the names of lines with a sample of each, which wrap as text does; one of each name."""
     unique = {line.name: line for line in lines}
-    items = [element("li", sample(line.style), line.name) for line in unique.values()]
-    return element("ul", *items, class_="legend")
+    return element("ul", *(element("li", sample(line), line.name) for line in unique.values()), class_="legend")
 
 
-def sample(style: int | None) -> Html:
-    """Return a short piece of a line in a style."""
-    dashes = " ".join(map(str, _dashes(style))) or "none"
-    colour = VARIABLES[_colour(style).lower()]
-    line = element("line", x1=1, y1=5, x2=23, y2=5, style=f"stroke:{colour};stroke-width:2.5;stroke-dasharray:{dashes}")
-    return element("svg", line, width=24, height=10, aria_hidden="true")
+def sample(line: Line) -> Html:
+    """Return a short piece of a line."""
+    colour, dashes = VARIABLES[line.colour.lower()], " ".join(map(str, line.dashes)) or "none"
+    piece = element(
+        "line", x1=1, y1=5, x2=23, y2=5, style=f"stroke:{colour};stroke-width:2.5;stroke-dasharray:{dashes}"
+    )
+    return element("svg", piece, width=24, height=10, aria_hidden="true")
 
 
 def heat_map(

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flora.evaluation.metrics import FIGURES
-from flora.evaluation.summary import shown
+from flora.evaluation.summary import percent, shown
 from flora.report import charts
 from flora.report.charts import picture
-from flora.report.elements import Cell, Html, element, folded, joined, section, table
+from flora.report.elements import Cell, Html, bars, element, folded, joined, section, table
 from flora.report.one_run import grid, sentence
 from flora.report.pictures import Line, lines_picture, sample
 from flora.report.reading import Absent, RunFiles, numbers
@@ -20,8 +20,8 @@ from flora.runs.resume import CHANGEABLE
 
 # Settings by which runs of one line may differ: their names, their seeds, and what decides nothing.
 NOT_COMPARED = ("name", "output", "seed", "preset", "device", *CHANGEABLE)
-# Settings that a line is named by, lines of a picture, and groups whose clients and classes are shown.
-MAX_NAMED, MAX_LINES, MAX_SHOWN = 4, 35, 8
+# Settings that a line is named by, lines of a picture, bars of the headline, and groups whose clients and classes are shown.
+MAX_NAMED, MAX_LINES, MAX_BARS, MAX_SHOWN = 4, 35, 20, 8
 NONE = "–"
 
 
@@ -41,13 +41,12 @@ def groups_of(runs: Sequence[RunFiles]) -> list[Group]:
     for run in runs:
         gathered.setdefault(json.dumps(flat[id(run)], sort_keys=True, default=str), []).append(run)
     settings = [flat[id(members[0])] for members in gathered.values()]
-    keys = naming(differing(settings))
+    keys = naming(settings)
     names = [_name(own, keys) for own in settings]
     if len(keys) > MAX_NAMED or len(set(names)) < len(names) or not keys:
         names = [members[0].name for members in gathered.values()]
     return [
-        Group(name, tuple(members), own)
-        for name, members, own in zip(names, gathered.values(), settings, strict=True)
+        Group(name, tuple(members), own) for name, members, own in zip(names, gathered.values(), settings, strict=True)
     ]
 
 
@@ -72,17 +71,33 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if len({_plain(own.get(key, NONE)) for own in settings}) > 1]
 
 
-def naming(keys: Sequence[str]) -> list[str]:
-    """Return the keys that tell runs apart: where a component is another, its own options need not be named."""
-    components = [key.removesuffix("name") for key in keys if key.endswith(".name")]
-    return [key for key in keys if key.endswith(".name") or not any(key.startswith(each) for each in components)]
+def naming(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return few keys that tell all settings from each other: those that tell most, components before their options."""
+    keys, chosen = differing(settings), []
+    while (told := _num_told(settings, chosen)) < len(settings):
+        best = max(keys, key=lambda key: (_num_told(settings, [*chosen, key]), key.endswith(".name")))
+        if _num_told(settings, [*chosen, best]) == told:
+            break
+        chosen.append(best)
+    return chosen
+
+
+def _num_told(settings: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> int:
+    """How many different values of `keys` there are."""
+    return len({tuple(_plain(own.get(key, NONE)) for key in keys) for own in settings})
 
 
 def _name(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """What settings are called by the values of `keys`: "lora, learning rate 0.01"."""
     parts = []
     for key in keys:
-        value, short = _plain(settings.get(key, NONE)), key.rpartition(".")[2].replace("_", " ")
-        parts.append(value if short == "name" else f"{short} {value}")
+        section, _, short = key.rpartition(".")
+        value = _plain(settings.get(key, NONE))
+        if short != "name":
+            is_unique = [other.rpartition(".")[2] for other in keys].count(short) == 1
+            parts.append(f"{short.replace('_', ' ') if is_unique else key} {value}")
+        else:
+            parts.append(f"{section.rpartition('.')[2]} {value}" if value in ("none", NONE, "null") else value)
     return ", ".join(parts)
 
 
@@ -94,7 +109,7 @@ def sections(runs: Sequence[RunFiles]) -> dict[str, Html]:
     """Return the sections by title; those with nothing in them are empty."""
     groups = groups_of(runs)
     made = {
-        "Results": (_means(groups), folded("Every run", _results(groups))),
+        "Results": (_headline(groups), _means(groups), folded("Every run", _results(groups))),
         "Over rounds": (_overlaid(groups),),
         "Differences in settings": (_differences(groups),),
         "Side by side": (_side_by_side(groups),),
@@ -119,6 +134,28 @@ def _gini(run: RunFiles) -> float | None:
     return None if value != value else value
 
 
+def _headline(groups: Sequence[Group]) -> Html:
+    """The accuracies of all groups as bars, means over their seeds."""
+    parts = []
+    for title, first, last in (
+        ("on the common test images", "zero_shot_accuracy", "last_accuracy"),
+        ("on clients' own held-out images, mean", None, "client_accuracy_mean"),
+    ):
+        frozen = _known([run for group in groups for run in group.runs], first) if first else []
+        rows = [("zero-shot", statistics.fmean(frozen), "")] if frozen else []
+        means = [
+            (group.name, statistics.fmean(found), "result") for group in groups if (found := _known(group.runs, last))
+        ]
+        if means:
+            lines = [(name, value, percent(value), kind) for name, value, kind in rows + means[:MAX_BARS]]
+            parts.append(element("div", element("h3", f"Accuracy {title}"), bars(lines)))
+    return grid(*parts)
+
+
+def _known(runs: Sequence[RunFiles], figure: str) -> list[float]:
+    return [value for run in runs if (value := run.figure(figure)) is not None]
+
+
 def _means(groups: Sequence[Group]) -> Html:
     """A row a group: the mean over its seeds, and the standard deviation (n - 1)."""
     runs = [run for group in groups for run in group.runs]
@@ -126,10 +163,13 @@ def _means(groups: Sequence[Group]) -> Html:
     titles = ["", "runs", *(FIGURES[name].column or name for name in names), "Gini of clients"]
     rows = []
     for place, group in enumerate(groups):
-        cells: list[Any] = [joined([sample(place % MAX_LINES), " ", group.name]), len(group.runs)]
+        cells: list[Any] = [
+            element("span", sample(Line("", (), (), place)), group.name, class_="sampled"),
+            len(group.runs),
+        ]
         cells += [_mean_cell(FIGURES[name].unit, [run.figure(name) for run in group.runs]) for name in names]
         rows.append([*cells, _mean_cell("number", [_gini(run) for run in group.runs])])
-    note = "Means over runs that differ in their seed alone, ± the standard deviation (n − 1)."
+    note = "Means over runs that differ in their seed alone, ± the standard deviation (n − 1) where they differ."
     several = any(len(group.runs) > 1 for group in groups)
     return joined([table(titles, rows, sortable=True), element("p", note, class_="note") if several else ""])
 
@@ -141,7 +181,8 @@ def _mean_cell(unit: str, values: Sequence[float | None]) -> Cell:
     mean = statistics.fmean(known)
     if len(known) == 1:
         return Cell(shown(unit, mean), mean)
-    return Cell(f"{shown(unit, mean)} ± {shown(unit, statistics.stdev(known))}", mean)
+    deviation = statistics.stdev(known)
+    return Cell(f"{shown(unit, mean)} ± {shown(unit, deviation)}" if deviation else shown(unit, mean), mean)
 
 
 def _results(groups: Sequence[Group]) -> Html:
@@ -174,46 +215,60 @@ def averaged(name: str, runs: Sequence[Mapping[int, tuple[float, float]]], style
 
 
 def _overlaid(groups: Sequence[Group]) -> Html:
-    """Accuracy and loss of all groups over rounds, over bytes and, where all have a clock, over simulated time."""
-    found = []
-    metrics = (("Accuracy", "accuracy", True), ("Accuracy on clients' own images", "client_accuracy_mean", True))
-    for title, metric, percent in (*metrics, ("Loss", "loss", False)):
-        for over in (0, 1, 2):
-            lines, x_title = _lines(groups, metric, over)
+    """Accuracies and loss of all groups over rounds, over bytes and over simulated time, as far as they have them."""
+    found, some = [], groups[:MAX_LINES]
+    for title, metric in (
+        ("Accuracy", "accuracy"),
+        ("Accuracy on clients' own images", "client_accuracy_mean"),
+        ("Loss", "loss"),
+    ):
+        for over, (x_title, places) in _axes(some).items():
+            lines = _lines(some, metric, places)
             if any(len(line.xs) > 1 for line in lines):
-                whole = f"{title} over {('rounds', 'bytes', 'simulated time')[over]}"
+                whole = f"{title} over {over}"
 
-                def draw(lines=lines, whole=whole, x_title=x_title, percent=percent) -> Html:  # type: ignore[no-untyped-def]
-                    return lines_picture(lines, f"{whole}, all runs", x_title, percent=percent)
+                def draw(lines=lines, whole=whole, x_title=x_title, percent=metric != "loss") -> Html:  # type: ignore[no-untyped-def]
+                    return lines_picture(lines, f"{whole}, all runs", x_title, percent=percent, has_legend=True)
 
                 found.append(picture(whole, draw))
-    left_out = len(groups) - MAX_LINES
-    note = f"The first {MAX_LINES} lines; {left_out} more are in the table." if left_out > 0 else ""
+    left_out = len(groups) - len(some)
+    note = f"The first {MAX_LINES} lines; {left_out} more are in the table." if left_out else ""
     return joined([element("p", note) if note else "", grid(*found)])
 
 
-def _lines(groups: Sequence[Group], metric: str, over: int) -> tuple[list[Line], str]:
-    lines = []
-    title = ("round", "megabytes sent, up and down, all clients", "simulated minutes")[over]
-    for style, group in enumerate(groups[:MAX_LINES]):
-        tables = []
-        for run in group.runs:
-            places = _places(run, over)
-            if places is not None:
-                tables.append({round: (places[round], value) for round, value in run.points(metric)})
+Places = dict[int, dict[int, float]]
+"""Where the rounds of runs lie along an axis, by the id of the run's object; runs that have no such place are not in it."""
+
+
+def _axes(groups: Sequence[Group]) -> dict[str, tuple[str, Places]]:
+    """What curves go over: the axis's title, and the places of rounds along it."""
+    runs = [run for group in groups for run in group.runs]
+    sent = {id(run): charts.sent_bytes(run) for run in runs}
+    clocks = {id(run): seconds for run in runs if (seconds := charts.elapsed(run)) is not None}
+    unit, length = charts.time_unit(max((max(each.values()) for each in clocks.values()), default=0.0))
+    rounds: Places = {id(run): {record.round: float(record.round) for record in run.records} for run in runs}
+    return {
+        "rounds": ("round", rounds),
+        "bytes": (charts.SENT, {key: _scaled(each, 1e6) for key, each in sent.items() if max(each.values())}),
+        "simulated time": (f"simulated {unit}", {key: _scaled(each, length) for key, each in clocks.items()}),
+    }
+
+
+def _scaled(values: Mapping[int, float], unit: float) -> dict[int, float]:
+    return {round: value / unit for round, value in values.items()}
+
+
+def _lines(groups: Sequence[Group], metric: str, places: Places) -> list[Line]:
+    found = []
+    for style, group in enumerate(groups):
+        tables = [
+            {round: (places[id(run)][round], value) for round, value in run.points(metric)}
+            for run in group.runs
+            if id(run) in places
+        ]
         line = averaged(group.name, tables, style) if tables else None
-        lines += [] if line is None else [line]
-    return lines, title
-
-
-def _places(run: RunFiles, over: int) -> dict[int, float] | None:
-    if over == 0:
-        return {record.round: float(record.round) for record in run.records}
-    if over == 1:
-        sent = charts.sent_bytes(run)
-        return {round: value / 1e6 for round, value in sent.items()} if max(sent.values()) else None
-    seconds = charts.elapsed(run)
-    return None if seconds is None else {round: value / 60 for round, value in seconds.items()}
+        found += [] if line is None else [line]
+    return found
 
 
 def _differences(groups: Sequence[Group]) -> Html:
@@ -240,7 +295,11 @@ def _side_by_side(groups: Sequence[Group]) -> Html:
         ]
         parts.append(folded(title, grid(*pictures)))
     said = [element("li", element("b", group.name), ": ", _said(group.runs[0])) for group in groups[:MAX_SHOWN]]
-    note = f"The first run of each line, of the first {MAX_SHOWN}." if len(groups) > MAX_SHOWN else "The first run of each line."
+    note = (
+        f"The first run of each line, of the first {MAX_SHOWN}."
+        if len(groups) > MAX_SHOWN
+        else "The first run of each line."
+    )
     return joined([element("p", note, class_="note"), element("ul", *said), *parts])
 
 
