@@ -53,6 +53,8 @@ def simulate_parser() -> Parser:
         action="store_true",
         help="with --resume: go on although lines of rounds.jsonl are damaged",
     )
+    parser.add_argument("--report", action="store_true", help="write report.html into the run directory at the end")
+    parser.add_argument("--live", action="store_true", help="write it anew after each round, too")
     parser.add_argument("--check", action="store_true", help="only validate one or more files; nothing is loaded")
     parser.add_argument("--list", action="store_true", help="print every component with its options")
     return parser

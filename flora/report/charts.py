@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 # What the first pictures show, or what says nothing over rounds.
 SHOWN = ("accuracy", "loss", "train_loss", "client_accuracy_mean", "client_accuracy_worst_decile", "num_clients",
-         "uplink_bytes", "downlink_bytes", "simulated_seconds", "num_examples", "num_steps", "top5_accuracy", "macro_f1",
-         "balanced_accuracy")  # fmt: skip
+         "uplink_bytes", "downlink_bytes", "simulated_seconds", "num_examples", "num_steps", "top5_accuracy",
+         "macro_f1", "balanced_accuracy")  # fmt: skip
 SENT = "megabytes sent, up and down, all clients"
 # Clients drawn as points of their own; more are lines.
 MAX_POINTS = 150
@@ -64,17 +65,24 @@ def elapsed(run: RunFiles) -> dict[int, float] | None:
     return dict(zip((record.round for record in run.records), total, strict=True))
 
 
-def axes_of(run: RunFiles) -> list[tuple[str, dict[int, float]]]:
-    """Return what a run's curves can go over: rounds, the bytes if any travelled, simulated time if there is a clock."""
-    found = [("round", {record.round: float(record.round) for record in run.records})]
-    sent = sent_bytes(run)
-    if len(sent) and max(sent.values()) > 0:
-        found.append((SENT, {round: each / 1e6 for round, each in sent.items()}))
-    seconds = elapsed(run)
+def axes_of(run: RunFiles) -> dict[str, tuple[str, dict[int, float]]]:
+    """Return what curves can go over, and the axis's title and each round's place: rounds, bytes and simulated time.
+
+    Without bytes if none travelled, without time if there was no clock.
+    """
+    found = {"rounds": ("round", {record.round: float(record.round) for record in run.records})}
+    sent, seconds = sent_bytes(run), elapsed(run)
+    if max(sent.values()) > 0:
+        found["bytes"] = (SENT, scaled(sent, 1e6))
     if seconds is not None:
         unit, length = time_unit(max(seconds.values()))
-        found.append((f"simulated {unit}", {round: each / length for round, each in seconds.items()}))
+        found["simulated time"] = (f"simulated {unit}", scaled(seconds, length))
     return found
+
+
+def scaled(values: Mapping[int, float], unit: float) -> dict[int, float]:
+    """Return values in another unit."""
+    return {key: value / unit for key, value in values.items()}
 
 
 def time_unit(seconds: float) -> tuple[str, int]:
@@ -121,19 +129,17 @@ def _line(run: RunFiles, name: str, metric: str, places: dict[int, float], style
 def curves(run: RunFiles) -> Html:
     """Return accuracy and loss over everything that they can go over."""
     found = []
-    for title, of, percent in (("Accuracy", accuracy_lines, True), ("Loss", loss_lines, False)):
-        for x_title, places in axes_of(run):
-            over = f"{title} over {x_title.split(',')[0].replace('megabytes sent', 'bytes').replace('round', 'rounds')}"
-            about = f"{over} of {run.name}"
-
-            def draw(of=of, places=places, about=about, x_title=x_title, percent=percent) -> Html:  # type: ignore[no-untyped-def]
-                lines = of(run, places)
-                if not any(len(line.xs) > 1 for line in lines):
-                    raise Absent("No two rounds were evaluated.")
-                return lines_picture(lines, about, x_title, percent=percent)
-
-            found.append(picture(over, draw))
+    for title, of in (("Accuracy", accuracy_lines), ("Loss", loss_lines)):
+        for over, (x_title, places) in axes_of(run).items():
+            whole = f"{title} over {over}"
+            found.append(picture(whole, partial(_curve, of(run, places), f"{whole} of {run.name}", x_title)))
     return joined(found)
+
+
+def _curve(lines: Sequence[Line], about: str, x_title: str) -> Html:
+    if not any(len(line.xs) > 1 for line in lines if not line.is_level):
+        raise Absent("No two rounds were evaluated.")
+    return lines_picture(lines, about, x_title, percent=about.startswith("Accuracy"))
 
 
 def client_strip(run: RunFiles) -> Html:
@@ -203,6 +209,8 @@ def participation(run: RunFiles) -> Html:
         raise Absent("No round says who took part.")
     if all(len(cohort) == num_clients for cohort in cohorts):
         raise Absent(f"All {num_clients} clients took part in each of {len(cohorts)} rounds.")
+    from matplotlib.ticker import MaxNLocator
+
     counts = np.bincount([client for cohort in cohorts for client in cohort], minlength=num_clients)
 
     def draw(figure: Figure) -> None:
@@ -213,7 +221,7 @@ def participation(run: RunFiles) -> Html:
         axes.set_ylabel("rounds")
         axes.grid(axis="x", visible=False)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(integer=True)
+            axis.set_major_locator(MaxNLocator(integer=True))
 
     return svg(draw, f"rounds in which each client took part, {run.name}")
 
@@ -281,23 +289,13 @@ def other_metrics(run: RunFiles) -> list[Html]:
         if metric.of != "server":
             points = [(round, value) for round, value in points if round]
         told = metric.of in ("server", "training", "traffic") and name not in SHOWN
-        if told and len(points) > 1 and len({value for _, value in points}) > 1:
-            found.append(
-                picture(
-                    name.replace("_", " ").capitalize(),
-                    lambda name=name, points=points: _simple(run, name, points),
-                    metric.about,
-                )
-            )  # type: ignore[misc]
-    rejected = [(record.round, len(record.rejected_clients)) for record in run.records if record.round]
+        if told and len({value for _, value in points}) > 1:
+            title = name.replace("_", " ").capitalize()
+            found.append(picture(title, partial(_simple, run, name, points), metric.about))
+    rejected = [(record.round, float(len(record.rejected_clients))) for record in run.records if record.round]
     if any(count for _, count in rejected):
-        found.append(
-            picture(
-                "Rejected updates",
-                lambda: _simple(run, "rejected updates", rejected),
-                "updates that were left out of the average",
-            )
-        )
+        draw = partial(_simple, run, "rejected updates", rejected)
+        found.append(picture("Rejected updates", draw, "updates that were left out of the average"))
     return found
 
 

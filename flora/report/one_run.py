@@ -56,8 +56,8 @@ def sentence(run: RunFiles) -> str:
     rounds = run.setting("rounds")
     who = f"{number} clients that train" if number != 1 else "one client that trains"
     return (
-        f"{rounds} round{'s' if rounds != 1 else ''} of {named('server.strategy')} between {who} {named('adapter')} on a "
-        f"frozen {run.setting('backbone.model')}; data {run.setting('data.name')}, dealt out by {named('partition')}; "
+        f"{rounds} round{'s' if rounds != 1 else ''} of {named('server.strategy')} between {who} {named('adapter')} "
+        f"on a frozen {run.setting('backbone.model')}; data {run.setting('data.name')}, dealt out by {named('partition')}; "
         f"seed {run.setting('seed')}."
     )
 
@@ -264,18 +264,13 @@ def _plain(value: Any) -> str:
 
 def commands(run: RunFiles) -> Html:
     """Return what can be done with the run now, as commands."""
-    path, rounds = shlex.quote(str(run.path)), run.setting("rounds")
+    path, again = shlex.quote(str(run.path)), shlex.quote(f"{run.name}-again")
     found = []
     if run.summary is None:
         found.append(("Go on, if it has stopped", f"python -m flora.simulate --resume {path}"))
     elif run.config is not None and not run.config.local.schedule.needs_num_rounds:
-        found.append(("More rounds", f"python -m flora.simulate --resume {path} rounds={2 * rounds}"))
-    found.append(
-        (
-            "The same with another seed",
-            f"python -m flora.simulate {path}/config.yaml seed={run.setting('seed') + 1} name={shlex.quote(run.name + '-again')}",
-        )
-    )
+        found.append(("More rounds", f"python -m flora.simulate --resume {path} rounds={2 * run.config.rounds}"))
+    found.append(("The same with another seed", f"python -m flora.simulate {path}/config.yaml seed=1234 name={again}"))
     if run.summary is not None:
         found += [
             ("What it makes of your images", f"python -m flora.predict {path} photo.jpg"),

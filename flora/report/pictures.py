@@ -47,7 +47,7 @@ def require_matplotlib() -> None:
 class Line:
     """A line of a picture: its points, a band from `low` to `high` if there is one, and its place among the styles.
 
-    Of the style None it is grey, of no importance by itself. `is_level`: one to compare others with, the same all along.
+    Of the style None it is grey, of no importance by itself. `is_level`: one to compare others with, as high all along.
     """
 
     name: str
@@ -122,26 +122,33 @@ def lines_picture(
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        scale = 100 if percent else 1
+        ends = [max(line.xs) for line in lines if len(line.xs)]
+        is_far = max(ends) > FAR * min(ends) > 0
         for line in lines:
-            axes.plot(line.xs, scale * np.array(line.ys), **line.look())
-            if line.low is not None and line.high is not None:
-                low, high = scale * np.array(line.low), scale * np.array(line.high)
-                axes.fill_between(line.xs, low, high, color=line.colour, alpha=0.15, linewidth=0)
+            _draw_line(axes, line, 100 if percent else 1, above_zero=is_far)
         axes.set_xlabel(x_title)
         axes.margins(x=0.02)
         if percent:
-            low, high = axes.get_ylim()
-            axes.set_ylim(max(low, -2), min(high, 102))
+            bottom, top = axes.get_ylim()
+            axes.set_ylim(max(bottom, -2), min(top, 102))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        ends = [max(line.xs) for line in lines if len(line.xs)]
-        if max(ends) > FAR * min(ends) > 0:
+        if is_far:
             scale_axis(axes, over_bytes=True)
         elif all(float(x).is_integer() for line in lines for x in line.xs):
             scale_axis(axes, over_bytes=False)
 
     shows = len(lines) > 1 if has_legend is None else has_legend
     return Html(svg(draw, about) + (legend(lines) if shows else ""))
+
+
+def _draw_line(axes: Axes, line: Line, scale: float, *, above_zero: bool) -> None:
+    """Draw a line and its band; `above_zero` without what logarithms have no place for."""
+    xs = np.array(line.xs, float)
+    shown = xs > 0 if above_zero else np.isfinite(xs)
+    axes.plot(xs[shown], scale * np.array(line.ys)[shown], **line.look())
+    if line.low is not None and line.high is not None:
+        low, high = (scale * np.array(side)[shown] for side in (line.low, line.high))
+        axes.fill_between(xs[shown], low, high, color=line.colour, alpha=0.15, linewidth=0)
 
 
 def legend(lines: Sequence[Line]) -> Html:

@@ -118,14 +118,17 @@ def partition_of(run: RunFiles) -> tuple[list[str], list[str], np.ndarray]:
     return classes, names, np.array(counts, float).reshape(len(classes), len(names))
 
 
-def read_files(path: Path, *, finished: bool = True) -> RunFiles:
-    """Read a run directory. Raises `UserError` if there is none, if it has no rounds or, with `finished`, no end."""
+def read_files(path: Path, *, is_live: bool = False) -> RunFiles:
+    """Read a finished run's directory, or that of one on its way.
+
+    Raises `UserError` if there is none, if it has no rounds, or if it is not finished and not `is_live`.
+    """
     if not path.is_dir():
         raise UserError(f"{path}: there is no such run directory")
     if not is_run(path):
         raise UserError(f"{path}: not a run directory: it has no config.yaml with one of {', '.join(TRACES)}")
-    summary = read_json(path / "summary.json")
-    if not isinstance(summary, dict) and finished:
+    summary = None if is_live else read_json(path / "summary.json")
+    if not isinstance(summary, dict) and not is_live:
         raise UserError(
             f"{path}: this run is not finished, so it has no summary.json; python -m flora.simulate --resume goes on "
             "with it"

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from flora.evaluation.metrics import FIGURES
@@ -20,7 +21,7 @@ from flora.runs.resume import CHANGEABLE
 
 # Settings by which runs of one line may differ: their names, their seeds, and what decides nothing.
 NOT_COMPARED = ("name", "output", "seed", "preset", "device", *CHANGEABLE)
-# Settings that a line is named by, lines of a picture, bars of the headline, and groups whose clients and classes are shown.
+# Settings that a line is named by, lines of a picture, bars of the headline, groups whose clients are shown.
 MAX_NAMED, MAX_LINES, MAX_BARS, MAX_SHOWN = 4, 35, 20, 8
 NONE = "–"
 
@@ -73,7 +74,8 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def naming(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return few keys that tell all settings from each other: those that tell most, components before their options."""
-    keys, chosen = differing(settings), []
+    keys = differing(settings)
+    chosen: list[str] = []
     while (told := _num_told(settings, chosen)) < len(settings):
         best = max(keys, key=lambda key: (_num_told(settings, [*chosen, key]), key.endswith(".name")))
         if _num_told(settings, [*chosen, best]) == told:
@@ -225,19 +227,16 @@ def _overlaid(groups: Sequence[Group]) -> Html:
         for over, (x_title, places) in _axes(some).items():
             lines = _lines(some, metric, places)
             if any(len(line.xs) > 1 for line in lines):
-                whole = f"{title} over {over}"
-
-                def draw(lines=lines, whole=whole, x_title=x_title, percent=metric != "loss") -> Html:  # type: ignore[no-untyped-def]
-                    return lines_picture(lines, f"{whole}, all runs", x_title, percent=percent, has_legend=True)
-
-                found.append(picture(whole, draw))
+                about = f"{title} over {over}, all runs"
+                draw = partial(lines_picture, lines, about, x_title, percent=metric != "loss", has_legend=True)
+                found.append(picture(f"{title} over {over}", draw))
     left_out = len(groups) - len(some)
     note = f"The first {MAX_LINES} lines; {left_out} more are in the table." if left_out else ""
     return joined([element("p", note) if note else "", grid(*found)])
 
 
 Places = dict[int, dict[int, float]]
-"""Where the rounds of runs lie along an axis, by the id of the run's object; runs that have no such place are not in it."""
+"""Where rounds lie along an axis, by the id of the run's object; only of runs that have such a place."""
 
 
 def _axes(groups: Sequence[Group]) -> dict[str, tuple[str, Places]]:
@@ -249,13 +248,9 @@ def _axes(groups: Sequence[Group]) -> dict[str, tuple[str, Places]]:
     rounds: Places = {id(run): {record.round: float(record.round) for record in run.records} for run in runs}
     return {
         "rounds": ("round", rounds),
-        "bytes": (charts.SENT, {key: _scaled(each, 1e6) for key, each in sent.items() if max(each.values())}),
-        "simulated time": (f"simulated {unit}", {key: _scaled(each, length) for key, each in clocks.items()}),
+        "bytes": (charts.SENT, {key: charts.scaled(each, 1e6) for key, each in sent.items() if max(each.values())}),
+        "simulated time": (f"simulated {unit}", {key: charts.scaled(each, length) for key, each in clocks.items()}),
     }
-
-
-def _scaled(values: Mapping[int, float], unit: float) -> dict[int, float]:
-    return {round: value / unit for round, value in values.items()}
 
 
 def _lines(groups: Sequence[Group], metric: str, places: Places) -> list[Line]:
@@ -289,10 +284,7 @@ def _side_by_side(groups: Sequence[Group]) -> Html:
         ("Who is taken for whom, %", charts.confusion_map),
         ("Is its confidence to be believed?", charts.reliability),
     ):
-        pictures = [
-            picture(f"{title}: {group.name}", lambda draw=draw, run=group.runs[0]: draw(run))  # type: ignore[misc]
-            for group in groups[:MAX_SHOWN]
-        ]
+        pictures = [picture(f"{title}: {group.name}", partial(draw, group.runs[0])) for group in groups[:MAX_SHOWN]]
         parts.append(folded(title, grid(*pictures)))
     said = [element("li", element("b", group.name), ": ", _said(group.runs[0])) for group in groups[:MAX_SHOWN]]
     note = (
