@@ -63,6 +63,8 @@ def simulate_parser() -> Parser:
 def check_simulate(options: argparse.Namespace) -> None:
     """Raise `UserError` if the arguments of `simulate` don't go together."""
     paths, _ = split_arguments(options.arguments)
+    if (options.report or options.live) and (options.list or options.check):
+        raise UserError("--report and --live are for a run; see --help")
     if options.list:
         return
     if options.accept_lost_records and not options.resume:

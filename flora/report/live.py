@@ -18,7 +18,10 @@ PAUSE = 9
 
 
 class LivePage(Sink):
-    """Writes `report.html` after each round, or less often where rounds are short. A failure is said, and ends nothing."""
+    """Writes `report.html` after each round, or less often where rounds are short.
+
+    A failure is said, and ends nothing.
+    """
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self._say, self._next = say, -math.inf

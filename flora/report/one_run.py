@@ -52,14 +52,15 @@ def sentence(run: RunFiles) -> str:
             return describe(component)
         return str(part.get("name", part)) if isinstance(part, Mapping) else str(part)
 
-    number = len(run.json("partition.json").get("clients", []))
-    rounds = run.setting("rounds")
+    number, rounds = len(run.json("partition.json").get("clients", [])), run.setting("rounds")
     who = f"{number} clients that train" if number != 1 else "one client that trains"
-    return (
+    parts = [
         f"{rounds} round{'s' if rounds != 1 else ''} of {named('server.strategy')} between {who} {named('adapter')} "
-        f"on a frozen {run.setting('backbone.model')}; data {run.setting('data.name')}, dealt out by {named('partition')}; "
-        f"seed {run.setting('seed')}."
-    )
+        f"on a frozen {run.setting('backbone.model')}",
+        f"data {run.setting('data.name')}, dealt out by {named('partition')}",
+        f"seed {run.setting('seed')}.",
+    ]
+    return "; ".join(parts)
 
 
 def result(run: RunFiles) -> Html:

@@ -108,7 +108,9 @@ def _inline(text: str, about: str) -> Html:
     text = re.sub(
         r"(fill|stroke): (#[0-9a-f]{6})", lambda found: f"{found[1]}: {VARIABLES.get(found[2], found[2])}", text
     )
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", text)
+    # matplotlib's versions differ in how they write fonts.
+    text = re.sub(r"(style=\"[^\"]*)font-family: [^;\"]*", r"\1font-family: var(--font)", text)
+    text = re.sub(r"(style=\"[^\"]*)font: ([\d.]+px) [^;\"]*", r"\1font: \2 var(--font)", text)
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None
     label = element("svg", role="img", aria_label=about).removesuffix("></svg>")

@@ -76,7 +76,7 @@ def naming(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return few keys that tell all settings from each other: those that tell most, components before their options."""
     keys = differing(settings)
     chosen: list[str] = []
-    while (told := _num_told(settings, chosen)) < len(settings):
+    while keys and (told := _num_told(settings, chosen)) < len(settings):
         best = max(keys, key=lambda key: (_num_told(settings, [*chosen, key]), key.endswith(".name")))
         if _num_told(settings, [*chosen, best]) == told:
             break
