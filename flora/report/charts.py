@@ -34,8 +34,8 @@ SHOWN = ("accuracy", "loss", "train_loss", "client_accuracy_mean", "client_accur
 SENT = "megabytes sent, up and down, all clients"
 # Clients drawn as points of their own; more are lines.
 MAX_POINTS = 150
-# Sides of a reliability diagram and of a strip, in inches.
-SQUARE, STRIP = (4.6, 3.4), (4.6, 3.4)
+# Width and height of a picture above another one, in inches.
+STACKED = (4.6, 3.4)
 
 
 def picture(title: str, draw: Callable[[], Html], caption: str = "") -> Html:
@@ -161,12 +161,12 @@ def client_strip(run: RunFiles) -> Html:
 
     def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        for line in lines:
+        for line in reversed(lines):
             if len(order) > MAX_POINTS:
                 above.plot(line.xs, 100 * np.sort(line.ys), color=line.colour)
-                continue
-            face = line.colour if line.style == 0 else PAPER
-            above.plot(line.xs, 100 * np.array(line.ys), "o", color=line.colour, markerfacecolor=face, markersize=5)
+            else:  # the server's points are filled, smaller and in front, so that none hides another
+                look = {"markersize": 4.5} if line.style == 0 else {"markersize": 7, "markerfacecolor": "none"}
+                above.plot(line.xs, 100 * np.array(line.ys), "o", color=line.colour, **look)
         if len(lines) > 1 and len(order) <= MAX_POINTS:
             stacked = np.stack([100 * np.array(line.ys) for line in lines])
             above.vlines(
@@ -183,7 +183,10 @@ def client_strip(run: RunFiles) -> Html:
             below.tick_params(labelbottom=False)
         below.set_xlabel("clients, sorted by the server's accuracy")
 
-    return Html(svg(draw, f"held-out accuracy by client of {run.name}", STRIP) + legend(lines))
+    return Html(
+        svg(draw, f"held-out accuracy by client of {run.name}", STACKED)
+        + legend(lines, of_points=len(order) <= MAX_POINTS)
+    )
 
 
 def gini(values: np.ndarray) -> float:
@@ -258,7 +261,7 @@ def class_accuracies(run: RunFiles) -> Html:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
 
     height = min(max(0.2 * len(names) + 0.9, 2.6), 5.5)
-    return Html(svg(draw, f"accuracy by class of {run.name}", (4.6, height)) + legend(lines))
+    return Html(svg(draw, f"accuracy by class of {run.name}", (4.6, height)) + legend(lines, of_points=len(names) <= MAX_POINTS // 2))
 
 
 def reliability(run: RunFiles) -> Html:
@@ -278,7 +281,7 @@ def reliability(run: RunFiles) -> Html:
         below.set_ylabel("images")
         below.set_xlabel("confidence, %")
 
-    return svg(draw, f"reliability diagram of {run.name}", SQUARE)
+    return svg(draw, f"reliability diagram of {run.name}", STACKED)
 
 
 def other_metrics(run: RunFiles) -> list[Html]:

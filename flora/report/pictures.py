@@ -153,10 +153,18 @@ def _draw_line(axes: Axes, line: Line, scale: float, *, above_zero: bool) -> Non
         axes.fill_between(xs[shown], low, high, color=line.colour, alpha=0.15, linewidth=0)
 
 
-def legend(lines: Sequence[Line]) -> Html:
-    """Return the names of lines with a sample of each, which wrap as text does; one of each name."""
+def legend(lines: Sequence[Line], *, of_points: bool = False) -> Html:
+    """Return the names of lines, or of points, with a sample of each, which wrap as text does; one of each name."""
     unique = {line.name: line for line in lines}
-    return element("ul", *(element("li", sample(line), line.name) for line in unique.values()), class_="legend")
+    show = _point if of_points else sample
+    return element("ul", *(element("li", show(line), line.name) for line in unique.values()), class_="legend")
+
+
+def _point(line: Line) -> Html:
+    colour = VARIABLES[line.colour.lower()]
+    fill = colour if line.style == 0 else "none"
+    circle = element("circle", cx=5, cy=5, r=3.6, style=f"stroke:{colour};stroke-width:1.5;fill:{fill}")
+    return element("svg", circle, width=10, height=10, aria_hidden="true")
 
 
 def sample(line: Line) -> Html:
