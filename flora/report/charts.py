@@ -261,7 +261,8 @@ def class_accuracies(run: RunFiles) -> Html:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
 
     height = min(max(0.2 * len(names) + 0.9, 2.6), 5.5)
-    return Html(svg(draw, f"accuracy by class of {run.name}", (4.6, height)) + legend(lines, of_points=len(names) <= MAX_POINTS // 2))
+    drawn = svg(draw, f"accuracy by class of {run.name}", (4.6, height))
+    return Html(drawn + legend(lines, of_points=len(names) <= MAX_POINTS // 2))
 
 
 def reliability(run: RunFiles) -> Html:

@@ -67,7 +67,7 @@ class Line:
     def dashes(self) -> tuple[int, ...]:
         """Lengths of its dashes and gaps; none for a solid line."""
         if self.style is None or self.is_level:
-            return (2, 3)
+            return (2, 3) if self.style is None else (6, 3)
         return DASHES[self.style // len(COLOURS) % len(DASHES)]
 
     def look(self) -> dict[str, Any]:
