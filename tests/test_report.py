@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,33 @@ def test_an_old_run_without_the_figures_of_today_has_a_page(copied: Path) -> Non
     assert "between 4 clients that train lora" in text and "50.0 %" in text
     assert "No round says who took part" in text
     assert "4 clients" in text_of(page([read_files(copied), read_files(copied)]))
+
+
+def test_many_clients_and_classes_make_no_large_page(copied: Path) -> None:
+    number, classes = 20_000, [f"类 {place}" for place in range(120)]
+    clients = [{"client": place, "class_counts": {classes[place % 120]: 5}} for place in range(number)]
+    (copied / "partition.json").write_text(json.dumps({"class_names": classes, "clients": clients}))
+    rows = [f"{place},5,3,1,{place / number}" for place in range(number)]
+    (copied / "clients.csv").write_text("\n".join(["client,num_train,num_held_out,num_rounds,accuracy", *rows]))
+    counts = [",".join(["1"] * 119 + ["9"])] * 120
+    lines = [",".join(["label", *classes]), *(f"{name},{row}" for name, row in zip(classes, counts, strict=True))]
+    (copied / "confusion.csv").write_text("\n".join(lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        content = page([read_files(copied)])
+    assert len(content) < 1_000_000
+    assert "The first 500 of 20000 rows" in content and "the first 1,500 clients" in content
+    assert 'class="absent"' not in content
+
+
+def test_a_metric_of_the_users_own_has_a_picture_though_nothing_declares_it(copied: Path) -> None:
+    records = [json.loads(line) for line in (copied / "rounds.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**record, "delta_norm": record["round"] / 7}) for record in records]
+    (copied / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    rejected = {**records[-1], "rejected_clients": [{"client": 1, "step": 2, "reason": "not finite"}]}
+    assert "<h3>Delta norm</h3><svg" in page([read_files(copied)])
+    (copied / "rounds.jsonl").write_text("\n".join(map(json.dumps, [*records[:-1], rejected])) + "\n")
+    assert "<h3>Rejected updates</h3><svg" in page([read_files(copied)])
 
 
 def test_the_command_line_writes_the_page_into_the_run(copied: Path, tmp_path: Path, capsys: Capture) -> None:

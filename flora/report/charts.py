@@ -14,13 +14,16 @@ from flora.evaluation.metrics import METRICS
 from flora.report.curves import COLOURS, GREY
 from flora.report.elements import Html, element, joined
 from flora.report.pictures import (
+    MAX_COLUMNS,
     PAPER,
     Line,
+    bars_along,
     heat_map,
     legend,
     lines_picture,
     shortened,
     svg,
+    thinned,
 )
 from flora.report.reading import Absent, RunFiles, confusion_of, numbers, partition_of
 
@@ -163,7 +166,8 @@ def client_strip(run: RunFiles) -> Html:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         for line in reversed(lines):
             if len(order) > MAX_POINTS:
-                above.plot(line.xs, 100 * np.sort(line.ys), color=line.colour)
+                places = thinned(len(order))
+                above.plot(places, 100 * np.sort(line.ys)[places], color=line.colour)
             else:  # the server's points are filled, smaller and in front, so that none hides another
                 look = {"markersize": 4.5} if line.style == 0 else {"markersize": 7, "markerfacecolor": "none"}
                 above.plot(line.xs, 100 * np.array(line.ys), "o", color=line.colour, **look)
@@ -173,9 +177,8 @@ def client_strip(run: RunFiles) -> Html:
                 range(len(order)), np.nanmin(stacked, 0), np.nanmax(stacked, 0), colors=GREY, linewidth=0.6, zorder=1
             )
         above.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        below.bar(range(len(order)), sizes, color=GREY, width=0.7 if len(order) <= MAX_POINTS else 1.0)
+        bars_along(below, sizes, GREY, MAX_POINTS)
         below.set_ylabel("images")
-        below.grid(axis="x", visible=False)
         if len(order) <= 12:
             is_long = sum(map(len, labels)) > 36
             below.set_xticks(range(len(order)), labels, rotation=90 if is_long else 0)
@@ -201,7 +204,8 @@ def gini(values: np.ndarray) -> float:
 def partition_map(run: RunFiles) -> Html:
     """Return how many training images of each class each client has."""
     classes, clients, counts = partition_of(run)
-    return heat_map(counts, classes, clients, f"training images by class and client of {run.name}", ("client", "class"))
+    title = "client" if len(clients) <= MAX_COLUMNS else f"the first {MAX_COLUMNS:,} clients"
+    return heat_map(counts, classes, clients, f"training images by class and client of {run.name}", (title, "class"))
 
 
 def participation(run: RunFiles) -> Html:
@@ -218,11 +222,10 @@ def participation(run: RunFiles) -> Html:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.bar(range(num_clients), counts, color=COLOURS[0], width=0.8 if num_clients <= MAX_POINTS else 1.0)
+        bars_along(axes, counts if num_clients <= MAX_POINTS else np.sort(counts), COLOURS[0], MAX_POINTS)
         axes.axhline(counts.mean(), color=GREY, dashes=(2, 3))
-        axes.set_xlabel("client")
+        axes.set_xlabel("client" if num_clients <= MAX_POINTS else "clients, sorted")
         axes.set_ylabel("rounds")
-        axes.grid(axis="x", visible=False)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
 
@@ -288,14 +291,15 @@ def reliability(run: RunFiles) -> Html:
 def other_metrics(run: RunFiles) -> list[Html]:
     """Return a picture of each other metric that changes over rounds, and of rejected updates if there are any."""
     found = []
-    for name, metric in METRICS.items():
+    declared = METRICS | {name: None for name in run.records[-1].metrics if name not in METRICS}
+    for name, metric in declared.items():
         points = [(round, value) for round, value in run.points(name) if math.isfinite(value)]
-        if metric.of != "server":
+        if metric is not None and metric.of != "server":
             points = [(round, value) for round, value in points if round]
-        told = metric.of in ("server", "training", "traffic") and name not in SHOWN
+        told = metric is None or (metric.of in ("server", "training", "traffic") and name not in SHOWN)
         if told and len({value for _, value in points}) > 1:
             title = name.replace("_", " ").capitalize()
-            found.append(picture(title, partial(_simple, run, name, points), metric.about))
+            found.append(picture(title, partial(_simple, run, name, points), metric.about if metric else ""))
     rejected = [(record.round, float(len(record.rejected_clients))) for record in run.records if record.round]
     if any(count for _, count in rejected):
         draw = partial(_simple, run, "rejected updates", rejected)

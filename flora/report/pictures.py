@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ HEAT = (0.20, 0.48, 0.93)
 DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2), (1, 3))
 # Cells of a heat map with their number in it, and names along a side of a picture, at most.
 MAX_CELLS, MAX_NAMES = 12, 24
+# Points of a line, and columns of a heat map, that a picture has room for.
+MAX_COLUMNS = 1500
 # Lines of which one goes so many times further than another are drawn over logarithms.
 FAR = 8
 
@@ -92,7 +95,8 @@ def svg(draw: Callable[[Figure], None], about: str, size: tuple[float, float] = 
         "grid.color": GRID, "svg.fonttype": "none", "svg.hashsalt": about, "image.interpolation": "none",
     }  # fmt: skip
     content = io.StringIO()
-    with style.context(["default", STYLE, own]):
+    with style.context(["default", STYLE, own]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the browser has its own fonts
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure)
@@ -153,6 +157,22 @@ def _draw_line(axes: Axes, line: Line, scale: float, *, above_zero: bool) -> Non
         axes.fill_between(xs[shown], low, high, color=line.colour, alpha=0.15, linewidth=0)
 
 
+def bars_along(axes: Axes, heights: np.ndarray, colour: str, most: int) -> None:
+    """Draw a bar for each height or, for more than `most`, the outline of all, thinned where they are very many."""
+    if len(heights) <= most:
+        axes.bar(range(len(heights)), heights, color=colour, width=0.75)
+    else:
+        places = thinned(len(heights))
+        axes.fill_between(places, heights[places], color=colour, linewidth=0)
+        axes.set_ylim(bottom=0)
+    axes.grid(axis="x", visible=False)
+
+
+def thinned(number: int) -> np.ndarray:
+    """Return the places `(N,)` of so many things, or of as many of them as a picture has room for, evenly."""
+    return np.unique(np.linspace(0, number - 1, min(number, MAX_COLUMNS)).round().astype(int))
+
+
 def legend(lines: Sequence[Line], *, of_points: bool = False) -> Html:
     """Return the names of lines, or of points, with a sample of each, which wrap as text does; one of each name."""
     unique = {line.name: line for line in lines}
@@ -179,7 +199,11 @@ def sample(line: Line) -> Html:
 def heat_map(
     counts: np.ndarray, rows: Sequence[str], columns: Sequence[str], about: str, titles: tuple[str, str]
 ) -> Html:
-    """Return `counts` `(R, C)` as cells, the darker the more; `titles` say what the columns and the rows are."""
+    """Return `counts` `(R, C)` as cells, the darker the more; `titles` say what the columns and the rows are.
+
+    Of very many columns the first ones.
+    """
+    counts, columns = counts[:, :MAX_COLUMNS], columns[:MAX_COLUMNS]
     shares = counts / max(float(counts.max(initial=0)), 1e-12)
 
     def draw(figure: Figure) -> None:
