@@ -25,7 +25,7 @@ from flora.report.elements import Cell, Html, bars, element, table
 from flora.report.live import LivePage
 from flora.report.page import page
 from flora.report.pictures import Line, heat_map, lines_picture
-from flora.report.reading import read_files
+from flora.report.reading import RunFiles, read_files
 from flora.report.several_runs import averaged, groups_of, naming
 from flora.runs.sinks import Sink
 from flora.simulate import main as simulate_main
@@ -178,10 +178,31 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
         {"adapter.name": "lora", "adapter.rank": 8, "rounds": 5, "local.epochs": 1},
         {"adapter.name": "norm", "rounds": 5, "local.epochs": 1},
     ]
-    assert naming(settings) == ["adapter.rank"]
+    assert naming(settings) == ["adapter.name", "adapter.rank"]
     assert naming([settings[0], settings[2]]) == ["adapter.name"]
     assert naming([settings[0]]) == []
     assert naming([settings[0], settings[0]]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"adapter": {"name": "lora", "rank": 4}}, ["lora, rank 2", "lora, rank 4", "norm"]),
+        ({"network": {"name": "drawn", "spread": 0.1}}, ["lora", "lora, drawn", "norm"]),
+        ({"cache": {"folder": "elsewhere"}, "seed": 5, "name": "x"}, ["lora", "norm"]),
+        ({"local": {"learning_rate": 0.1}, "server": {"optimizer": {"learning_rate": 2.0}}}, None),
+    ],
+)
+def test_groups_are_named_by_settings(changes: dict[str, Any], names: list[str] | None) -> None:
+    base = {"adapter": {"name": "lora", "rank": 2}, "network": None, "local": {"learning_rate": 1.0}, "seed": 0}
+    base |= {"server": {"optimizer": {"learning_rate": 1.0}}, "cache": {"folder": "here"}, "name": "first"}
+    settings = [base, {**base, **changes}, {**base, "adapter": {"name": "norm"}}]
+    runs = [RunFiles(Path(f"runs/{place}"), each, None, (), None) for place, each in enumerate(settings)]
+    found = [group.name for group in groups_of(runs)]
+    if names is None:
+        assert found == ["lora, learning rate 1.0", "lora, learning rate 0.1", "norm, learning rate 1.0"]
+    else:
+        assert found == names
 
 
 def test_gini_is_0_for_equals_and_near_1_where_one_has_all() -> None:

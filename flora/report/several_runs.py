@@ -42,10 +42,10 @@ def groups_of(runs: Sequence[RunFiles]) -> list[Group]:
     for run in runs:
         gathered.setdefault(json.dumps(flat[id(run)], sort_keys=True, default=str), []).append(run)
     settings = [flat[id(members[0])] for members in gathered.values()]
-    keys = naming(settings)
-    names = [_name(own, keys) for own in settings]
-    if len(keys) > MAX_NAMED or len(set(names)) < len(names) or not keys:
-        names = [members[0].name for members in gathered.values()]
+    keys, first_names = naming(settings), [members[0].name for members in gathered.values()]
+    names = [_name(own, keys) or first for own, first in zip(settings, first_names, strict=True)]
+    if len(keys) > MAX_NAMED or len(set(names)) < len(names):
+        names = first_names
     return [
         Group(name, tuple(members), own) for name, members, own in zip(names, gathered.values(), settings, strict=True)
     ]
@@ -73,13 +73,15 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def naming(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return few keys that tell all settings from each other: those that tell most, components before their options."""
+    """Return few keys that tell all settings from each other: those of components first, then those that tell most."""
     keys = differing(settings)
     chosen: list[str] = []
-    while keys and (told := _num_told(settings, chosen)) < len(settings):
-        best = max(keys, key=lambda key: (_num_told(settings, [*chosen, key]), key.endswith(".name")))
-        if _num_told(settings, [*chosen, best]) == told:
-            break
+
+    def worth(key: str) -> tuple[bool, int]:
+        gain = _num_told(settings, [*chosen, key]) - _num_told(settings, chosen)
+        return gain > 0 and key.endswith(".name"), gain
+
+    while keys and worth(best := max(keys, key=worth))[1] > 0:
         chosen.append(best)
     return chosen
 
@@ -94,12 +96,14 @@ def _name(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
     parts = []
     for key in keys:
         section, _, short = key.rpartition(".")
-        value = _plain(settings.get(key, NONE))
+        if key not in settings:  # an option of a component that this one does not have
+            continue
+        value = _plain(settings[key])
         if short != "name":
             is_unique = [other.rpartition(".")[2] for other in keys].count(short) == 1
             parts.append(f"{short.replace('_', ' ') if is_unique else key} {value}")
         else:
-            parts.append(f"{section.rpartition('.')[2]} {value}" if value in ("none", NONE, "null") else value)
+            parts.append(f"{section.rpartition('.')[2]} {value}" if value == "none" else value)
     return ", ".join(parts)
 
 
