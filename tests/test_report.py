@@ -189,6 +189,8 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
     [
         ({"adapter": {"name": "lora", "rank": 4}}, ["lora, rank 2", "lora, rank 4", "norm"]),
         ({"network": {"name": "drawn", "spread": 0.1}}, ["lora", "lora, drawn", "norm"]),
+        ({"local": {"learning_rate": 1.0, "steps": None}}, ["lora", "lora, no steps", "norm"]),
+        ({"data": {"root": "elsewhere"}}, ["lora", "lora, root elsewhere", "norm"]),
         ({"cache": {"folder": "elsewhere"}, "seed": 5, "name": "x"}, ["lora", "norm"]),
         ({"local": {"learning_rate": 0.1}, "server": {"optimizer": {"learning_rate": 2.0}}}, None),
     ],

@@ -17,10 +17,11 @@ from flora.report.elements import Cell, Html, bars, element, folded, joined, sec
 from flora.report.one_run import grid, sentence
 from flora.report.pictures import Line, lines_picture, sample
 from flora.report.reading import Absent, RunFiles, numbers
-from flora.runs.resume import CHANGEABLE
 
-# Settings by which runs of one line may differ: their names, their seeds, and what decides nothing.
-NOT_COMPARED = ("name", "output", "seed", "preset", "device", *CHANGEABLE)
+# Settings by which runs of one line may differ: their names, their seeds, and what decides nothing. Where weights and
+# data lie is compared: others may lie there.
+NOT_COMPARED = ("name", "output", "seed", "preset", "device", "threads", "clients.per_block", "cache", "checkpoints",
+                "data.download", "evaluation.batch_size", "evaluation.predictions")  # fmt: skip
 # Settings that a line is named by, lines of a picture, bars of the headline, groups whose clients are shown.
 MAX_NAMED, MAX_LINES, MAX_BARS, MAX_SHOWN = 4, 35, 20, 8
 NONE = "–"
@@ -95,15 +96,15 @@ def _name(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
     """What settings are called by the values of `keys`: "lora, learning rate 0.01"."""
     parts = []
     for key in keys:
-        section, _, short = key.rpartition(".")
-        if key not in settings:  # an option of a component that this one does not have
-            continue
-        value = _plain(settings[key])
-        if short != "name":
-            is_unique = [other.rpartition(".")[2] for other in keys].count(short) == 1
-            parts.append(f"{short.replace('_', ' ') if is_unique else key} {value}")
+        section, _, last = key.rpartition(".")
+        is_unique = [other.rpartition(".")[2] for other in keys].count(last) == 1
+        short, value = last.replace("_", " ") if is_unique else key, settings.get(key, NONE)
+        if key not in settings:  # a whole section, or an option of another component
+            parts += [short] if any(other.startswith(f"{key}.") for other in settings) else []
+        elif last == "name":
+            parts.append(f"{section.rpartition('.')[2]} none" if value == "none" else _plain(value))
         else:
-            parts.append(f"{section.rpartition('.')[2]} {value}" if value == "none" else value)
+            parts.append(f"no {short}" if value is None else f"{short} {_plain(value)}")
     return ", ".join(parts)
 
 
