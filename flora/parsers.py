@@ -26,6 +26,10 @@ EVALUATE = (
     "Evaluate a finished run's model on another data set, or again on its own: on the test images, with the prompts of "
     "that data set's classes. The record is written to RUN/evaluations."
 )
+REPORT = (
+    "Write one page of a finished run, or of several side by side: a file that opens from the disk in any browser. A "
+    "folder of runs, such as a sweep's, stands for all finished ones in it."
+)
 BENCHMARK = (
     "Time a local step, from full fine-tuning to ours, as ratios within one run. Weights and images are random, because"
     " cost is what is measured. Each variant runs in a process of its own, the variants take turns, and the median of"
@@ -49,6 +53,8 @@ def simulate_parser() -> Parser:
         action="store_true",
         help="with --resume: go on although lines of rounds.jsonl are damaged",
     )
+    parser.add_argument("--report", action="store_true", help="write report.html into the run directory at the end")
+    parser.add_argument("--live", action="store_true", help="write it anew after each round, too")
     parser.add_argument("--check", action="store_true", help="only validate one or more files; nothing is loaded")
     parser.add_argument("--list", action="store_true", help="print every component with its options")
     return parser
@@ -57,6 +63,8 @@ def simulate_parser() -> Parser:
 def check_simulate(options: argparse.Namespace) -> None:
     """Raise `UserError` if the arguments of `simulate` don't go together."""
     paths, _ = split_arguments(options.arguments)
+    if (options.report or options.live) and (options.list or options.check):
+        raise UserError("--report and --live are for a run; see --help")
     if options.list:
         return
     if options.accept_lost_records and not options.resume:
@@ -158,6 +166,20 @@ def sweep_parser() -> Parser:
     return parser
 
 
+def report_parser() -> Parser:
+    """Return what `flora report` takes."""
+    parser = Parser(
+        prog="python -m flora.report",
+        description=REPORT,
+        epilog="example: python -m flora.report runs/quickstart",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run's folder, or a sweep's")
+    parser.add_argument(
+        "--output", type=Path, help="the file to write (report.html in the folder; of several, where you are)"
+    )
+    return parser
+
+
 def benchmark_parser() -> Parser:
     """Return what `flora benchmark` takes."""
     parser = Parser(prog="python -m flora.benchmark", description=BENCHMARK)
@@ -217,6 +239,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "sweep": sweep_parser,
     "predict": predict_parser,
     "evaluate": evaluate_parser,
+    "report": report_parser,
     "export": export_parser,
     "benchmark": benchmark_parser,
 }

@@ -19,6 +19,8 @@ from flora.benchmark import __main__ as benchmark
 from flora.config.parse import load_config
 from flora.core import command_line
 from flora.evaluation import metrics
+from flora.report import __main__ as report
+from flora.report.reading import RunFiles
 from flora.runs.finished import Classes, FinishedRun
 from flora.sweep import __main__ as sweep
 
@@ -122,6 +124,8 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(evaluate, "write_json_beside", lambda folder, name, *arguments, **options: folder / name)
     monkeypatch.setattr(export, "peft_adapter", lambda *arguments: seen.append(arguments) or {})  # type: ignore[func-returns-value]
     monkeypatch.setattr(export, "huggingface_files", lambda *arguments: {})
+    monkeypatch.setattr(report, "read_files", lambda path: RunFiles(path, {}, None, (), {}))
+    monkeypatch.setattr(report, "write_page", lambda *arguments: seen.append(arguments))
     monkeypatch.setattr(simulate, "_run_one", check)
     monkeypatch.setattr(sweep, "run_all", lambda runs, *arguments, **options: seen.append(runs))
     monkeypatch.setattr(export, "merged_model", merged)
@@ -137,7 +141,7 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def understand(command: str, seen: list[Any]) -> None:
     name, arguments = arguments_of(command)
     programs = {"predict": predict, "evaluate": evaluate, "export": export}
-    programs |= {"simulate": simulate, "sweep": sweep, "benchmark": benchmark}
+    programs |= {"simulate": simulate, "sweep": sweep, "benchmark": benchmark, "report": report}
     program = programs[name.split(".")[1]]
     with_placeholders = {"RUN": "runs/mine", "FOLDER": "adapted", "NAME": "7"}
     expanded = [

@@ -43,6 +43,8 @@ USAGE_ERRORS = [
     ["predict", "runs/x"],
     ["predict", "runs/x", "a.jpg", "--top", "no"],
     ["evaluate"],
+    ["report"],
+    ["simulate", "--list", "--live"],
     ["benchmark", "--batch", "many"],
 ]
 HELP = [[name, "--help"] for name in PROGRAMS]
