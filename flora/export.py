@@ -28,7 +28,8 @@ from flora.clip.frozen import FrozenClip
 from flora.clip.prediction import PLAIN
 from flora.clip.towers.tokens import AllTokens, TokenReduction
 from flora.config.overrides import apply_overrides
-from flora.config.parse import config_to_dict, parse_config, read_yaml
+from flora.config.parse import config_to_dict, parse_config
+from flora.config.plain_yaml import read_yaml
 from flora.config.schema import ExperimentConfig
 from flora.core.command_line import run_program
 from flora.core.errors import UserError

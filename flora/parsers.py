@@ -127,7 +127,18 @@ def understand(program: str, arguments: Sequence[str]) -> int:
     options = PARSERS[program]().parse_intermixed_args(arguments)
     if program == "simulate":
         check_simulate(options)
+    if program in ("simulate", "sweep"):
+        _check_file(options)
     return 0
+
+
+def _check_file(options: argparse.Namespace) -> None:
+    """Raise `UserError` if the one config file of a command line is not there, or no YAML."""
+    from flora.config.plain_yaml import read_yaml, shipped  # which --help has no need of
+
+    paths, _ = split_arguments(options.arguments)
+    if len(paths) == 1 and not getattr(options, "resume", False) and not getattr(options, "list", False):
+        read_yaml(shipped(Path(paths[0])))
 
 
 def first_look(program: str) -> None:

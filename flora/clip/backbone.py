@@ -1,4 +1,7 @@
-"""The frozen OpenCLIP model: found, checked, loaded. The only file that imports `open_clip`."""
+"""The frozen OpenCLIP model: found, checked, loaded. The only file that imports `open_clip`.
+
+It does so where it is used: OpenCLIP and torchvision take two seconds, and configurations are read without them.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,24 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import open_clip
 import safetensors.torch
 import torch
-from open_clip.model import convert_to_custom_text_state_dict
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
 from flora.clip.frozen import Architecture, FrozenClip, TowerShape, use_own_attention
 from flora.clip.towers.tokens import AllTokens, TokenReduction
-from flora.clip.weights import read_state, reason_of, weights_in
+from flora.clip.weights import read_config, read_state, reason_of, weights_in
 from flora.core.errors import UserError
-from flora.core.files import read_text
 from flora.core.registry import Options, option, suggest
 from flora.core.rng import Rng
 from flora.data.rgb import to_rgb
+
+if TYPE_CHECKING:
+    from open_clip import SimpleTokenizer
+    from open_clip.transform import PreprocessCfg
 
 # Beside the code that runs: in the folder that holds a clone, `flora` alone would be the clone.
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -69,6 +72,8 @@ class Backbone(Options):
 
         Raises `UserError` if model or weights are unknown, can't be had, or don't fit each other.
         """
+        import open_clip
+
         config, preprocess = _find_config(self.model)
         architecture = _architecture(self.model, config)
         weights_file, weights_preprocess = self._find_weights(config)
@@ -113,6 +118,8 @@ class Backbone(Options):
 
     def _find_weights(self, config: dict[str, Any], *, fetch: bool = True) -> tuple[Path | None, dict[str, Any]]:
         """The weights file (None: random weights, or not fetched) and what a tag says about preprocessing."""
+        import open_clip
+
         folder, builtin = Path(self.model), Path(str(ASSETS / f"{self.model}.safetensors"))
         weights = self.weights
         if weights is None and folder.is_dir():
@@ -159,6 +166,8 @@ def _names_a_hub(name: str) -> bool:
 
 def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model config and preprocessing settings that `name` leads to."""
+    import open_clip
+
     builtin = ASSETS / f"{name}.json"
     path = Path(name)
     if os.path.isdir(path):
@@ -166,7 +175,7 @@ def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if not path.is_file():
             raise UserError(f"backbone.model: {name!r} is a folder without open_clip_config.json")
     if path.suffix == ".json":
-        return _read_config(path)
+        return read_config(path)
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".ckpt"):
         raise UserError(
             f"backbone.model: {name!r} names weights, which belong to backbone.weights; expected an OpenCLIP model "
@@ -177,7 +186,7 @@ def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if _names_a_hub(name):
         raise UserError(f"backbone.model: {name!r} is a repository of a hub; {HOW_FROM_A_HUB}")
     if "/" not in name and os.path.isfile(str(builtin)):
-        return _read_config(Path(str(builtin)))
+        return read_config(Path(str(builtin)))
     config = open_clip.get_model_config(name) if ":" not in name else None
     if config is None:
         known = [*open_clip.list_models(), "quickstart"]
@@ -185,26 +194,10 @@ def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, {}
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        content = json.loads(read_text(path))
-    except OSError as error:
-        raise UserError(f"backbone.model: {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"backbone.model: {path}: not valid JSON: {error}") from None
-    config = content.get("model_cfg", content) if isinstance(content, dict) else {}
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    if missing:
-        raise UserError(f"backbone.model: {path}: not an OpenCLIP model config: {', '.join(missing)} missing")
-    preprocess = content.get("preprocess_cfg", {})
-    for key, part in {**config, "preprocess_cfg": preprocess}.items():
-        if key.endswith("_cfg") and not isinstance(part, dict):
-            raise UserError(f"backbone.model: {path}: {key}: expected an object, got {part!r}")
-    return config, preprocess
-
-
 def _architecture(name: str, config: dict[str, Any]) -> Architecture:
     """Check that the model is one we know how to cut and adapt, and read off its sizes."""
+    import open_clip
+
     try:
         vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
         text = open_clip.CLIPTextCfg(**config["text_cfg"])
@@ -271,6 +264,8 @@ def _pair(value: Any) -> tuple[Any, ...]:
 
 def _build(name: str, config: dict[str, Any], rng: Rng) -> nn.Module:
     """A model with random weights drawn from `rng`; the process-wide generator is left as it was."""
+    import open_clip
+
     arguments = dict(config)
     model_class = open_clip.CustomTextCLIP if arguments.pop("custom_text", False) else open_clip.CLIP
     before = torch.default_generator.get_state()
@@ -286,12 +281,16 @@ def _build(name: str, config: dict[str, Any], rng: Rng) -> nn.Module:
 
 
 @lru_cache(maxsize=8)
-def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
+def _tokenizer(context_length: int) -> SimpleTokenizer:
+    import open_clip
+
     return open_clip.SimpleTokenizer(context_length=context_length)
 
 
 def _preprocessing(name: str, given: dict[str, Any]) -> tuple[PreprocessCfg, Callable[[Image.Image], Tensor]]:
     """OpenCLIP's settings from what a config and a tag say, and the transform that they describe."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
     known = set(PreprocessCfg.__dataclass_fields__)
     chosen = {key: value for key, value in given.items() if key in known and value is not None}
     try:
@@ -345,6 +344,8 @@ def _check_exported(path: Path, config: dict[str, Any], preprocess: dict[str, An
 
 def _canonical(config: dict[str, Any]) -> dict[str, Any]:
     """Return what of a model's config decides what it computes, with OpenCLIP's defaults filled in, as dotted keys."""
+    import open_clip
+
     parts = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg}
     flat = {"embed_dim": config["embed_dim"], "quick_gelu": bool(config.get("quick_gelu"))}
     for name, kind in parts.items():
@@ -354,6 +355,8 @@ def _canonical(config: dict[str, Any]) -> dict[str, Any]:
 
 def _as_in(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """The weights under the names, and the two scalars in the shape, that the model has for them."""
+    from open_clip.model import convert_to_custom_text_state_dict
+
     state = convert_to_custom_text_state_dict(state) if hasattr(model, "text") else dict(state)
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name in [name for name in own if name in state]:
@@ -366,6 +369,8 @@ def _as_in(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 
 def _pretrained_settings(model: str, tag: str, config: dict[str, Any]) -> dict[str, Any]:
     """Look a pretrained tag up. Raises `UserError` if its weights were trained with another GELU."""
+    import open_clip
+
     settings = open_clip.get_pretrained_cfg(model, tag)
     if bool(settings.get("quick_gelu")) != bool(config.get("quick_gelu")):
         other = f"{model}-quickgelu" if settings.get("quick_gelu") else model.removesuffix("-quickgelu")
@@ -375,6 +380,8 @@ def _pretrained_settings(model: str, tag: str, config: dict[str, Any]) -> dict[s
 
 def _download(model: str, tag: str, settings: dict[str, Any]) -> Path:
     """Fetch a pretrained tag's weights."""
+    import open_clip
+
     try:
         return Path(open_clip.download_pretrained(settings))
     except Exception as error:  # the hub's client, urllib and the file system each raise types of their own

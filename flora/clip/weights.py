@@ -1,7 +1,8 @@
-"""Read weights from files without running code that is in them."""
+"""Read a model's config and weights from files, without running code that is in them."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,7 +12,26 @@ import safetensors.torch
 import torch
 
 from flora.core.errors import UserError
-from flora.core.files import open_regular
+from flora.core.files import open_regular, read_text
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the model config and the preprocessing settings in a JSON file."""
+    try:
+        content = json.loads(read_text(path))
+    except OSError as error:
+        raise UserError(f"backbone.model: {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"backbone.model: {path}: not valid JSON: {error}") from None
+    config = content.get("model_cfg", content) if isinstance(content, dict) else {}
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if missing:
+        raise UserError(f"backbone.model: {path}: not an OpenCLIP model config: {', '.join(missing)} missing")
+    preprocess = content.get("preprocess_cfg", {})
+    for key, part in {**config, "preprocess_cfg": preprocess}.items():
+        if key.endswith("_cfg") and not isinstance(part, dict):
+            raise UserError(f"backbone.model: {path}: {key}: expected an object, got {part!r}")
+    return config, preprocess
 
 
 def weights_in(folder: Path) -> Path:
