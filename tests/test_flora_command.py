@@ -78,7 +78,9 @@ CONFIGURATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "needed", "status"), CONFIGURATIONS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("arguments", "needed", "status"), CONFIGURATIONS, ids=[" ".join(each[0]) for each in CONFIGURATIONS]
+)
 def test_reading_configurations_imports_no_more_than_it_needs(
     arguments: list[str], needed: set[str], status: int
 ) -> None:
