@@ -27,8 +27,9 @@ import torch
 from tqdm import tqdm
 
 from flora.benchmark.experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND, measure_experiment
+from flora.benchmark.images import MODELS, ImageSettings, compare_images
 from flora.benchmark.profile import profile_round
-from flora.benchmark.timing import timed
+from flora.benchmark.timing import matrix_rate, timed
 from flora.benchmark.tokens import compare_tokens
 from flora.benchmark.variants import ROUND_STEPS, VARIANTS, Setting
 from flora.clip.backbone import Backbone
@@ -84,25 +85,13 @@ def measure(variant: str, setting: Setting, seconds: float) -> Result:
         device_bytes=device_peak,
         sent_bytes=step.sent_bytes,
         flops_per_second=None if step.flops is None else step.flops / step_seconds,
-        matmul_flops_per_second=None if step.flops is None else matmul_rate(setting),
+        matmul_flops_per_second=None if step.flops is None else _text_matrix_rate(setting),
     )
 
 
-def matmul_rate(setting: Setting) -> float:
-    """Floating-point operations a second in the largest product of the text tower, on a thousand tokens and more.
-
-    The best of two sizes: that of a CPU's caches, and one that fills a GPU.
-    """
+def _text_matrix_rate(setting: Setting) -> float:
     shape = Backbone(model=setting.model, weights="random").architecture().text
-    rates = []
-    for num_tokens in (1024, 8192):
-        left = torch.randn(num_tokens, shape.width, device=setting.torch_device)
-        right = torch.randn(shape.width, shape.mlp_width, device=setting.torch_device)
-        product = partial(torch.mm, left, right)
-        timed(product, setting.device)
-        times = [timed(product, setting.device) for _ in range(20)]
-        rates.append(2 * num_tokens * shape.width * shape.mlp_width / statistics.median(times))
-    return max(rates)
+    return matrix_rate(shape.width, shape.mlp_width, setting.device)
 
 
 def resident_bytes() -> int:
@@ -189,11 +178,14 @@ def _main(options: argparse.Namespace) -> int:
     if options.worker:
         print(json.dumps(_work(json.loads(options.worker))))
         return 0
+    if options.images is not None:
+        print("\n".join(compare_images(_image_settings(options), options.images, seconds=options.seconds)))
+        return 0
     setting = Setting(
-        model=options.model, num_classes=options.classes, batch_size=options.batch or (8 if options.tokens else 32),
-        num_clients=options.clients,
+        model=options.model or "ViT-B-16", num_classes=options.classes, num_clients=options.clients,
+        batch_size=options.batch or (8 if options.tokens else 32),
         rank=options.rank, tower=options.tower, num_layers=options.layers, targets=options.targets,
-        objective=options.objective, device=options.device, precision=options.precision,
+        objective=options.objective, device=options.device, precision=options.precision or "fp32",
     )  # fmt: skip
     if options.profile:
         print("\n".join(profile_round(options.profile, options.overrides)))
@@ -217,6 +209,15 @@ def _main(options: argparse.Namespace) -> int:
         measured = {name: [asdict(each) for each in rows] for name, rows in results.items()}
         options.json.write_text(json.dumps({"setting": asdict(setting), "results": measured}, indent=2) + "\n")
     return 0
+
+
+def _image_settings(options: argparse.Namespace) -> ImageSettings:
+    return ImageSettings(
+        models=(options.model,) if options.model else MODELS,
+        precisions=(options.precision,) if options.precision else ("fp32", "bf16"),
+        batch_size=options.batch or 32,
+        device=options.device,
+    )
 
 
 def _work(order: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from flora.core.errors import UserError
 from flora.core.progress import Progress
 from flora.core.rng import Rng
 from flora.data.augmentation import Augmentation, NoAugmentation
-from flora.data.datasets.base import ImageData, Split, checked_images
+from flora.data.datasets.base import ImageData, Split, checked_images, with_jpeg_side
 from flora.data.value_range import with_one_range
 from flora.data.views import views_of
 from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of
@@ -62,6 +62,7 @@ class Images:
 def find_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
     """Find the images, split them, and check all that can be checked of them before the model is loaded."""
     whole = checked_images("data", config.data, config.data.load_with_progress(rng.child("data"), tell.progress))
+    whole = with_jpeg_side(whole, config.data.jpeg_side)
     data = checked_images("split", config.split, config.split.split(whole, rng.child("split")))
     for line in whole.remarks:
         tell.log(f"warning: {line}")

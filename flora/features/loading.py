@@ -41,7 +41,7 @@ def load_features(
     problems: list[str] = []
     for key, source in by_source.items():
         used = np.unique(np.concatenate([split.source_indices for split in splits if split.source is source]))
-        images = _Images(source, used, model, cache.dtype)
+        images = StemImages(source, used, model, cache.dtype)
         entry = _entry(images, cache=cache, skip_unreadable=skip_unreadable, progress=progress, log=log)
         problems += entry.problems.values()
         rows = np.full(len(source), -1, dtype=np.int64)
@@ -62,7 +62,7 @@ def _of_split(split: Split, entry: Entry, rows: np.ndarray, problems: Sequence[s
 
 
 @dataclass(frozen=True, eq=False)
-class _Images:
+class StemImages:
     """The images `used` of a source, and the model whose stem they go through. They are numbered from 0.
 
     `storage` is the type that the stem's output is rounded to; None: it stays as it is.
@@ -102,9 +102,9 @@ class _Images:
         """Whether none of these images can be read now."""
         return all(isinstance(self.read(number), str) for number in numbers)
 
-    def computed_parts(self, start: int) -> Iterator[Part]:
+    def computed_parts(self, start: int, batch_size: int | None = None) -> Iterator[Part]:
         """Return what the images from `start` on come to, a batch at a time; the next one is decoded ahead."""
-        size = stem_batch_size(self.model)
+        size = batch_size or stem_batch_size(self.model)
         batches = [range(first, min(first + size, len(self))) for first in range(start, len(self), size)]
         pool = reading_pool()
         try:
@@ -135,7 +135,7 @@ class _Images:
 
 
 def _entry(
-    images: _Images,
+    images: StemImages,
     *,
     cache: CacheOptions,
     skip_unreadable: bool,
