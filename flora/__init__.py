@@ -15,6 +15,7 @@ _NAMES = {
     "RunResult": "flora.runs.loop",
     "Sink": "flora.runs.sinks",
     "TextRelevance": "flora.clip.towers.tokens",
+    "load_adapted": "flora.export",
     "load_config": "flora.config.parse",
     "option": "flora.core.registry",
     "reduce_tokens": "flora.clip.towers.tokens",

@@ -13,6 +13,8 @@ from flora.parsers import understand
 PROGRAMS = {
     "simulate": ("flora.simulate", "run an experiment, or go on with one"),
     "sweep": ("flora.sweep.__main__", "run every combination of some settings, and tabulate the results"),
+    "predict": ("flora.predict", "say what a run's model makes of images"),
+    "evaluate": ("flora.evaluate", "evaluate a run's model on another data set"),
     "export": ("flora.export", "merge a run's adapter into its backbone, as a model that OpenCLIP loads"),
     "benchmark": ("flora.benchmark.__main__", "time a local step against the loops that others write"),
 }

@@ -1,4 +1,4 @@
-"""`python -m flora.export RUN FOLDER`: a run's adapter merged into its backbone, as a model that OpenCLIP loads."""
+"""`python -m flora.export RUN FOLDER`: a run's adapter, merged into its backbone or by itself, as others load it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from flora.parsers import first_look
 if __name__ == "__main__":
     first_look("export")  # what is imported from here on takes seconds
 
-import dataclasses
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,23 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from PIL import Image
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.clip.backbone import EXPORT_METADATA
-from flora.clip.frozen import FrozenClip
+from flora.clip import huggingface
+from flora.clip.adapters.files import peft_files
+from flora.clip.adapters.lora import Lora
+from flora.clip.backbone import EXPORT_METADATA, plain_model, vocabulary
 from flora.clip.prediction import PLAIN
 from flora.clip.towers.tokens import AllTokens, TokenReduction
-from flora.config.overrides import apply_overrides
-from flora.config.parse import config_to_dict, parse_config
-from flora.config.plain_yaml import read_yaml
-from flora.config.schema import ExperimentConfig
 from flora.core.command_line import run_program
 from flora.core.errors import UserError
-from flora.core.files import open_regular, write_whole
-from flora.core.registry import OptionError, suggest
+from flora.core.files import write_whole
+from flora.core.registry import name_of
 from flora.core.rng import Rng
-from flora.core.tree import State, fits, is_finite, state_digest
+from flora.core.tree import State
 from flora.parsers import export_parser
-from flora.runs.checkpoints import CheckpointFolder
-from flora.runs.run_directory import ADAPTER_FORMAT, read_json
+from flora.runs.finished import read_run
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -63,55 +61,24 @@ class MergedModel:
     """Whether the run predicted with more than the adapted model's own logits."""
 
 
-def read_adapter(path: Path) -> tuple[State, dict[str, Any]]:
-    """The tensors of an `adapter.safetensors`, verified, and what it says that they belong to.
-
-    Raises `UserError` if it is missing, damaged, something else, or not finite.
-    """
-    try:
-        open_regular(path).close()
-        with safetensors.safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get("flora", "{}"))
-            if not isinstance(description, dict) or description.get("format") != ADAPTER_FORMAT:
-                raise UserError(f"{path}: not an adapter of this program (format {ADAPTER_FORMAT})")
-            adapter = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged: {' '.join(str(error).split())}") from None
-    if state_digest(adapter) != description.get("sha256"):
-        raise UserError(f"{path}: its numbers are not those that the run wrote (SHA-256)")
-    if not is_finite(adapter):
-        raise UserError(f"{path}: its numbers are not finite: the run has diverged")
-    return adapter, description
-
-
 def merged_model(run: Path, client: str | None = None, overrides: Sequence[str] = ()) -> MergedModel:
     """Merge a finished run's adapter into its backbone: the server's, or the own one of a client, by its name or id.
 
     `overrides` (`backbone.weights=...`) say where things are now. Raises `UserError` if the run's files are missing,
     damaged or don't belong together, or if the client has no adapter of its own.
     """
-    adapter, description = read_adapter(run / "adapter.safetensors")
-    config = _config(run, description, overrides)
-    clip = _backbone(run, config)
+    finished = read_run(run, overrides)
+    config = finished.config
+    clip = finished.load_backbone(torch.device("cpu"), "fp32")
     state_dict = dict(clip.model.state_dict())
     attached = config.adapter.attach(clip)
     if not attached.mergeable:
         raise UserError(f"{run}: its adapter works beside the model, and OpenCLIP's weights have no place for it")
-    expected = config.server.strategy.initial(attached.initial_state(Rng(0)))
-    if config.backbone.precision == "fp64":
-        expected = {name: tensor.double() for name, tensor in expected.items()}
-    if expected.keys() != adapter.keys() or not all(fits(adapter[name], expected[name]) for name in expected):
-        raise UserError(f"{run / 'adapter.safetensors'}: doesn't fit the adapter that config.yaml describes")
-    if client is not None and not config.communication.broadcast.is_identity:
-        raise UserError(f"{run}: its broadcast is quantised: no client has the server's adapter as this run keeps it")
-    if client is not None:
-        adapter = dict(attached.models({**adapter, **_own_tensors(run, client)})[-1])
+    finished.check_fits(attached.initial_state(Rng(0)))
     named = Path(config.backbone.model)
     return MergedModel(
         backbone=str(named.resolve()) if named.exists() else config.backbone.model,
-        weights=attached.merged_state_dict(state_dict, adapter),
+        weights=attached.merged_state_dict(state_dict, finished.adapter_of(client, attached)),
         model_cfg={key: value for key, value in clip.config.items() if key != "open_clip"},
         preprocess_cfg=dict(clip.preprocess_settings),
         tokens=clip.tokens,
@@ -119,60 +86,16 @@ def merged_model(run: Path, client: str | None = None, overrides: Sequence[str] 
     )
 
 
-def _config(run: Path, description: Mapping[str, Any], overrides: Sequence[str]) -> ExperimentConfig:
-    """The run's configuration, changed by `overrides`; its own must be that which its adapter was written with."""
-    stored = read_yaml(run / "config.yaml")
-    try:
-        as_stored = config_to_dict(parse_config(stored, is_complete=True))
-        parts = ("adapter", "backbone", "prompts")
-        described = {**stored, **{key: description.get(key) for key in parts}}
-        written = config_to_dict(parse_config(described, is_complete=True))
-        for key in parts:
-            if as_stored[key] != written[key]:
-                raise UserError(f"{run}: `{key}` in config.yaml is not what its adapter was trained with")
-        apply_overrides(stored, overrides, ExperimentConfig)
-        return parse_config(stored, is_complete=True)
-    except OptionError as error:
-        raise UserError(f"{run / 'config.yaml'}: {error}") from None
+def load_adapted(
+    run: str | Path, *, client: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor], Callable[..., torch.Tensor]]:
+    """Return a finished run's model as plain OpenCLIP, with its adapter merged in, its preprocessing and its tokenizer.
 
-
-def _backbone(run: Path, config: ExperimentConfig) -> FrozenClip:
-    """The run's backbone in fp32 on the CPU. Raises `UserError` if its weights are not those that the run had."""
-    recorded = read_json(run / "environment.json")
-    if not isinstance(recorded, dict) or not isinstance(recorded.get("backbone_sha256"), str):
-        raise UserError(f"{run / 'environment.json'}: missing or damaged")
-    # The same stream as in the run, in case that its backbone had random weights.
-    device, rng = torch.device("cpu"), Rng(config.seed).child("backbone")
-    clip = config.backbone.load(device, rng)
-    if state_digest(clip.model.state_dict()) != recorded["backbone_sha256"]:
-        raise UserError(f"{run}: the backbone's weights are not those that the run was made with (SHA-256)")
-    if config.backbone.precision == "fp32":
-        return clip
-    return dataclasses.replace(config.backbone, precision="fp32").load(device, rng)
-
-
-def _own_tensors(run: Path, client: str) -> State:
-    """Return what of its adapter a client kept for itself until the run's last checkpoint."""
-    checkpoints, index = CheckpointFolder(run / "checkpoints"), _client_id(run, client)
-    rounds = checkpoints.rounds()
-    own = checkpoints.client(rounds[0], index).own if rounds else {}
-    if not own:
-        raise UserError(f"{run}: client {client} has kept no adapter of its own in this run")
-    return own
-
-
-def _client_id(run: Path, client: str) -> int:
-    """The id of the client of this name or, where there is none, of this id. Raises `UserError` if there is neither."""
-    partition = read_json(run / "partition.json")
-    try:
-        names = [each.get("name", str(index)) for index, each in enumerate(partition["clients"])]
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{run / 'partition.json'}: missing or damaged") from None
-    if client in names:
-        return names.index(client)
-    if client.isdecimal() and int(client) < len(names):
-        return int(client)
-    raise UserError(f"{run}: there is no client {client!r}; {suggest(client, names)}")
+    `client` and `overrides` are as for `merged_model`, and so are the errors. What a run does beside the model
+    (`evaluation.fusion`, `evaluation.patches`, `backbone.tokens`) is no part of it.
+    """
+    model = merged_model(Path(run), client, overrides)
+    return plain_model(model.model_cfg, model.preprocess_cfg, model.weights)
 
 
 def write_model(model: MergedModel, path: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -181,26 +104,75 @@ def write_model(model: MergedModel, path: Path, dtype: torch.dtype = torch.float
     Raises `UserError` if it can't be written, or is there already; nothing half-written stays behind.
     """
     settings = {"model_cfg": model.model_cfg, "preprocess_cfg": model.preprocess_cfg}
-    weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.weights.items()}
-    content = safetensors.torch.save(weights, metadata={EXPORT_METADATA: json.dumps(settings)})
+    metadata = {EXPORT_METADATA: json.dumps(settings)}
+    content = safetensors.torch.save(huggingface.in_type(model.weights, dtype), metadata=metadata)
+    if path.suffix != ".safetensors":
+        write_folder(path, {"open_clip_config.json": huggingface.as_json(settings), WEIGHTS_NAME: content})
+        return
     if path.exists():
         raise UserError(f"{path}: exists already")
     try:
-        if path.suffix == ".safetensors":
-            write_whole(path, content)
-            return
-        part = path.with_name(f"{path.name}.part")
+        write_whole(path, content)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder with `files`, by name, whole or not at all. Raises `UserError` if it can't be written."""
+    if path.exists():
+        raise UserError(f"{path}: exists already")
+    part = path.with_name(f"{path.name}.part")
+    try:
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed here
         part.mkdir()
         try:
-            write_whole(part / "open_clip_config.json", (json.dumps(settings, indent=2) + "\n").encode())
-            write_whole(part / WEIGHTS_NAME, content)
+            for name, content in files.items():
+                write_whole(part / name, content)
             os.rename(part, path)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def huggingface_files(model: MergedModel, dtype: torch.dtype) -> dict[str, bytes]:
+    """The files of a `CLIPModel` of transformers with its image processor and its tokenizer, by name.
+
+    Raises `UserError` for what it can't express.
+    """
+    if not model.tokens.is_idle:
+        raise UserError(f"the run goes on with some tokens of an image ({model.tokens}), which CLIPModel can't")
+    settings = {**huggingface.clip_config(model.model_cfg), "dtype": str(dtype).removeprefix("torch.")}
+    weights = huggingface.in_type(huggingface.clip_weights(model.weights), dtype)
+    length = settings["text_config"]["max_position_embeddings"]
+    return {
+        "config.json": huggingface.as_json(settings),
+        "model.safetensors": safetensors.torch.save(weights, metadata={"format": "pt"}),
+        "preprocessor_config.json": huggingface.as_json(huggingface.image_processor(model.preprocess_cfg)),
+        **huggingface.tokenizer_files(*vocabulary(), length),
+    }
+
+
+def peft_adapter(
+    run: Path, client: str | None = None, overrides: Sequence[str] = (), dtype: torch.dtype = torch.float32
+) -> dict[str, bytes]:
+    """The files of a finished run's adapter as PEFT has it for a `CLIPModel` of the run's backbone, by name.
+
+    Raises `UserError` for an adapter or a backbone that can't be expressed so, and as `merged_model` does.
+    """
+    finished = read_run(run, overrides)
+    options = finished.config.adapter
+    if not isinstance(options, Lora):
+        raise UserError(f"{run}: its adapter ({name_of(options)}) is no LoRA, and PEFT's LoRA has no place for it")
+    clip = finished.load_backbone(torch.device("cpu"), "fp32")
+    huggingface.clip_config(clip.config)
+    attached = options.attach(clip)
+    finished.check_fits(attached.initial_state(Rng(0)))
+    try:
+        return peft_files(huggingface.in_type(finished.adapter_of(client, attached), dtype), options)
+    except UserError as error:
+        raise UserError(f"{run}: {error}") from None
 
 
 def how_to_load(model: MergedModel, path: Path) -> list[str]:
@@ -225,20 +197,57 @@ def _main(argv: Sequence[str] | None) -> int:
     options = export_parser().parse(argv)
     if options.path.exists():
         raise UserError(f"{options.path}: exists already")
+    if options.to != "openclip" and options.path.suffix == ".safetensors":
+        raise UserError(f"{options.path}: --to {options.to} writes a folder, whose name can't end in .safetensors")
+    print("\n".join(WRITERS[options.to](options)))
+    return 0
+
+
+def _to_openclip(options: Namespace) -> list[str]:
+    """Write what `--to openclip` asks for; return the lines to print."""
     model = merged_model(options.run, options.client, options.overrides)
     write_model(model, options.path, DTYPES[options.dtype])
-    print(f"{options.path}: {len(model.weights)} tensors")
-    print("\n".join(how_to_load(model, options.path)))
-    if model.is_fused:
-        print(
-            "the run's evaluation.fusion or evaluation.patches are no part of the weights: predictions differ from its"
-        )
+    lines = [f"{options.path}: {len(model.weights)} tensors", *how_to_load(model, options.path), *_beside(model)]
     if not model.tokens.is_idle:
         classes = ", classes" if model.tokens.reads_classes else ""
-        print(
-            f"with the run's tokens, in Python: import flora; flora.reduce_tokens(model, flora.{model.tokens}{classes})"
-        )
-    return 0
+        call = f"flora.reduce_tokens(model, flora.{model.tokens}{classes})"
+        lines.append(f"with the run's tokens, in Python: import flora; {call}")
+    return lines
+
+
+def _to_huggingface(options: Namespace) -> list[str]:
+    model = merged_model(options.run, options.client, options.overrides)
+    write_folder(options.path, huggingface_files(model, DTYPES[options.dtype]))
+    loaded = f"transformers.CLIPModel.from_pretrained({str(options.path.resolve())!r})"
+    return [
+        f"{options.path}: {len(model.weights)} tensors",
+        f"in Python: import transformers; model = {loaded}",
+        *_beside(model),
+    ]
+
+
+def _to_peft(options: Namespace) -> list[str]:
+    files = peft_adapter(options.run, options.client, options.overrides, DTYPES[options.dtype])
+    write_folder(options.path, files)
+    where = str(options.path.resolve())
+    return [
+        f"{options.path}: {', '.join(files)}",
+        f"in Python, with the backbone as a CLIPModel: import peft; peft.PeftModel.from_pretrained(model, {where!r})",
+        f"as a run's beginning: {shlex.join([f'adapter.start={where}'])}",
+    ]
+
+
+def _beside(model: MergedModel) -> list[str]:
+    """The line about what the run does beside the model, if it does."""
+    what = "the run's evaluation.fusion or evaluation.patches are no part of the weights: predictions differ from its"
+    return [what] if model.is_fused else []
+
+
+WRITERS: dict[str, Callable[[Namespace], list[str]]] = {
+    "openclip": _to_openclip,
+    "peft": _to_peft,
+    "huggingface": _to_huggingface,
+}
 
 
 if __name__ == "__main__":

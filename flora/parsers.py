@@ -10,10 +10,21 @@ from pathlib import Path
 from flora.core.command_line import Parser, run_program, split_arguments
 from flora.core.errors import UserError
 
-EXPORT = "Merge a run's adapter into its backbone, as a model that OpenCLIP loads."
+EXPORT = (
+    "Merge a run's adapter into its backbone, as a model that OpenCLIP or transformers loads, or write the adapter "
+    "alone, as PEFT loads it."
+)
 SWEEP = (
     "Run every combination of some settings, each once, and tabulate what came out. Finished runs are skipped and "
     "stopped ones gone on with, so a sweep can be stopped and started as often as one likes."
+)
+PREDICT = (
+    "Say what a finished run's model makes of images: the most probable of its classes, or of any that are named, as "
+    "its own evaluation predicts them."
+)
+EVALUATE = (
+    "Evaluate a finished run's model on another data set, or again on its own: on the test images, with the prompts of "
+    "that data set's classes. The record is written to RUN/evaluations."
 )
 BENCHMARK = (
     "Time a local step, from full fine-tuning to ours, as ratios within one run. Weights and images are random, because"
@@ -26,7 +37,7 @@ def simulate_parser() -> Parser:
     """Return what `flora simulate` takes."""
     parser = Parser(
         prog="python -m flora.simulate",
-        description="Federated adaptation of a frozen CLIP model, simulated in one process.",
+        description="Federated adaptation of a frozen CLIP model, simulated in one process, or in several by torchrun.",
         epilog="example: python -m flora.simulate experiments/quickstart.yaml rounds=5 clients.number=20",
     )
     parser.add_argument("arguments", nargs="*", metavar="CONFIG [key=value ...]", help="a YAML file, then overrides")
@@ -70,11 +81,62 @@ def export_parser() -> Parser:
         "path", type=Path, help="the folder to write, or a file that ends in .safetensors; it must not exist"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="where the backbone is now, if it was moved")
-    parser.add_argument("--client", help="merge the own adapter of this client (name or id) in place of the server's")
+    parser.add_argument("--client", help="take the own adapter of this client (name or id) in place of the server's")
+    parser.add_argument(
+        "--to",
+        choices=("openclip", "peft", "huggingface"),
+        default="openclip",
+        help="a merged model for OpenCLIP (the default), the adapter for PEFT on a CLIPModel of transformers, or such "
+        "a model with the adapter merged in",
+    )
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="type of the numbers (default: fp32)"
     )
     return parser
+
+
+def predict_parser() -> Parser:
+    """Return what `flora predict` takes."""
+    parser = Parser(
+        prog="python -m flora.predict",
+        description=PREDICT,
+        epilog="example: python -m flora.predict runs/own_images photo.jpg --classes cat,dog,tractor",
+    )
+    parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/own_images")
+    parser.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="IMAGE_OR_FOLDER [key=value]",
+        help="images, or folders with images anywhere below; settings of the run that say where things are now",
+    )
+    parser.add_argument("--client", help="use the own adapter of this client (name or id) in place of the server's")
+    parser.add_argument("--top", type=_count, default=3, help="classes shown of each image (default: %(default)s)")
+    parser.add_argument(
+        "--classes", help="other classes than the run's: a list with commas, or a text file with a line for each"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    return parser
+
+
+def evaluate_parser() -> Parser:
+    """Return what `flora evaluate` takes."""
+    parser = Parser(
+        prog="python -m flora.evaluate",
+        description=EVALUATE,
+        epilog="example: python -m flora.evaluate runs/mine data=dtd data.root=/data",
+    )
+    parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/quickstart")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="the data (data=...), its split, its prompts")
+    parser.add_argument("--client", help="use the own adapter of this client (name or id) in place of the server's")
+    parser.add_argument("--name", help="of the record in RUN/evaluations (default: the data set's, and a number)")
+    return parser
+
+
+def _count(text: str) -> int:
+    """A whole number above 0. Raises `ArgumentTypeError` for another text."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
 
 
 def sweep_parser() -> Parser:
@@ -86,6 +148,12 @@ def sweep_parser() -> Parser:
         "--set", action="append", default=[], metavar="key=value", help="for all runs, and no part of their names"
     )
     parser.add_argument("--jobs", default="1", help="runs at once, sharing the CPU's cores (%(default)s)")
+    parser.add_argument(
+        "--fold",
+        default="auto",
+        metavar="auto|off|N",
+        help="how many runs train together in one process, where they can share their steps (%(default)s)",
+    )
     parser.add_argument("--reference", help="the method that the ratios refer to (full, if there is one)")
     return parser
 
@@ -125,7 +193,14 @@ def benchmark_parser() -> Parser:
         "instead",
     )
     parser.add_argument("--profile", metavar="CONFIG", help="show where the time of a round of an experiment goes")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment that --profile names")
+    parser.add_argument("--sweep", metavar="CONFIG", help="time a sweep's runs one after another, and together")
+    parser.add_argument(
+        "--processes", metavar="CONFIG", help="compare a process on each core with one process on all of them instead"
+    )
+    parser.add_argument("--planning", action="store_true", help="plan rounds of a million virtual clients instead")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the experiment that CONFIG names; --sweep's grid"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 
@@ -159,6 +234,8 @@ def first_look(program: str) -> None:
 PARSERS: dict[str, Callable[[], Parser]] = {
     "simulate": simulate_parser,
     "sweep": sweep_parser,
+    "predict": predict_parser,
+    "evaluate": evaluate_parser,
     "export": export_parser,
     "benchmark": benchmark_parser,
 }

@@ -23,11 +23,13 @@ from flora.core.command_line import out_of_memory_reason, run_program, split_arg
 from flora.core.errors import ConfigError, UserError
 from flora.core.hooks import Hooks
 from flora.core.interrupts import Interrupts
+from flora.core.processes import Processes
 from flora.evaluation import summary as report
 from flora.parsers import check_simulate, simulate_parser
 from flora.runs.loop import RunResult, resume, simulate
 from flora.runs.resume import resumed_config
 from flora.runs.sinks import Sink
+from flora.runs.together import shared_config
 
 __all__ = ["RunResult", "main", "resume", "simulate"]
 
@@ -37,15 +39,21 @@ def main(argv: Sequence[str] | None = None, *, hooks: Hooks | None = None, sinks
 
     A program of your own may pass in `hooks` and `sinks`, as for `simulate`; Ctrl-C works as without.
     """
-    return run_program(lambda: _main(argv, _Extras(hooks or Hooks(), tuple(sinks))))
+
+    def body() -> int:
+        with Processes.of_environment() as processes:
+            return _main(argv, _Extras(hooks or Hooks(), tuple(sinks), processes))
+
+    return run_program(body)
 
 
 @dataclass(frozen=True)
 class _Extras:
-    """What a program of the user's own adds to the command line."""
+    """What a program of the user's own adds to the command line, and the processes that run it."""
 
     hooks: Hooks
     sinks: tuple[Sink, ...]
+    processes: Processes
 
 
 def _main(argv: Sequence[str] | None, extras: _Extras) -> int:
@@ -85,16 +93,20 @@ def _check(paths: Sequence[str], overrides: Sequence[str], *, resuming: bool) ->
 def _run_one(
     path: str, overrides: Sequence[str], extras: _Extras, *, resuming: bool, accept_lost_records: bool
 ) -> None:
-    config = resumed_config(Path(path), overrides) if resuming else load_config(path, overrides)
+    processes = extras.processes
+    config = shared_config(
+        processes, lambda: resumed_config(Path(path), overrides) if resuming else load_config(path, overrides)
+    )
     try:
-        with Interrupts() as interrupts:
+        with Interrupts(talks=processes.is_first) as interrupts:
             hooks = Hooks(before_block=lambda round, clients: interrupts.check()).then(extras.hooks)
-            given: Any = {"echo": _say, "hooks": hooks, "sinks": extras.sinks, "progress": True}
+            given: Any = {"echo": _say, "hooks": hooks, "sinks": extras.sinks, "progress": True, "processes": processes}
             if resuming:
                 result = resume(path, overrides, accept_lost_records=accept_lost_records, **given)
             else:
                 named = any(override_key(override) == "name" for override in overrides)
-                notes = [f"changed on the command line: {line}" for line in changes_by_overrides(path, overrides)]
+                changes = changes_by_overrides(path, overrides) if processes.is_first else []
+                notes = [f"changed on the command line: {line}" for line in changes]
                 result = simulate(config, numbered=not named, notes=notes, **given)
     except (ConfigError, BrokenPipeError):
         raise
@@ -109,6 +121,8 @@ def _run_one(
         if reason is None:
             raise
         raise UserError(f"{path}: {reason}") from None
+    if not processes.is_first:
+        return
     print("\n".join(report.lines(result.summary, config)))
     print(f"written to {result.directory}")
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from flora.client.local_training import LocalTraining
 from flora.client.sampling import LocalExamples
 from flora.core.rng import Rng
-from flora.engine.blocks import block_bytes, make_blocks
+from flora.engine.blocks import Block, block_bytes, longest_first, make_block
+from flora.engine.dealing import parts_of
 from flora.engine.tasks import ClientTask, TrainingSetup
 
 sizes_strategy = st.lists(st.integers(1, 23), min_size=1, max_size=7)
@@ -22,7 +23,11 @@ def blocks_of(sizes: list[int], *, per_block: int, batch_size: int, epochs: int 
     cohort = [10 + client for client in range(len(sizes))]
     local = LocalTraining(batch_size=batch_size, epochs=epochs, steps=steps)
     owned = dict(zip(cohort, examples, strict=True))
-    return list(make_blocks(tasks_of(owned, local, min(batch_size, max(sizes))), per_block, examples_of)), owned
+    return made(tasks_of(owned, local, min(batch_size, max(sizes))), per_block), owned
+
+
+def made(tasks: list[ClientTask], per_block: int) -> list[Block]:
+    return [make_block(part, examples_of) for part in parts_of(longest_first(tasks), per_block)]
 
 
 def examples_of(task: ClientTask) -> LocalExamples:
@@ -81,11 +86,8 @@ def test_steps_in_place_of_epochs() -> None:
         assert own.max() - own.min() <= 1  # a new epoch begins only when the last one is through
 
 
-def test_the_bytes_of_a_cohorts_batches_are_counted_before_they_are_made() -> None:
+def test_the_bytes_of_a_blocks_batches_are_counted_before_they_are_made() -> None:
     examples = [np.arange(size) for size in (13, 4, 9, 1, 6)]
     tasks = tasks_of(dict(enumerate(examples)), LocalTraining(batch_size=4, epochs=2), 4)
-    for per_block in (1, 2, 5):
-        found = sum(
-            block.indices.nbytes + block.example_mask.nbytes for block in make_blocks(tasks, per_block, examples_of)
-        )
-        assert block_bytes(tasks, per_block) == found
+    for block in (block for per_block in (1, 2, 5) for block in made(tasks, per_block)):
+        assert block_bytes(block.tasks) == block.indices.nbytes + block.example_mask.nbytes

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import TOLERANCE
 from PIL import Image
 
@@ -168,3 +169,25 @@ def test_operations_of_the_stem_by_hand(tiny_model: str) -> None:
     first = 5 * (4 * 32**2 + 2 * 32 * 128) + 2 * 5 * 5 * 32
     last = 5 * 2 * 32**2 + (2 * 32**2 + 2 * 32 * 128) + 2 * 5 * 32
     assert stem_flops(setting(tiny_model).load()) == 2 * (4 * 32 * 3 * 8 * 8 + first + last + 32 * 16)
+
+
+def test_the_rounds_of_one_process_are_measured_as_those_of_several(
+    raw_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in raw_config.items() if key != "rounds"}))
+    order = {"processes": str(path), "overrides": ["threads=1", "clients.per_block=2"]}
+    assert benchmark.main(["--worker", json.dumps(order)]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["round"] > measured["train"] > measured["busy"] > 0
+    assert measured["rest"] > 0 and measured["evaluation"] > 0
+    assert measured["bytes"] == 0 and measured["clients_per_block"] == 2
+
+
+def test_planning_is_compared(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "NUM_CLIENTS", (10, 2000))
+    given = {"model": tiny_model, "num_classes": 3, "batch_size": 4, "num_clients": 2, "rank": 2, "tower": "text"}
+    setting = Setting(**given, num_layers=0, targets="q,v", objective="cross_entropy", device="cpu")
+    monkeypatch.setattr(benchmark, "_in_fresh_process", benchmark._work)
+    lines = benchmark.compare_planning(setting)
+    assert lines[0].startswith("10 clients, 10 in a round") and lines[1].startswith("2,000 clients, 1,000 in a round")

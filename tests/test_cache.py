@@ -18,6 +18,7 @@ from PIL import Image
 from flora.clip.adapters.lora import Lora
 from flora.config.parse import parse_config
 from flora.core.errors import UserError
+from flora.core.progress import Progress, Tell
 from flora.data.datasets.base import ImageArrays, ImageFiles, Split
 from flora.features import cache as cache_module
 from flora.features.cache import CacheOptions, Entry, FeatureCache
@@ -44,8 +45,7 @@ def load(model: Any, options: CacheOptions, parts: list[Split] | None = None) ->
         model,
         cache=options,
         skip_unreadable=False,
-        progress=lambda title, total: lambda done: None,
-        log=lines.append,
+        tell=Tell(lambda title, total: lambda done: None, lines.append),
     )
     return features, lines
 
@@ -321,12 +321,17 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Split]:
 
 
 def load_some(
-    model: Any, options: CacheOptions, parts: list[Split], **changes: Any
+    model: Any,
+    options: CacheOptions,
+    parts: list[Split],
+    *,
+    skip_unreadable: bool = True,
+    progress: Progress = lambda title, total: lambda done: None,
 ) -> tuple[list[Features], list[str]]:
     """The features, and what was logged."""
     lines: list[str] = []
-    arguments = {"skip_unreadable": True, "progress": lambda title, total: lambda done: None, "log": lines.append}
-    return load_features(parts, model, cache=options, **{**arguments, **changes})[0], lines  # type: ignore[return-value]
+    tell = Tell(progress, lines.append)
+    return load_features(parts, model, cache=options, skip_unreadable=skip_unreadable, tell=tell)[0], lines  # type: ignore[return-value]
 
 
 def stop_after(number: int) -> Callable[[str, int], Callable[[int], None]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, load_clip
 
 from flora.client.corrections import Correction
 from flora.client.objectives import Objective
@@ -20,6 +22,8 @@ from flora.client.penalties import Penalty
 from flora.client.personalization import Personalization
 from flora.client.sampling import LocalSampling
 from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.files import peft_files
+from flora.clip.adapters.lora import Lora
 from flora.clip.towers.tokens import TokenReduction
 from flora.communication.compressors import Compressor
 from flora.communication.sampling import Sampler
@@ -29,6 +33,7 @@ from flora.config.rules import check_experiment
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.registry import Component, components
+from flora.core.rng import Rng
 from flora.data.augmentation import Augmentation
 from flora.data.partition import Partitioner
 from flora.data.splits import Splitter
@@ -40,6 +45,7 @@ from flora.server.aggregators import Aggregator
 from flora.server.optimizers import ServerOptimizer
 from flora.server.strategies.base import Strategy
 
+START = Path(tempfile.mkdtemp(prefix="flora-start-"))
 THINGS = str(Path(__file__).with_name("things.json"))
 NETWORK = {"network": {"name": "drawn", "dropout": 0.1, "availability": 0.9}}
 # What a component can't do without.
@@ -71,6 +77,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "local.optimizer_state=kept": {"local": {"optimizer_state": "kept"}},
     "local.schedule=cosine": {"local": {"schedule": {"name": "cosine", "warmup_rounds": 1}}},
     "local.clip_norm": {"local": {"clip_norm": 0.5}},
+    "adapter.start": {"adapter": {"name": "lora", "start": str(START)}},
+    "evaluation.auroc": {"evaluation": {"auroc": True}},
     "local.steps": {"local": {"steps": 2}},
     "server.screening=clip": {"server": {"screening": {"policy": "clip", "max_norm_ratio": 1.5}}},
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},
@@ -145,6 +153,17 @@ def pairs() -> Iterator[tuple[str, str]]:
 def raw_of(base: Mapping[str, Any], pair: tuple[str, str]) -> dict[str, Any]:
     known = settings()
     return merged(merged(base, known[pair[0]][1]), known[pair[1]][1])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def start(tiny_model: str) -> Iterator[None]:
+    """The adapter that `adapter.start` names."""
+    options = Lora(rank=2)
+    state = options.attach(load_clip(tiny_model, precision="fp32")).initial_state(Rng(0))
+    for name, content in peft_files(state, options).items():
+        (START / name).write_bytes(content)
+    yield
+    shutil.rmtree(START)
 
 
 def two_rounds(raw: Mapping[str, Any]) -> str | None:

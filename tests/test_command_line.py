@@ -92,8 +92,9 @@ def test_a_run(config_file: str, runs: Path, capsys: Capture) -> None:
     assert main([config_file, "rounds=2", "evaluation.num_local_only=2"]) == 0
     assert names(runs) == ["mine"]
     assert names(runs / "mine") == [
-        "adapter.safetensors", "checkpoints", "clients.csv", "config.yaml", "environment.json", "examples.csv",
-        "log.txt", "partition.json", "prompts.json", "rounds.jsonl", "summary.json",
+        "adapter.safetensors", "checkpoints", "clients.csv", "config.yaml", "confusion.csv", "environment.json",
+        "examples.csv",
+        "log.txt", "partition.json", "prompts.json", "reliability.csv", "rounds.jsonl", "summary.json",
     ]  # fmt: skip
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
@@ -470,8 +471,9 @@ def test_a_disk_that_is_full_at_the_end(
     assert message.endswith("/mine/adapter.safetensors: can't be written: No space left on device")
     # What was measured stays; nothing is half-written and there is no summary of a run that did not finish.
     assert names(runs / "mine") == [
-        "checkpoints", "clients.csv", "config.yaml", "environment.json", "examples.csv", "log.txt", "partition.json",
-        "prompts.json", "rounds.jsonl",
+        "checkpoints", "clients.csv", "config.yaml", "confusion.csv", "environment.json", "examples.csv",
+        "log.txt", "partition.json",
+        "prompts.json", "reliability.csv", "rounds.jsonl",
     ]  # fmt: skip
 
 

@@ -14,14 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from flora import export, simulate
+from flora import evaluate, export, predict, simulate
 from flora.benchmark import __main__ as benchmark
+from flora.config.parse import load_config
 from flora.core import command_line
 from flora.evaluation import metrics
+from flora.runs.finished import Classes, FinishedRun
 from flora.sweep import __main__ as sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PROGRAM = r"(\.venv/bin/)?(python|torchrun( --\S+)*) -m flora"
 EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.yaml") if path.parent.name != "descriptions")
 
 
@@ -31,16 +34,19 @@ def commands(text: str) -> Iterator[str]:
         if language not in ("", "bash", "sh"):
             continue
         for line in block.replace("\\\n", " ").splitlines():
-            if re.match(r"(\.venv/bin/)?python -m flora|make ", line.strip()):
+            if re.match(rf"{PROGRAM}|make ", line.strip()):
                 yield line.strip()
     for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
-        if re.match(r"(\.venv/bin/)?python -m flora|make [a-z]", code):
+        if re.match(rf"{PROGRAM}|make [a-z]", code):
             yield " ".join(code.split())
 
 
 def arguments_of(command: str) -> tuple[str, list[str]]:
     words = shlex.split(command, comments=True)
-    return (words[0], words[1:]) if words[0] == "make" else (words[2], words[3:])
+    if words[0] == "make":
+        return words[0], words[1:]
+    start = words.index("-m") + 1
+    return words[start], words[start + 1 :]
 
 
 SHOWN = sorted({command for page in PAGES for command in commands(page.read_text())})
@@ -99,19 +105,40 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(arguments)
         return export.MergedModel("tiny", {"weight": torch.zeros(2)}, {}, {})
 
+    def finished(path: Path, overrides: list[str]) -> FinishedRun:
+        return FinishedRun(path, load_config(ROOT / "experiments/quickstart.yaml", overrides), {})
+
+    def evaluated(run: FinishedRun, client: str | None) -> dict[str, Any]:
+        seen.append(run)
+        figures = {"accuracy": 0.5}
+        return {"num_images": 1, "class_names": [], "zero_shot": figures, "metrics": figures}
+
+    for program in (predict, evaluate):
+        monkeypatch.setattr(program, "read_run", finished)
+    monkeypatch.setattr(FinishedRun, "classes", lambda run: Classes(("a", "b"), (), {}))
+    monkeypatch.setattr(predict, "image_files", lambda paths: paths)
+    monkeypatch.setattr(predict, "_answers", lambda *arguments: seen.append(arguments) or iter(()))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(evaluate, "evaluated", evaluated)
+    monkeypatch.setattr(evaluate, "write_json_beside", lambda folder, name, *arguments, **options: folder / name)
+    monkeypatch.setattr(export, "peft_adapter", lambda *arguments: seen.append(arguments) or {})  # type: ignore[func-returns-value]
+    monkeypatch.setattr(export, "huggingface_files", lambda *arguments: {})
     monkeypatch.setattr(simulate, "_run_one", check)
     monkeypatch.setattr(sweep, "run_all", lambda runs, *arguments, **options: seen.append(runs))
     monkeypatch.setattr(export, "merged_model", merged)
     monkeypatch.setattr(benchmark, "run_variants", lambda setting, *arguments, **options: seen.append(setting))
     monkeypatch.setattr(benchmark, "compare_experiments", lambda setting, **options: seen.append(setting))
     monkeypatch.setattr(benchmark, "profile_round", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(benchmark, "compare_processes", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(benchmark, "compare_planning", lambda setting: seen.append(setting) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "table", lambda results: [])
     return seen
 
 
 def understand(command: str, seen: list[Any]) -> None:
     name, arguments = arguments_of(command)
-    program = {"simulate": simulate, "sweep": sweep, "export": export, "benchmark": benchmark}[name.split(".")[1]]
+    programs = {"predict": predict, "evaluate": evaluate, "export": export}
+    programs |= {"simulate": simulate, "sweep": sweep, "benchmark": benchmark}
+    program = programs[name.split(".")[1]]
     with_placeholders = {"RUN": "runs/mine", "FOLDER": "adapted", "NAME": "7"}
     expanded = [
         found for each in arguments for found in (sorted(map(str, Path().glob(each))) if "*" in each else [each])

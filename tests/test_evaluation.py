@@ -13,6 +13,7 @@ from PIL import Image
 
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.core.errors import UserError
+from flora.core.progress import Tell
 from flora.data.datasets.base import ImageFiles, Split
 from flora.engine import capacity as memory
 from flora.engine.capacity import choose_clients_per_block, clients_at_once
@@ -67,8 +68,7 @@ def compute(split: Split, model, *, skip: bool, seen: list[int] | None = None): 
         model,
         cache=CacheOptions(folder=None),
         skip_unreadable=skip,
-        progress=lambda title, total: (seen if seen is not None else []).append,
-        log=lambda line: None,
+        tell=Tell(lambda title, total: (seen if seen is not None else []).append, lambda line: None),
     )
     return features, problems
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from flora.clip.adapters.files import read_adapter
 from flora.config.parse import load_config, parse_config
 from flora.core.errors import UserError
 from flora.core.files import open_regular, read_text, refuse_irregular
 from flora.core.hooks import Hooks
-from flora.export import read_adapter
 from flora.simulate import main, simulate
 from flora.sweep.outcomes import read_outcome
 

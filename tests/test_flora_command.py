@@ -40,6 +40,9 @@ USAGE_ERRORS = [
     ["simulate", "x.yaml", "--accept-lost-records"],
     ["simulate", "x.yaml", "--chekc"],
     ["export", "runs/x"],
+    ["predict", "runs/x"],
+    ["predict", "runs/x", "a.jpg", "--top", "no"],
+    ["evaluate"],
     ["benchmark", "--batch", "many"],
 ]
 HELP = [[name, "--help"] for name in PROGRAMS]

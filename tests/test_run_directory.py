@@ -17,13 +17,14 @@ import safetensors.torch
 import torch
 import yaml
 
+from flora.clip.adapters.files import ADAPTER_FORMAT
 from flora.config.parse import config_to_dict, parse_config
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.records import RoundRecord
 from flora.evaluation.metrics import FIGURES, METRICS, complete
 from flora.runs.measure import CLIENT_COLUMNS
-from flora.runs.run_directory import ADAPTER_FORMAT, RunDirectory
+from flora.runs.run_directory import RunDirectory
 from flora.simulate import RunResult, simulate
 
 FILES = {
@@ -34,6 +35,8 @@ FILES = {
     "prompts.json",
     "rounds.jsonl",
     "clients.csv",
+    "confusion.csv",
+    "reliability.csv",
     "adapter.safetensors",
     "summary.json",
     "log.txt",
@@ -179,7 +182,7 @@ def test_the_adapter(run: RunResult) -> None:
 def test_the_clients(run: RunResult) -> None:
     with (run.directory / "clients.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    promised = {"client", "num_train", "num_held_out", "num_rounds", "accuracy", "test_accuracy",
+    promised = {"client", "num_train", "num_held_out", "num_rounds", "accuracy", "loss", "test_accuracy",
                 "local_only_accuracy", "local_only_held_out_accuracy"}  # fmt: skip
     assert list(rows[0]) == [name for name, _ in CLIENT_COLUMNS if name in promised]
     partition = read_json(run, "partition.json")["clients"]
@@ -314,6 +317,8 @@ def write_everything(directory: RunDirectory, name: str) -> None:
         directory.append_round(RECORD)
     elif name == "clients.csv":
         directory.write_clients({"client": [0], "accuracy": [""]})
+    elif name in ("confusion.csv", "reliability.csv"):
+        directory.write_table(name, ["label"], [["a"]])
     elif name == "adapter.safetensors":
         directory.write_adapter({"a": torch.zeros(3)}, config)
     else:

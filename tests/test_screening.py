@@ -216,8 +216,8 @@ def test_a_block_that_does_not_fit_is_halved(raw_config: dict[str, Any], error: 
 
     whole = simulate(parse_config(raw_config), numbered=True)
     halved = simulate(parse_config(raw_config), numbered=True, hooks=Hooks(before_block=full))
-    # The halves of the first block are halved, too; in the second round all blocks have two clients.
-    assert sizes == [6, 3, 2, 1, 3, 2, 1, 2, 2, 2]
+    # Half of them is too many, too; in the second round all blocks have two clients from the start.
+    assert sizes == [6, 3, 2, 2, 2, 2, 2, 2]
     for name, tensor in whole.adapter.items():
         torch.testing.assert_close(halved.adapter[name], tensor, atol=TOLERANCE, rtol=0)
     lines = (halved.directory / "log.txt").read_text().splitlines()
@@ -271,7 +271,7 @@ def test_batches_that_do_not_fit_are_refused_before_they_are_made(
         simulate(parse_config(raw_config))
     # 4 clients, 8 examples a step, 8 bytes for the index of each and one for whether it is real.
     assert str(caught.value) == (
-        "out of memory: a client takes up to 10,000,000 steps in a round, and the batches of the cohort need 2.9 GB "
+        "out of memory: a client takes up to 10,000,000 steps in a round, and the batches of 4 clients need 2.9 GB "
         "where 1.0 GB are free; lower local.epochs or local.steps (personal.epochs, after the last round)"
     )
 

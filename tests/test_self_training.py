@@ -27,6 +27,7 @@ from flora.communication.sampling import Uniform
 from flora.config.parse import parse_config
 from flora.core import tree
 from flora.core.errors import UserError
+from flora.core.progress import Tell
 from flora.core.rng import Rng
 from flora.core.states import ClientData
 from flora.data.augmentation import Augmentation, Corrupt, CropFlip, NoAugmentation
@@ -61,9 +62,9 @@ WEAK, STRONG = CropFlip(min_area=0.9), Corrupt(first=CropFlip())
 
 
 def stored(model: AdaptedClip, split: Split) -> StoredFeatures:
-    quiet: Any = {"progress": lambda title, total: lambda done: None, "log": lambda line: None}
+    quiet = Tell(lambda title, total: lambda done: None, lambda line: None)
     (features,), problems = load_features(
-        [split], model, cache=CacheOptions(folder=None), skip_unreadable=False, **quiet
+        [split], model, cache=CacheOptions(folder=None), skip_unreadable=False, tell=quiet
     )
     assert not problems
     return features
@@ -311,7 +312,7 @@ def test_each_step_sees_views_of_its_own(tiny_model: str) -> None:
     model = adapt(tiny_model, Lora(rank=2))
     parts, state = federation(model, SelfTraining(threshold=0.0), batch_size=50, epochs=2), start(model)
     setup = parts.setup(1, state.adapter)
-    (block,) = parts.engine._blocks([parts.task(2, state.adapter, setup, Rng(0))])
+    block = parts.engine._laid_out([parts.task(2, state.adapter, setup, Rng(0))])
     batches = _Batches(model, parts.engine.features, block, in_batch=False)
     looks = [batches.of_step(step, 1).tensors["stem of strong"] for step in range(2)]
     places = [block.extra["unlabelled"][step, 0] for step in range(2)]

@@ -18,7 +18,7 @@ from flora.core.records import Evaluation
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.core.states import ClientUpdate
-from flora.evaluation.accuracy import class_accuracy, client_accuracies, spread
+from flora.evaluation.accuracy import class_accuracy, client_means, spread
 from flora.server.aggregators import Mean
 from flora.server.optimizers import ServerSgd
 from flora.server.strategies.averaging import FedAvg
@@ -120,9 +120,10 @@ def test_seed_tree() -> None:
 
 
 def test_class_client_and_decile_accuracies() -> None:
-    evaluation = Evaluation(np.array([True, False, True, True]), np.zeros(4), np.zeros(4, dtype=np.int64), np.eye(2))
+    correct = np.array([True, False, True, True])
+    evaluation = Evaluation(correct, np.zeros(4), np.zeros(4, dtype=np.int64), np.ones(4), np.zeros(4), np.eye(2))
     assert class_accuracy(evaluation, np.array([0, 0, 1, 1]), ["a", "b", "c"]) == {"a": 0.5, "b": 1.0, "c": None}
-    accuracies = client_accuracies(evaluation, np.array([1, 0, 3]))
+    accuracies = client_means(correct, np.array([1, 0, 3]))
     assert accuracies[0] == 1
     assert np.isnan(accuracies[1])
     assert accuracies[2] == pytest.approx(2 / 3)

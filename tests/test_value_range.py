@@ -17,6 +17,7 @@ from PIL import Image
 
 from flora.config.parse import parse_config
 from flora.core.errors import UserError
+from flora.core.progress import Tell
 from flora.core.registry import OptionError
 from flora.data.augmentation import NoAugmentation
 from flora.data.datasets.base import ImageData, ImageFiles, Split
@@ -237,7 +238,7 @@ def test_features_of_all_kinds_see_the_same_range_and_the_cache_knows_it(tmp_pat
 
     def stored(data: ImageData, said: list[str]) -> torch.Tensor:
         (features,), _ = load_features(
-            [data.train], model, cache=options, skip_unreadable=False, log=said.append, **QUIET
+            [data.train], model, cache=options, skip_unreadable=False, tell=Tell(QUIET["progress"], said.append)
         )
         return features.take(torch.arange(len(features)), torch.device("cpu"))
 

@@ -27,7 +27,10 @@ import torch
 from tqdm import tqdm
 
 from flora.benchmark.experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND, measure_experiment
+from flora.benchmark.folding import compare_sweeps
 from flora.benchmark.images import MODELS, ImageSettings, compare_images
+from flora.benchmark.planning import COHORT, NUM_CLIENTS, measure_planning
+from flora.benchmark.processes import compare_processes, measure_rounds
 from flora.benchmark.profile import profile_round
 from flora.benchmark.timing import matrix_rate, timed
 from flora.benchmark.tokens import compare_tokens
@@ -36,6 +39,7 @@ from flora.clip.backbone import Backbone
 from flora.core.command_line import run_program
 from flora.core.errors import UserError
 from flora.core.memory import peak_memory_bytes
+from flora.core.processes import refuse_several
 from flora.engine.gradients import STEPS_BEFORE_RECORDING
 from flora.evaluation.summary import size
 from flora.parsers import benchmark_parser
@@ -176,8 +180,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     if options.worker:
-        print(json.dumps(_work(json.loads(options.worker))))
+        measured = _work(json.loads(options.worker))
+        if measured is not None:
+            print(json.dumps(measured))
         return 0
+    refuse_several("flora.benchmark")
     if options.images is not None:
         print("\n".join(compare_images(_image_settings(options), options.images, seconds=options.seconds)))
         return 0
@@ -190,8 +197,17 @@ def _main(options: argparse.Namespace) -> int:
     if options.profile:
         print("\n".join(profile_round(options.profile, options.overrides)))
         return 0
+    if options.sweep:
+        print("\n".join(compare_sweeps(options.sweep, options.overrides)))
+        return 0
+    if options.processes:
+        print("\n".join(compare_processes(options.processes, options.overrides)))
+        return 0
     if options.overrides:
-        raise UserError(f"{options.overrides[0]}: overrides belong to the CONFIG of --profile; see --help")
+        raise UserError(f"{options.overrides[0]}: belongs to a CONFIG (--profile, --sweep, --processes); see --help")
+    if options.planning:
+        print("\n".join(compare_planning(setting)))
+        return 0
     if options.whole:
         print(compare_experiments(setting, repeats=options.repeats))
         return 0
@@ -220,9 +236,26 @@ def _image_settings(options: argparse.Namespace) -> ImageSettings:
     )
 
 
-def _work(order: dict[str, Any]) -> dict[str, Any]:
-    """Return what a process of its own measures."""
+def compare_planning(setting: Setting) -> list[str]:
+    """Lines: what planning a round costs with few clients, and with a million."""
+    orders = [{"setting": asdict(setting), "variant": "planning", "planning": number} for number in NUM_CLIENTS]
+    few, many = (_in_fresh_process(order) for order in orders)
+    lines = [
+        f"{number:,} clients, {min(COHORT, number):,} in a round: dealt out in {row['dealing_seconds']:.1f} s, a round "
+        f"planned in {row['planning_seconds']:.4f} s, peak memory {size(row['peak_bytes'])}"
+        for number, row in zip(NUM_CLIENTS, (few, many), strict=True)
+    ]
+    seconds, memory = (many[name] - few[name] for name in ("planning_seconds", "peak_bytes"))
+    return [*lines, f"more: {seconds:.4f} s to plan a round, {size(memory)}"]
+
+
+def _work(order: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a process of its own measures; None in the second and later of several."""
+    if "processes" in order:
+        return measure_rounds(order["processes"], order["overrides"])
     setting = Setting(**order["setting"])
+    if "planning" in order:
+        return measure_planning(setting, order["planning"])
     if order["whole"]:
         return {"seconds": measure_experiment(order["variant"], setting)}
     return asdict(measure(order["variant"], setting, order["seconds"]))

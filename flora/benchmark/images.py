@@ -140,7 +140,8 @@ def _pixels(images: StemImages, number: int) -> torch.Tensor:
 
 def _together(images: StemImages, settings: ImageSettings) -> float:
     """Seconds for one image where the next batch is read while one goes through the stem."""
-    parts = images.computed_parts(0, settings.batch_size)
+    size = settings.batch_size
+    parts = images.computed_parts([range(start, start + size) for start in range(0, len(images), size)])
     next(parts)
     seconds = timed(lambda: list(islice(parts, NUM_BATCHES - 2)), settings.device) / (
         (NUM_BATCHES - 2) * settings.batch_size

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 
 from flora.client.corrections import Correction, NoCorrection
 from flora.client.objectives import CrossEntropy, Objective
@@ -67,6 +68,14 @@ class LocalTraining(Options):
     def active_self_training(self) -> SelfTraining | None:
         """How images without a label are learned from; None also where that weighs nothing."""
         return self.self_training if self.self_training is not None and self.self_training.weight else None
+
+    @property
+    def step_key(self) -> Hashable:
+        """What must be the same for clients to share a step: not the learning rate, nor how many steps there are.
+
+        Neither are corrections, which come behind the model.
+        """
+        return replace(self, learning_rate=1.0, schedule=Constant(), epochs=1, steps=None, correction=NoCorrection())
 
     def num_steps(self, num_examples: int) -> int:
         """Return how many steps a client of so many examples takes in a round."""

@@ -21,17 +21,27 @@ from flora.core.tree import State
 CACHED_NUMBERS = 2**16
 
 
+Rate = float | Tensor
+"""A learning rate: one for all clients of a step, or one for each of them, `(K, 1)` in double precision."""
+
+
 @dataclass(frozen=True)
 class Optimizer(Component):
     """How a client turns gradients into steps."""
+
+    rate_by_client: ClassVar[bool] = False
+    """Whether `step` also takes learning rates `(K, 1)`, so that runs that differ in theirs can share a step."""
 
     @abstractmethod
     def init(self, parameters: Tensor) -> State:
         """Fresh state for `parameters` `(K, P)`; every tensor has the leading client axis."""
 
     @abstractmethod
-    def step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: float) -> None:
-        """One update of `parameters` `(K, P)` and `state`, in place."""
+    def step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: Rate) -> None:
+        """One update of `parameters` `(K, P)` and `state`, in place.
+
+        `learning_rate` is a number; with `rate_by_client` it may be `(K, 1)`, of clients of several runs.
+        """
 
 
 @register("sgd")
@@ -39,6 +49,7 @@ class Optimizer(Component):
 class Sgd(Optimizer):
     """Stochastic gradient descent, as `torch.optim.SGD`."""
 
+    rate_by_client = True
     momentum: float = option("share of the last step that is kept", 0.0, at_least=0, below=1)
     nesterov: bool = option("look ahead along the momentum", False)
     weight_decay: float = option("L2 penalty added to the gradient", 0.0, at_least=0)
@@ -50,13 +61,16 @@ class Sgd(Optimizer):
     def init(self, parameters: Tensor) -> State:
         return {"momentum": torch.zeros_like(parameters)} if self.momentum else {}
 
-    def step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: float) -> None:
+    def step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: Rate) -> None:
         if self.weight_decay:
             gradients = gradients.add(parameters, alpha=self.weight_decay)
         if self.momentum:
             buffer = state["momentum"].mul_(self.momentum).add_(gradients)
             gradients = gradients.add(buffer, alpha=self.momentum) if self.nesterov else buffer
-        parameters.add_(gradients, alpha=-learning_rate)
+        if isinstance(learning_rate, Tensor):
+            parameters.sub_(gradients * learning_rate.to(gradients.dtype))
+        else:
+            parameters.add_(gradients, alpha=-learning_rate)
 
 
 @register("adam")
@@ -64,6 +78,7 @@ class Sgd(Optimizer):
 class Adam(Optimizer):
     """Adam with L2 weight decay in the gradient (arXiv:1412.6980), as `torch.optim.Adam`."""
 
+    rate_by_client = True
     beta1: float = option("decay of the mean of gradients", 0.9, at_least=0, below=1)
     beta2: float = option("decay of the mean of squared gradients", 0.999, at_least=0, below=1)
     eps: float = option("added to the denominator", 1e-8, above=0)
@@ -74,12 +89,12 @@ class Adam(Optimizer):
         steps = torch.zeros(len(parameters), 1, device=parameters.device, dtype=torch.float64)
         return {"mean": torch.zeros_like(parameters), "square": torch.zeros_like(parameters), "steps": steps}
 
-    def step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: float) -> None:
+    def step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: Rate) -> None:
         if self.weight_decay:
             gradients = gradients.add(parameters, alpha=self.weight_decay)
         self._adam_step(parameters, gradients, state, learning_rate)
 
-    def _adam_step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: float) -> None:
+    def _adam_step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: Rate) -> None:
         # Clients may have taken different numbers of steps, so the bias corrections are (K, 1).
         steps = state["steps"].add_(1)
         step_size = (learning_rate / (1 - self.beta1**steps)).to(parameters.dtype)
@@ -98,9 +113,10 @@ class AdamW(Adam):
 
     weight_decay: float = option("shrinkage of the parameters by learning rate times this", 0.01, at_least=0)
 
-    def step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: float) -> None:
+    def step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: Rate) -> None:
         if self.weight_decay:
-            parameters.mul_(1 - learning_rate * self.weight_decay)
+            shrunk = 1 - learning_rate * self.weight_decay
+            parameters.mul_(shrunk.to(parameters.dtype) if isinstance(shrunk, Tensor) else shrunk)
         self._adam_step(parameters, gradients, state, learning_rate)
 
 

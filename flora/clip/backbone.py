@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from flora.clip.frozen import Architecture, FrozenClip, TowerShape, use_own_attention
 from flora.clip.towers.tokens import AllTokens, TokenReduction
-from flora.clip.weights import read_config, read_state, reason_of, weights_in
+from flora.clip.weights import check_sizes, pair, read_config, read_state, reason_of, weights_in
 from flora.core.errors import UserError
 from flora.core.registry import Options, option, suggest
 from flora.core.rng import Rng
@@ -224,42 +224,16 @@ def _architecture(name: str, config: dict[str, Any]) -> Architecture:
     for what, found in refused.items():
         if found:
             raise UserError(f"backbone.model: {name} has {what}, which is not supported; {SUPPORTED}")
-    _check_sizes(name, config, vision, text)
+    check_sizes(name, config, vision, text)
     return Architecture(
         name=name,
         vision=TowerShape(vision.width, int(vision.width * vision.mlp_ratio), vision.layers),
         text=TowerShape(text.width, int(text.width * text.mlp_ratio), text.layers),
         embed_dim=config["embed_dim"],
-        image_size=_pair(vision.image_size),
+        image_size=pair(vision.image_size),
         context_length=text.context_length,
         has_vision_pre_norm=not vision.no_ln_pre,
     )
-
-
-def _check_sizes(name: str, config: dict[str, Any], vision: Any, text: Any) -> None:
-    """Raise `UserError` where a size is not a number above 0, or sizes don't go together."""
-    sizes = [("embed_dim", config["embed_dim"])]
-    sizes += [(f"vision_cfg.{key}", getattr(vision, key)) for key in ("width", "layers", "head_width")]
-    sizes += [(f"text_cfg.{key}", getattr(text, key)) for key in ("width", "layers", "heads", "context_length")]
-    image, patch = _pair(vision.image_size), _pair(vision.patch_size)
-    sizes += [("vision_cfg.image_size", side) for side in image] + [("vision_cfg.patch_size", side) for side in patch]
-    for key, value in sizes:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"backbone.model: {name}: {key}: expected a whole number above 0, got {value!r}")
-    for key, ratio in (("vision_cfg", vision.mlp_ratio), ("text_cfg", text.mlp_ratio)):
-        if not isinstance(ratio, int | float) or ratio <= 0:
-            raise UserError(f"backbone.model: {name}: {key}.mlp_ratio: expected a number above 0, got {ratio!r}")
-    if len(image) != 2 or len(patch) != 2 or any(small > large for small, large in zip(patch, image, strict=True)):
-        raise UserError(f"backbone.model: {name}: vision_cfg.patch_size: {patch} doesn't fit into image_size, {image}")
-    if not isinstance(text.vocab_size, int) or text.vocab_size < 49408:
-        raise UserError(
-            f"backbone.model: {name}: text_cfg.vocab_size: OpenCLIP's tokenizer needs at least 49408, "
-            f"got {text.vocab_size!r}"
-        )
-
-
-def _pair(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value, value)
 
 
 def _build(name: str, config: dict[str, Any], rng: Rng) -> nn.Module:
@@ -285,6 +259,22 @@ def _tokenizer(context_length: int) -> SimpleTokenizer:
     import open_clip
 
     return open_clip.SimpleTokenizer(context_length=context_length)
+
+
+def plain_model(
+    model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> tuple[nn.Module, Callable[[Image.Image], Tensor], SimpleTokenizer]:
+    """A model as OpenCLIP builds it, in evaluation mode, with these weights, its preprocessing and its tokenizer."""
+    model = _build("the model", dict(model_cfg), Rng(0))
+    model.load_state_dict(dict(weights))
+    _, transform = _preprocessing("the model", dict(preprocess_cfg))
+    return model.eval(), transform, _tokenizer(model_cfg["text_cfg"].get("context_length", 77))
+
+
+def vocabulary() -> tuple[dict[str, int], list[str]]:
+    """The tokens of OpenCLIP's tokenizer with their numbers, and the pairs that it merges, in order."""
+    tokenizer = _tokenizer(77)
+    return dict(tokenizer.encoder), [" ".join(pair) for pair in tokenizer.bpe_ranks]
 
 
 def _preprocessing(name: str, given: dict[str, Any]) -> tuple[PreprocessCfg, Callable[[Image.Image], Tensor]]:

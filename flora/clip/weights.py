@@ -34,6 +34,33 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, preprocess
 
 
+def check_sizes(name: str, config: dict[str, Any], vision: Any, text: Any) -> None:
+    """Raise `UserError` where a size is not a number above 0, or sizes don't go together."""
+    sizes = [("embed_dim", config["embed_dim"])]
+    sizes += [(f"vision_cfg.{key}", getattr(vision, key)) for key in ("width", "layers", "head_width")]
+    sizes += [(f"text_cfg.{key}", getattr(text, key)) for key in ("width", "layers", "heads", "context_length")]
+    image, patch = pair(vision.image_size), pair(vision.patch_size)
+    sizes += [("vision_cfg.image_size", side) for side in image] + [("vision_cfg.patch_size", side) for side in patch]
+    for key, value in sizes:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"backbone.model: {name}: {key}: expected a whole number above 0, got {value!r}")
+    for key, ratio in (("vision_cfg", vision.mlp_ratio), ("text_cfg", text.mlp_ratio)):
+        if not isinstance(ratio, int | float) or ratio <= 0:
+            raise UserError(f"backbone.model: {name}: {key}.mlp_ratio: expected a number above 0, got {ratio!r}")
+    if len(image) != 2 or len(patch) != 2 or any(small > large for small, large in zip(patch, image, strict=True)):
+        raise UserError(f"backbone.model: {name}: vision_cfg.patch_size: {patch} doesn't fit into image_size, {image}")
+    if not isinstance(text.vocab_size, int) or text.vocab_size < 49408:
+        raise UserError(
+            f"backbone.model: {name}: text_cfg.vocab_size: OpenCLIP's tokenizer needs at least 49408, "
+            f"got {text.vocab_size!r}"
+        )
+
+
+def pair(value: Any) -> tuple[Any, ...]:
+    """Height and width of what a config gives as one number or as two."""
+    return tuple(value) if isinstance(value, list | tuple) else (value, value)
+
+
 def weights_in(folder: Path) -> Path:
     """The weights file of a folder, or of a copy of a hub's repository."""
     files = sorted(folder.glob("*.safetensors"))

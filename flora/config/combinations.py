@@ -80,8 +80,7 @@ def _waits_for_buffer(config: ExperimentConfig) -> bool:
 
 def _server_trains(config: ExperimentConfig) -> bool:
     """Whether the server trains the adapter by itself."""
-    server = config.server
-    return any(each is not None for each in (server.synthetic, server.distillation, server.text_rounds))
+    return any((config.server.synthetic, config.server.distillation, config.server.text_rounds))
 
 
 def _makes_views(config: ExperimentConfig) -> bool:
@@ -283,6 +282,12 @@ RULES: tuple[Rule, ...] = (
         "and no clients' own ranks",
         lambda c: _waits_for_buffer(c) and c.clients.ranks is not None,
         f"{_SYNCHRONOUS} is used with clients' own ranks, and needs what each of them began with",
+    ),
+    Rule(
+        "adapter.start",
+        "an adapter to begin from needs a strategy that does not start anew each round (flora_stacking)",
+        lambda c: isinstance(c.adapter, Lora) and bool(c.adapter.start) and c.server.strategy.restarts,
+        "expected none, because {strategy} starts anew each round",
     ),
     Rule(
         "server.strategy",

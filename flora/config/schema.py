@@ -111,6 +111,15 @@ class EvaluationOptions(Options):
         (),
     )
 
+    auroc: bool = option(
+        "compute the area under the ROC curve, too; takes memory for a probability of each test image and class", False
+    )
+    predictions: int = option(
+        "write predictions.csv after the last round, with so many of the most probable classes of each image; 0: not",
+        0,
+        at_least=0,
+    )
+
     def check(self) -> None:
         check_templates(self.templates)
         if len(set(self.templates)) != len(self.templates):

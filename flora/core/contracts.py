@@ -92,10 +92,23 @@ def checked_parts(setting: str, component: Any, found: Any, number: int, num_exa
     """
     if len(found) != number:
         refuse(setting, component, f"{len(found)} parts for {number} clients")
+    if _are_sorted_ids(found, num_examples):
+        return list(found)
     return [
         checked_ids(setting, component, part, num_examples, what=f"examples of client {client}")
         for client, part in enumerate(found)
     ]
+
+
+def _are_sorted_ids(parts: Sequence[Any], below: int) -> bool:
+    """Whether each part is as `checked_ids` returns it: looked at all together, for a million clients' sake."""
+    if not all(isinstance(part, np.ndarray) and part.ndim == 1 and part.dtype == np.int64 for part in parts):
+        return False
+    sizes, flat = np.array([len(part) for part in parts]), np.concatenate([np.empty(0, np.int64), *parts])
+    rises = np.diff(flat, prepend=-1) > 0
+    firsts = (np.cumsum(sizes) - sizes)[sizes > 0]
+    rises[firsts] = True
+    return bool(rises.all()) and (not len(flat) or bool(flat.min() >= 0 and flat.max() < below))
 
 
 def checked_column(setting: str, component: Any, found: Any, number: int, *, what: str) -> np.ndarray:

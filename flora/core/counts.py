@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 
 
+@lru_cache(maxsize=4096)
 def part_of(share: float, number: int) -> Fraction:
     """Return exactly `share` times `number`, the share being the decimal number that one writes for it.
 

@@ -25,9 +25,13 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """A context in which the two signals are remembered instead of obeyed; `check` raises `Interrupted` for them."""
+    """A context in which the two signals are remembered instead of obeyed; `check` raises `Interrupted` for them.
 
-    def __init__(self) -> None:
+    Of several processes that get a signal one `talks`.
+    """
+
+    def __init__(self, *, talks: bool = True) -> None:
+        self._talks = talks
         self._received: int | None = None
         self._checked = False
         self._before: dict[int, Any] = {}
@@ -55,4 +59,5 @@ class Interrupts:
         self._received = number
         if not self._checked:
             raise Interrupted(number)
-        print("\nstopping after this block of clients; once more to leave at once", file=sys.stderr, flush=True)
+        if self._talks:
+            print("\nstopping after this block of clients; once more to leave at once", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flora.core.processes import ALONE, Message, Processes
 from flora.core.tree import State, StateLike
 
 Pair = tuple[Tensor, Tensor]
@@ -72,20 +73,29 @@ def rank_padded(state: StateLike, rank: int) -> State:
 
 
 def aggregation_error(
-    clients: Sequence[StateLike], weights: Sequence[float], server: StateLike, before: StateLike | None = None
+    clients: Sequence[StateLike],
+    weights: Sequence[float],
+    server: StateLike,
+    before: StateLike | None = None,
+    processes: Processes = ALONE,
 ) -> float | None:
     """|sum p_k B_k A_k - B A|_F / |sum p_k B_k A_k|_F over all layers: what averaging the factors gets wrong.
 
     `clients` are the adapters that clients ended with, as the server reads them, p_k their share of the `weights`;
     `server` has B and A. By how much a residual has grown since `before` counts as a part of B A. None if there are no
-    low-rank layers, or if the mean product is zero.
+    low-rank layers, or if the mean product is zero. Each of the `processes` computes some layers.
     """
-    wrong = mean = 0.0
-    for layer in layers(server):
+
+    def norms(layer: str) -> tuple[float, float]:
         products = mean_product(clients, weights, layer)
         grown = [*residual_of(server, layer), *(_negative(pair) for pair in residual_of(before or {}, layer))]
-        mean += _squared_norm(products)
-        wrong += _squared_norm([*products, *(_negative(pair) for pair in [product_of(server, layer), *grown])])
+        missed = [*products, *(_negative(pair) for pair in [product_of(server, layer), *grown])]
+        return _squared_norm(products), _squared_norm(missed)
+
+    names = layers(server)
+    own = {layer: norms(layer) for layer in names[processes.rank :: processes.size]}
+    found = {layer: each for message in processes.exchange(Message(own)) for layer, each in message.fields.items()}
+    mean, wrong = (sum(found[layer][part] for layer in names) for part in (0, 1))
     return math.sqrt(wrong / mean) if mean > 0 else None
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -15,6 +16,15 @@ from flora.core.records import RoundRecord
 
 Progress = Callable[[str, int], Callable[[int], object]]
 """`progress(title, total)` starts a bar and returns the function that advances it."""
+
+
+@dataclass(frozen=True)
+class Tell:
+    """Who is told how far it is, and what a user should know."""
+
+    progress: Progress
+    log: Callable[[str], object]
+
 
 # Lines about the rounds of a run, at most about so many.
 MAX_ROUND_LINES = 50

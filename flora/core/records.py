@@ -23,13 +23,18 @@ class Evaluation:
     """Results of one adapter on a set of examples, all `(N,)`.
 
     `predicted` are classes, `correct` says which of them are right, `losses` are cross-entropies in double precision.
-    `class_features` `(C, embed_dim)` are those that images were compared with.
+    `confidences` are the probabilities of what was predicted, in double precision, `label_ranks` how many classes are
+    more probable than the right one. `class_features` `(C, embed_dim)` are those that images were compared with.
+    `probabilities` `(N, C)` are those of all classes, in double precision, if they were asked for.
     """
 
     correct: np.ndarray
     losses: np.ndarray
     predicted: np.ndarray
+    confidences: np.ndarray
+    label_ranks: np.ndarray
     class_features: np.ndarray
+    probabilities: np.ndarray | None = None
 
     @property
     def accuracy(self) -> float:

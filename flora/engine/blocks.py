@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,8 +33,15 @@ class Block:
 
     @property
     def setup(self) -> TrainingSetup:
-        """What the tasks have in common."""
+        """The first task's setup: the others have the same `step_key`."""
         return self.tasks[0].setup
+
+    def by_setup(self) -> list[tuple[TrainingSetup, list[int]]]:
+        """The setups of the tasks, one for each run, with the rows of its clients in ascending order."""
+        rows: dict[TrainingSetup, list[int]] = {}
+        for row, task in enumerate(self.tasks):
+            rows.setdefault(task.setup, []).append(row)
+        return list(rows.items())
 
     @property
     def clients(self) -> tuple[int, ...]:
@@ -50,52 +57,37 @@ class Block:
                 yield num_active, range(start, stop)
                 start = stop
 
-    def part(self, start: int, stop: int) -> Block:
-        """The clients from `start` to `stop` as a block of their own."""
-        longest = self.num_steps[start]
-        return Block(
-            tasks=self.tasks[start:stop],
-            num_steps=self.num_steps[start:stop],
-            indices=self.indices[:longest, start:stop],
-            example_mask=self.example_mask[:longest, start:stop],
-            extra={name: tensor[:longest, start:stop] for name, tensor in self.extra.items()},
-            reports=self.reports[start:stop],
-        )
 
-
-def block_bytes(tasks: Sequence[ClientTask], clients_per_block: int) -> int:
-    """Return how many bytes the batches take of the blocks that `make_blocks` makes."""
+def block_bytes(tasks: Sequence[ClientTask]) -> int:
+    """Return how many bytes the batches of a block of `tasks` take."""
     setup = tasks[0].setup
     place_bytes = torch.int64.itemsize + torch.bool.itemsize
     step_bytes = setup.width * (place_bytes + (8 if setup.local.sampling.weighs else 0))
     if setup.local.active_self_training is not None:
         step_bytes += setup.unlabelled_width * 2 * place_bytes
-    longest_first = sorted((task.num_steps for task in tasks), reverse=True)
-    blocks = (longest_first[start : start + clients_per_block] for start in range(0, len(tasks), clients_per_block))
-    return step_bytes * sum(block[0] * len(block) for block in blocks)
+    return step_bytes * max(task.num_steps for task in tasks) * len(tasks)
 
 
-def make_blocks(
-    tasks: Sequence[ClientTask], clients_per_block: int, examples_of: Callable[[ClientTask], LocalExamples]
-) -> Iterator[Block]:
-    """Cut tasks of one setup into blocks of at most `clients_per_block`, those with similar numbers of steps together.
+def longest_first(tasks: Sequence[ClientTask]) -> list[ClientTask]:
+    """The tasks in the order in which they are cut into blocks: those with similar numbers of steps together."""
+    return sorted(tasks, key=lambda task: (-task.num_steps, task.client))
 
-    A client's batches come from its task's `rng` alone: the block that it lands in changes nothing.
+
+def make_block(tasks: Sequence[ClientTask], examples: Sequence[LocalExamples]) -> Block:
+    """Lay out the batches of tasks of one `step_key`, those with the most steps first.
+
+    `examples` are the tasks'. A client's batches come from its task's `rng` alone, whatever block it is in.
     """
-    order = sorted(tasks, key=lambda task: (-task.num_steps, task.client))
-    for start in range(0, len(order), clients_per_block):
-        part = order[start : start + clients_per_block]
-        known = [examples_of(task) for task in part]
-        drawn = [_drawn(task, examples) for task, examples in zip(part, known, strict=True)]
-        tensors = {name: _laid_out([each[name] for each in drawn]) for name in drawn[0]}
-        yield Block(
-            tasks=tuple(part),
-            num_steps=tuple(task.num_steps for task in part),
-            indices=tensors.pop("indices"),
-            example_mask=tensors.pop("example_mask"),
-            extra=tensors,
-            reports=tuple({} if each.without_label is None else each.without_label.report for each in known),
-        )
+    drawn = [_drawn(task, each) for task, each in zip(tasks, examples, strict=True)]
+    tensors = {name: _laid_out([each[name] for each in drawn]) for name in drawn[0]}
+    return Block(
+        tasks=tuple(tasks),
+        num_steps=tuple(task.num_steps for task in tasks),
+        indices=tensors.pop("indices"),
+        example_mask=tensors.pop("example_mask"),
+        extra=tensors,
+        reports=tuple({} if each.without_label is None else each.without_label.report for each in examples),
+    )
 
 
 def _drawn(task: ClientTask, examples: LocalExamples) -> dict[str, np.ndarray]:

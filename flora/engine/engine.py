@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -14,11 +16,14 @@ from flora.client.self_training import PseudoLabels
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
-from flora.core.memory import available_memory_bytes, is_out_of_memory, release_cached_memory
-from flora.engine.blocks import Block, block_bytes, make_blocks
+from flora.core.memory import available_memory_bytes, release_cached_memory
+from flora.core.processes import ALONE, Processes
+from flora.core.tree import StateLike
+from flora.engine.blocks import Block, block_bytes, longest_first, make_block
 from flora.engine.capacity import client_bytes
+from flora.engine.dealing import RESULTS, Travel, Work, compute_all, parts_of
 from flora.engine.losses import example_losses, pseudo_labels
-from flora.engine.tasks import ClientResult, ClientTask
+from flora.engine.tasks import ClientResult, ClientTask, TrainingSetup
 from flora.engine.training import train_block
 from flora.features.features import Features
 
@@ -31,7 +36,8 @@ class Engine:
     """Trains clients and evaluates their adapters, up to `clients_per_block` of them in one step.
 
     That number is lowered when a block doesn't fit into memory; results depend on it to rounding only. `features` are
-    those of all training images.
+    those of all training images. Where a run has several `processes`, each trains some of the blocks, and all of them
+    hand on all results.
     """
 
     model: AdaptedClip
@@ -39,29 +45,67 @@ class Engine:
     clients_per_block: int
     hooks: Hooks = field(default_factory=Hooks)
     log: Callable[[str], object] = lambda line: None
+    processes: Processes = ALONE
 
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         """Train every task's client and hand on its result, block by block: in no particular order.
 
-        Tasks share steps with those of the same setup. Raises `UserError` if one client alone doesn't fit into memory.
+        Tasks share steps with those of the same `step_key`, whatever run they are of. Raises `UserError` if one client
+        alone doesn't fit into memory.
         """
         total = sum(task.num_steps for task in tasks)
-        taken = 0
+        taken = handed_on = 0
 
         def advance(number: int) -> None:
             nonlocal taken
             taken += number
             self.hooks.after_step(taken, total)
 
-        for setup in dict.fromkeys(task.setup for task in tasks):
-            waiting = self._blocks([task for task in tasks if task.setup is setup])
-            while waiting:
-                block, taken_before = waiting.pop(0), taken
-                done = _unless_out_of_memory(self._train_block, block, advance)
-                if not done:
-                    waiting[:0], taken = self._smaller(block), taken_before
-                for results in done:
-                    yield from results
+        def train_some(some: Sequence[ClientTask]) -> list[ClientResult]:
+            nonlocal taken
+            before = taken
+            try:
+                return self._train_block(some, advance)
+            except Exception:
+                taken = before
+                raise
+
+        by_key: dict[Hashable, list[ClientTask]] = {}
+        for task in tasks:
+            by_key.setdefault(task.step_key, []).append(task)
+        for alike in by_key.values():
+            work = Work(
+                train_some,
+                advice=partial(self._training_advice, alike[0].setup),
+                travel=RESULTS,
+                cost=lambda some: sum(task.num_steps for task in some),
+            )
+            for results in self._in_turn(longest_first(alike), work):
+                handed_on += sum(result.num_steps for result in results)
+                if taken < handed_on:  # other processes took these steps
+                    advance(handed_on - taken)
+                yield from results
+
+    @property
+    def num_runs(self) -> int:
+        """How many runs' clients share its steps."""
+        return 1
+
+    def seconds(self) -> float:
+        """A clock for what this run's work takes."""
+        return time.perf_counter()
+
+    def evaluate(
+        self,
+        key: Hashable,
+        adapters: StateLike | None,
+        compute: Callable[[StateLike | None], Sequence[Result]],
+    ) -> Sequence[Result]:
+        """Return what `compute` makes of each of K adapters `(K, ...)`, None being the frozen model.
+
+        What runs that train together compute under the same `key` is computed once for all of them.
+        """
+        return compute(adapters)
 
     def in_blocks(
         self,
@@ -69,97 +113,73 @@ class Engine:
         compute: Callable[[Sequence[Item]], Result],
         *,
         setting: str = "evaluation.batch_size",
+        travel: Travel[Result] | None = None,
     ) -> Iterator[Result]:
         """Compute items, some clients or their adapters, up to `clients_per_block` at a time; yield the results.
 
-        Raises `UserError` if one item alone doesn't fit into memory; it says that `setting` is to be lowered.
+        With `travel` they are dealt out among the processes. Raises `UserError` if one item alone doesn't fit into
+        memory; it says that `setting` is to be lowered.
         """
-        start = 0
-        while start < len(items):
-            part = items[start : start + self.clients_per_block]
-            done = _unless_out_of_memory(compute, part)
-            if not done:
-                self._lower(len(part), f"; lower {setting}")
-                continue
-            yield from done
-            start += len(part)
+        return self._in_turn(items, Work(compute, advice=lambda: f"; lower {setting}", travel=travel))
 
-    def _blocks(self, tasks: Sequence[ClientTask]) -> list[Block]:
-        """The tasks in blocks, with every batch laid out. Raises `UserError` if these don't fit into memory."""
-        needed, free = block_bytes(tasks, self.clients_per_block), available_memory_bytes(torch.device("cpu"))
+    def _in_turn(self, items: Sequence[Item], work: Work[Item, Result]) -> Iterator[Result]:
+        """Yield the results of the items' parts in their order; parts that don't fit into memory are cut again.
+
+        One process hands each result on before it goes on; several exchange what they have when all is done.
+        """
+        waiting = parts_of(items, self.clients_per_block)
+        while waiting:
+            number = len(waiting) if self.processes.size > 1 and work.travel is not None else 1
+            some, waiting = waiting[:number], waiting[number:]
+            done = compute_all(self.processes, some, work)
+            failed = [part for part, results in zip(some, done, strict=True) if not results]
+            for results in done:
+                yield from results
+            del done
+            if failed:
+                self._lower(max(map(len, failed)), work.advice)
+                rest = [item for part in (*failed, *waiting) for item in part]
+                waiting = parts_of(rest, self.clients_per_block)
+
+    def _laid_out(self, tasks: Sequence[ClientTask]) -> Block:
+        """A block, with every batch laid out. Raises `UserError` if these don't fit into memory."""
+        needed, free = block_bytes(tasks), available_memory_bytes(torch.device("cpu"))
         if needed > free:
             raise UserError(
                 f"out of memory: a client takes up to {max(task.num_steps for task in tasks):,} steps in a round, and "
-                f"the batches of the cohort need {needed / 1e9:.1f} GB where {free / 1e9:.1f} GB are free; lower "
-                "local.epochs or local.steps (personal.epochs, after the last round)"
+                f"the batches of {len(tasks)} clients need {needed / 1e9:.1f} GB where {free / 1e9:.1f} GB are free; "
+                "lower local.epochs or local.steps (personal.epochs, after the last round)"
             )
-        labels = self.features.labels.numpy()
-        losses, without_label = self._losses(tasks), self._labelled(tasks)
+        local, labels = tasks[0].setup.local, self.features.labels.numpy()
+        losses: Sequence[np.ndarray | None] = [None] * len(tasks)
+        without_label: Sequence[PseudoLabels | None] = [None] * len(tasks)
+        if local.sampling.needs_losses:
+            losses = example_losses(self.model, self.features, tasks, batch_size=local.batch_size)
+        if local.active_self_training is not None:
+            without_label = pseudo_labels(self.model, self.features, tasks)
 
-        def examples_of(task: ClientTask) -> LocalExamples:
-            own = losses.get(task.client), without_label.get(task.client)
-            return LocalExamples(task.examples, labels[task.examples], *own)
+        examples = [
+            LocalExamples(task.examples, labels[task.examples], own_losses, labelled)
+            for task, own_losses, labelled in zip(tasks, losses, without_label, strict=True)
+        ]
+        return make_block(tasks, examples)
 
-        return list(make_blocks(tasks, self.clients_per_block, examples_of))
+    def _train_block(self, tasks: Sequence[ClientTask], advance: Callable[[int], object]) -> list[ClientResult]:
+        self.hooks.before_block(tasks[0].setup.round, tuple(task.client for task in tasks))
+        return train_block(self.model, self.features, self._laid_out(tasks), advance)
 
-    def _labelled(self, tasks: Sequence[ClientTask]) -> dict[int, PseudoLabels]:
-        """Each client's images without a label, labelled by the adapter that it starts from, if it learns from them."""
-        local = tasks[0].setup.local
-        found: dict[int, PseudoLabels] = {}
-        if local.active_self_training is None:
-            return found
-        for part in self.in_blocks(
-            tasks, lambda some: pseudo_labels(self.model, self.features, some), setting="local.batch_size"
-        ):
-            found.update(part)
-        return found
-
-    def _losses(self, tasks: Sequence[ClientTask]) -> dict[int, np.ndarray]:
-        """The losses of each client's examples before it trains, by client, if its sampling asks for them."""
-        local = tasks[0].setup.local
-        if not local.sampling.needs_losses:
-            return {}
-        found: dict[int, np.ndarray] = {}
-        parts = self.in_blocks(
-            tasks,
-            lambda some: example_losses(self.model, self.features, some, batch_size=local.batch_size),
-            setting="local.batch_size",
-        )
-        for part in parts:
-            found.update(part)
-        return found
-
-    def _train_block(self, block: Block, advance: Callable[[int], object]) -> list[ClientResult]:
-        self.hooks.before_block(block.setup.round, block.clients)
-        return train_block(self.model, self.features, block, advance)
-
-    def _smaller(self, block: Block) -> list[Block]:
-        """A block that did not fit, in parts; from now on blocks are no larger than half of it."""
-        number, batch_size = len(block.tasks), block.setup.local.images_per_step
-        release_cached_memory(self.model.device)
-        need = client_bytes(self.model, batch_size=batch_size)
+    def _training_advice(self, setup: TrainingSetup) -> str:
+        need = client_bytes(self.model, batch_size=setup.local.images_per_step)
         free = available_memory_bytes(self.model.device)
         about = f"which needs about {need / 1e9:.1f} GB where {free / 1e9:.1f} GB are free"
-        self._lower(number, f", {about}; lower local.batch_size or the number of prompts")
-        size = self.clients_per_block
-        return [block.part(start, min(start + size, number)) for start in range(0, number, size)]
+        return f", {about}; lower local.batch_size or the number of prompts"
 
-    def _lower(self, number: int, advice: str) -> None:
+    def _lower(self, number: int, advice: Callable[[], str]) -> None:
         """Have blocks of at most half of `number` clients. Raises `UserError` with `advice` where that is none."""
         release_cached_memory(self.model.device)
         if number == 1:
-            raise UserError(f"out of memory with one client in a step{advice}")
+            raise UserError(f"out of memory with one client in a step{advice()}")
         size = min(self.clients_per_block, -(-number // 2))
         if size < self.clients_per_block:
             self.clients_per_block = size
             self.log(f"out of memory: from now on {size} clients in one step, with the same results up to rounding")
-
-
-def _unless_out_of_memory(function: Callable[..., Result], *arguments: object) -> list[Result]:
-    """Return a function's result in a list, which is empty if memory ran out; its tensors are let go of by then."""
-    try:
-        return [function(*arguments)]
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return []

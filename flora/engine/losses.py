@@ -44,8 +44,8 @@ def logits_in_batches(
 @torch.no_grad()
 def example_losses(
     model: AdaptedClip, features: Features, tasks: Sequence[ClientTask], *, batch_size: int
-) -> dict[int, np.ndarray]:
-    """The cross-entropy of each client's examples with the adapter that its task starts from, by client, `(N,)`.
+) -> list[np.ndarray]:
+    """The cross-entropy of each task's examples with the adapter that it starts from, `(N,)`.
 
     At most `batch_size` examples of each client go in at once. Where an adapter stands for several models it is the sum
     over them, as in training. Images are not augmented.
@@ -54,12 +54,12 @@ def example_losses(
     for logits, places, columns in _logits(model, features, tasks, [task.examples for task in tasks], batch_size):
         targets = features.labels[places].to(logits.device)
         losses[:, columns] += F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double().cpu()
-    return {task.client: losses[row, : len(task.examples)].numpy() for row, task in enumerate(tasks)}
+    return [own[: len(task.examples)].numpy() for own, task in zip(losses, tasks, strict=True)]
 
 
 @torch.no_grad()
-def pseudo_labels(model: AdaptedClip, features: Features, tasks: Sequence[ClientTask]) -> dict[int, PseudoLabels]:
-    """The labels that the adapter of each client's task gives its images without one, by client.
+def pseudo_labels(model: AdaptedClip, features: Features, tasks: Sequence[ClientTask]) -> list[PseudoLabels]:
+    """The labels that the adapter of each task gives its client's images without one.
 
     It sees a weakly changed view of each. Where it stands for several models, it is the first that labels.
     """
@@ -73,10 +73,10 @@ def pseudo_labels(model: AdaptedClip, features: Features, tasks: Sequence[Client
         logits = _logits(model, weak, tasks, examples, local.batch_size, is_training=True)
         parts = [each.cpu() for each, _, _ in itertools.islice(logits, -(-max(map(len, examples)) // local.batch_size))]
     all_logits = torch.cat([torch.zeros(len(tasks), 0, len(model.class_names)), *parts], dim=1)
-    return {
-        task.client: options.label(own, features.labels[own].numpy(), each[: len(own)], task.rng)
+    return [
+        options.label(own, features.labels[own].numpy(), each[: len(own)], task.rng)
         for task, own, each in zip(tasks, examples, all_logits, strict=True)
-    }
+    ]
 
 
 def _logits(

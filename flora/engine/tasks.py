@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from flora.client.local_training import LocalTraining
 from flora.core import tree
+from flora.core.low_rank import is_residual
 from flora.core.rng import Rng
 from flora.core.states import FRESH, ClientState
 from flora.core.tree import State, StateLike
@@ -16,7 +18,7 @@ from flora.core.tree import State, StateLike
 
 @dataclass(frozen=True, eq=False)
 class TrainingSetup:
-    """What all tasks have in common that may share a step.
+    """What the tasks of one round of one run have in common.
 
     `trained` are the names of the tensors that are trained. `width` is how many examples a step's batch has room for:
     one number for all clients of a run, so that a client's dropout masks don't depend on its neighbours;
@@ -31,6 +33,12 @@ class TrainingSetup:
     width: int
     unlabelled_width: int = 0
     server_correction: StateLike = field(default_factory=dict)
+
+    @cached_property
+    def step_key(self) -> Hashable:
+        """What the tasks of other rounds or runs must have the same of to share a step with these."""
+        rate = None if self.local.optimizer.rate_by_client else self.learning_rate
+        return self.trained, self.width, self.unlabelled_width, self.local.step_key, rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +59,12 @@ class ClientTask:
     state: ClientState = FRESH
     anchor: StateLike | None = None
     unlabelled: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @property
+    def step_key(self) -> Hashable:
+        """What tasks that share a step have the same of: a residual, which has no client axis, included."""
+        has_residual = any(map(is_residual, self.adapter))
+        return self.setup.step_key, id(self.setup) if has_residual else None
 
     @property
     def num_steps(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flora.client.corrections import NoCorrection
-from flora.client.optimizers import clip_rows
+from flora.client.optimizers import Rate, clip_rows
 from flora.clip.towers.towers import AdaptedClip
 from flora.core import tree
 from flora.core.contracts import checked_state, checked_tensor
@@ -17,7 +17,7 @@ from flora.core.states import ClientState
 from flora.core.tree import State, StateLike
 from flora.engine.blocks import Block
 from flora.engine.gradients import OTHER_STEM, Batch, Compute, FlatStack, Loss, gradient_function
-from flora.engine.tasks import ClientResult
+from flora.engine.tasks import ClientResult, TrainingSetup
 from flora.features.features import Features
 
 
@@ -33,11 +33,11 @@ def train_block(
     depends on another. Clients that have taken all their steps are no longer touched. `advance` is told after each step
     how many clients took it.
     """
-    local, learning_rate = block.setup.local, block.setup.learning_rate
+    local, rates = block.setup.local, _learning_rates(block, model.device)
     flat = FlatStack(_stacked([task.adapter for task in block.tasks]), model.device, block.setup.trained)
     trained = flat.matrix[:, : flat.num_trained]
     state = _optimizer_state(block, trained)
-    correction = _CorrectionState(block, _anchors(block, flat, model.device))
+    correction = _Corrections(block, _anchors(block, flat, model.device))
     loss = Loss.of(local, model.adapter)
     gradients_of = _gradient_function(model, loss, flat, block)
     batches = _Batches(model, features, block, in_batch=loss.in_batch)
@@ -47,6 +47,7 @@ def train_block(
         parameters = flat.matrix[:num_active]
         stack = flat.state(parameters)
         active_state = {name: tensor[:num_active] for name, tensor in state.items()}
+        learning_rate = rates[:num_active] if isinstance(rates, Tensor) else rates
         for step in steps:
             losses, gradients = gradients_of(parameters, batches.of_step(step, num_active))
             # A sum is not finite if one of its terms isn't: one pass over the gradients, and no wait for the device.
@@ -74,10 +75,20 @@ def _stacked(adapters: Sequence[StateLike]) -> StateLike:
     return tree.expand(parts[0], len(adapters)) if is_one else tree.stack(parts)
 
 
+def _learning_rates(block: Block, device: torch.device) -> Rate:
+    """The clients' learning rate: a number if they have the same, else `(K, 1)` in double precision."""
+    rates = [task.setup.learning_rate for task in block.tasks]
+    if len(set(rates)) == 1:
+        return rates[0]
+    return torch.tensor(rates, dtype=torch.float64, device=device).unsqueeze(1)
+
+
 def _anchors(block: Block, flat: FlatStack, device: torch.device) -> Tensor:
     """Return what the correction measures distances from, `(K, P)`: the tasks' anchors, if any, else their starts."""
-    anchors = [task.anchor for task in block.tasks if task.anchor is not None]
-    origin = FlatStack(_stacked(anchors), device, block.setup.trained) if anchors else flat
+    if all(task.anchor is None for task in block.tasks):
+        return flat.matrix[:, : flat.num_trained]
+    anchors = [task.adapter if task.anchor is None else task.anchor for task in block.tasks]
+    origin = FlatStack(_stacked(anchors), device, block.setup.trained)
     return origin.matrix[:, : flat.num_trained]
 
 
@@ -134,30 +145,65 @@ def _results(
     ]
 
 
-class _CorrectionState:
-    """A correction at work on a block: what K clients got from the server, and what they and the server remember."""
+class _Corrections:
+    """The corrections at work on a block: each run's on the rows of its clients."""
 
     def __init__(self, block: Block, start: Tensor) -> None:
-        self._setup, self._num_steps = block.setup, block.num_steps
-        self._correction = block.setup.local.correction
-        self._is_idle = isinstance(self._correction, NoCorrection)
-        self._start = start if self._is_idle else start.clone()
-        server = block.setup.server_correction
-        self._server = {name: tensor.to(start.device).unsqueeze(0) for name, tensor in server.items()}
-        fresh = self._correction.memory(torch.empty(start.shape[1], dtype=start.dtype))
-        found = [task.state.correction or fresh for task in block.tasks]
-        self._own = {name: torch.stack([own[name] for own in found]).to(start.device) for name in fresh}
+        self._num_rows = len(block.tasks)
+        self._parts = [_CorrectionState(block, setup, rows, start) for setup, rows in block.by_setup()]
 
     def correct(self, gradients: Tensor, parameters: Tensor) -> Tensor:
         """The corrected gradients `(k, P)` of the first k clients."""
-        if self._is_idle:
+        if len(self._parts) == 1:
+            return self._parts[0].correct(gradients, parameters)
+        if all(part.is_idle for part in self._parts):
+            return gradients
+        corrected = torch.empty_like(gradients)
+        for part in self._parts:
+            rows = part.first_rows(len(gradients))
+            if rows:
+                corrected[rows] = part.correct(gradients[rows], parameters[rows])
+        return corrected
+
+    def finish(self, end: Tensor) -> tuple[list[State], list[State]]:
+        """Return what each client remembers from now on, and what it sends."""
+        remembered: list[State] = [{} for _ in range(self._num_rows)]
+        sent: list[State] = [{} for _ in range(self._num_rows)]
+        for part in self._parts:
+            rows = part.first_rows(self._num_rows)
+            for row, *found in zip(rows, *part.finish(end[rows]), strict=True):
+                remembered[row], sent[row] = found
+        return remembered, sent
+
+
+class _CorrectionState:
+    """One run's correction at work: what its clients got from the server, and what they and the server remember."""
+
+    def __init__(self, block: Block, setup: TrainingSetup, rows: Sequence[int], start: Tensor) -> None:
+        self._setup, self._rows = setup, rows
+        self._num_steps = [block.num_steps[row] for row in rows]
+        self._correction = setup.local.correction
+        self.is_idle = isinstance(self._correction, NoCorrection)
+        self._start = start if self.is_idle else start[rows]
+        self._server = {name: tensor.to(start.device).unsqueeze(0) for name, tensor in setup.server_correction.items()}
+        fresh = self._correction.memory(torch.empty(start.shape[1], dtype=start.dtype))
+        found = [block.tasks[row].state.correction or fresh for row in rows]
+        self._own = {name: torch.stack([own[name] for own in found]).to(start.device) for name in fresh}
+
+    def first_rows(self, number: int) -> list[int]:
+        """The block's rows of this run's clients, of the first `number` rows."""
+        return [row for row in self._rows if row < number]
+
+    def correct(self, gradients: Tensor, parameters: Tensor) -> Tensor:
+        """The corrected gradients `(k, P)` of the first k of the run's clients."""
+        if self.is_idle:
             return gradients
         own = {name: tensor[: len(gradients)] for name, tensor in self._own.items()}
         found = self._correction.correct(gradients, parameters, self._start[: len(gradients)], own, self._server)
         return checked_tensor("local.correction", self._correction, found, gradients.shape)
 
     def finish(self, end: Tensor) -> tuple[list[State], list[State]]:
-        """Return what each client remembers from now on, and what it sends."""
+        """Return what each of the run's clients, which came to `end` `(k, P)`, remembers from now on, and sends."""
         if not self._own:
             return [{} for _ in self._num_steps], [{} for _ in self._num_steps]
         counts = torch.tensor(self._num_steps, device=end.device, dtype=end.dtype).unsqueeze(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,30 +27,46 @@ def evaluate(
     *,
     batch_size: int,
     prediction: Prediction = PLAIN,
+    keep_probabilities: bool = False,
 ) -> list[Evaluation]:
     """Classify every example of `features` with each of K adapters `(K, ...)`: one `Evaluation` an adapter.
 
     Without adapters it is the frozen model that classifies (zero-shot), once.
     The loss is the cross-entropy over all classes, whatever the training objective. `prediction` says how logits come
-    about.
+    about. With `keep_probabilities` those of all classes are kept, too: 8 bytes for each adapter, example and class.
     """
     stack = {name: tensor.to(model.device) for name, tensor in (adapters or {}).items()}
     num_adapters = len(next(iter(stack.values()))) if adapters else 1
-    predicted, losses = [], []
+    columns: list[list[torch.Tensor]] = [[] for _ in range(5 + keep_probabilities)]
     with bound(model, stack):
         classes = model.class_features(num_adapters)
     batches = logits_in_batches(model, stack, classes, features, batch_size=batch_size, prediction=prediction)
     for logits, labels in zip(batches, features.labels.split(batch_size), strict=True):
         targets = labels.to(model.device).unsqueeze(0).expand(num_adapters, -1)
-        predicted.append(logits.argmax(dim=-1))
-        losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
-    all_predicted = torch.cat(predicted, dim=1).cpu().numpy()
-    all_losses = torch.cat(losses, dim=1).double().cpu().numpy()
-    all_labels, all_classes = features.labels.cpu().numpy(), classes.cpu().numpy()
+        for column, each in zip(columns, _outcomes(logits, targets), strict=False):
+            column.append(each)
+    correct, losses, predicted, confidences, ranks, *probabilities = (
+        torch.cat(column, dim=1).cpu().numpy() for column in columns
+    )
+    all_classes = classes.cpu().numpy()
     return [
-        Evaluation(own == all_labels, *each)
-        for own, *each in zip(all_predicted, all_losses, all_predicted, all_classes, strict=True)
+        Evaluation(*each)
+        for each in zip(correct, losses, predicted, confidences, ranks, all_classes, *probabilities, strict=True)
     ]
+
+
+def _outcomes(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield what an `Evaluation` holds of logits `(K, B, C)` of examples with labels `(K, B)`, in its order."""
+    predicted = logits.argmax(dim=-1)
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    of_label, highest = (logits.gather(-1, each.unsqueeze(-1)) for each in (targets, predicted))
+    yield predicted == targets
+    yield losses.double()
+    yield predicted
+    # The log of the sum over classes is the loss plus the label's logit: it costs more than all else here.
+    yield (highest - of_label).squeeze(-1).sub(losses).exp().clamp(max=1).double()
+    yield (logits > of_label).sum(dim=-1)
+    yield logits.double().softmax(dim=-1)
 
 
 def class_accuracy(evaluation: Evaluation, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, float | None]:
@@ -94,15 +110,15 @@ def unheld_accuracies(correct: np.ndarray, labels: np.ndarray, holds: np.ndarray
     return np.divide((~holds * right).sum(axis=1), number, out=np.full(len(holds), np.nan), where=number > 0)
 
 
-def client_accuracies(evaluation: Evaluation, sizes: np.ndarray) -> np.ndarray:
-    """Accuracy on each client's held-out part, `(num_clients,)`; NaN for a client without one.
+def client_means(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The mean on each client's held-out part, `(num_clients,)`; NaN for a client without one.
 
-    `sizes` `(num_clients,)` are the parts' numbers of examples; `evaluation` covers them one after the other.
+    `sizes` `(num_clients,)` are the parts' numbers of examples; `values` (whether each is right, or its loss) cover
+    them one after the other.
     """
-    ends = np.cumsum(sizes)
-    running = np.concatenate([[0], np.cumsum(evaluation.correct)])
-    right = running[ends] - running[ends - sizes]
-    return np.divide(right, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    totals = np.bincount(owners, weights=values, minlength=len(sizes))
+    return np.divide(totals, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)
 
 
 @torch.no_grad()

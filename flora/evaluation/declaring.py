@@ -21,9 +21,10 @@ from flora.evaluation.accuracy import class_accuracy
 class ServerView:
     """What a metric of the server's adapter is computed from, after an evaluated round.
 
-    `evaluation` has for each of the N common test images what was predicted, whether it is right, and the loss, and the
-    features of the classes; `labels` `(N,)` are the images' classes, places in `class_names`; `domains` `(N,)` the
-    groups (client, camera) that the data name for them, None if they name none. Round 0 is the frozen model.
+    `evaluation` has for each of the N common test images what was predicted, with which probability, whether it is
+    right, and the loss, and the features of the classes; `labels` `(N,)` are the images' classes, places in
+    `class_names`; `domains` `(N,)` the groups (client, camera) that the data name for them, None if they name none.
+    Round 0 is the frozen model.
     """
 
     state: ServerState

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from flora.core.metrics import Figure, Metric, first, last, mean, total, values_of
-from flora.core.records import RoundRecord
+from flora.core.metrics import Figure, Metric, first, last, mean, total
 from flora.evaluation.accuracy import balanced_accuracy, domain_accuracy
+from flora.evaluation.classification import macro_auroc, macro_f1, reliability, top_accuracy
 from flora.evaluation.collapse import effective_rank, mean_cosine
 from flora.evaluation.declaring import (
     COMPUTED,
@@ -20,6 +19,13 @@ from flora.evaluation.declaring import (
     declare,
     round_metric,
     summed_up,
+)
+from flora.evaluation.over_rounds import (
+    best,
+    rounds_to_accuracy,
+    seconds_to_accuracy,
+    simulated_seconds,
+    uplink_bytes_per_client_round,
 )
 
 __all__ = [
@@ -33,51 +39,6 @@ __all__ = [
     "round_metric",
     "summed_up",
 ]
-
-
-def _best(records: Sequence[RoundRecord]) -> tuple[float, int]:
-    accuracy, negative_round = max((each.accuracy, -each.round) for each in records if each.accuracy is not None)
-    return accuracy, -negative_round
-
-
-def _clock(records: Sequence[RoundRecord]) -> list[float]:
-    """The simulated seconds from the start to the end of each round."""
-    return list(itertools.accumulate(record.simulated_seconds or 0.0 for record in records))
-
-
-def _simulated_seconds(records: Sequence[RoundRecord]) -> float | None:
-    return None if records[-1].simulated_seconds is None else _clock(records)[-1]
-
-
-def _seconds_to_accuracy(records: Sequence[RoundRecord]) -> dict[str, float] | None:
-    """When each tenth of accuracy was first reached, above that of the frozen model."""
-    if records[-1].simulated_seconds is None:
-        return None
-    reached: dict[str, float] = {}
-    for tenth in range(1, 11):
-        times = [
-            seconds
-            for record, seconds in zip(records, _clock(records), strict=True)
-            if record.accuracy is not None and record.accuracy >= tenth / 10
-        ]
-        if times and times[0] > 0:
-            reached[f"{tenth / 10:.1f}"] = times[0]
-    return reached
-
-
-def _rounds_to_accuracy(records: Sequence[RoundRecord]) -> dict[str, int]:
-    """The first evaluated round that reached each tenth of accuracy, above that of the frozen model."""
-    reached: dict[str, int] = {}
-    for tenth in range(1, 11):
-        rounds = [record.round for record in records if record.accuracy is not None and record.accuracy >= tenth / 10]
-        if rounds and rounds[0]:
-            reached[f"{tenth / 10:.1f}"] = rounds[0]
-    return reached
-
-
-def _uplink_bytes_per_client_round(records: Sequence[RoundRecord]) -> float:
-    client_rounds = sum(record.num_clients + record.num_late for record in records)
-    return sum(values_of(records, "uplink_bytes")) / client_rounds if client_rounds else 0.0
 
 
 def _figures_of_spread(name: str, whose: str, titles: Mapping[str, str]) -> None:
@@ -130,15 +91,15 @@ declare(
                 "best_accuracy",
                 "accuracy of the best round, which is chosen on the test set",
                 "fraction",
-                lambda records: _best(records)[0],
+                lambda records: best(records)[0],
                 "best round",
             ),
-            Figure("best_round", "which round that is", "count", lambda records: _best(records)[1]),
+            Figure("best_round", "which round that is", "count", lambda records: best(records)[1]),
             Figure(
                 "rounds_to_accuracy",
                 "in which evaluated round each tenth of accuracy was first reached, above that of the frozen model",
                 "by name",
-                _rounds_to_accuracy,
+                rounds_to_accuracy,
             ),
         ),
     )
@@ -158,7 +119,7 @@ _figure(
     "uplink_bytes_per_client_round",
     "bytes that a client sends in a round, in the mean",
     "bytes",
-    _uplink_bytes_per_client_round,
+    uplink_bytes_per_client_round,
     "up per client and round",
 )
 _of_total("train_seconds", "seconds of training", "seconds", "cost", figure="train_seconds", default=0.0)
@@ -199,6 +160,33 @@ _of_last("balanced_accuracy", "mean over classes of the accuracy on each", "frac
 COMPUTED["balanced_accuracy"] = lambda view: balanced_accuracy(view.class_accuracy)[0]
 _of_last("worst_class_accuracy", "accuracy on the class that is recognised worst", "fraction", "server", "worst class")
 COMPUTED["worst_class_accuracy"] = lambda view: balanced_accuracy(view.class_accuracy)[1]
+_of_last("macro_f1", "mean over classes of F1 on the common test images", "fraction", "server")
+COMPUTED["macro_f1"] = lambda view: macro_f1(view.labels, view.evaluation.predicted, len(view.class_names))
+_of_last(
+    "top5_accuracy",
+    "share of the common test images whose class is among the five most probable, where there are more",
+    "fraction",
+    "server",
+)
+COMPUTED["top5_accuracy"] = lambda view: top_accuracy(view.evaluation.label_ranks, 5, len(view.class_names))
+_of_last(
+    "calibration_error",
+    "expected calibration error on the common test images: how far confidence is from accuracy, in 15 bins",
+    "fraction",
+    "server",
+)
+COMPUTED["calibration_error"] = lambda view: reliability(view.evaluation.confidences, view.evaluation.correct).error
+_of_last(
+    "auroc",
+    "area under the ROC curve of each class against the rest, mean over classes, with `evaluation.auroc`",
+    "fraction",
+    "server",
+    "AUROC",
+    "AUROC",
+)
+COMPUTED["auroc"] = lambda view: (
+    None if view.evaluation.probabilities is None else macro_auroc(view.labels, view.evaluation.probabilities)
+)
 _of_last(
     "effective_rank",
     "along how many directions the classes' features differ: exp of the entropy of their singular values",
@@ -270,14 +258,14 @@ declare(
                 "simulated_seconds",
                 "how long all rounds took on the simulated network's clock",
                 "seconds",
-                _simulated_seconds,
+                simulated_seconds,
                 "simulated time",
             ),
             Figure(
                 "seconds_to_accuracy",
                 "after how many simulated seconds each tenth of accuracy was reached",
                 "by name",
-                _seconds_to_accuracy,
+                seconds_to_accuracy,
             ),
         ),
     )
@@ -323,6 +311,24 @@ declare(
                 first("warm_up_accuracy"),
                 "after warm-up",
                 "after warm-up",
+            ),
+        ),
+    )
+)
+declare(
+    Metric(
+        "start_accuracy",
+        "in round 0: accuracy of the adapter that `adapter.start` names",
+        "fraction",
+        "server",
+        (
+            Figure(
+                "start_accuracy",
+                "accuracy of the adapter that `adapter.start` names",
+                "fraction",
+                first("start_accuracy"),
+                None,
+                "at the start",
             ),
         ),
     )

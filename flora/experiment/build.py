@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from flora import catalogue  # noqa: F401  (registers the components)
-from flora.clip.frozen import parameter_count
+from flora.clip.frozen import FrozenClip, parameter_count
 from flora.clip.towers.text import with_classes
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.participation import Participation
@@ -17,9 +18,11 @@ from flora.config.rules import check_experiment
 from flora.config.schema import ExperimentConfig
 from flora.core.devices import choose_device
 from flora.core.hooks import Hooks
-from flora.core.progress import Progress
+from flora.core.processes import ALONE, Message, Processes
+from flora.core.progress import Progress, Tell
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
+from flora.core.shared import Shared
 from flora.core.states import ClientData, ServerState
 from flora.core.tree import State, state_digest
 from flora.data.datasets.base import ImageData
@@ -28,14 +31,15 @@ from flora.engine.engine import Engine
 from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of, without_training_images
 from flora.experiment.images import (
     Images,
-    Tell,
     check_classes,
     data_digest,
+    features_key,
     features_of_splits,
     find_images,
     warn_of_untested_classes,
 )
 from flora.experiment.server_training import find_server_data, server_digests, server_training
+from flora.experiment.start import starting_adapter
 from flora.features.features import Features, images_digest
 from flora.features.views import move_if_they_fit
 from flora.federated.federation import Federation, ServerParts
@@ -81,6 +85,11 @@ class Experiment:
         holds[owners, labels[np.concatenate(examples)]] = True
         return holds
 
+    @property
+    def has_start(self) -> bool:
+        """Whether the adapter begins from a file."""
+        return "start_sha256" in self.digests
+
     def initial_state(self) -> ServerState:
         """The server before the first round."""
         return self.federation.initial_state(self.initial_adapter)
@@ -93,44 +102,62 @@ def build_experiment(
     log: Callable[[str], object],
     hooks: Hooks | None = None,
     clients_per_block: int | None = None,
+    processes: Processes = ALONE,
+    shared: Shared | None = None,
 ) -> Experiment:
     """Load the model and the data, run the frozen stems over all images, deal the examples out.
 
     `clients_per_block` is used where the configuration leaves the choice open. `log` is given what a user should know.
-    Raises `UserError` naming the setting or the file.
+    All `processes` of a run do this together. `shared` keeps models, images and features for other experiments of this
+    process that have the same; the frozen stems then stay in memory, too. Raises `UserError` naming the setting or the
+    file.
     """
     check_experiment(config)
     rng, tell = Rng(config.seed), Tell(progress, log)
-    images = find_images(config, rng, tell)
+    known = shared or Shared()
+    with processes.one_first(if_needed=getattr(config.data, "download", False)):
+        images = find_images(config, rng, tell, known)
+        server_data = find_server_data(config, images.data, rng.child("server"), tell)
     data = images.data
-    server_data = find_server_data(config, data, rng.child("server"), tell)
-    models, backbone_parameters, digests = _models(config, images, rng, tell)
+    device = choose_device(config.device, processes)
+    models, backbone_parameters, models_digests = known.of(
+        _models_key(config, device, images), lambda: _models(config, device, images, rng, tell)
+    )
+    digests = dict(models_digests)
     model = models[0]
-    by_template = _models_by_template(config, model, tell)
-    (train, test, *new), unreadable = features_of_splits(config, data, model, tell)
-    digests |= {"data_sha256": data_digest(data), "images_sha256": images_digest([train, test, *new])}
-    clients_per_block = _clients_per_block(config, model, clients_per_block)
-    training = server_training(config, server_data, models, clients_per_block, tell)
+    by_template = known.of(
+        ("by template", id(model), config.evaluation.templates), lambda: _models_by_template(config, model, tell)
+    )
+    start = starting_adapter(config, model)
+    digests |= {"start_sha256": state_digest(start)} if start else {}
+    (train, test, *new), unreadable, images_digests = known.of(
+        features_key(config, data, model), lambda: _features(config, data, model, tell, processes)
+    )
+    digests |= images_digests
+    chosen = _clients_per_block(config, model, clients_per_block, len(images.clients), processes.size)
+    clients_per_block = processes.first(lambda: Message(chosen)).fields
+    training = server_training(config, server_data, models, clients_per_block, tell, processes)
     digests |= server_digests(training, server_data)
     log(f"clients in one step: up to {clients_per_block}")
-    if not any(each.runs_stem for each in (train, test, *new)):
+    if shared is None and not any(each.runs_stem for each in (train, test, *new)):
         model.release_stems()
-    train, test, *new = move_if_they_fit([train, test, *new], model.device)
+    train, test, *new = known.of(("moved", id(train)), lambda: move_if_they_fit([train, test, *new], model.device))
     labels, test_labels = train.labels.numpy(), test.labels.cpu().numpy()
     check_classes(labels, test_labels, images.class_names)
     warn_of_untested_classes(test_labels, images.class_names, log)
     groups = None if data.train.groups is None else data.train.groups[train.split_indices]
-    roster = roster_of(config, groups, rng) if unreadable else images.roster
+    roster, clients = images.roster, images.clients
+    if unreadable:
+        roster, clients = roster_of(config, groups, rng), deal_out(config, labels, groups, rng)
     if roster.profiles is not None:
         digests["network_sha256"] = roster.profiles.digest()
-    clients = deal_out(config, labels, groups, rng)
     log(
         f"{len(labels):,} training and {len(test):,} test images, {len(images.class_names)} classes, "
         f"{len(clients)} clients"
     )
     if new:
         log(f"{len(new[0]):,} more test images, of {len(images.new_class_names)} new classes")
-    engine = Engine(model, train, clients_per_block, hooks or Hooks(), log)
+    engine = Engine(model, train, clients_per_block, hooks or Hooks(), log, processes)
     federation = replace(_federation(config, engine, clients, roster, rng), server_training=training)
     return Experiment(
         config=config,
@@ -139,7 +166,7 @@ def build_experiment(
         held_out=train.subset(np.concatenate([client.held_out for client in clients])),
         held_out_sizes=np.array([len(client.held_out) for client in clients]),
         class_names=images.class_names,
-        initial_adapter=_initial_adapter(federation, rng, log),
+        initial_adapter=_initial_adapter(federation, start, rng, log),
         backbone_parameters=backbone_parameters,
         unreadable=tuple(unreadable),
         digests=digests,
@@ -152,9 +179,9 @@ def build_experiment(
     )
 
 
-def _initial_adapter(federation: Federation, rng: Rng, log: Callable[[str], object]) -> State:
-    """The adapter that the server starts from, after what it trains before round 1."""
-    adapter = federation.engine.model.initial_adapter(rng.child("adapter"))
+def _initial_adapter(federation: Federation, start: State, rng: Rng, log: Callable[[str], object]) -> State:
+    """The adapter that the server starts from, `start` in it, after what it trains before round 1."""
+    adapter = {**federation.engine.model.initial_adapter(rng.child("adapter")), **start}
     synthetic = federation.server_training.synthetic
     if synthetic is None:
         return adapter
@@ -164,37 +191,66 @@ def _initial_adapter(federation: Federation, rng: Rng, log: Callable[[str], obje
     return after.adapter
 
 
+def _features(
+    config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell, processes: Processes
+) -> tuple[list[Features], list[str], dict[str, str]]:
+    """The features of the splits, lines about images that can't be read, and the digests of images and labels."""
+    features, unreadable = features_of_splits(config, data, model, tell, processes)
+    return features, unreadable, {"data_sha256": data_digest(data), "images_sha256": images_digest(features)}
+
+
+def _models_key(config: ExperimentConfig, device: torch.device, images: Images) -> Hashable:
+    """All that the models depend on: the seed too where their weights are random."""
+    seed = config.seed if config.backbone.weights == "random" else None
+    parts = config.backbone, config.adapter, config.prompts, config.data.templates, config.speed, images.descriptions
+    names = images.class_names, images.new_class_names
+    return "models", seed, repr(parts), names, str(device), config.evaluation.patches is not None
+
+
 def _models(
-    config: ExperimentConfig, images: Images, rng: Rng, tell: Tell
+    config: ExperimentConfig, device: torch.device, images: Images, rng: Rng, tell: Tell
 ) -> tuple[list[AdaptedClip], int, dict[str, str]]:
     """The model with the prompts of its classes, and with those of new ones if there are any; its size and digest."""
-    clip = config.backbone.load(choose_device(config.device), rng.child("backbone"))
+    clip = config.backbone.load(device, rng.child("backbone"))
     number = parameter_count(clip.model)
     digests = {"backbone_sha256": state_digest(clip.model.state_dict())}
     precision = config.backbone.precision
     tell.log(f"{clip.architecture.name}: {number:,} frozen parameters on {clip.device}, {precision}")
+    models = adapted_models(config, clip, (images.class_names, images.new_class_names), images.descriptions)
+    _warn_of_cut_prompts(models, tell)
+    _check_clients_per_block(config, models[0])
+    if not models[0].text.is_cut_at_end:
+        tell.log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
+    return models, number, digests | images.descriptions_digest
+
+
+def adapted_models(
+    config: ExperimentConfig,
+    clip: FrozenClip,
+    groups: Sequence[Sequence[str]],
+    descriptions: Mapping[str, Sequence[str]],
+) -> list[AdaptedClip]:
+    """The model with the configuration's adapter and the prompts of each of `groups` of class names that isn't empty.
+
+    All share the adapter. `descriptions` are more sentences for some classes, by their names.
+    """
     given = config.prompts.templates or config.data.templates
     clip = replace(clip, reads_patches=config.evaluation.patches is not None)
-    clip = with_classes(clip, (images.class_names, images.new_class_names), given)
+    clip = with_classes(clip, groups, given)
     adapter = config.adapter.attach(clip)
     templates = config.adapter.templates(given)
-    models = [
+    return [
         AdaptedClip(
             clip,
             adapter,
             class_names=names,
             templates=templates,
             speed=config.speed,
-            descriptions={name: images.descriptions[name] for name in names if name in images.descriptions},
+            descriptions={name: descriptions[name] for name in names if name in descriptions},
         )
-        for names in (images.class_names, images.new_class_names)
+        for names in groups
         if names
     ]
-    _warn_of_cut_prompts(models, tell)
-    _check_clients_per_block(config, models[0])
-    if not models[0].text.is_cut_at_end:
-        tell.log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
-    return models, number, digests | images.descriptions_digest
 
 
 def _models_by_template(config: ExperimentConfig, model: AdaptedClip, tell: Tell) -> dict[str, AdaptedClip]:
@@ -241,10 +297,14 @@ def _check_clients_per_block(config: ExperimentConfig, model: AdaptedClip) -> No
         raise OptionError("clients.per_block", f"expected at most {limit} with this adapter, got {asked}")
 
 
-def _clients_per_block(config: ExperimentConfig, model: AdaptedClip, recorded: int | None) -> int:
-    """As many as are asked for, or as `recorded` of the run so far, or as fit."""
+def _clients_per_block(
+    config: ExperimentConfig, model: AdaptedClip, recorded: int | None, num_clients: int, num_processes: int
+) -> int:
+    """As many as are asked for, or as `recorded` of the run so far, or as fit: with a block for each process."""
     limit, asked = model.adapter.max_clients_per_block, config.clients.per_block
     if asked or recorded:
         return asked or recorded or 1
     chosen = choose_clients_per_block(model, batch_size=config.local.images_per_step)
+    if num_processes > 1:
+        chosen = min(chosen, -(-config.clients.cohort.size_in(1, num_clients) // num_processes))
     return min(chosen, limit or chosen)

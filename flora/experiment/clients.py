@@ -82,6 +82,8 @@ def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:
     count = 0
     if fraction > 0 and len(examples) > 1:
         count = min(max(round(part_of(fraction, len(examples))), 1), len(examples) - 1)
+    if not count:
+        return ClientData(train=np.sort(examples), held_out=np.empty(0, np.int64))
     order = rng.numpy().permutation(examples)
     return ClientData(train=np.sort(order[count:]), held_out=np.sort(order[:count]))
 

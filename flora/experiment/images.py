@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,8 +14,11 @@ from flora.config.descriptions import check_known, read_descriptions
 from flora.config.rules import below
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
-from flora.core.progress import Progress
+from flora.core.processes import ALONE, Processes
+from flora.core.progress import Tell
 from flora.core.rng import Rng
+from flora.core.shared import Shared
+from flora.core.states import ClientData
 from flora.data.augmentation import Augmentation, NoAugmentation
 from flora.data.datasets.base import ImageData, Split, checked_images, with_jpeg_side
 from flora.data.value_range import with_one_range
@@ -27,19 +30,12 @@ from flora.features.loading import load_features
 from flora.features.views import ViewFeatures
 
 
-@dataclass(frozen=True)
-class Tell:
-    """Who is told how far it is, and what a user should know."""
-
-    progress: Progress
-    log: Callable[[str], object]
-
-
 @dataclass(frozen=True, eq=False)
 class Images:
     """The images before they were split and after it, how their classes are called, and whom the data name.
 
-    `descriptions` are the sentences of `prompts.descriptions`, by what the classes are called in prompts.
+    `descriptions` are the sentences of `prompts.descriptions`, by what the classes are called in prompts. `clients` are
+    the clients' shares, if all images can be read.
     """
 
     whole: ImageData
@@ -49,6 +45,7 @@ class Images:
     roster: Roster
     value_range: tuple[float, float] | None
     descriptions: Mapping[str, tuple[str, ...]]
+    clients: Sequence[ClientData] = ()
 
     @property
     def descriptions_digest(self) -> dict[str, str]:
@@ -59,24 +56,67 @@ class Images:
         return {"descriptions_sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
-def find_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
+def find_images(config: ExperimentConfig, rng: Rng, tell: Tell, shared: Shared) -> Images:
     """Find the images, split them, and check all that can be checked of them before the model is loaded."""
-    whole = checked_images("data", config.data, config.data.load_with_progress(rng.child("data"), tell.progress))
-    whole = with_jpeg_side(whole, config.data.jpeg_side)
-    data = checked_images("split", config.split, config.split.split(whole, rng.child("split")))
+    images = _split_images(config, rng, tell, shared)
+    clients = _dealt_out(config, images.data, images.class_names, rng)
+    images = replace(images, roster=roster_of(config, images.data.train.groups, rng), clients=clients)
+    return _with_one_range(config, images, tell, shared)
+
+
+def find_test_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
+    """Find the images and split them as `find_images` does, for evaluation alone: nobody is dealt any.
+
+    Raises `UserError` if there are no two classes, or no test images.
+    """
+    images = _split_images(config, rng, tell, Shared())
+    if len(images.class_names) < 2:
+        raise UserError(f"data: {images.class_names[0]!r} is the only class: there is nothing to tell it from")
+    if not len(images.data.test):
+        raise UserError("data: there are no test images")
+    return _with_one_range(config, images, tell, Shared())
+
+
+def _images_key(config: ExperimentConfig) -> Hashable:
+    return config.seed, repr((config.data, config.split))
+
+
+def _split_images(config: ExperimentConfig, rng: Rng, tell: Tell, shared: Shared) -> Images:
+    whole, data = shared.of(("images", _images_key(config)), lambda: _loaded(config, rng, tell))
     for line in whole.remarks:
         tell.log(f"warning: {line}")
-    roster = roster_of(config, data.train.groups, rng)
     class_names, new_names = _class_names(config, data)
     descriptions = _descriptions(config, data, (*class_names, *new_names))
-    _check_labels(config, data, class_names, rng)
-    data, value_range = with_one_range(data, config.data.value_range, whole=whole, progress=tell.progress, log=tell.log)
-    limits = None if value_range is None else value_range.limits
-    return Images(whole, data, class_names, new_names, roster, limits, descriptions)
+    return Images(whole, data, class_names, new_names, Roster(None, None), None, descriptions)
+
+
+def _loaded(config: ExperimentConfig, rng: Rng, tell: Tell) -> tuple[ImageData, ImageData]:
+    """The images before they are split and after it."""
+    whole = checked_images("data", config.data, config.data.load_with_progress(rng.child("data"), tell.progress))
+    whole = with_jpeg_side(whole, config.data.jpeg_side)
+    return whole, checked_images("split", config.split, config.split.split(whole, rng.child("split")))
+
+
+def _with_one_range(config: ExperimentConfig, images: Images, tell: Tell, shared: Shared) -> Images:
+    """The images with those of more than 8 bits scaled by one range, if there are any."""
+    data, value_range = shared.of(
+        ("range", _images_key(config)),
+        lambda: with_one_range(
+            images.data, config.data.value_range, whole=images.whole, progress=tell.progress, log=tell.log
+        ),
+    )
+    return replace(images, data=data, value_range=None if value_range is None else value_range.limits)
+
+
+def features_key(config: ExperimentConfig, data: ImageData, model: AdaptedClip) -> Hashable:
+    """All that the features of the splits depend on."""
+    seed = None if config.cache.views is None else config.seed
+    options = config.cache, config.local.augmentation, config.local.self_training, config.data.unreadable
+    return "features", id(data), id(model), seed, repr(options)
 
 
 def features_of_splits(
-    config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell
+    config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell, processes: Processes = ALONE
 ) -> tuple[list[Features], list[str]]:
     """The features of the splits, and a line for each image that can't be read.
 
@@ -84,7 +124,7 @@ def features_of_splits(
     of views of each is kept.
     """
     splits = {"training": data.train, "test": data.test} | ({"new": data.new} if data.new is not None else {})
-    loader = Loader(config, model, tell, config.data.unreadable == "skip")
+    loader = Loader(config, model, tell, config.data.unreadable == "skip", processes)
     features = loader.load(splits)
     train = loader.changed_at_random("training", config.local.augmentation, features["training"], data.train)
     self_training = config.local.active_self_training
@@ -115,6 +155,7 @@ class Loader:
     model: AdaptedClip
     tell: Tell
     skip_unreadable: bool
+    processes: Processes = ALONE
     problems: list[str] = field(default_factory=list)
 
     def load(self, splits: Mapping[str, Split]) -> dict[str, Features]:
@@ -161,8 +202,8 @@ class Loader:
             self.model,
             cache=self.config.cache,
             skip_unreadable=self.skip_unreadable,
-            progress=self.tell.progress,
-            log=self.tell.log,
+            tell=self.tell,
+            processes=self.processes,
         )
         self.problems += problems
         return loaded
@@ -178,11 +219,12 @@ def data_digest(data: ImageData) -> str:
     return digest.hexdigest()
 
 
-def _check_labels(config: ExperimentConfig, data: ImageData, class_names: Sequence[str], rng: Rng) -> None:
-    """Raise `UserError` for what labels alone show to be wrong: before any image is read, not hours later."""
+def _dealt_out(config: ExperimentConfig, data: ImageData, class_names: Sequence[str], rng: Rng) -> list[ClientData]:
+    """Each client's share. Raises `UserError` for what labels alone show to be wrong: before any image is read."""
     check_classes(data.train.labels, data.test.labels, class_names)
     clients = deal_out(config, data.train.labels, data.train.groups, rng)
     ranks_of(config, len(clients), rng.child("ranks"))
+    return clients
 
 
 def check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:

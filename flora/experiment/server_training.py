@@ -17,13 +17,15 @@ from flora.config.descriptions import check_known, read_descriptions
 from flora.config.rules import below
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
+from flora.core.processes import ALONE, Processes
+from flora.core.progress import Tell
 from flora.core.registry import show, suggest
 from flora.core.rng import Rng
 from flora.data.datasets.base import Dataset, ImageData, Split, checked_images, with_jpeg_side
 from flora.data.prompts import PromptOptions
 from flora.data.value_range import with_one_range
 from flora.engine.engine import Engine
-from flora.experiment.images import Loader, Tell
+from flora.experiment.images import Loader
 from flora.features.features import Features, StoredFeatures, images_digest
 from flora.federated.server_training import ServerExamples, ServerTraining
 
@@ -111,7 +113,12 @@ def _sentences(config: ExperimentConfig, names: Sequence[str]) -> tuple[tuple[st
 
 
 def server_training(
-    config: ExperimentConfig, found: ServerData, models: Sequence[AdaptedClip], clients_per_block: int, tell: Tell
+    config: ExperimentConfig,
+    found: ServerData,
+    models: Sequence[AdaptedClip],
+    clients_per_block: int,
+    tell: Tell,
+    processes: Processes = ALONE,
 ) -> ServerTraining:
     """What the server trains on, as features.
 
@@ -119,7 +126,7 @@ def server_training(
     """
     server, model = config.server, models[0]
     for_all = _with_all_classes(models) if found.synthetic is not None or found.sentences else model
-    loader = Loader(config, model, tell, skip_unreadable=False)
+    loader = Loader(config, model, tell, skip_unreadable=False, processes=processes)
     synthetic = public = texts = None
     if server.synthetic is not None and found.synthetic is not None:
         features = _features("synthetic", server.synthetic.data, found.synthetic, loader)

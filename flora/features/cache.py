@@ -29,6 +29,7 @@ from flora.features.unfinished import Part, Unfinished, remove_abandoned
 
 FORMAT = "flora-features-2"
 FILES = ("stem.bin", "images.bin")
+PART_BYTES = 2**26
 DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError, OverflowError)
 
 
@@ -76,6 +77,20 @@ class Entry:
     readable: np.ndarray
     digests: np.ndarray
     problems: dict[int, str]
+
+    def parts(self, num_images: int) -> Iterator[Part]:
+        """The entry of `num_images` images in parts of about `PART_BYTES`, the last of which has all problems."""
+        row_bytes = max(1, int(np.prod(self.stem.shape[1:])) * self.stem.dtype.itemsize)
+        size, number = max(1, PART_BYTES // row_bytes), len(self.readable)
+        for start in range(0, max(number, 1), size):
+            stop, is_last = start + size, start + size >= number
+            yield Part(
+                stop=num_images if is_last else int(self.readable[stop]),
+                readable=self.readable[start:stop].tolist(),
+                rows=self.stem[start:stop],
+                digests=[digest.tobytes() for digest in self.digests[start:stop]],
+                problems=self.problems if is_last else {},
+            )
 
 
 @dataclass(eq=False)

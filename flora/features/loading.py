@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.memory import available_memory_bytes
-from flora.core.progress import Progress
+from flora.core.processes import ALONE, Message, Processes
+from flora.core.progress import Tell
 from flora.data.datasets.base import ImageSource, Split
 from flora.data.value_range import UNREADABLE
 from flora.features.cache import CacheOptions, Entry, FeatureCache
@@ -27,14 +29,14 @@ def load_features(
     *,
     cache: CacheOptions,
     skip_unreadable: bool,
-    progress: Progress,
-    log: Callable[[str], object],
+    tell: Tell,
+    processes: Processes = ALONE,
 ) -> tuple[list[StoredFeatures], list[str]]:
     """Features of each split, from the cache where it has them, and a line for each image that can't be read.
 
-    Splits that share a source share its features, so another split of the same images finds them in the cache.
-    Raises `UserError` that names all unreadable images unless `skip_unreadable`, if a split has no readable image, or
-    if the features fit neither into memory nor into the cache.
+    Splits that share a source share its features, so another split of the same images finds them in the cache. Several
+    processes compute them in shares. Raises `UserError` that names all unreadable images unless `skip_unreadable`, if a
+    split has no readable image, or if the features fit neither into memory nor into the cache.
     """
     by_source = {id(split.source): split.source for split in splits}
     entries: dict[int, tuple[Entry, np.ndarray]] = {}
@@ -42,7 +44,7 @@ def load_features(
     for key, source in by_source.items():
         used = np.unique(np.concatenate([split.source_indices for split in splits if split.source is source]))
         images = StemImages(source, used, model, cache.dtype)
-        entry = _entry(images, cache=cache, skip_unreadable=skip_unreadable, progress=progress, log=log)
+        entry = _Source(images, cache, skip_unreadable, tell, processes).entry()
         problems += entry.problems.values()
         rows = np.full(len(source), -1, dtype=np.int64)
         rows[used[entry.readable]] = np.arange(len(entry.readable))
@@ -102,10 +104,13 @@ class StemImages:
         """Whether none of these images can be read now."""
         return all(isinstance(self.read(number), str) for number in numbers)
 
-    def computed_parts(self, start: int, batch_size: int | None = None) -> Iterator[Part]:
-        """Return what the images from `start` on come to, a batch at a time; the next one is decoded ahead."""
-        size = batch_size or stem_batch_size(self.model)
-        batches = [range(first, min(first + size, len(self))) for first in range(start, len(self), size)]
+    def batches(self, start: int) -> list[range]:
+        """The images from `start` on, in batches that go through the stem at once."""
+        size = stem_batch_size(self.model)
+        return [range(first, min(first + size, len(self))) for first in range(start, len(self), size)]
+
+    def computed_parts(self, batches: Sequence[range]) -> Iterator[Part]:
+        """Return what the images of `batches` come to, a batch at a time; the next one is decoded ahead."""
         pool = reading_pool()
         try:
             ahead = [pool.submit(self.read, number) for number in batches[0]] if batches else []
@@ -134,49 +139,134 @@ class StemImages:
         )
 
 
-def _entry(
-    images: StemImages,
-    *,
-    cache: CacheOptions,
-    skip_unreadable: bool,
-    progress: Progress,
-    log: Callable[[str], object],
-) -> Entry:
-    """The stem's outputs for images: found, or computed and kept."""
-    key = images.key()
-    shape, dtype = images.shape()
-    num_bytes = len(images) * int(np.prod(shape)) * dtype.itemsize
-    budget = cache.memory_bytes or available_memory_bytes(torch.device("cpu")) // 2
-    if images.model.vision.cut == 0 and num_bytes <= budget:
-        cache = CacheOptions(folder=None)  # without a stem there is nothing but the images themselves to keep
-    store = FeatureCache(cache, log)
-    found = store.read(key, in_memory=num_bytes <= budget)
-    if found is not None and not images.are_unreadable(found.problems):
-        log("image features: images that could not be read can be by now: computed again")
-        store.remove(key)
-        found = None
-    if found is not None:
-        if found.problems and not skip_unreadable:
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Finds the stem's outputs for images, or has them computed and kept."""
+
+    images: StemImages
+    cache: CacheOptions
+    skip_unreadable: bool
+    tell: Tell
+    processes: Processes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows, if every image can be read."""
+        shape, dtype = self.images.shape()
+        return len(self.images) * int(np.prod(shape)) * dtype.itemsize
+
+    @cached_property
+    def in_memory(self) -> bool:
+        """Whether the rows fit into this process's share of the memory."""
+        free = available_memory_bytes(torch.device("cpu")) // (2 * self.processes.local_size)
+        return self.num_bytes <= (self.cache.memory_bytes or free)
+
+    def store(self, *, keeps: bool = True) -> FeatureCache:
+        """The cache, or none: without a stem there is nothing but the images themselves to keep."""
+        is_needed = (keeps and self.images.model.vision.cut > 0) or not self.in_memory
+        return FeatureCache(self.cache if is_needed else CacheOptions(folder=None), self.tell.log)
+
+    def entry(self) -> Entry:
+        """The entry, the same in all processes: from the cache, else computed in shares, else as process 0 has it."""
+        processes, found = self.processes, self._found()
+        have = [message.fields for message in processes.exchange(Message(found is not None))]
+        if found is not None and all(have):
+            self.tell.log(f"image features: {len(found.readable):,} read from the cache ({_size(self.num_bytes)})")
+            return found
+        if not have[0]:
+            if processes.is_first:
+                found = self._computed()
+            else:
+                start = processes.first(Message).fields
+                for _ in self._parts(start):
+                    pass
+        if processes.size == 1 and found is not None:
+            return found
+        processes.anybody(False)  # process 0 has it in the cache by now
+        found = self._found() if found is None else found
+        return self._as_process_0_has_it(found) if processes.anybody(found is None) else _needed(found)
+
+    def _found(self) -> Entry | None:
+        """The entry in the cache, if there is one that can be gone on with."""
+        store, key = self.store(), self.images.key()
+        found = store.read(key, in_memory=self.in_memory)
+        if found is not None and not self.images.are_unreadable(found.problems):
+            self.tell.log("image features: images that could not be read can be by now: computed again")
+            store.remove(key)
+            return None
+        if found is not None and found.problems and not self.skip_unreadable:
             raise refusal(list(found.problems.values()))
-        log(f"image features: {len(found.readable):,} read from the cache ({_size(num_bytes)})")
         return found
-    place = "in memory" if num_bytes <= budget else "memory-mapped on disk"
-    log(f"image features: {len(images):,} of shape {tuple(shape)}, {_size(num_bytes)} {place}, to be computed once")
-    in_memory = num_bytes <= budget
-    with store.create(key, (len(images), *shape), dtype, in_memory=in_memory, trust=images.are_unreadable) as writer:
-        if writer.next_image:
-            log(f"image features: going on after {writer.next_image:,} images that a run computed before it stopped")
-        advance = progress("images", len(images))
-        advance(writer.next_image)
-        parts = images.computed_parts(writer.next_image)
-        while not (writer.problems and not skip_unreadable):
-            part = next(parts, None)
-            if part is None:
-                return writer.finish()
-            writer.append(part)
-            advance(len(part.readable) + len(part.problems))
-        rest = in_threads(images.read, range(writer.next_image, len(images)), advance)
-        raise refusal([*writer.problems.values(), *(each for each in rest if isinstance(each, str))])
+
+    def _computed(self) -> Entry:
+        """Compute an entry, with what the other processes compute of it, and keep it."""
+        images, log, in_memory = self.images, self.tell.log, self.in_memory
+        shape, dtype = images.shape()
+        place = "in memory" if in_memory else "memory-mapped on disk"
+        rows = f"{len(images):,} of shape {tuple(shape)}, {_size(self.num_bytes)} {place}"
+        log(f"image features: {rows}, to be computed once")
+        create = self.store().create
+        size = (len(images), *shape)
+        with create(images.key(), size, dtype, in_memory=in_memory, trust=images.are_unreadable) as writer:
+            if writer.next_image:
+                log(
+                    f"image features: going on after {writer.next_image:,} images that a run computed before it stopped"
+                )
+            advance = self.tell.progress("images", len(images))
+            advance(writer.next_image)
+            parts = self._parts(self.processes.first(lambda: Message(writer.next_image)).fields)
+            while not (writer.problems and not self.skip_unreadable):
+                part = next(parts, None)
+                if part is None:
+                    return writer.finish()
+                writer.append(part)
+                advance(len(part.readable) + len(part.problems))
+            rest = in_threads(images.read, range(writer.next_image, len(images)), advance)
+            raise refusal([*writer.problems.values(), *(each for each in rest if isinstance(each, str))])
+
+    def _parts(self, start: int) -> Iterator[Part]:
+        """Return what the images from `start` on come to, in their order; processes take turns in computing batches."""
+        rank, size = self.processes.rank, self.processes.size
+        batches = self.images.batches(start)
+        own = self.images.computed_parts(batches[rank::size])
+        if size == 1:
+            yield from own
+            return
+        for _ in range(0, len(batches), size):
+            part = next(own, None)
+            for message in self.processes.exchange(Message() if part is None else part.to_message()):
+                if message.fields is not None:
+                    yield Part.from_message(message)
+
+    def _as_process_0_has_it(self, found: Entry | None) -> Entry:
+        """The entry that process 0 has, by a message: where there is no cache that all processes share."""
+        if self.processes.is_first:
+            for part in _needed(found).parts(len(self.images)):
+                self.processes.first(part.to_message)
+            return _needed(found)
+        if found is not None:
+            for _ in self._received():
+                pass
+            return found
+        shape, dtype = self.images.shape()
+        create, size = self.store(keeps=self.processes.local_rank == 0).create, (len(self.images), *shape)
+        with create(self.images.key(), size, dtype, in_memory=self.in_memory, trust=lambda problems: False) as writer:
+            for part in self._received():
+                writer.append(part)
+            return writer.finish()
+
+    def _received(self) -> Iterator[Part]:
+        """The parts of the entry that process 0 has."""
+        stop = 0
+        while stop < len(self.images):
+            part = Part.from_message(self.processes.first(Message))
+            stop = part.stop
+            yield part
+
+
+def _needed(found: Entry | None) -> Entry:
+    assert found is not None
+    return found
 
 
 def _size(num_bytes: float) -> str:

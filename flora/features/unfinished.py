@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from flora.core.files import read_bytes
+from flora.core.processes import Message
 from flora.data.datasets.base import DIGEST_BYTES
 
 try:
@@ -46,6 +47,17 @@ class Part:
     rows: Tensor
     digests: list[bytes]
     problems: dict[int, str]
+
+    def to_message(self) -> Message:
+        """The part as other processes get it."""
+        fields = [self.stop, self.readable, b"".join(self.digests).hex(), list(self.problems.items())]
+        return Message(fields, {"rows": self.rows})
+
+    @classmethod
+    def from_message(cls, message: Message) -> Part:
+        """The inverse of `to_message`."""
+        stop, readable, digests, problems = message.fields
+        return cls(stop, readable, message.tensors["rows"], _split_digests(bytes.fromhex(digests)), dict(problems))
 
 
 class Unfinished:
@@ -168,9 +180,13 @@ class Unfinished:
             rows=torch.frombuffer(bytearray(rows) or bytearray(8), dtype=self.dtype)[
                 : len(rows) // self.dtype.itemsize
             ].view(len(readable), *self._row_shape),
-            digests=[digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES)],
+            digests=_split_digests(digests),
             problems={int(image): str(line) for image, line in part["problems"]},
         )
+
+
+def _split_digests(digests: bytes) -> list[bytes]:
+    return [digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES)]
 
 
 def remove_abandoned(parent: Path) -> None:

@@ -56,7 +56,7 @@ def step(
         if not strategy.replaces_mean and layers(adapter):
             mean = tree.weighted_mean(deltas, weights)
             averaged = {**shared, **tree.add(tree.select(shared, mean), mean)}
-        error = aggregation_error(ends, weights, averaged, state.adapter)
+        error = aggregation_error(ends, weights, averaged, state.adapter, federation.engine.processes)
     return Step(adapter, optimizer, correction, error)
 
 

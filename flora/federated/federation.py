@@ -138,6 +138,11 @@ class Federation:
         """How what travels is packed."""
         return Link(self.communication, self.ranks)
 
+    @cached_property
+    def most_unlabelled(self) -> int:
+        """The most images without a label that a client has."""
+        return max(len(client.unlabelled) for client in self.clients)
+
     def initial_state(self, adapter: State) -> ServerState:
         """The server before the first round, from the adapter that clients start with."""
         trained = tree.select(adapter, self.roles.trained(adapter, round=1))
@@ -207,8 +212,7 @@ class Federation:
         largest = int(self.participation.sizes.max())
         self_training, unlabelled_width = local.active_self_training, 0
         if self_training is not None:
-            most = max(len(client.unlabelled) for client in self.clients)
-            unlabelled_width = self_training.width(local.batch_size, most)
+            unlabelled_width = self_training.width(local.batch_size, self.most_unlabelled)
         return TrainingSetup(
             round=round,
             local=local,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +65,8 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     Updates that are not fit to be averaged are left out; without any fit one, adapter and strategy stay as they are,
     but for the network's clock. Raises `UserError` for the first of them where `screening` says so.
     """
-    started = time.perf_counter()
     engine, schedule = federation.engine, federation.schedule
+    started = engine.seconds()
     plan = schedule.plan(federation, state)
     reports: dict[int, Mapping[str, int]] = {}
     results = _noted(engine.train(plan.tasks), reports)
@@ -92,7 +91,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         distillation_loss=server_losses.distillation,
         text_loss=server_losses.texts,
         aggregation_error=after.aggregation_error,
-        train_seconds=time.perf_counter() - started,
+        train_seconds=engine.seconds() - started,
     )
     return ServerState(plan.round, adapter, after.optimizer, after.correction, clock, clients), result
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-def environment(device: torch.device, seed: int, clients_per_block: int) -> dict[str, Any]:
+def environment(device: torch.device, seed: int, clients_per_block: int, num_processes: int = 1) -> dict[str, Any]:
     """Return what a run depends on besides its configuration: versions, device, threads, seed, git revision."""
     packages = ("flora-clip", "torch", "torchvision", "open_clip_torch", "numpy")
     return {
@@ -20,6 +20,7 @@ def environment(device: torch.device, seed: int, clients_per_block: int) -> dict
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in packages} | {"torch": str(torch.__version__)},  # with its build
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "num_processes": num_processes,
         "num_threads": torch.get_num_threads(),
         "clients_per_block": clients_per_block,
         "seed": seed,

@@ -79,7 +79,8 @@ def environment_as_used(experiment: Experiment) -> dict[str, Any]:
     """The content of `environment.json`: what the run depends on besides its configuration, as JSON types."""
     engine, limits = experiment.federation.engine, experiment.value_range
     return {
-        **environment(engine.model.device, experiment.config.seed, engine.clients_per_block),
+        **environment(engine.model.device, experiment.config.seed, engine.clients_per_block, engine.processes.size),
+        **({} if engine.num_runs == 1 else {"runs_in_one_step": engine.num_runs}),
         "value_range": None if limits is None else list(limits),
         **experiment.digests,
     }

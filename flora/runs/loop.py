@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,14 +24,17 @@ from flora.core.devices import choose_device
 from flora.core.errors import DivergedError, UserError
 from flora.core.hooks import Hooks
 from flora.core.memory import peak_memory_bytes
-from flora.core.progress import StepBar, bar, image_progress, on_terminal
+from flora.core.processes import ALONE, Processes
+from flora.core.progress import StepBar, bar, on_terminal
 from flora.core.records import RoundRecord, Summary
 from flora.core.states import ServerState
-from flora.core.tree import State
+from flora.core.tree import State, state_digest
+from flora.engine.together import Member
 from flora.evaluation import summary as report
 from flora.evaluation.metrics import METRICS
-from flora.experiment.build import Experiment, build_experiment
+from flora.experiment.build import Experiment
 from flora.federated.round import RoundResult, run_round
+from flora.runs.building import Listeners, built
 from flora.runs.checkpoints import CheckpointFolder
 from flora.runs.environment import environment
 from flora.runs.measure import (
@@ -47,15 +52,16 @@ from flora.runs.resume import (
     Start,
     find_start,
     finished_rounds,
-    recorded_clients_per_block,
-    recorded_threads,
     resumed_config,
 )
 from flora.runs.run_directory import RunDirectory
 from flora.runs.saving import Saver
 from flora.runs.sinks import DirectorySink, Finished, RoundBar, RoundLines, Sink
-from flora.runs.threads import choose_threads
+from flora.runs.tables import last_tables
+from flora.runs.together import shared_config, shared_directory, shared_start
 from flora.server.screening import refusal
+
+Result = TypeVar("Result")
 
 # Unreadable images that are named on the terminal; log.txt names all.
 MAX_SHOWN = 10
@@ -82,18 +88,26 @@ def simulate(
     notes: Sequence[str] = (),
     sinks: Sequence[Sink] = (),
     progress: bool = False,
+    processes: Processes = ALONE,
+    member: Member | None = None,
 ) -> RunResult:
     """Run an experiment into a new run directory.
 
     `numbered`: if a run of that name exists, use the first free of name-2, name-3, ...; else that is an error.
     `echo` is given the lines that go to the log, but for `notes`, its first ones. `sinks` are told of the records, as
-    the run directory is. `progress` shows bars where standard error is a terminal. Raises `UserError` for anything that
-    the user can mend; a directory in which not even round 0 was recorded is taken away again.
+    the run directory is. `progress` shows bars where standard error is a terminal. All `processes` of a run call this
+    alike; process 0 alone writes and talks. `member` is for a run whose clients train together with those of others.
+    Raises `UserError` for anything that the user can mend; a directory in which not even round 0 was recorded is taken
+    away again.
     """
+    config = shared_config(processes, lambda: config)
     check_experiment(config)
-    listeners = _Listeners(echo, hooks or Hooks(), tuple(sinks), progress)
+    listeners = Listeners(echo, hooks or Hooks(), tuple(sinks), progress, processes, member).of_process()
     before_write = listeners.hooks.before_write
-    directory = RunDirectory.create(config.output, config.name, numbered=numbered, before_write=before_write)
+    directory = shared_directory(
+        processes,
+        lambda: RunDirectory.create(config.output, config.name, numbered=numbered, before_write=before_write),
+    )
     try:
         directory.write_config(config)
         for line in notes:
@@ -115,6 +129,8 @@ def resume(
     accept_lost_records: bool = False,
     sinks: Sequence[Sink] = (),
     progress: bool = False,
+    processes: Processes = ALONE,
+    member: Member | None = None,
 ) -> RunResult:
     """Go on with the run in `path` from its newest good checkpoint, as if it had never stopped.
 
@@ -123,18 +139,19 @@ def resume(
     not, unless `accept_lost_records`: then round 0 and the checkpoint's round are measured anew, the others are lost.
     The others are as for `simulate`; `sinks` are told of the records that are still to come.
     """
-    config = resumed_config(Path(path), overrides, echo or (lambda line: None))
+    listeners = Listeners(echo, hooks or Hooks(), tuple(sinks), progress, processes, member).of_process()
+    config = shared_config(processes, lambda: resumed_config(Path(path), overrides, echo or (lambda line: None)))
     check_experiment(config)
-    listeners = _Listeners(echo, hooks or Hooks(), tuple(sinks), progress)
-    directory = RunDirectory(Path(path), listeners.hooks.before_write)
+    directory = shared_directory(processes, lambda: RunDirectory(Path(path), listeners.hooks.before_write))
     try:
-        finished = finished_rounds(directory.path)
+        finished = finished_rounds(directory.path) if processes.is_first else None
         if finished is not None and finished >= config.rounds:
             raise UserError(f"{path}: this run is finished, after {finished} rounds; for more of them: rounds=NUMBER")
         checkpoints = CheckpointFolder(directory.path / "checkpoints", listeners.hooks.before_write)
 
         def start(experiment: Experiment, log: Callable[[str], object]) -> Start:
-            for line in directory.what_differs(environment(experiment.federation.engine.model.device, config.seed, 0)):
+            device = experiment.federation.engine.model.device
+            for line in directory.what_differs(listeners.call(lambda: environment(device, config.seed, 0))):
                 log(f"warning: this run began elsewhere: {line}; the last bits may differ")
             for name in sorted(_recorded_metrics(directory) - METRICS.keys()):
                 log(f"warning: nothing computes the metric {name!r} any more: --import the file that declares it")
@@ -146,25 +163,12 @@ def resume(
                 client_like=experiment.federation.client_state(initial.adapter),
                 accept_lost_records=accept_lost_records,
             )
-            found = _with_first_and_last_record(experiment, found, directory)
             directory.write_config(config)
-            if config.clients.per_block is None and found.clients_per_block:
-                experiment.federation.engine.clients_per_block = found.clients_per_block
             return found
 
         return _run_in(directory, config, listeners, start)
     finally:
         directory.close()
-
-
-@dataclass(frozen=True)
-class _Listeners:
-    """Who is told of a run: of the lines of its log, on its way, of its records, and whether bars show it."""
-
-    echo: Callable[[str], object] | None
-    hooks: Hooks
-    sinks: tuple[Sink, ...]
-    progress: bool
 
 
 def _recorded_metrics(directory: RunDirectory) -> set[str]:
@@ -173,7 +177,12 @@ def _recorded_metrics(directory: RunDirectory) -> set[str]:
 
 
 def _with_first_and_last_record(experiment: Experiment, start: Start, directory: RunDirectory) -> Start:
-    """Measure anew what a summary needs if its record was lost: the frozen model, and the state to go on from."""
+    """Measure anew what a summary needs if its record was lost: the frozen model, and the state to go on from.
+
+    Blocks are as large as they were in the end.
+    """
+    if experiment.config.clients.per_block is None and start.clients_per_block:
+        experiment.federation.engine.clients_per_block = start.clients_per_block
     records = {record.round: record for record in start.records}
     missing = [state for state in (experiment.initial_state(), start.state) if state.round not in records]
     if not missing or not start.state.round:
@@ -188,7 +197,7 @@ def _with_first_and_last_record(experiment: Experiment, start: Start, directory:
 def _run_in(
     directory: RunDirectory,
     config: ExperimentConfig,
-    listeners: _Listeners,
+    listeners: Listeners,
     find: Callable[[Experiment, Callable[[str], object]], Start],
 ) -> RunResult:
     """Build the experiment and run it in `directory` from the start that `find` comes to."""
@@ -198,28 +207,21 @@ def _run_in(
             listeners.echo(line)
         directory.log(line)
 
-    threads, steps = torch.get_num_threads(), StepBar()
+    threads, steps, processes = torch.get_num_threads(), StepBar(), listeners.processes
     hooks = Hooks(after_step=steps.show).then(listeners.hooks) if listeners.progress else listeners.hooks
-    sinks = _sinks(directory, config, listeners)
+    sinks = _sinks(directory, config, listeners) if processes.is_first else []
     try:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         started = time.perf_counter()
-        memory_before = peak_memory_bytes(choose_device(config.device))
-        experiment = build_experiment(
-            config,
-            progress=image_progress(log, shows_bars=listeners.progress),
-            log=log,
-            hooks=hooks,
-            clients_per_block=recorded_clients_per_block(directory.path),
-        )
-        _set_threads(config, directory, experiment, log)
+        memory_before = peak_memory_bytes(choose_device(config.device, processes))
+        experiment = built(directory, config, replace(listeners, hooks=hooks), log)
         for number, line in enumerate(experiment.unreadable):
             (log if number < MAX_SHOWN else directory.log)(f"left out: {line}")
         for sink in sinks:
-            sink.start(experiment)
+            listeners.call(partial(sink.start, experiment))
         experiment = replace(experiment, data=None)
-        start = find(experiment, log)
+        start = _with_first_and_last_record(
+            experiment, shared_start(processes, partial(find, experiment, log)), directory
+        )
         run = _Run(
             experiment, directory, sinks, Saver(experiment, directory, start, started), list(start.records), start.state
         )
@@ -234,23 +236,12 @@ def _run_in(
     return result
 
 
-def _sinks(directory: RunDirectory, config: ExperimentConfig, listeners: _Listeners) -> list[Sink]:
+def _sinks(directory: RunDirectory, config: ExperimentConfig, listeners: Listeners) -> list[Sink]:
     """Who is told of the records: the run directory first, then the log, a bar if there is one, the caller's own."""
     bars: list[Sink] = [RoundBar(config.rounds)] if listeners.progress else []
     echo = None if bars and on_terminal() else listeners.echo  # there the bar shows the rounds
     lines = RoundLines(config.rounds, directory.log, echo)
     return [DirectorySink(directory, config), lines, *bars, *listeners.sinks]
-
-
-def _set_threads(
-    config: ExperimentConfig, directory: RunDirectory, experiment: Experiment, log: Callable[[str], object]
-) -> None:
-    """As many threads as the configuration says, as the run so far has had, or as are fastest now."""
-    recorded = recorded_threads(directory.path)
-    if config.threads is None and recorded is not None:
-        torch.set_num_threads(min(recorded, torch.get_num_threads()))
-    elif config.threads is None:
-        choose_threads(experiment, log)
 
 
 @dataclass(eq=False)
@@ -275,6 +266,7 @@ class _Run:
                 clients = self._record(state, None)
             while state.round < experiment.config.rounds:
                 state, result = run_round(experiment.federation, state)
+                self._check_same(state)
                 clients = self._record(state, result)
                 self.saver.after_round(state)
                 experiment.federation.engine.hooks.after_round(self.records[-1], state)
@@ -286,6 +278,12 @@ class _Run:
         if clients is None:  # the run was stopped behind its last round
             clients = measure_clients(experiment, state)
         return self._finish(state, clients, local_only, memory_before)
+
+    def _check_same(self, state: ServerState) -> None:
+        """Raise `UserError` if the processes have come to different states in a round."""
+        processes = self.experiment.federation.engine.processes
+        if processes.size > 1:
+            processes.check_same(state_digest(state.adapter), when=f"round {state.round}")
 
     def _record(self, state: ServerState, result: RoundResult | None) -> ClientResults | None:
         """Measure a round, tell of it, and return what was measured of clients."""
@@ -322,7 +320,8 @@ class _Run:
             backbone_parameters=experiment.backbone_parameters,
             num_unreadable=len(experiment.unreadable),
         )
-        finished = Finished(summary, state, client_columns(experiment, clients, local_only, self.records))
+        columns = client_columns(experiment, clients, local_only, self.records)
+        finished = Finished(summary, state, columns, last_tables(experiment, state, clients))
         for sink in self.sinks:
             sink.finish(finished)
         return RunResult(summary, tuple(self.records), state.adapter, self.directory.path)

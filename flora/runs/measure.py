@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,8 +14,9 @@ from flora.core.memory import peak_memory_bytes
 from flora.core.records import Evaluation, RoundRecord
 from flora.core.states import ServerState
 from flora.core.tree import StateLike
+from flora.engine.dealing import ARRAYS
 from flora.evaluation.accuracy import (
-    client_accuracies,
+    client_means,
     evaluate,
     harmonic_mean,
     own_accuracies,
@@ -25,6 +25,7 @@ from flora.evaluation.accuracy import (
 )
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_local_only
 from flora.evaluation.metrics import ServerView, complete, computed
+from flora.evaluation.shares import evaluate_in_shares
 from flora.experiment.build import Experiment
 from flora.features.features import Features
 from flora.federated.round import RoundResult
@@ -35,12 +36,15 @@ class ClientResults:
     """Accuracies on each client's held-out examples, `(num_clients,)`, NaN where it has none.
 
     `server` is the server's adapter, `own` each client's own, if they have any: the server's for who has none.
-    `has_own` says who has one.
+    `has_own` says who has one. `losses` are the server's adapter's mean losses on the same examples. `test` is that
+    adapter on the common test images, if they were evaluated at the same time.
     """
 
     server: np.ndarray
+    losses: np.ndarray
     own: np.ndarray | None = None
     has_own: np.ndarray | None = None
+    test: Evaluation | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,20 +72,23 @@ def measure(
     experiment: Experiment, state: ServerState, result: RoundResult | None
 ) -> tuple[RoundRecord, ClientResults | None]:
     """The record of the round that led to `state` (no result: round 0), evaluated if due; the clients' accuracies."""
-    config, started = experiment.config.evaluation, time.perf_counter()
+    config, engine = experiment.config.evaluation, experiment.federation.engine
+    started = engine.seconds()
     is_last = state.round == experiment.config.rounds
     results: dict[str, Any] = {}
     clients: ClientResults | None = None
+    test: Evaluation | None = None
     if is_last or state.round % config.every == 0:
-        results = _measure_server(experiment, state)
+        test = evaluate_test_images(experiment, state)
+        results = _measure_server(experiment, state, test)
     if is_last or (config.clients_every and state.round and state.round % config.clients_every == 0):
-        clients = measure_clients(experiment, state)
+        clients = replace(measure_clients(experiment, state), test=test)
     if clients is not None:
         sizes = experiment.held_out_sizes
         results |= _figures("client", clients.server, sizes) | _figures("personal", clients.own, sizes)
     measured = result.metrics() if result else {}
-    measured["eval_seconds"] = time.perf_counter() - started
-    measured["peak_memory_bytes"] = peak_memory_bytes(experiment.federation.engine.model.device)
+    measured["eval_seconds"] = engine.seconds() - started
+    measured["peak_memory_bytes"] = peak_memory_bytes(engine.model.device)
     return RoundRecord(
         state.round,
         complete({**results, **measured}),
@@ -90,16 +97,30 @@ def measure(
     ), clients
 
 
-def _measure_server(experiment: Experiment, state: ServerState) -> dict[str, Any]:
-    """Return what a round's record says of the server's adapter on the common test images."""
-    stack = _server_stack(state)
-    evaluation = _evaluate(experiment, stack, experiment.test)[0]
+def evaluate_test_images(experiment: Experiment, state: ServerState) -> Evaluation:
+    """Evaluate the server's adapter on the common test images."""
+    config = experiment.config.evaluation
+    return evaluate(
+        experiment.federation.engine.model,
+        server_stack(state),
+        experiment.test,
+        batch_size=config.batch_size,
+        prediction=config.prediction,
+        keep_probabilities=config.auroc,
+    )[0]
+
+
+def _measure_server(experiment: Experiment, state: ServerState, evaluation: Evaluation) -> dict[str, Any]:
+    """Return what a round's record says of the server's adapter; `evaluation` is it on the common test images."""
+    stack = server_stack(state)
     labels = experiment.test.labels.cpu().numpy()
     results = computed(ServerView(state, evaluation, labels, experiment.class_names, experiment.test_domains))
     results["unheld_accuracy"] = _mean(unheld_accuracies(evaluation.correct[None], labels, experiment.held_classes))
-    if not state.round and experiment.federation.server_training.synthetic is not None:
-        warm = tree.expand(experiment.initial_adapter, 1)
-        results["warm_up_accuracy"] = _evaluate(experiment, warm, experiment.test)[0].accuracy
+    is_warm = experiment.federation.server_training.synthetic is not None
+    if not state.round and (is_warm or experiment.has_start):
+        begun = tree.expand(experiment.initial_adapter, 1)
+        name = "warm_up_accuracy" if is_warm else "start_accuracy"
+        results[name] = _evaluate(experiment, begun, experiment.test)[0].accuracy
     if experiment.by_template:
         results |= _by_template(experiment, stack)
     if state.round and not experiment.federation.communication.broadcast.is_identity:
@@ -129,16 +150,23 @@ def _by_template(experiment: Experiment, stack: tree.State | None) -> dict[str, 
 
 def _evaluate(
     experiment: Experiment, adapters: StateLike | None, features: Features, model: AdaptedClip | None = None
-) -> list[Evaluation]:
-    """Evaluate adapters `(K, ...)` on `features` in the way that the configuration says."""
-    config, number = experiment.config.evaluation, len(next(iter(adapters.values()))) if adapters else 1
-    return evaluate(
-        model or experiment.federation.engine.model,
-        adapters,
-        features,
-        batch_size=max(1, config.batch_size // number),
-        prediction=config.prediction,
-    )
+) -> Sequence[Evaluation]:
+    """Evaluate adapters `(K, ...)` on `features` in the way that the configuration says, each process a share."""
+    config, engine = experiment.config.evaluation, experiment.federation.engine
+    model = model or engine.model
+
+    def compute(stack: StateLike | None) -> list[Evaluation]:
+        number = len(next(iter(stack.values()))) if stack else 1
+        return evaluate_in_shares(
+            engine.processes,
+            model,
+            stack,
+            features,
+            batch_size=max(1, config.batch_size // number),
+            prediction=config.prediction,
+        )
+
+    return engine.evaluate((id(model), id(features), config.batch_size, config.prediction), adapters, compute)
 
 
 def _mean(accuracies: np.ndarray) -> float | None:
@@ -147,7 +175,7 @@ def _mean(accuracies: np.ndarray) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def _server_stack(state: ServerState) -> tree.State | None:
+def server_stack(state: ServerState) -> tree.State | None:
     """The server's adapter `(1, ...)`; None in round 0, which is the frozen model: some adapters change it at once."""
     return tree.expand(state.adapter, 1) if state.round else None
 
@@ -166,18 +194,18 @@ def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults
     """Accuracy on each client's held-out examples."""
     sizes, federation = experiment.held_out_sizes, experiment.federation
     with_own = clients_with_own_adapters(federation, state)
-    server = np.full(len(sizes), np.nan)
+    server, losses = np.full(len(sizes), np.nan), np.full(len(sizes), np.nan)
     if len(experiment.held_out):
-        evaluation = _evaluate(experiment, _server_stack(state), experiment.held_out)[0]
-        server = client_accuracies(evaluation, sizes)
+        evaluation = _evaluate(experiment, server_stack(state), experiment.held_out)[0]
+        server, losses = client_means(evaluation.correct, sizes), client_means(evaluation.losses, sizes)
     if with_own is None:
-        return ClientResults(server)
+        return ClientResults(server, losses)
     own, ends = server.copy(), np.cumsum(sizes)
     for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
         own[clients] = _of_blocks(
             experiment, clients, adapters, lambda some, part: _on_held_out(experiment, ends, some, part)
         )
-    return ClientResults(server, own, np.isin(np.arange(len(sizes)), with_own))
+    return ClientResults(server, losses, own, np.isin(np.arange(len(sizes)), with_own))
 
 
 def _of_blocks(
@@ -194,7 +222,7 @@ def _of_blocks(
         part = {name: tensor[places] if len(tensor) == number else tensor for name, tensor in adapters.items()}
         return evaluate_some([clients[place] for place in places], part)
 
-    parts = experiment.federation.engine.in_blocks(range(number), block)
+    parts = experiment.federation.engine.in_blocks(range(number), block, travel=ARRAYS)
     return np.concatenate(list(parts))
 
 
@@ -214,7 +242,15 @@ def _on_held_out(experiment: Experiment, ends: np.ndarray, clients: Sequence[int
 
 def _on_test_images(experiment: Experiment, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
     """Accuracy of `adapters` `(K, ...)` on the common test images, and on those of classes not held, `(K, 2)`."""
-    correct = np.stack([each.correct for each in _evaluate(experiment, adapters, experiment.test)])
+    config, number = experiment.config.evaluation, len(clients)
+    evaluations = evaluate(
+        experiment.federation.engine.model,
+        adapters,
+        experiment.test,
+        batch_size=max(1, config.batch_size // number),
+        prediction=config.prediction,
+    )
+    correct = np.stack([each.correct for each in evaluations])
     unheld = unheld_accuracies(correct, experiment.test.labels.cpu().numpy(), experiment.held_classes[clients])
     return np.stack([correct.mean(axis=1), unheld], axis=1)
 
@@ -291,6 +327,7 @@ CLIENT_COLUMNS: tuple[tuple[str, str], ...] = (
     ("num_rounds", "the rounds in which its update came"),
     ("rank", "its rank, where clients have their own"),
     ("accuracy", "accuracy of the server's adapter of the last round on its own held-out examples"),
+    ("loss", "its mean loss on them"),
     ("test_accuracy", "accuracy of the same on the common test images"),
     ("local_only_accuracy", "what it reaches without the others, on the common test images"),
     ("local_only_held_out_accuracy", "what it reaches without the others, on its own held-out examples"),
@@ -312,6 +349,7 @@ def client_columns(
         "num_held_out": [len(client.held_out) for client in clients],
         "num_rounds": _num_rounds(records, len(clients)),
         "accuracy": _cells(results.server),
+        "loss": _cells(results.losses),
         "test_accuracy": _cells(np.full(len(clients), records[-1].accuracy)),
         "local_only_accuracy": _cells(local_only.test),
         "local_only_held_out_accuracy": _cells(local_only.held_out),

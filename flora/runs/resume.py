@@ -43,6 +43,7 @@ CHANGEABLE = (
         for section in ("synthetic", "distillation")
         for key in ("root", "path", "download")
     ),
+    "adapter.start",
     "backbone.model",
     "backbone.weights",
 )

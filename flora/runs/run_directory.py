@@ -18,6 +18,7 @@ from typing import IO, Any
 import safetensors.torch
 import yaml
 
+from flora.clip.adapters.files import ADAPTER_FORMAT
 from flora.config.parse import config_to_dict
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import DivergedError, UserError
@@ -30,8 +31,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-ADAPTER_FORMAT = "flora-adapter-1"
-
 
 class RunDirectory:
     """One run's folder. Files appear whole or not at all, except `rounds.jsonl` and `log.txt`, which grow by lines.
@@ -43,9 +42,12 @@ class RunDirectory:
     def __init__(self, path: Path, before_write: Callable[[Path], object] = lambda path: None) -> None:
         self.path = path
         self._before_write = before_write
-        self._lock = lock_file(path / "lock")
+        self._lock = self._locked()
         self._records_bytes = 0
         self._records_sha256 = hashlib.sha256()
+
+    def _locked(self) -> IO[bytes] | None:
+        return lock_file(self.path / "lock")
 
     @classmethod
     def create(
@@ -243,6 +245,10 @@ class RunDirectory:
         """Write `clients.csv`, a row a client; a missing result is an empty cell."""
         self._write("clients.csv", _csv(list(columns), zip(*columns.values(), strict=True)))
 
+    def write_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Write a CSV file."""
+        self._write(name, _csv(columns, rows))
+
     def write_summary(self, summary: Summary) -> None:
         """Write `summary.json`, the last file of a finished run."""
         self._write_json("summary.json", dict(summary.figures))
@@ -275,6 +281,23 @@ class RunDirectory:
             with suppress(OSError):
                 os.truncate(path, size)
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def write_json_beside(folder: Path, name: str, content: Any, *, numbered: bool) -> Path:
+    """Write a new JSON file into a folder of a run, which is made if it is not there; return its path.
+
+    `numbered`: if there is one of that name, use the first free of name-2, name-3, ...; else that is a `UserError`.
+    """
+    path = folder / name
+    try:
+        folder.mkdir(exist_ok=True)
+        path = free_name(folder, name) if numbered else path
+        if path.exists():
+            raise UserError(f"{path}: exists already")
+        write_whole(path, _encode(_json(content, 2)))
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+    return path
 
 
 def read_json(path: Path) -> Any:

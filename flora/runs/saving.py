@@ -34,8 +34,8 @@ class Saver:
             self.save(state)
 
     def save(self, state: ServerState) -> None:
-        """Save a checkpoint, unless that round's was the last one to be saved or gone on from."""
-        if state.round == self._saved:
+        """Save a checkpoint, unless that round's was the last one to be saved or gone on from; process 0 does it."""
+        if state.round == self._saved or not self._engine.processes.is_first:
             return
         num_bytes, sha256 = self._directory.records_end
         checkpoint = Checkpoint(

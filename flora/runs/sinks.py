@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flora.config.schema import ExperimentConfig
@@ -19,15 +19,20 @@ from flora.runs.inventory import (
     prompts_as_used,
 )
 from flora.runs.run_directory import RunDirectory
+from flora.runs.tables import Table, with_images
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """What a finished run came to: its summary, the server's last state, and the columns of `clients.csv` by name."""
+    """What a finished run came to: its summary, the server's last state, the columns of `clients.csv`, other tables.
+
+    `tables` are those of the last round, by file name.
+    """
 
     summary: Summary
     state: ServerState
     clients: Mapping[str, Sequence[Any]]
+    tables: Mapping[str, Table] = field(default_factory=dict)
 
 
 class Sink:
@@ -62,6 +67,9 @@ class DirectorySink(Sink):
 
     def finish(self, finished: Finished) -> None:
         self._directory.write_clients(finished.clients)
+        for name, table in finished.tables.items():
+            whole = with_images(table, self._directory.path / "examples.csv") if table.lists_images else table
+            self._directory.write_table(name, whole.columns, whole.rows)
         self._directory.write_adapter(finished.state.adapter, self._config)
         self._directory.write_summary(finished.summary)
 

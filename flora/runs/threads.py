@@ -6,6 +6,7 @@ step's hundreds of operations.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from flora.client.corrections import NoCorrection
+from flora.core.processes import Message, Processes
 from flora.core.rng import Rng
 from flora.engine.engine import Engine
 from flora.experiment.build import Experiment
@@ -46,6 +48,13 @@ def choose_threads(experiment: Experiment, log: Callable[[str], object]) -> None
     torch.set_num_threads(chosen)
     times = ", ".join(f"{1000 * each:.0f} ms with {number}" for number, each in seconds.items())
     log(f"threads: {chosen} of {most}, because other processes are at work here: a step took {times}; or set `threads`")
+
+
+def shared_threads(processes: Processes, asked: int | None) -> int:
+    """Return how many threads each of several processes has: as process 0 was `asked` to, or its share of the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    number: int = processes.first(lambda: Message(asked or max(1, cores // processes.local_size))).fields
+    return number
 
 
 def seconds_of(step: Callable[[], object]) -> float:

@@ -28,10 +28,12 @@ from flora.core.command_line import run_program, split_arguments
 from flora.core.errors import UserError
 from flora.core.files import write_whole
 from flora.core.interrupts import Interrupted, Interrupts
+from flora.core.processes import refuse_several
 from flora.core.registry import suggest
 from flora.parsers import sweep_parser
 from flora.report.curves import draw_curves, undrawn
 from flora.runs.run_directory import lock_file
+from flora.sweep.folding import MOST_TOGETHER
 from flora.sweep.runs import Outcomes, run_all
 from flora.sweep.table import Row, collect, to_csv, to_curves, to_markdown, to_overview, to_text, with_ratios
 
@@ -124,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
+    refuse_several("flora.sweep")
     configs, axes = split_arguments(options.arguments)
     grid = combinations(configs, axes)
     if not configs:
@@ -133,6 +136,7 @@ def _main(options: argparse.Namespace) -> int:
         raise UserError(f"--reference: no run is called {options.reference!r}; {suggest(options.reference, names)}")
     if not re.fullmatch("[1-9][0-9]{0,3}", options.jobs):
         raise UserError(f"--jobs: expected a whole number of at least 1, got {options.jobs!r}")
+    fold = _most_together(options.fold)
     outcomes: Outcomes = {}
     stopped: Interrupted | None = None
     try:
@@ -140,7 +144,7 @@ def _main(options: argparse.Namespace) -> int:
             runs = configurations(grid, options.output, options.set)
             with _locked(options.output):
                 try:
-                    run_all(runs, outcomes, jobs=int(options.jobs), check=interrupts.check)
+                    run_all(runs, outcomes, jobs=int(options.jobs), fold=fold, check=interrupts.check)
                 except Interrupted as interrupted:
                     stopped = interrupted
     except Interrupted as interrupted:
@@ -156,6 +160,15 @@ def _main(options: argparse.Namespace) -> int:
         print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
         return stopped.exit_status
     return 2 if failures else 0
+
+
+def _most_together(text: str) -> int:
+    """How many runs train together at most. Raises `UserError` for what --fold does not take."""
+    if text in ("auto", "off"):
+        return MOST_TOGETHER if text == "auto" else 1
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise UserError(f"--fold: expected auto, off or a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,43 +14,71 @@ from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.core.rng import Rng
 from flora.data.datasets.base import Dataset
+from flora.engine.together import Member, Together
 from flora.evaluation.summary import percent
 from flora.runs.loop import resume, simulate
 from flora.runs.resume import changeable_overrides, finished_rounds, refuse_other_settings
 from flora.runs.run_directory import RunDirectory
+from flora.sweep.folding import described, foldable
 from flora.sweep.outcomes import read_outcome
-from flora.sweep.workers import work_through
+from flora.sweep.workers import problem_of, work_through
 
 Outcomes = dict[str, str | None]
 """By a run's name: None if it is finished, else a line that says why not. A run that is not in it is not done yet."""
 
 
-def run_all(configs: Sequence[ExperimentConfig], outcomes: Outcomes, *, jobs: int, check: Callable[[], object]) -> None:
-    """Bring every run to its end, `jobs` at once, and fill in `outcomes`.
+def run_all(
+    configs: Sequence[ExperimentConfig],
+    outcomes: Outcomes,
+    *,
+    jobs: int,
+    fold: int = 1,
+    check: Callable[[], object],
+) -> None:
+    """Bring every run to its end, `jobs` processes at once, and fill in `outcomes`.
 
-    `check` is called again and again; what it raises stops the runs at their next good place.
+    Up to `fold` runs that can share their steps do so in one process. `check` is called again and again; what it raises
+    stops the runs at their next good place.
     """
     missing = [config for config in configs if _is_missing(config, outcomes)]
     missing = _with_what_they_need(missing, outcomes)
+    groups = foldable(missing, most=fold, jobs=jobs)
+    for line in described(groups) if fold > 1 else []:
+        tqdm.write(line, file=sys.stderr)
     with tqdm(
         total=len(configs), initial=len(outcomes), desc="runs", unit="run", disable=None, dynamic_ncols=True
     ) as bar:
-        for index, problem in work_through(bring_to_its_end, missing, jobs=jobs, check=check):
-            config = missing[index]
-            outcomes[config.name] = problem
-            bar.update()
-            tqdm.write(f"{config.name}: {problem or _one_line(Path(config.output, config.name))}", file=sys.stderr)
+        for index, found in work_through(bring_to_their_end, groups, jobs=jobs, check=check):
+            for config in groups[index]:
+                name = config.name
+                outcomes[name] = problem = found[name] if isinstance(found, dict) else found
+                bar.update()
+                tqdm.write(f"{name}: {problem or _one_line(Path(config.output, name))}", file=sys.stderr)
 
 
-def bring_to_its_end(config: ExperimentConfig, hooks: Hooks) -> None:
-    """Do a run, or go on with it, unless it is finished. Raises `UserError` if it was begun with other settings."""
+def bring_to_their_end(configs: Sequence[ExperimentConfig], hooks: Hooks) -> Outcomes:
+    """Do runs, or go on with them, unless they are finished; several of them together. Return how they ended.
+
+    One that was begun with other settings ends with that.
+    """
+    if len(configs) == 1:
+        _bring_to_its_end(configs[0], hooks)
+        return {configs[0].name: None}
+    works = [partial(_bring_to_its_end, config, Hooks()) for config in configs]
+    errors = Together(hooks).run(works)
+    names = [config.name for config in configs]
+    return {name: None if error is None else problem_of(error) for name, error in zip(names, errors, strict=True)}
+
+
+def _bring_to_its_end(config: ExperimentConfig, hooks: Hooks, member: Member | None = None) -> None:
     directory = Path(config.output, config.name)
     if (directory / "config.yaml").is_file():
         if _needs_rounds(config):
-            resume(directory, [*changeable_overrides(config), f"rounds={config.rounds}"], hooks=hooks)
+            overrides = [*changeable_overrides(config), f"rounds={config.rounds}"]
+            resume(directory, overrides, hooks=hooks, member=member)
         return
     RunDirectory.remove_unbegun(directory)
-    simulate(config, hooks=hooks)
+    simulate(config, hooks=hooks, member=member)
 
 
 def _needs_rounds(config: ExperimentConfig) -> bool:

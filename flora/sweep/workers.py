@@ -28,16 +28,19 @@ PATIENCE = 0.2
 # What every run imports: also what this program imports only where it is used.
 PRELOADED = ["flora.simulate", "flora.catalogue", "torchvision", "open_clip"]
 
-Work = Callable[[Any, Hooks], object]
-"""`work(task, hooks)`: a function at the top of a module, so that another process can find it."""
+Work = Callable[[Any, Hooks], dict[str, str | None] | None]
+"""`work(task, hooks)`: a function at the top of a module, so that another process can find it.
+
+What it returns says how each part of the task ended, where it has parts.
+"""
 
 
 def work_through(
     work: Work, tasks: Sequence[Any], *, jobs: int, check: Callable[[], object]
-) -> Iterator[tuple[int, str | None]]:
+) -> Iterator[tuple[int, dict[str, str | None] | str | None]]:
     """Do `work` for each task in a process of its own, at most `jobs` at once.
 
-    Yields (index of the task, None or a line that says how it failed) as they end. `check` is called again and again;
+    Yields (index of the task, what it returned or how it failed) as they end. `check` is called again and again;
     what it raises stops all work at the next good place. So does the end of this process, whatever it is.
     """
     context = multiprocessing.get_context("forkserver")
@@ -59,9 +62,9 @@ def work_through(
             for ready in wait(list(running), timeout=PATIENCE):
                 assert isinstance(ready, Connection)
                 index, process = running[ready]
-                problem = _outcome(ready, process)
+                outcome = _outcome(ready, process)
                 del running[ready]
-                yield index, problem
+                yield index, outcome
             check()
     finally:
         for connection in running:
@@ -79,17 +82,27 @@ def _start_server() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def _outcome(connection: Connection, process: BaseProcess) -> str | None:
+def _outcome(connection: Connection, process: BaseProcess) -> dict[str, str | None] | str | None:
     """Return what a process that has ended, or is about to, came to."""
+    outcome: dict[str, str | None] | str | None
     try:
-        problem: str | None = connection.recv()
+        outcome = connection.recv()
     except (EOFError, OSError):
         process.join()
         code = process.exitcode or 0
-        problem = f"its process was ended by {signal.Signals(-code).name if code < 0 else f'exit status {code}'}"
+        outcome = f"its process was ended by {signal.Signals(-code).name if code < 0 else f'exit status {code}'}"
     connection.close()
     process.join()
-    return problem
+    return outcome
+
+
+def problem_of(error: BaseException) -> str:
+    """Return what ended a run, in words: one line for what a user can mend, else where it happened."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, Interrupted):
+        return f"stopped by {error}"
+    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def _work(connection: Connection, work: Work, task: Any, threads: int | None, imports: Sequence[str]) -> None:
@@ -103,22 +116,18 @@ def _work(connection: Connection, work: Work, task: Any, threads: int | None, im
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         done = threading.Event()
         threading.Thread(target=_stop_with_the_parent, args=(connection, done), daemon=True).start()
-        problem = None
+        outcome: dict[str, str | None] | str | None
         try:
             for path in imports:
                 command_line.import_components(path)
             if threads is not None:
                 torch.set_num_threads(threads)
-            work(task, Hooks(before_block=lambda round, clients: interrupts.check()))
-        except UserError as error:
-            problem = str(error)
-        except Interrupted as interrupted:
-            problem = f"stopped by {interrupted}"
+            outcome = work(task, Hooks(before_block=lambda round, clients: interrupts.check()))
         except BaseException as error:
-            problem = "".join(traceback.format_exception(error)).rstrip()
+            outcome = problem_of(error)
         done.set()
         try:
-            connection.send(problem)
+            connection.send(outcome)
         except OSError:  # the parent has gone, or doesn't want to know
             sys.exit(1)
 

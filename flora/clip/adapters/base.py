@@ -27,7 +27,7 @@ class AttachedAdapter(ABC):
     `is_large` says that it is about as large as the model, `mergeable` that it can be merged into its weights.
     `num_models` is how many models it stands for: see `models`. `loss_terms` are terms of its own that are added to a
     client's loss. `after_step(stack, learning_rate)`, if there is one, changes the trained tensors `(K, ...)` in place
-    after each local step.
+    after each local step; the learning rate is a number, or `(K, 1)` where clients differ in it.
     """
 
     trained_from: dict[str, int]
@@ -37,7 +37,7 @@ class AttachedAdapter(ABC):
     mergeable = True
     num_models = 1
     loss_terms: tuple[LossTerm, ...] = ()
-    after_step: Callable[[StateLike, float], None] | None = None
+    after_step: Callable[[StateLike, float | Tensor], None] | None = None
     learned_context: Mapping[str, Any] | None = None
     """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
 
@@ -94,6 +94,8 @@ class Adapter(Component):
     """Whether some of its tensors never leave their client."""
     knows_classes: ClassVar[bool] = False
     """Whether it has weights for each class, and so none for classes that it has not seen."""
+    is_large: ClassVar[bool] = False
+    """Whether it is about as large as the model."""
 
     @property
     def changes_images(self) -> bool:

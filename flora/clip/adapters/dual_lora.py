@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flora.clip.adapters.lora import AttachedLora, Lora
@@ -89,11 +88,12 @@ class AttachedDualLora(AttachedLora):
     def stays(self, name: str) -> bool:
         return name.rpartition(".")[2] in ("local_A", "local_B", "local_gate")
 
-    def _shrink_gates(self, stack: StateLike, learning_rate: float) -> None:
+    def _shrink_gates(self, stack: StateLike, learning_rate: float | Tensor) -> None:
         """Draw the gates nearer to zero by threshold times the learning rate, and not beyond it."""
         for name in self.layers:
             gate = stack[f"{name}.local_gate"]
-            gate.copy_(F.softshrink(gate, learning_rate * self._threshold))
+            by = torch.as_tensor(learning_rate * self._threshold, dtype=gate.dtype, device=gate.device)
+            gate.copy_(gate.sign() * (gate.abs() - by).clamp(min=0))
 
     def models(self, stack: StateLike) -> list[StateLike]:
         local = {}

@@ -24,6 +24,8 @@ class FullFineTuning(Adapter):
     Weight decay, if there is any, applies to all of them, norms and `logit_scale` included.
     """
 
+    is_large = True
+
     def check_fits(self, architecture: Architecture) -> None:
         """It fits every model."""
 

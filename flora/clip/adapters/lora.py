@@ -43,6 +43,10 @@ class Lora(Adapter):
         "uniform",
         choices=("uniform", "normal"),
     )
+    start: str | None = option(
+        "an adapter to begin from in place of a random A and a B of zeros: a folder of the library PEFT's, or a run's",
+        None,
+    )
 
     def check(self) -> None:
         for name in ("towers", "targets"):

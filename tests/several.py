@@ -1,0 +1,121 @@
+"""Several processes of one run, as torchrun would start them, and cheap to start. Used by `test_processes.py`."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import helpers  # noqa: F401  (registers the data set "patterns", and uses one thread)
+import torch
+
+from flora.core.hooks import Hooks
+from flora.core.states import ClientUpdate
+from flora.simulate import main
+
+
+@dataclass(frozen=True)
+class Mischief:
+    """What goes wrong in process `rank`, before its block number `block`, counted from 0 over all rounds."""
+
+    kind: str
+    rank: int = 1
+    block: int = 0
+
+    def hooks(self) -> Hooks:
+        blocks = 0
+
+        def before_block(round: int, clients: tuple[int, ...]) -> None:
+            nonlocal blocks
+            blocks += 1
+            if blocks == self.block + 1:
+                self._happen()
+            if (self.kind == "memory" and len(clients) > 2) or self.kind == "memory of one":
+                raise MemoryError
+
+        def update(round: int, update: ClientUpdate) -> ClientUpdate:
+            delta = {name: tensor * 2 for name, tensor in update.delta.items()}
+            return replace(update, delta=delta) if self.kind == "other numbers" else update
+
+        return Hooks(before_block=before_block, update=update)
+
+    def _happen(self) -> None:
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.kind == "error":
+            raise ValueError("a mistake in the program")
+        elif self.kind == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit status, and what it wrote."""
+
+    status: int | None
+    out: str
+    err: str
+
+
+def run(
+    number: int, arguments: Sequence[str], folder: Path, mischief: Mischief | None = None, *, stem_batch: int = 256
+) -> list[Ended]:
+    """How `number` processes of `flora.simulate ARGUMENTS` end, by their ranks."""
+    processes = start(number, arguments, folder, mischief, stem_batch=stem_batch)
+    return ended(processes, folder)
+
+
+def start(
+    number: int, arguments: Sequence[str], folder: Path, mischief: Mischief | None = None, *, stem_batch: int = 256
+) -> list[BaseProcess]:
+    """Start `number` processes, whose output goes to files in `folder`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["flora.simulate", "flora.catalogue", "pytest"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "HOME": str(folder),
+    }
+    processes: list[BaseProcess] = []
+    for rank in range(number):
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {"HOME": str(folder)}
+        happens = mischief if mischief is not None and mischief.rank == rank else None
+        given = (own, list(arguments), folder / f"process-{rank}", happens, stem_batch)
+        processes.append(context.Process(target=work, args=given, daemon=True))
+        processes[-1].start()
+    return processes
+
+
+def ended(processes: Sequence[BaseProcess], folder: Path) -> list[Ended]:
+    """Wait for the processes."""
+    for process in processes:
+        process.join(120)
+    return [
+        Ended(process.exitcode, *((folder / f"process-{rank}.{stream}").read_text() for stream in ("out", "err")))
+        for rank, process in enumerate(processes)
+    ]
+
+
+def work(
+    environment: dict[str, str], arguments: list[str], output: Path, mischief: Mischief | None, stem_batch: int
+) -> None:
+    os.environ.update(environment)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    torch.set_num_threads(1)
+    import flora.features.reading as reading
+
+    reading.STEM_BATCH_SIZE = stem_batch
+    hooks = None if mischief is None else mischief.hooks()
+    sys.exit(main(arguments, hooks=hooks))
