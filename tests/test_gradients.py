@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ALL_ON, TOLERANCE, adapt, random_adapters, random_pixels
+from torch import Tensor
 
 from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.clip.adapters.base import Adapter
@@ -16,8 +17,10 @@ from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.towers.speed import SpeedOptions
 from flora.clip.towers.towers import AdaptedClip
+from flora.core.low_rank import layers
+from flora.core.tree import State
 from flora.engine import gradients
-from flora.engine.gradients import Batch, Compute, FlatStack, Loss, gradient_function
+from flora.engine.gradients import Batch, FlatStack, Loss, gradient_function
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -123,42 +126,49 @@ def test_what_cannot_be_recorded_runs_as_it_is(tiny_model: str, monkeypatch: pyt
 
 
 def test_what_is_recorded(tiny_model: str) -> None:
-    """Steps on CUDA, but not those of large adapters, with dropout, with a residual, or where it is switched off."""
+    """Steps on CUDA, but not those of large adapters, with dropout, or where it is switched off."""
 
-    def recorded(
-        adapter: Adapter, *, dropout: object = None, residual: object = None, speed: SpeedOptions = ALL_ON
-    ) -> bool:
+    def recorded(adapter: Adapter, *, dropout: object = None, speed: SpeedOptions = ALL_ON) -> bool:
         attached = adapt(tiny_model, adapter).adapter
         model: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), adapter=attached, speed=speed)
-        return gradients._is_recorded(model, dropout, residual)
+        return gradients._is_recorded(model, dropout)
 
     assert recorded(Lora())
     assert not recorded(FullFineTuning())
     assert not recorded(Lora(dropout=0.1), dropout=[torch.Generator()])
-    assert not recorded(Lora(), residual={"residual": torch.ones(1)})
     assert not recorded(Lora(), speed=SpeedOptions(cuda_graphs=False))
-    assert not gradients._is_recorded(adapt(tiny_model), None, None)  # on a CPU
+    assert not gradients._is_recorded(adapt(tiny_model), None)  # on a CPU
+
+
+class Replays:
+    """Stands for CUDA graphs where there is no GPU: each does again what was recorded, on the copies that it reads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_bytes: int = 1) -> None:
+        self.num_bytes, self.number, self.captured = num_bytes, 0, 0
+        monkeypatch.setattr(gradients, "_is_recorded", lambda model, dropout: dropout is None)
+        monkeypatch.setattr(
+            gradients._Recorder, "_capture", lambda recorder, *arguments: self._capture(recorder, *arguments)
+        )
+
+    def _capture(
+        self, recorder: Any, compute: gradients.Step, inputs: Sequence[Tensor], names: Sequence[str], residual: State
+    ) -> gradients._Recording:
+        own, own_residual = [each.clone() for each in inputs], {key: each.clone() for key, each in residual.items()}
+        outputs = (torch.empty(len(own[0])), torch.empty(0))
+
+        def replay() -> None:
+            self.number += 1
+            found = compute(own[0], Batch(dict(zip(names, own[1:], strict=True))), own_residual)
+            recording.outputs = found
+
+        graph: Any = SimpleNamespace(replay=replay)
+        self.captured += 1
+        recording = gradients._Recording(graph, tuple(own), own_residual, outputs, self.num_bytes)
+        return recording
 
 
 def test_a_recorded_step_is_replayed_for_its_own_layout_alone(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where A and B are equally large, who trains one and who trains the other have steps of the same shapes."""
-    replays = []
-
-    class Replay:
-        """What a CUDA graph does: the recorded step, on copies of the inputs."""
-
-        def __init__(self, compute: Compute, inputs: Sequence[torch.Tensor], names: Sequence[str]) -> None:
-            self._compute, self._names, self._inputs = compute, names, [each.clone() for each in inputs]
-
-        def replay(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-            for own, given in zip(self._inputs, inputs, strict=True):
-                own.copy_(given)
-            replays.append(len(inputs))
-            return self._compute(self._inputs[0], Batch(dict(zip(self._names, self._inputs[1:], strict=True))))
-
-    def record(self: Any, key: object, compute: Compute, inputs: Sequence[torch.Tensor], names: Sequence[str]) -> None:
-        self.recordings[key] = Replay(compute, inputs, names)
-
     model, stack = adapt(tiny_model), random_adapters(adapt(tiny_model), 2)
     kinds = [[name for name in stack if name.endswith(end)] for end in ("lora_B", "lora_A", "")]
 
@@ -171,8 +181,76 @@ def test_a_recorded_step_is_replayed_for_its_own_layout_alone(tiny_model: str, m
         return gradients_of
 
     plain = found()
-    monkeypatch.setattr(gradients, "_is_recorded", lambda model, dropout, residual: not residual)
-    monkeypatch.setattr(gradients._Recorder, "_record", record)
+    replays = Replays(monkeypatch)
     for ours, expected in zip(found(), plain, strict=True):
         torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
-    assert len(replays) == 3 * 2
+    assert replays.number == 3 * 2
+
+
+def test_a_recorded_step_takes_the_residual_of_its_block(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks 3 and 4 share a recording, in which zeros fill what a rank leaves; each block's residual is its own."""
+    model = adapt(tiny_model, Lora())
+    stack = random_adapters(model, 2)
+    flat, seeds = FlatStack(stack, model.device), range(6)
+
+    def residual(rank: int) -> State:
+        generator = torch.Generator().manual_seed(rank)
+        factors: State = {}
+        for layer in layers(stack):
+            d_in, d_out = stack[f"{layer}.lora_A"].shape[2], stack[f"{layer}.lora_B"].shape[1]
+            factors[f"{layer}.residual_A"] = torch.randn(1, rank, d_in, generator=generator, dtype=torch.float64)
+            factors[f"{layer}.residual_B"] = torch.randn(1, d_out, rank, generator=generator, dtype=torch.float64)
+        return factors
+
+    def found(rank: int) -> list[torch.Tensor]:
+        shared = residual(rank)
+        compute = gradient_function(model, loss_of(CrossEntropy()), flat, None, batch_size=4, shared_residual=shared)
+        return [compute(flat.matrix, batch_of(model, seed))[1].clone() for seed in seeds]
+
+    ranks = (3, 4, 3, 0, 5)
+    plain = [found(rank) for rank in ranks]
+    assert not torch.equal(plain[0][0], plain[1][0])
+    replays = Replays(monkeypatch)
+    for rank, expected in zip(ranks, plain, strict=True):
+        for ours, theirs in zip(found(rank), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+    assert replays.captured == 3  # ranks of up to 4, 0 and up to 8
+    assert replays.number == 2 + 6 + 6 + 2 + 2
+
+
+def test_the_recordings_of_a_model_are_bounded(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was not used for longest goes first; beyond the memory that they may take all do."""
+    model, enough = adapt(tiny_model), gradients.STEPS_BEFORE_RECORDING + 1
+    recorder = gradients._Recorder.of(model)
+    monkeypatch.setattr(gradients, "MAX_RECORDINGS", 2)
+    replays = Replays(monkeypatch)
+
+    def steps(num_clients: int, number: int) -> None:
+        flat = FlatStack(random_adapters(model, num_clients), model.device)
+        compute = gradient_function(model, loss_of(CrossEntropy()), flat, None, batch_size=4)
+        for _ in range(number):
+            compute(flat.matrix, batch_of(model, 0, num_clients=num_clients))
+
+    def recorded() -> list[int]:
+        return [len(recording.inputs[0]) for recording in recorder.recordings.values()]
+
+    steps(1, enough)
+    steps(2, enough)
+    steps(1, 1)
+    assert recorded() == [2, 1]
+    steps(3, enough)
+    assert recorded() == [1, 3]
+    steps(2, enough - 1)
+    assert recorded() == [1, 3]
+    recorder.max_bytes = 3
+    replays.num_bytes = 2
+    steps(2, 1)  # 1 + 1 + 2 bytes
+    assert recorded() == [] and recorder.works
+    replays.num_bytes = 4
+    steps(2, enough)
+    assert recorded() == [] and not recorder.works
+    monkeypatch.setattr(gradients, "MAX_COUNTED", 3)
+    recorder.works = True
+    for num_clients in range(1, 7):
+        steps(num_clients, 1)
+    assert len(recorder.counts) == 3

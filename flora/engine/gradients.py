@@ -15,11 +15,14 @@ from flora.clip.adapters.base import AttachedAdapter
 from flora.clip.loss_terms import ImagesAndClasses, LossTerm, StepView
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.contracts import checked_tensor
+from flora.core.memory import available_memory_bytes
 from flora.core.tree import State, StateLike
 from flora.engine.capacity import clients_at_once
 
 # Steps of one shape that run as they are before one is recorded: a recording costs about as much as ten of them.
 STEPS_BEFORE_RECORDING = 3
+# Recorded steps of a model, the share of the memory that is free at first that they may take, and shapes counted.
+MAX_RECORDINGS, MAX_RECORDED_FRACTION, MAX_COUNTED = 32, 0.25, 256
 # What the names of a batch's stem outputs begin with that are not those of its labelled images.
 OTHER_STEM = "stem of "
 
@@ -155,28 +158,44 @@ def gradient_function(
         tuple[int, int], tuple[State, list[Tensor]]
     ] = {}  # they share the parameters' memory, so a block's are made once
 
-    def compute(parameters: Tensor, batch: Batch, first: int = 0) -> tuple[Tensor, Tensor]:
+    def compute(parameters: Tensor, batch: Batch, residual: StateLike, first: int = 0) -> tuple[Tensor, Tensor]:
         number = len(parameters)
         place = parameters.data_ptr(), number
         state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
         generators = None if dropout is None else dropout[first : first + number]
-        losses = loss.total(_step_views(model, loss, {**state, **(shared_residual or {})}, batch, generators))
+        losses = loss.total(_step_views(model, loss, {**state, **residual}, batch, generators))
         return losses.detach(), _rows(losses, leaves)
 
-    def compute_in_parts(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def compute_in_parts(parameters: Tensor, batch: Batch, residual: StateLike) -> tuple[Tensor, Tensor]:
         number = len(parameters)
         if number <= at_once:
-            return compute(parameters, batch)
+            return compute(parameters, batch, residual)
         parts = [
-            compute(parameters[start : start + at_once], batch.of_clients(start, start + at_once), start)
+            compute(parameters[start : start + at_once], batch.of_clients(start, start + at_once), residual, start)
             for start in range(0, number, at_once)
         ]
         losses, gradients = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(gradients)
 
-    if _is_recorded(model, dropout, shared_residual):
-        return _Recorder.of(model).wrap(compute_in_parts, (loss, flat.layout))
-    return compute_in_parts
+    residual = shared_residual or {}
+    if _is_recorded(model, dropout):
+        return _Recorder.of(model).wrap(compute_in_parts, (loss, flat.layout), padded_residual(residual))
+    return lambda parameters, batch: compute_in_parts(parameters, batch, residual)
+
+
+def padded_residual(residual: StateLike) -> State:
+    """The residual with zeros added, which change nothing, up to the next power of two of its rank.
+
+    Its rank changes from round to round, and steps are recorded for one shape: so there are few of them.
+    """
+    padded = {}
+    for name, tensor in residual.items():
+        axis = 1 if name.endswith("residual_A") else 2  # (1, R, d_in) and (1, d_out, R)
+        rank = tensor.shape[axis]
+        zeros = list(tensor.shape)
+        zeros[axis] = (1 << (rank - 1).bit_length()) - rank if rank else 0
+        padded[name] = torch.cat([tensor, tensor.new_zeros(zeros)], dim=axis)
+    return padded
 
 
 def _step_views(
@@ -230,10 +249,10 @@ def _images(model: AdaptedClip, batch: Batch, number: int) -> dict[str, Tensor]:
     return {name: model.image_features(stem, number) for name, stem in stems.items()}
 
 
-def _is_recorded(model: AdaptedClip, dropout: object, residual: object) -> bool:
-    """Whether steps are recorded: not with dropout, nor with a residual, whose shape changes from round to round."""
-    is_plain = dropout is None and not residual
-    return model.device.type == "cuda" and model.speed.cuda_graphs and not model.adapter.is_large and is_plain
+def _is_recorded(model: AdaptedClip, dropout: object) -> bool:
+    """Whether steps are recorded: not with dropout, whose numbers a graph would not draw anew."""
+    can_be = dropout is None and not model.adapter.is_large
+    return model.device.type == "cuda" and model.speed.cuda_graphs and can_be
 
 
 def _rows(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
@@ -242,25 +261,44 @@ def _rows(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
     return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
 
 
+Step = Callable[[Tensor, Batch, StateLike], tuple[Tensor, Tensor]]
+"""As `Compute`, with the residual that a block's clients share, which is empty where they have none."""
+
+
 @dataclass(eq=False)
 class _Recording:
-    """A recorded step: what it reads, what it writes, and how to run it."""
+    """A recorded step: what it reads, what it writes, and how to run it.
+
+    `residual` are copies of a block's tensors, `block` says of which. `num_bytes` is the memory that recording it took.
+    """
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
+    residual: State
     outputs: tuple[Tensor, Tensor]
+    num_bytes: int
+    block: object = None
 
-    def replay(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def replay(self, inputs: Sequence[Tensor], residual: StateLike, block: object) -> tuple[Tensor, Tensor]:
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
+        if self.block is not block:
+            for name, tensor in residual.items():
+                self.residual[name].copy_(tensor)
+            self.block = block
         self.graph.replay()
         return self.outputs
 
 
 @dataclass(eq=False)
 class _Recorder:
-    """The recorded steps of one model, by shape. What can't be recorded runs as it is."""
+    """The recorded steps of one model, by shape, the one used last behind the others.
 
+    What can't be recorded runs as it is. Beyond a number of recordings the one that was not used for longest is
+    dropped; beyond `max_bytes` all are, because they share a pool, whose memory comes back with the last of them.
+    """
+
+    max_bytes: int
     recordings: dict[object, _Recording] = field(default_factory=dict)
     counts: dict[object, int] = field(default_factory=dict)
     pool: object = None
@@ -268,38 +306,81 @@ class _Recorder:
 
     @staticmethod
     def of(model: AdaptedClip) -> _Recorder:
-        return _RECORDERS.setdefault(model, _Recorder())
+        if model not in _RECORDERS:
+            _RECORDERS[model] = _Recorder(int(MAX_RECORDED_FRACTION * available_memory_bytes(model.device)))
+        return _RECORDERS[model]
 
-    def wrap(self, compute: Compute, kind: object) -> Compute:
-        """`compute`, replayed where a step of the same kind and shapes is recorded."""
+    def wrap(self, compute: Step, kind: object, residual: StateLike) -> Compute:
+        """`compute` with a block's residual, replayed where a step of the same kind and shapes is recorded."""
+        block = object()
 
         def recorded(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             if not batch.is_plain or not self.works:
-                return compute(parameters, batch)
+                return compute(parameters, batch, residual)
             inputs = (parameters, *batch.tensors.values())
-            key = (kind, tuple(batch.tensors), *((each.shape, each.dtype) for each in inputs))
+            names = tuple(batch.tensors), tuple(residual)
+            key = (kind, names, *((each.shape, each.dtype) for each in (*inputs, *residual.values())))
             if key in self.recordings:
-                return self.recordings[key].replay(inputs)
-            self.counts[key] = self.counts.get(key, 0) + 1
-            if self.counts[key] > STEPS_BEFORE_RECORDING:
-                self._record(key, compute, inputs, tuple(batch.tensors))
-            return compute(parameters, batch)
+                self.recordings[key] = recording = self.recordings.pop(key)
+                return recording.replay(inputs, residual, block)
+            if self._is_frequent(key):
+                self._record(key, compute, inputs, tuple(batch.tensors), residual)
+            return compute(parameters, batch, residual)
 
         return recorded
 
-    def _record(self, key: object, compute: Compute, inputs: Sequence[Tensor], names: Sequence[str]) -> None:
-        own = tuple(each.clone() for each in inputs)
-        graph = torch.cuda.CUDAGraph()
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
+    def _is_frequent(self, key: object) -> bool:
+        """Count a step of this shape; return whether it is worth a recording."""
+        self.counts[key] = self.counts.pop(key, 0) + 1
+        while len(self.counts) > MAX_COUNTED:
+            del self.counts[next(iter(self.counts))]
+        return self.counts[key] > STEPS_BEFORE_RECORDING
+
+    def _record(
+        self, key: object, compute: Step, inputs: Sequence[Tensor], names: Sequence[str], residual: StateLike
+    ) -> None:
         try:
-            with torch.cuda.graph(graph, pool=self.pool):  # type: ignore[arg-type]
-                outputs = compute(own[0], Batch(dict(zip(names, own[1:], strict=True))))
+            recording = self._capture(compute, inputs, names, residual)
         except RuntimeError:  # an operation that can't be recorded, or no memory for it
             self.works = False
-            self.recordings.clear()
-            torch.cuda.synchronize()
+            self._forget()
             return
-        self.recordings[key] = _Recording(graph, own, outputs)
+        self.counts.pop(key, None)  # should it be dropped, it has to be frequent again
+        self.works = recording.num_bytes <= self.max_bytes
+        if recording.num_bytes + sum(each.num_bytes for each in self.recordings.values()) > self.max_bytes:
+            self._forget()
+            return
+        self.recordings[key] = recording
+        if len(self.recordings) > MAX_RECORDINGS:
+            _wait()
+            del self.recordings[next(iter(self.recordings))]
+
+    def _capture(
+        self, compute: Step, inputs: Sequence[Tensor], names: Sequence[str], residual: StateLike
+    ) -> _Recording:
+        """Record a step that reads copies of these tensors. Raises RuntimeError if that can't be."""
+        before = torch.cuda.memory_reserved()
+        own = tuple(each.clone() for each in inputs)
+        own_residual = {name: tensor.clone() for name, tensor in residual.items()}
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self.pool):  # type: ignore[arg-type]
+            outputs = compute(own[0], Batch(dict(zip(names, own[1:], strict=True))), own_residual)
+        copied = sum(each.nbytes for each in (*own, *own_residual.values(), *outputs))
+        num_bytes = max(copied, torch.cuda.memory_reserved() - before)
+        return _Recording(graph, own, own_residual, outputs, num_bytes)
+
+    def _forget(self) -> None:
+        """Drop all recordings, and the memory that they share."""
+        _wait()
+        self.recordings.clear()
+        self.pool = None
+
+
+def _wait() -> None:
+    """Wait for the device: a graph that it still runs must not be dropped."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 _RECORDERS: WeakKeyDictionary[AdaptedClip, _Recorder] = WeakKeyDictionary()
