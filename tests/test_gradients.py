@@ -19,8 +19,9 @@ from flora.clip.towers.speed import SpeedOptions
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.low_rank import layers
 from flora.core.tree import State
-from flora.engine import gradients
-from flora.engine.gradients import Batch, FlatStack, Loss, gradient_function
+from flora.engine import gradients, recording
+from flora.engine.batch import Batch, Step
+from flora.engine.gradients import FlatStack, Loss, gradient_function
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -93,7 +94,7 @@ def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora, objective: 
     model = adapt(tiny_model, adapter, device="cuda")
     plain = adapt(tiny_model, adapter, device="cuda", speed=SpeedOptions(cuda_graphs=False))
     flat = FlatStack(random_adapters(model, 2), model.device)
-    for seed in range(gradients.STEPS_BEFORE_RECORDING + 4):
+    for seed in range(recording.STEPS_BEFORE_RECORDING + 4):
         batch = batch_of(model, seed)
         expected = gradient_function(plain, loss_of(objective), flat, None, batch_size=4)(flat.matrix, batch)
         for new_block in (False, True):  # a later block finds what was recorded
@@ -105,10 +106,10 @@ def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora, objective: 
         flat.matrix.add_(0.01)
         with model.adapter.bind(random_adapters_on(model, 3 + seed)), torch.no_grad():
             model.class_features(3 + seed)  # what a recorded step points into stays where it is
-    recorder = gradients._Recorder.of(model)
+    recorder = recording.Recorder.of(model)
     assert len(recorder.recordings) == 1
     assert recorder.works
-    assert not gradients._Recorder.of(plain).recordings
+    assert not recording.Recorder.of(plain).recordings
 
 
 @needs_cuda
@@ -120,9 +121,9 @@ def test_what_cannot_be_recorded_runs_as_it_is(tiny_model: str, monkeypatch: pyt
     model = adapt(tiny_model, device="cuda")
     flat = FlatStack(random_adapters(model, 2), model.device)
     compute = gradient_function(model, loss_of(CrossEntropy()), flat, None, batch_size=4)
-    results = [compute(flat.matrix, batch_of(model, 0))[0] for _ in range(gradients.STEPS_BEFORE_RECORDING + 3)]
+    results = [compute(flat.matrix, batch_of(model, 0))[0] for _ in range(recording.STEPS_BEFORE_RECORDING + 3)]
     assert all(torch.equal(result, results[0]) for result in results)
-    assert not gradients._Recorder.of(model).works
+    assert not recording.Recorder.of(model).works
 
 
 def test_what_is_recorded(tiny_model: str) -> None:
@@ -131,13 +132,13 @@ def test_what_is_recorded(tiny_model: str) -> None:
     def recorded(adapter: Adapter, *, dropout: object = None, speed: SpeedOptions = ALL_ON) -> bool:
         attached = adapt(tiny_model, adapter).adapter
         model: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), adapter=attached, speed=speed)
-        return gradients._is_recorded(model, dropout)
+        return recording.is_recorded(model, dropout)
 
     assert recorded(Lora())
     assert not recorded(FullFineTuning())
     assert not recorded(Lora(dropout=0.1), dropout=[torch.Generator()])
     assert not recorded(Lora(), speed=SpeedOptions(cuda_graphs=False))
-    assert not gradients._is_recorded(adapt(tiny_model), None)  # on a CPU
+    assert not recording.is_recorded(adapt(tiny_model), None)  # on a CPU
 
 
 class Replays:
@@ -145,26 +146,26 @@ class Replays:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, num_bytes: int = 1) -> None:
         self.num_bytes, self.number, self.captured = num_bytes, 0, 0
-        monkeypatch.setattr(gradients, "_is_recorded", lambda model, dropout: dropout is None)
+        monkeypatch.setattr(gradients, "is_recorded", lambda model, dropout: dropout is None)
         monkeypatch.setattr(
-            gradients._Recorder, "_capture", lambda recorder, *arguments: self._capture(recorder, *arguments)
+            recording.Recorder, "_capture", lambda recorder, *arguments: self._capture(recorder, *arguments)
         )
 
     def _capture(
-        self, recorder: Any, compute: gradients.Step, inputs: Sequence[Tensor], names: Sequence[str], residual: State
-    ) -> gradients._Recording:
+        self, recorder: Any, compute: Step, inputs: Sequence[Tensor], names: Sequence[str], residual: State
+    ) -> recording.Recording:
         own, own_residual = [each.clone() for each in inputs], {key: each.clone() for key, each in residual.items()}
         outputs = (torch.empty(len(own[0])), torch.empty(0))
 
         def replay() -> None:
             self.number += 1
             found = compute(own[0], Batch(dict(zip(names, own[1:], strict=True))), own_residual)
-            recording.outputs = found
+            made.outputs = found
 
         graph: Any = SimpleNamespace(replay=replay)
         self.captured += 1
-        recording = gradients._Recording(graph, tuple(own), own_residual, outputs, self.num_bytes)
-        return recording
+        made = recording.Recording(graph, tuple(own), own_residual, outputs, self.num_bytes)
+        return made
 
 
 def test_a_recorded_step_is_replayed_for_its_own_layout_alone(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,9 +221,9 @@ def test_a_recorded_step_takes_the_residual_of_its_block(tiny_model: str, monkey
 
 def test_the_recordings_of_a_model_are_bounded(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that was not used for longest goes first; beyond the memory that they may take all do."""
-    model, enough = adapt(tiny_model), gradients.STEPS_BEFORE_RECORDING + 1
-    recorder = gradients._Recorder.of(model)
-    monkeypatch.setattr(gradients, "MAX_RECORDINGS", 2)
+    model, enough = adapt(tiny_model), recording.STEPS_BEFORE_RECORDING + 1
+    recorder = recording.Recorder.of(model)
+    monkeypatch.setattr(recording, "MAX_RECORDINGS", 2)
     replays = Replays(monkeypatch)
 
     def steps(num_clients: int, number: int) -> None:
@@ -232,7 +233,7 @@ def test_the_recordings_of_a_model_are_bounded(tiny_model: str, monkeypatch: pyt
             compute(flat.matrix, batch_of(model, 0, num_clients=num_clients))
 
     def recorded() -> list[int]:
-        return [len(recording.inputs[0]) for recording in recorder.recordings.values()]
+        return [len(each.inputs[0]) for each in recorder.recordings.values()]
 
     steps(1, enough)
     steps(2, enough)
@@ -249,7 +250,7 @@ def test_the_recordings_of_a_model_are_bounded(tiny_model: str, monkeypatch: pyt
     replays.num_bytes = 4
     steps(2, enough)
     assert recorded() == [] and not recorder.works
-    monkeypatch.setattr(gradients, "MAX_COUNTED", 3)
+    monkeypatch.setattr(recording, "MAX_COUNTED", 3)
     recorder.works = True
     for num_clients in range(1, 7):
         steps(num_clients, 1)

@@ -40,7 +40,7 @@ from flora.core.command_line import run_program
 from flora.core.errors import UserError
 from flora.core.memory import peak_memory_bytes
 from flora.core.processes import refuse_several
-from flora.engine.gradients import STEPS_BEFORE_RECORDING
+from flora.engine.recording import STEPS_BEFORE_RECORDING
 from flora.evaluation.summary import size
 from flora.parsers import benchmark_parser
 

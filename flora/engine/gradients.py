@@ -1,10 +1,9 @@
-"""The losses and gradients of one local step of K clients; on CUDA as a graph that is recorded once and replayed."""
+"""The losses and gradients of one local step of K clients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,45 +14,10 @@ from flora.clip.adapters.base import AttachedAdapter
 from flora.clip.loss_terms import ImagesAndClasses, LossTerm, StepView
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.contracts import checked_tensor
-from flora.core.memory import available_memory_bytes
 from flora.core.tree import State, StateLike
+from flora.engine.batch import OTHER_STEM, Batch, Compute
 from flora.engine.capacity import clients_at_once
-
-# Steps of one shape that run as they are before one is recorded: a recording costs about as much as ten of them.
-STEPS_BEFORE_RECORDING = 3
-# Recorded steps of a model, the share of the memory that is free at first that they may take, and shapes counted.
-MAX_RECORDINGS, MAX_RECORDED_FRACTION, MAX_COUNTED = 32, 0.25, 256
-# What the names of a batch's stem outputs begin with that are not those of its labelled images.
-OTHER_STEM = "stem of "
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """What K clients see in one step, on the device: tensors by name, each client-major.
-
-    `stem` `(K * B, ...)` are stem outputs, `labels` and `example_mask` are `(K, B)`; `OTHER_STEM` + NAME `(K * U, ...)`
-    are stem outputs of other images. With `classes` `(K, C)`, on the CPU, only those are encoded, and labels are places
-    among them; with `drawn` `(K, C)`, on the CPU, only the prompt in that place of each class.
-    """
-
-    tensors: Mapping[str, Tensor]
-    classes: Tensor | None = None
-    drawn: Tensor | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether all prompts of all classes are encoded."""
-        return self.classes is None and self.drawn is None
-
-    def of_clients(self, start: int, stop: int) -> Batch:
-        """Return what the clients from `start` to `stop` see."""
-        number = len(self.tensors["labels"])
-        rows = {name: len(tensor) // number for name, tensor in self.tensors.items()}
-        return Batch(
-            {name: tensor[start * rows[name] : stop * rows[name]] for name, tensor in self.tensors.items()},
-            None if self.classes is None else self.classes[start:stop],
-            None if self.drawn is None else self.drawn[start:stop],
-        )
+from flora.engine.recording import Recorder, is_recorded
 
 
 @dataclass(frozen=True)
@@ -134,10 +98,6 @@ class FlatStack:
         return state, [state[name].requires_grad_() for name in self._trained]
 
 
-Compute = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
-"""From adapters `(K, P)` and a batch to losses `(K,)` and the gradients of what is trained, `(K, num_trained)`."""
-
-
 def gradient_function(
     model: AdaptedClip,
     loss: Loss,
@@ -178,24 +138,9 @@ def gradient_function(
         return torch.cat(losses), torch.cat(gradients)
 
     residual = shared_residual or {}
-    if _is_recorded(model, dropout):
-        return _Recorder.of(model).wrap(compute_in_parts, (loss, flat.layout), padded_residual(residual))
+    if is_recorded(model, dropout):
+        return Recorder.of(model).wrap(compute_in_parts, (loss, flat.layout), residual)
     return lambda parameters, batch: compute_in_parts(parameters, batch, residual)
-
-
-def padded_residual(residual: StateLike) -> State:
-    """The residual with zeros added, which change nothing, up to the next power of two of its rank.
-
-    Its rank changes from round to round, and steps are recorded for one shape: so there are few of them.
-    """
-    padded = {}
-    for name, tensor in residual.items():
-        axis = 1 if name.endswith("residual_A") else 2  # (1, R, d_in) and (1, d_out, R)
-        rank = tensor.shape[axis]
-        zeros = list(tensor.shape)
-        zeros[axis] = (1 << (rank - 1).bit_length()) - rank if rank else 0
-        padded[name] = torch.cat([tensor, tensor.new_zeros(zeros)], dim=axis)
-    return padded
 
 
 def _step_views(
@@ -249,138 +194,7 @@ def _images(model: AdaptedClip, batch: Batch, number: int) -> dict[str, Tensor]:
     return {name: model.image_features(stem, number) for name, stem in stems.items()}
 
 
-def _is_recorded(model: AdaptedClip, dropout: object) -> bool:
-    """Whether steps are recorded: not with dropout, whose numbers a graph would not draw anew."""
-    can_be = dropout is None and not model.adapter.is_large
-    return model.device.type == "cuda" and model.speed.cuda_graphs and can_be
-
-
 def _rows(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
     """The gradient of the summed losses with respect to all leaves, as rows; zero for those that the loss ignores."""
     gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
     return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
-
-
-Step = Callable[[Tensor, Batch, StateLike], tuple[Tensor, Tensor]]
-"""As `Compute`, with the residual that a block's clients share, which is empty where they have none."""
-
-
-@dataclass(eq=False)
-class _Recording:
-    """A recorded step: what it reads, what it writes, and how to run it.
-
-    `residual` are copies of a block's tensors, `block` says of which. `num_bytes` is the memory that recording it took.
-    """
-
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
-    residual: State
-    outputs: tuple[Tensor, Tensor]
-    num_bytes: int
-    block: object = None
-
-    def replay(self, inputs: Sequence[Tensor], residual: StateLike, block: object) -> tuple[Tensor, Tensor]:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
-        if self.block is not block:
-            for name, tensor in residual.items():
-                self.residual[name].copy_(tensor)
-            self.block = block
-        self.graph.replay()
-        return self.outputs
-
-
-@dataclass(eq=False)
-class _Recorder:
-    """The recorded steps of one model, by shape, the one used last behind the others.
-
-    What can't be recorded runs as it is. Beyond a number of recordings the one that was not used for longest is
-    dropped; beyond `max_bytes` all are, because they share a pool, whose memory comes back with the last of them.
-    """
-
-    max_bytes: int
-    recordings: dict[object, _Recording] = field(default_factory=dict)
-    counts: dict[object, int] = field(default_factory=dict)
-    pool: object = None
-    works: bool = True
-
-    @staticmethod
-    def of(model: AdaptedClip) -> _Recorder:
-        if model not in _RECORDERS:
-            _RECORDERS[model] = _Recorder(int(MAX_RECORDED_FRACTION * available_memory_bytes(model.device)))
-        return _RECORDERS[model]
-
-    def wrap(self, compute: Step, kind: object, residual: StateLike) -> Compute:
-        """`compute` with a block's residual, replayed where a step of the same kind and shapes is recorded."""
-        block = object()
-
-        def recorded(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-            if not batch.is_plain or not self.works:
-                return compute(parameters, batch, residual)
-            inputs = (parameters, *batch.tensors.values())
-            names = tuple(batch.tensors), tuple(residual)
-            key = (kind, names, *((each.shape, each.dtype) for each in (*inputs, *residual.values())))
-            if key in self.recordings:
-                self.recordings[key] = recording = self.recordings.pop(key)
-                return recording.replay(inputs, residual, block)
-            if self._is_frequent(key):
-                self._record(key, compute, inputs, tuple(batch.tensors), residual)
-            return compute(parameters, batch, residual)
-
-        return recorded
-
-    def _is_frequent(self, key: object) -> bool:
-        """Count a step of this shape; return whether it is worth a recording."""
-        self.counts[key] = self.counts.pop(key, 0) + 1
-        while len(self.counts) > MAX_COUNTED:
-            del self.counts[next(iter(self.counts))]
-        return self.counts[key] > STEPS_BEFORE_RECORDING
-
-    def _record(
-        self, key: object, compute: Step, inputs: Sequence[Tensor], names: Sequence[str], residual: StateLike
-    ) -> None:
-        try:
-            recording = self._capture(compute, inputs, names, residual)
-        except RuntimeError:  # an operation that can't be recorded, or no memory for it
-            self.works = False
-            self._forget()
-            return
-        self.counts.pop(key, None)  # should it be dropped, it has to be frequent again
-        self.works = recording.num_bytes <= self.max_bytes
-        if recording.num_bytes + sum(each.num_bytes for each in self.recordings.values()) > self.max_bytes:
-            self._forget()
-            return
-        self.recordings[key] = recording
-        if len(self.recordings) > MAX_RECORDINGS:
-            _wait()
-            del self.recordings[next(iter(self.recordings))]
-
-    def _capture(
-        self, compute: Step, inputs: Sequence[Tensor], names: Sequence[str], residual: StateLike
-    ) -> _Recording:
-        """Record a step that reads copies of these tensors. Raises RuntimeError if that can't be."""
-        before = torch.cuda.memory_reserved()
-        own = tuple(each.clone() for each in inputs)
-        own_residual = {name: tensor.clone() for name, tensor in residual.items()}
-        graph = torch.cuda.CUDAGraph()
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self.pool):  # type: ignore[arg-type]
-            outputs = compute(own[0], Batch(dict(zip(names, own[1:], strict=True))), own_residual)
-        copied = sum(each.nbytes for each in (*own, *own_residual.values(), *outputs))
-        num_bytes = max(copied, torch.cuda.memory_reserved() - before)
-        return _Recording(graph, own, own_residual, outputs, num_bytes)
-
-    def _forget(self) -> None:
-        """Drop all recordings, and the memory that they share."""
-        _wait()
-        self.recordings.clear()
-        self.pool = None
-
-
-def _wait() -> None:
-    """Wait for the device: a graph that it still runs must not be dropped."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-_RECORDERS: WeakKeyDictionary[AdaptedClip, _Recorder] = WeakKeyDictionary()
