@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
+from flora.clip.adapters.heads_and_prompts import Norm, PromptContext
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.towers.speed import SpeedOptions
 from flora.clip.towers.towers import AdaptedClip
@@ -255,3 +258,41 @@ def test_the_recordings_of_a_model_are_bounded(tiny_model: str, monkeypatch: pyt
     for num_clients in range(1, 7):
         steps(num_clients, 1)
     assert len(recorder.counts) == 3
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [Lora(), Lora(towers=("text", "vision"), targets=TARGETS), PromptContext(), Norm(towers=("text",)), DualLora()],
+    ids=lambda adapter: type(adapter).__name__,
+)
+@pytest.mark.parametrize("at_once", [5, 2])
+def test_clients_that_start_from_one_adapter_encode_the_classes_once(
+    tiny_model: str, adapter: Adapter, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "clients_at_once", lambda model, batch_size: at_once)
+    batch = batch_of(adapt(tiny_model, adapter), 0, num_clients=5)
+    results, sizes = [], []
+    for speed in (ALL_ON, dataclasses.replace(ALL_ON, share_first_step=False)):
+        model = adapt(tiny_model, adapter, speed=speed)
+        encode = model.class_features
+        monkeypatch.setattr(
+            model,
+            "class_features",
+            lambda number, classes=None, encode=encode: (sizes.append(number), encode(number, classes))[1],
+        )
+        stack = {name: tensor[:1].expand(5, *tensor.shape[1:]) for name, tensor in random_adapters(model, 1).items()}
+        flat = FlatStack(stack, model.device)
+        compute = gradient_function(model, loss_of(CrossEntropy()), flat, None, batch_size=4)
+        for _ in range(2):
+            results.append(compute(flat.matrix, batch))
+            flat.matrix[2:] += 0.01  # now they differ
+    for ours, theirs in zip(results[:2], results[2:], strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=0)
+    assert results[0][1].abs().max() > 0 and not torch.equal(results[0][1][0], results[0][1][1])
+    parts = [5] if at_once == 5 else [2, 2, 1]
+    if isinstance(adapter, DualLora):  # two models, each with its own classes
+        parts = [part for part in parts for _ in range(2)]
+        assert sizes == parts * 4
+    else:
+        assert sizes == [1] * len(parts) + parts * 3

@@ -164,12 +164,13 @@ def table(results: dict[str, list[Result]]) -> list[str]:
             size(rows[0].sent_bytes),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    last = list(results.values())[-1]
-    if last[0].flops_per_second is not None:
+    counted = {name: rows for name, rows in results.items() if rows[0].flops_per_second is not None}
+    if counted:
+        name, last = list(counted.items())[-1]
         fractions = [(each.flops_per_second or 0) / (each.matmul_flops_per_second or 1) for each in last]
         rate = statistics.median(each.matmul_flops_per_second or 0 for each in last)
-        lines += ["", f"matrix products here: {rate / 1e9:.0f} GFLOP/s; the last row's trained path reaches "]
-        lines[-1] += f"{statistics.median(fractions):.0%} of that with the operations that it can't avoid"
+        lines += ["", f"matrix products here: {rate / 1e9:.0f} GFLOP/s; the trained path of {VARIANTS[name].title!r} "]
+        lines[-1] += f"reaches {statistics.median(fractions):.0%} of that with the operations that it can't avoid"
     return lines
 
 

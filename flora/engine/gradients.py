@@ -112,35 +112,90 @@ def gradient_function(
     Clients don't depend on each other, so as many go through the model at once as is fastest. `shared_residual` are
     tensors `(1, ...)` that are bound with every client's own.
     """
-
     at_once = clients_at_once(model, batch_size=batch_size)
-    known: dict[
-        tuple[int, int], tuple[State, list[Tensor]]
-    ] = {}  # they share the parameters' memory, so a block's are made once
+    # They share the parameters' memory, so a block's are made once.
+    known: dict[tuple[int, int], tuple[State, list[Tensor]]] = {}
+    is_first = dropout is None and _can_share_texts(model, flat)
 
-    def compute(parameters: Tensor, batch: Batch, residual: StateLike, first: int = 0) -> tuple[Tensor, Tensor]:
+    def compute(
+        parameters: Tensor, batch: Batch, residual: StateLike, first: int = 0, *, are_alike: bool = False
+    ) -> tuple[Tensor, Tensor]:
         number = len(parameters)
         place = parameters.data_ptr(), number
         state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
+        if are_alike:
+            texts = _SharedTexts(model, flat.leaves(parameters[:1]), residual, number)
+            losses = loss.total(_step_views(model, loss, {**state, **residual}, batch, None, texts.leaf))
+            return losses.detach(), texts.rows(losses, leaves)
         generators = None if dropout is None else dropout[first : first + number]
         losses = loss.total(_step_views(model, loss, {**state, **residual}, batch, generators))
         return losses.detach(), _rows(losses, leaves)
 
     def compute_in_parts(parameters: Tensor, batch: Batch, residual: StateLike) -> tuple[Tensor, Tensor]:
+        nonlocal is_first
         number = len(parameters)
-        if number <= at_once:
-            return compute(parameters, batch, residual)
+        are_alike = is_first and number > 1 and batch.is_plain and _are_alike(parameters)
+        is_first = False
         parts = [
-            compute(parameters[start : start + at_once], batch.of_clients(start, start + at_once), residual, start)
+            compute(
+                parameters[start : start + at_once],
+                batch.of_clients(start, start + at_once) if number > at_once else batch,
+                residual,
+                start,
+                are_alike=are_alike,
+            )
             for start in range(0, number, at_once)
         ]
         losses, gradients = zip(*parts, strict=True)
-        return torch.cat(losses), torch.cat(gradients)
+        return (losses[0], gradients[0]) if len(parts) == 1 else (torch.cat(losses), torch.cat(gradients))
 
     residual = shared_residual or {}
     if is_recorded(model, dropout):
         return Recorder.of(model).wrap(compute_in_parts, (loss, flat.layout), residual)
     return lambda parameters, batch: compute_in_parts(parameters, batch, residual)
+
+
+def _can_share_texts(model: AdaptedClip, flat: FlatStack) -> bool:
+    """Whether clients that start from one adapter may encode the classes once. On CUDA steps are recorded instead."""
+    if model.device.type != "cpu" or not model.speed.share_first_step or not model.text.trains_blocks:
+        return False
+    return not model.adapter.is_large and len(model.adapter.models(flat.state(flat.matrix[:1]))) == 1
+
+
+def _are_alike(parameters: Tensor) -> bool:
+    """Whether all rows of `(K, P)` are the same, number by number."""
+    return bool((parameters == parameters[:1]).all())
+
+
+class _SharedTexts:
+    """The class features of clients whose adapters are the same by now: computed once, as if each had its own.
+
+    `leaf` `(K, C, embed_dim)` stands for them in the loss. What the loss's gradient by it comes to by the adapter's
+    tensors is one backward pass for all clients, because that is linear.
+    """
+
+    def __init__(self, model: AdaptedClip, one: tuple[State, list[Tensor]], residual: StateLike, number: int) -> None:
+        state, self._leaves = one
+        with model.adapter.bind({**state, **residual}):
+            self._features = model.class_features(1)
+        self.leaf = self._features.detach().repeat(number, 1, 1).requires_grad_()
+
+    def rows(self, losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        """As `_rows`: through the class features, and what reaches the clients' `leaves` in other ways."""
+        *direct, by_features = torch.autograd.grad(
+            losses.sum(), [*leaves, self.leaf], allow_unused=True, materialize_grads=True
+        )
+        through = torch.autograd.grad(
+            self._features, self._leaves, by_features.unsqueeze(1), is_grads_batched=True, allow_unused=True
+        )
+        number = len(losses)
+        return torch.cat(
+            [
+                each.reshape(number, -1) if other is None else (each + other.squeeze(1)).reshape(number, -1)
+                for each, other in zip(direct, through, strict=True)
+            ],
+            dim=1,
+        )
 
 
 def _step_views(
@@ -149,8 +204,12 @@ def _step_views(
     stack: StateLike,
     batch: Batch,
     generators: Sequence[torch.Generator] | None,
+    texts: Tensor | None = None,
 ) -> list[StepView]:
-    """Return what the loss sees of each of the models that K adapters `(K, ...)` stand for."""
+    """Return what the loss sees of each of the models that K adapters `(K, ...)` stand for.
+
+    `texts` `(K, C, embed_dim)` are the class features of the only one, if they are known.
+    """
     number = len(batch.tensors["labels"])
     frozen: dict[str, Tensor] = {}
     frozen_classes: Tensor | None = None
@@ -162,7 +221,9 @@ def _step_views(
     for bound in model.adapter.models(stack):
         with model.adapter.bind(bound, generators):
             images = _images(model, batch, number)
-            if batch.drawn is not None:
+            if texts is not None:
+                classes = texts
+            elif batch.drawn is not None:
                 classes = model.drawn_class_features(batch.drawn)
             else:
                 classes = model.class_features(number, batch.classes)
