@@ -16,7 +16,7 @@ from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
-from flora.clip.adapters.heads_and_prompts import Norm, PromptContext
+from flora.clip.adapters.heads_and_prompts import PromptContext
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.towers.speed import SpeedOptions
 from flora.clip.towers.towers import AdaptedClip
@@ -262,7 +262,7 @@ def test_the_recordings_of_a_model_are_bounded(tiny_model: str, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     "adapter",
-    [Lora(), Lora(towers=("text", "vision"), targets=TARGETS), PromptContext(), Norm(towers=("text",)), DualLora()],
+    [Lora(), Lora(towers=("text", "vision"), targets=TARGETS), PromptContext(), DualLora()],
     ids=lambda adapter: type(adapter).__name__,
 )
 @pytest.mark.parametrize("at_once", [5, 2])
