@@ -118,36 +118,32 @@ def gradient_function(
     is_first = dropout is None and _can_share_texts(model, flat)
 
     def compute(
-        parameters: Tensor, batch: Batch, residual: StateLike, first: int = 0, *, are_alike: bool = False
+        parameters: Tensor, batch: Batch, residual: StateLike, first: int, are_alike: bool
     ) -> tuple[Tensor, Tensor]:
         number = len(parameters)
         place = parameters.data_ptr(), number
         state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
-        if are_alike:
-            texts = _SharedTexts(model, flat.leaves(parameters[:1]), residual, number)
-            losses = loss.total(_step_views(model, loss, {**state, **residual}, batch, None, texts.leaf))
-            return losses.detach(), texts.rows(losses, leaves)
         generators = None if dropout is None else dropout[first : first + number]
-        losses = loss.total(_step_views(model, loss, {**state, **residual}, batch, generators))
-        return losses.detach(), _rows(losses, leaves)
+        texts = _SharedTexts(model, flat.leaves(parameters[:1]), residual, number) if are_alike else None
+        views = _step_views(
+            model, loss, {**state, **residual}, batch, generators, None if texts is None else texts.leaf
+        )
+        losses = loss.total(views)
+        return losses.detach(), _rows(losses, leaves) if texts is None else texts.rows(losses, leaves)
 
     def compute_in_parts(parameters: Tensor, batch: Batch, residual: StateLike) -> tuple[Tensor, Tensor]:
         nonlocal is_first
         number = len(parameters)
         are_alike = is_first and number > 1 and batch.is_plain and _are_alike(parameters)
         is_first = False
+        if number <= at_once:
+            return compute(parameters, batch, residual, 0, are_alike)
         parts = [
-            compute(
-                parameters[start : start + at_once],
-                batch.of_clients(start, start + at_once) if number > at_once else batch,
-                residual,
-                start,
-                are_alike=are_alike,
-            )
-            for start in range(0, number, at_once)
+            compute(parameters[place], batch.of_clients(place.start, place.stop), residual, place.start, are_alike)
+            for place in (slice(start, start + at_once) for start in range(0, number, at_once))
         ]
         losses, gradients = zip(*parts, strict=True)
-        return (losses[0], gradients[0]) if len(parts) == 1 else (torch.cat(losses), torch.cat(gradients))
+        return torch.cat(losses), torch.cat(gradients)
 
     residual = shared_residual or {}
     if is_recorded(model, dropout):
