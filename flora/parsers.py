@@ -183,7 +183,7 @@ def report_parser() -> Parser:
 def benchmark_parser() -> Parser:
     """Return what `flora benchmark` takes."""
     parser = Parser(prog="python -m flora.benchmark", description=BENCHMARK)
-    parser.add_argument("--model", default="ViT-B-16", help="OpenCLIP name or JSON config (default: %(default)s)")
+    parser.add_argument("--model", help="OpenCLIP name or JSON config (default: ViT-B-16; --images: three)")
     parser.add_argument("--classes", type=int, default=10, help="number of classes, 1 to 100 (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="images in a step (default: 32; 8 with --tokens)")
     parser.add_argument("--clients", type=int, default=32, help="clients in a block (default: %(default)s)")
@@ -193,7 +193,7 @@ def benchmark_parser() -> Parser:
     parser.add_argument("--targets", default="q,v", help="adapted matrices (default: %(default)s)")
     parser.add_argument("--objective", choices=("cross_entropy", "contrastive"), default="cross_entropy")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp64"), help="(default: fp32; --images: and bf16)")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each variant (default: %(default)s)")
     parser.add_argument(
         "--seconds", type=float, default=3.0, help="of client-rounds in each process (default: %(default)s)"
@@ -205,6 +205,14 @@ def benchmark_parser() -> Parser:
         "--tokens",
         metavar="R,R,...",
         help="compare numbers of patches that each block of the vision tower merges instead",
+    )
+    parser.add_argument(
+        "--images",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="time the first pass over a folder's JPEG files (none: some are made) against OpenCLIP's encode_image "
+        "instead",
     )
     parser.add_argument("--profile", metavar="CONFIG", help="show where the time of a round of an experiment goes")
     parser.add_argument("--sweep", metavar="CONFIG", help="time a sweep's runs one after another, and together")
@@ -224,7 +232,18 @@ def understand(program: str, arguments: Sequence[str]) -> int:
     options = PARSERS[program]().parse_intermixed_args(arguments)
     if program == "simulate":
         check_simulate(options)
+    if program in ("simulate", "sweep"):
+        _check_file(options)
     return 0
+
+
+def _check_file(options: argparse.Namespace) -> None:
+    """Raise `UserError` if the one config file of a command line is not there, or no YAML."""
+    from flora.config.plain_yaml import read_yaml, shipped  # which --help has no need of
+
+    paths, _ = split_arguments(options.arguments)
+    if len(paths) == 1 and not getattr(options, "resume", False) and not getattr(options, "list", False):
+        read_yaml(shipped(Path(paths[0])))
 
 
 def first_look(program: str) -> None:

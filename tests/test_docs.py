@@ -134,6 +134,9 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(benchmark, "profile_round", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_processes", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_planning", lambda setting: seen.append(setting) or [])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        benchmark, "compare_images", lambda settings, *arguments, **options: seen.append(settings) or []
+    )  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "table", lambda results: [])
     return seen
 

@@ -112,15 +112,14 @@ def configurations(grid: Sequence[Combination], folder: Path, shared: Sequence[s
     Raises `UserError` for the first bad one.
     """
     _refuse_own_keys([override.partition("=")[0].strip() for override in shared])
-    configs = []
-    for each in grid:
-        own = [f"output={folder}", f"name={each.name}"]
-        config = load_config(each.config, [*shared, *each.overrides, *own])
+    configs = [
+        load_config(each.config, [*shared, *each.overrides, f"output={folder}", f"name={each.name}"]) for each in grid
+    ]
+    for each, config in zip(grid, configs, strict=True):
         try:
             check_experiment(config)
         except UserError as error:
             raise UserError(f"{each.config}: {' '.join(each.overrides)}: {error}") from None
-        configs.append(config)
     return configs
 
 
