@@ -33,8 +33,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 install: $(VENV)/.installed ## make .venv and install the package into it
 
-experiment: $(VENV)/.installed ## run experiments/EXPERIMENT.yaml (default: quickstart) with the overrides in ARGS
-	$(BIN)/python -m flora.simulate $(CONFIG) $(ARGS)
+experiment: $(VENV)/.installed-report ## run experiments/EXPERIMENT.yaml (default: quickstart) with the overrides in ARGS
+	$(BIN)/python -m flora.simulate $(CONFIG) --report $(ARGS)
 
 # Lists are separated by commas; `all` stands for all of them.
 DATASETS ?= eurosat

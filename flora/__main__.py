@@ -15,6 +15,7 @@ PROGRAMS = {
     "new": ("flora.new", "write a configuration to start from with images of your own"),
     "simulate": ("flora.simulate", "run an experiment, or go on with one"),
     "sweep": ("flora.sweep.__main__", "run every combination of some settings, and tabulate the results"),
+    "report": ("flora.report.__main__", "show a run, or several side by side, as a page"),
     "predict": ("flora.predict", "say what a run's model makes of images"),
     "evaluate": ("flora.evaluate", "evaluate a run's model on another data set"),
     "export": ("flora.export", "merge a run's adapter into its backbone, as a model that OpenCLIP loads"),

@@ -30,6 +30,10 @@ EVALUATE = (
     "Evaluate a finished run's model on another data set, or again on its own: on the test images, with the prompts of "
     "that data set's classes. The record is written to RUN/evaluations."
 )
+REPORT = (
+    "Write one page of a finished run, or of several side by side: a file that opens from the disk in any browser. A "
+    "folder of runs, such as a sweep's, stands for all finished ones in it."
+)
 BENCHMARK = (
     "Time a local step, from full fine-tuning to ours, as ratios within one run. Weights and images are random, because"
     " cost is what is measured. Each variant runs in a process of its own, the variants take turns, and the median of"
@@ -53,6 +57,8 @@ def simulate_parser() -> Parser:
         action="store_true",
         help="with --resume: go on although lines of rounds.jsonl are damaged",
     )
+    parser.add_argument("--report", action="store_true", help="write report.html into the run directory at the end")
+    parser.add_argument("--live", action="store_true", help="write it anew after each round, too")
     parser.add_argument("--check", action="store_true", help="only validate one or more files; nothing is loaded")
     parser.add_argument("--list", action="store_true", help="print every component with its options")
     return parser
@@ -61,6 +67,8 @@ def simulate_parser() -> Parser:
 def check_simulate(options: argparse.Namespace) -> None:
     """Raise `UserError` if the arguments of `simulate` don't go together."""
     paths, _ = split_arguments(options.arguments)
+    if (options.report or options.live) and (options.list or options.check):
+        raise UserError("--report and --live are for a run; see --help")
     if options.list:
         return
     if options.accept_lost_records and not options.resume:
@@ -178,10 +186,24 @@ def sweep_parser() -> Parser:
     return parser
 
 
+def report_parser() -> Parser:
+    """Return what `flora report` takes."""
+    parser = Parser(
+        prog="python -m flora.report",
+        description=REPORT,
+        epilog="example: python -m flora.report runs/quickstart",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run's folder, or a sweep's")
+    parser.add_argument(
+        "--output", type=Path, help="the file to write (report.html in the folder; of several, where you are)"
+    )
+    return parser
+
+
 def benchmark_parser() -> Parser:
     """Return what `flora benchmark` takes."""
     parser = Parser(prog="python -m flora.benchmark", description=BENCHMARK)
-    parser.add_argument("--model", default="ViT-B-16", help="OpenCLIP name or JSON config (default: %(default)s)")
+    parser.add_argument("--model", help="OpenCLIP name or JSON config (default: ViT-B-16; --images: three)")
     parser.add_argument("--classes", type=int, default=10, help="number of classes, 1 to 100 (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="images in a step (default: 32; 8 with --tokens)")
     parser.add_argument("--clients", type=int, default=32, help="clients in a block (default: %(default)s)")
@@ -191,7 +213,7 @@ def benchmark_parser() -> Parser:
     parser.add_argument("--targets", default="q,v", help="adapted matrices (default: %(default)s)")
     parser.add_argument("--objective", choices=("cross_entropy", "contrastive"), default="cross_entropy")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp64"), help="(default: fp32; --images: and bf16)")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each variant (default: %(default)s)")
     parser.add_argument(
         "--seconds", type=float, default=3.0, help="of client-rounds in each process (default: %(default)s)"
@@ -203,6 +225,14 @@ def benchmark_parser() -> Parser:
         "--tokens",
         metavar="R,R,...",
         help="compare numbers of patches that each block of the vision tower merges instead",
+    )
+    parser.add_argument(
+        "--images",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="time the first pass over a folder's JPEG files (none: some are made) against OpenCLIP's encode_image "
+        "instead",
     )
     parser.add_argument("--profile", metavar="CONFIG", help="show where the time of a round of an experiment goes")
     parser.add_argument("--sweep", metavar="CONFIG", help="time a sweep's runs one after another, and together")
@@ -222,7 +252,18 @@ def understand(program: str, arguments: Sequence[str]) -> int:
     options = PARSERS[program]().parse_intermixed_args(arguments)
     if program == "simulate":
         check_simulate(options)
+    if program in ("simulate", "sweep"):
+        _check_file(options)
     return 0
+
+
+def _check_file(options: argparse.Namespace) -> None:
+    """Raise `UserError` if the one config file of a command line is not there, or no YAML."""
+    from flora.config.plain_yaml import read_yaml, shipped  # which --help has no need of
+
+    paths, _ = split_arguments(options.arguments)
+    if len(paths) == 1 and not getattr(options, "resume", False) and not getattr(options, "list", False):
+        read_yaml(shipped(Path(paths[0])))
 
 
 def first_look(program: str) -> None:
@@ -238,6 +279,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "sweep": sweep_parser,
     "predict": predict_parser,
     "evaluate": evaluate_parser,
+    "report": report_parser,
     "export": export_parser,
     "benchmark": benchmark_parser,
 }

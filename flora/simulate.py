@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ from flora.core.interrupts import Interrupts
 from flora.core.processes import Processes
 from flora.evaluation import summary as report
 from flora.parsers import check_simulate, simulate_parser
+from flora.report.live import LivePage
+from flora.report.page import PAGE_NAME, write_page
+from flora.report.pictures import require_matplotlib
+from flora.report.reading import read_files
 from flora.runs.loop import RunResult, resume, simulate
 from flora.runs.resume import resumed_config
 from flora.runs.sinks import Sink
@@ -66,7 +70,15 @@ def _main(argv: Sequence[str] | None, extras: _Extras) -> int:
     if options.check:
         return _check(paths, overrides, resuming=options.resume)
     accepts = bool(options.accept_lost_records)
-    _run_one(paths[0], overrides, extras, resuming=options.resume, accept_lost_records=accepts)
+    if options.report or options.live:
+        require_matplotlib()
+    if options.live:
+        extras = replace(extras, sinks=(*extras.sinks, LivePage(_say)))
+    directory = _run_one(paths[0], overrides, extras, resuming=options.resume, accept_lost_records=accepts)
+    if directory is not None and (options.report or options.live):
+        page = directory / PAGE_NAME
+        write_page([read_files(directory)], page)
+        print(f"to look at: {page}")
     return 0
 
 
@@ -92,7 +104,8 @@ def _check(paths: Sequence[str], overrides: Sequence[str], *, resuming: bool) ->
 
 def _run_one(
     path: str, overrides: Sequence[str], extras: _Extras, *, resuming: bool, accept_lost_records: bool
-) -> None:
+) -> Path | None:
+    """Do a run, or go on with it; return its directory, in process 0 alone."""
     processes = extras.processes
     config = shared_config(
         processes, lambda: resumed_config(Path(path), overrides) if resuming else load_config(path, overrides)
@@ -122,9 +135,10 @@ def _run_one(
             raise
         raise UserError(f"{path}: {reason}") from None
     if not processes.is_first:
-        return
+        return None
     print("\n".join(report.lines(result.summary, config)))
     print(f"written to {result.directory}")
+    return result.directory
 
 
 def _say(line: str) -> None:

@@ -518,3 +518,8 @@ def test_any_image_fits_the_model(tiny_model: str, mode: str, size: tuple[int, i
     assert pixels.shape == (3, 16, 16)
     assert pixels.dtype == torch.float32
     assert torch.isfinite(pixels).all()
+
+
+def test_an_upright_rgb_image_is_not_copied() -> None:
+    image = Image.new("RGB", (4, 3))
+    assert to_rgb(image) is image

@@ -27,7 +27,9 @@ def blocks_of(sizes: list[int], *, per_block: int, batch_size: int, epochs: int 
 
 
 def made(tasks: list[ClientTask], per_block: int) -> list[Block]:
-    return [make_block(part, examples_of) for part in parts_of(longest_first(tasks), per_block)]
+    return [
+        make_block(part, [examples_of(task) for task in part]) for part in parts_of(longest_first(tasks), per_block)
+    ]
 
 
 def examples_of(task: ClientTask) -> LocalExamples:

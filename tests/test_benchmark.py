@@ -11,9 +11,11 @@ import pytest
 import torch
 import yaml
 from helpers import TOLERANCE
+from PIL import Image
 
 from flora.benchmark import __main__ as benchmark
 from flora.benchmark.experiment import naive_experiment, our_experiment
+from flora.benchmark.images import stem_flops
 from flora.benchmark.variants import VARIANTS, Setting
 from flora.core.rng import Rng
 
@@ -35,7 +37,7 @@ def test_every_variant_takes_steps_and_evaluates(tiny_model: str, tower: str, ob
         step.run(1)
         step.run(2)
         step.evaluate()
-        assert step.num_clients == (3 if name in ("ours", "recorded") else 1)
+        assert step.num_clients == (3 if name in ("ours", "first", "recorded") else 1)
         if name != "full":
             sent.add(step.sent_bytes)
     assert len(sent) == 1
@@ -141,6 +143,32 @@ def test_a_table_of_merged_patches(tiny_model: str, capsys: pytest.CaptureFixtur
     assert [line.split("|")[1:3] for line in lines[2:]] == [[" 0 ", " 4 "], [" 1 ", " 3 "], [" 2 ", " 2 "]]
     assert benchmark.main(["--model", tiny_model, "--tokens", "0,-1"]) == 2
     assert "--tokens: expected whole numbers from 0 on" in capsys.readouterr().err
+
+
+def test_a_table_of_the_first_pass(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", tiny_model, "--batch", "2", "--seconds", "0.01", "--images"]
+    assert benchmark.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| model | precision | encode_image, images per second | our stem | x | with decoding |")
+    assert [line.split("|")[1:3] for line in lines[2:]] == [[f" {tiny_model} ", f" {p} "] for p in ("fp32", "bf16")]
+    assert all(float(cell) > 0 for line in lines[2:] for cell in line.split("|")[3:7])
+    Image.new("RGB", (40, 30)).save(tmp_path / "x.jpg")
+    assert benchmark.main([*arguments, str(tmp_path), "--precision", "fp64"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].split("|")[2] == " fp64 "
+    (tmp_path / "x.jpg").write_bytes(b"no image")
+    assert benchmark.main([*arguments, str(tmp_path)]) == 2
+    assert "x.jpg: can't be read as an image" in capsys.readouterr().err
+    (tmp_path / "x.jpg").unlink()
+    assert benchmark.main([*arguments, str(tmp_path)]) == 2
+    assert "expected a folder with JPEG files below it" in capsys.readouterr().err
+
+
+def test_operations_of_the_stem_by_hand(tiny_model: str) -> None:
+    # Two blocks of width 32 on a class token and four patches of 3 x 8 x 8 numbers, then 16 features. The last block
+    # computes keys and values of five tokens, and the rest of one.
+    first = 5 * (4 * 32**2 + 2 * 32 * 128) + 2 * 5 * 5 * 32
+    last = 5 * 2 * 32**2 + (2 * 32**2 + 2 * 32 * 128) + 2 * 5 * 32
+    assert stem_flops(setting(tiny_model).load()) == 2 * (4 * 32 * 3 * 8 * 8 + first + last + 32 * 16)
 
 
 def test_the_rounds_of_one_process_are_measured_as_those_of_several(

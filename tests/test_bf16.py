@@ -18,7 +18,8 @@ from flora.clip.layers import LoraAttention
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.parse import parse_config
 from flora.core.rng import Rng
-from flora.engine.gradients import Batch, FlatStack, Loss, gradient_function
+from flora.engine.batch import Batch
+from flora.engine.gradients import FlatStack, Loss, gradient_function
 from flora.export import merged_model
 from flora.simulate import simulate
 

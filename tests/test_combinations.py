@@ -101,6 +101,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "local.prompts=random": {"local": {"prompts": "random"}, "prompts": {"templates": ["a {}", "the {}"]}},
     "evaluation.templates": {"evaluation": {"templates": ["a {}", "the {} itself"]}},
     "cache.storage=bfloat16": {"cache": {"storage": "bfloat16"}},
+    "data.jpeg_side": {"data": {"jpeg_side": 16}},
     "cache.enabled=false": {"cache": {"enabled": False}},
     "trackers": {"trackers": ["csv"]},
     "backbone.precision=bf16": {"backbone": {"precision": "bf16"}},

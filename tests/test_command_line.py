@@ -258,7 +258,7 @@ def test_check_finds_what_is_wrong(config_file: str, tmp_path: Path, capsys: Cap
 
 
 def test_check_loads_neither_model_nor_data(config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "build_experiment", None)
+    monkeypatch.setattr(program, "built", None)
     assert main(["--check", config_file, "data={name: image_folder, root: nowhere}"]) == 0
 
 
@@ -488,7 +488,7 @@ def test_memory_that_runs_out(config_file: str, refused: Callable[..., str], mon
     def fail(*args: Any, **kwargs: Any) -> NoReturn:
         raise MemoryError("Unable to allocate 7.3 TiB")
 
-    monkeypatch.setattr(program, "build_experiment", fail)
+    monkeypatch.setattr(program, "built", fail)
     assert refused(config_file).startswith(f"{config_file}: out of memory: Unable to allocate 7.3 TiB; ")
 
 
@@ -496,7 +496,7 @@ def test_an_interrupt(config_file: str, runs: Path, capsys: Capture, monkeypatch
     def interrupt(*args: Any, **kwargs: Any) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(program, "build_experiment", interrupt)
+    monkeypatch.setattr(program, "built", interrupt)
     assert main([config_file]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert names(runs) == []
@@ -506,7 +506,7 @@ def test_a_defect_of_ours_is_not_hidden(config_file: str, runs: Path, monkeypatc
     def fail(*args: Any, **kwargs: Any) -> NoReturn:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(program, "build_experiment", fail)
+    monkeypatch.setattr(program, "built", fail)
     with pytest.raises(ZeroDivisionError, match="ours"):
         main([config_file])
     assert names(runs) == []

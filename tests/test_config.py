@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from flora.client.optimizers import AdamW, Cosine, Sgd
 from flora.clip.adapters.lora import Lora
 from flora.communication.sampling import BySize
-from flora.config.parse import MAX_CONFIG_BYTES, config_to_dict, load_config, parse_config
+from flora.config.parse import config_to_dict, load_config, parse_config
+from flora.config.plain_yaml import MAX_CONFIG_BYTES
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import ConfigError
 from flora.core.registry import OptionError

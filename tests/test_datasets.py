@@ -15,7 +15,7 @@ from PIL import Image
 from flora.core.errors import UserError
 from flora.core.registry import OptionError, components, kind_of
 from flora.core.rng import Rng
-from flora.data.datasets.base import ImageArrays, ImageData, ImageFiles, Split, stratified_split
+from flora.data.datasets.base import ImageArrays, ImageData, ImageFiles, Split, stratified_split, with_jpeg_side
 from flora.data.datasets.folders import CsvFile, ImageFolder
 from flora.data.datasets.glyphs import Glyphs
 
@@ -462,3 +462,18 @@ def test_glyphs_show_how_many_are_drawn() -> None:
     again = glyphs.load(Rng(0))
     for split, other in ((data.train, again.train), (data.test, again.test)):
         assert np.array_equal(np.asarray(split.open(2)), np.asarray(other.open(2)))
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"), [(None, (512, 304)), (305, (512, 304)), (100, (256, 152)), (9, (64, 38))]
+)
+def test_large_jpegs_are_decoded_at_a_part_of_their_size(
+    tmp_path: Path, side: int | None, expected: tuple[int, int]
+) -> None:
+    paths = [save(tmp_path / name, size=(512, 304)) for name in ("x.jpg", "x.png")]
+    split = Split(ImageFiles(paths), np.arange(2), np.arange(2))
+    data = with_jpeg_side(ImageData(split, split.subset(np.arange(1)), ("a", "b")), side)
+    assert data.train.source is data.test.source
+    assert [data.train.open(i).size for i in range(2)] == [expected, (512, 304)]
+    is_same = data.train.source.fingerprint(np.arange(2)) == split.source.fingerprint(np.arange(2))
+    assert is_same == (side is None)

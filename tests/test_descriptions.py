@@ -49,7 +49,8 @@ from flora.core.hooks import Hooks
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.data.datasets.class_names import EUROSAT, FASHION_MNIST
-from flora.engine.gradients import Batch, FlatStack, Loss, gradient_function
+from flora.engine.batch import Batch
+from flora.engine.gradients import FlatStack, Loss, gradient_function
 from flora.evaluation.accuracy import evaluate
 from flora.evaluation.summary import lines
 from flora.experiment.build import Experiment, build_experiment

@@ -19,6 +19,8 @@ from flora.benchmark import __main__ as benchmark
 from flora.config.parse import load_config
 from flora.core import command_line
 from flora.evaluation import metrics
+from flora.report import __main__ as report
+from flora.report.reading import RunFiles
 from flora.runs.finished import Classes, FinishedRun
 from flora.sweep import __main__ as sweep
 
@@ -123,6 +125,8 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(export, "peft_adapter", lambda *arguments: seen.append(arguments) or {})  # type: ignore[func-returns-value]
     monkeypatch.setattr(export, "huggingface_files", lambda *arguments: {})
     monkeypatch.setattr(new, "look", lambda path: seen.append(path))
+    monkeypatch.setattr(report, "read_files", lambda path: RunFiles(path, {}, None, (), {}))
+    monkeypatch.setattr(report, "write_page", lambda *arguments: seen.append(arguments))
     monkeypatch.setattr(simulate, "_run_one", check)
     monkeypatch.setattr(sweep, "run_all", lambda runs, *arguments, **options: seen.append(runs))
     monkeypatch.setattr(export, "merged_model", merged)
@@ -131,6 +135,9 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(benchmark, "profile_round", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_processes", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_planning", lambda setting: seen.append(setting) or [])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        benchmark, "compare_images", lambda settings, *arguments, **options: seen.append(settings) or []
+    )  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "table", lambda results: [])
     return seen
 
@@ -138,7 +145,7 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def understand(command: str, seen: list[Any]) -> None:
     name, arguments = arguments_of(command)
     programs = {"new": new, "predict": predict, "evaluate": evaluate, "export": export}
-    programs |= {"simulate": simulate, "sweep": sweep, "benchmark": benchmark}
+    programs |= {"simulate": simulate, "sweep": sweep, "benchmark": benchmark, "report": report}
     program = programs[name.split(".")[1]]
     with_placeholders = {"RUN": "runs/mine", "FOLDER": "adapted", "NAME": "7"}
     expanded = [

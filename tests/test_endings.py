@@ -96,7 +96,7 @@ def test_a_signal_that_a_library_swallows_still_stops_the_run() -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("place", ["build_experiment", "measure", "measure_clients"])
+@pytest.mark.parametrize("place", ["built", "measure", "measure_clients"])
 def test_what_the_system_refuses_is_one_line(
     place: str, error: Exception, said: str, config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -113,7 +113,7 @@ def test_other_errors_are_not_taken_for_the_user_s(config_file: str, monkeypatch
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("a mistake in the program")
 
-    monkeypatch.setattr(program, "build_experiment", fail)
+    monkeypatch.setattr(program, "built", fail)
     with pytest.raises(RuntimeError, match="a mistake in the program"):
         main([config_file])
 

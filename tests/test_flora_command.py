@@ -43,6 +43,8 @@ USAGE_ERRORS = [
     ["predict", "runs/x"],
     ["predict", "runs/x", "a.jpg", "--top", "no"],
     ["evaluate"],
+    ["report"],
+    ["simulate", "--list", "--live"],
     ["benchmark", "--batch", "many"],
 ]
 HELP = [[name, "--help"] for name in PROGRAMS]
@@ -68,6 +70,35 @@ def test_help_and_usage_errors_of_programs_import_nothing_heavy(arguments: list[
     )
     assert done.returncode == (2 if arguments in USAGE_ERRORS else 0), done.stderr
     assert (done.stderr.count("\n") == 1) == (arguments in USAGE_ERRORS), done.stderr
+
+
+HEAVY = {"torch", "torch._dynamo", "torchvision", "open_clip", "timm", "numpy"}
+# What a command line needs of these, and its exit status.
+CONFIGURATIONS = [
+    (["simulate", "--list"], {"torch", "numpy"}, 0),
+    (["simulate", "quickstart", "--check", "clients.numbr=3"], {"torch", "numpy"}, 2),
+    (["sweep", "quickstart", "rounds=1,many"], {"torch", "numpy"}, 2),
+    (["simulate", "nothing.yaml"], set(), 2),
+    (["sweep", "nothing.yaml", "seed=0,1"], set(), 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed", "status"), CONFIGURATIONS, ids=[" ".join(each[0]) for each in CONFIGURATIONS]
+)
+def test_reading_configurations_imports_no_more_than_it_needs(
+    arguments: list[str], needed: set[str], status: int
+) -> None:
+    code = (
+        f"import sys\ntry: {STARTS[1]}\n"
+        "except SystemExit as ended: status = ended.code\n"
+        f"assert {HEAVY} & set(sys.modules) == {needed or 'set()'}, set(sys.modules); sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert (done.stderr.count("\n") == 1) == (status == 2), done.stderr
 
 
 def test_the_shipped_quickstart_needs_no_clone(

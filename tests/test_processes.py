@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -27,7 +28,6 @@ from flora.benchmark.__main__ import main as benchmark
 from flora.core.errors import UserError
 from flora.core.processes import Message, Processes
 from flora.engine.dealing import deal
-from flora.sweep.__main__ import main as sweep
 
 ROOT = Path(__file__).parents[1]
 MUCH = {
@@ -176,25 +176,43 @@ def test_processes_that_come_to_different_adapters_say_so(config: str, tmp_path:
 
 
 def test_torchrun_starts_them(config: str, tmp_path: Path) -> None:
-    own = tmp_path / "own_patterns.py"
-    own.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport helpers\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "flora.simulate", config, "--import", str(own)]
-    environment = {**os.environ, "HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = torchrun(tmp_path, "flora.simulate", config)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to") == 1
     assert left_behind(tmp_path / "runs" / "run") == whole(tmp_path / "whole", config)
 
 
-def test_programs_that_are_one_process_say_so(
-    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_sweeps_runs_are_dealt_out_among_processes(config: str, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    arguments = [config, "local.learning_rate=0.01,0.02,0.03,0.04", "rounds=1", "--output", str(folder)]
+    done = torchrun(tmp_path, "flora.sweep", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert len(list(folder.glob("*/summary.json"))) == 4
+    assert done.stderr.count("2 runs train together: ") == 2  # in each process
+    assert done.stdout.count("written: ") == 1 and done.stderr.count(" s of training") == 4
+    assert len(list(csv.DictReader((folder / "table.csv").open()))) == 4
+    processes = {json.loads(path.read_text())["runs_in_one_step"] for path in folder.glob("*/environment.json")}
+    assert processes == {2}
+    assert not (folder / "lock").exists()
+
+
+def torchrun(folder: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Have torchrun start two processes of a program, which know the tests' data set."""
+    own = folder / "own_patterns.py"
+    own.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport helpers\n")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    environment = {**os.environ, "HOME": str(folder)}
+    command = [*start, program, *arguments, "--import", str(own)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_program_that_is_one_process_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    for program, name in ((sweep, "flora.sweep"), (benchmark, "flora.benchmark")):
-        assert program([config] if program is sweep else []) == 2
-        assert capsys.readouterr().err.startswith(f"{name} is one process and not to be started by torchrun")
+    assert benchmark([]) == 2
+    assert capsys.readouterr().err.startswith("flora.benchmark is one process and not to be started by torchrun")
     monkeypatch.setenv("RANK", "one")
     with pytest.raises(UserError, match="expected whole numbers"):
         Processes.of_environment()

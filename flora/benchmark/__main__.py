@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 from flora.benchmark.experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND, measure_experiment
 from flora.benchmark.folding import compare_sweeps
+from flora.benchmark.images import MODELS, ImageSettings, compare_images
 from flora.benchmark.planning import COHORT, NUM_CLIENTS, measure_planning
 from flora.benchmark.processes import compare_processes, measure_rounds
 from flora.benchmark.profile import profile_round
-from flora.benchmark.timing import timed
+from flora.benchmark.timing import matrix_rate, timed
 from flora.benchmark.tokens import compare_tokens
 from flora.benchmark.variants import ROUND_STEPS, VARIANTS, Setting
 from flora.clip.backbone import Backbone
@@ -39,7 +40,7 @@ from flora.core.command_line import run_program
 from flora.core.errors import UserError
 from flora.core.memory import peak_memory_bytes
 from flora.core.processes import refuse_several
-from flora.engine.gradients import STEPS_BEFORE_RECORDING
+from flora.engine.recording import STEPS_BEFORE_RECORDING
 from flora.evaluation.summary import size
 from flora.parsers import benchmark_parser
 
@@ -88,25 +89,13 @@ def measure(variant: str, setting: Setting, seconds: float) -> Result:
         device_bytes=device_peak,
         sent_bytes=step.sent_bytes,
         flops_per_second=None if step.flops is None else step.flops / step_seconds,
-        matmul_flops_per_second=None if step.flops is None else matmul_rate(setting),
+        matmul_flops_per_second=None if step.flops is None else _text_matrix_rate(setting),
     )
 
 
-def matmul_rate(setting: Setting) -> float:
-    """Floating-point operations a second in the largest product of the text tower, on a thousand tokens and more.
-
-    The best of two sizes: that of a CPU's caches, and one that fills a GPU.
-    """
+def _text_matrix_rate(setting: Setting) -> float:
     shape = Backbone(model=setting.model, weights="random").architecture().text
-    rates = []
-    for num_tokens in (1024, 8192):
-        left = torch.randn(num_tokens, shape.width, device=setting.torch_device)
-        right = torch.randn(shape.width, shape.mlp_width, device=setting.torch_device)
-        product = partial(torch.mm, left, right)
-        timed(product, setting.device)
-        times = [timed(product, setting.device) for _ in range(20)]
-        rates.append(2 * num_tokens * shape.width * shape.mlp_width / statistics.median(times))
-    return max(rates)
+    return matrix_rate(shape.width, shape.mlp_width, setting.device)
 
 
 def resident_bytes() -> int:
@@ -175,12 +164,13 @@ def table(results: dict[str, list[Result]]) -> list[str]:
             size(rows[0].sent_bytes),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    last = list(results.values())[-1]
-    if last[0].flops_per_second is not None:
+    counted = {name: rows for name, rows in results.items() if rows[0].flops_per_second is not None}
+    if counted:
+        name, last = list(counted.items())[-1]
         fractions = [(each.flops_per_second or 0) / (each.matmul_flops_per_second or 1) for each in last]
         rate = statistics.median(each.matmul_flops_per_second or 0 for each in last)
-        lines += ["", f"matrix products here: {rate / 1e9:.0f} GFLOP/s; the last row's trained path reaches "]
-        lines[-1] += f"{statistics.median(fractions):.0%} of that with the operations that it can't avoid"
+        lines += ["", f"matrix products here: {rate / 1e9:.0f} GFLOP/s; the trained path of {VARIANTS[name].title!r} "]
+        lines[-1] += f"reaches {statistics.median(fractions):.0%} of that with the operations that it can't avoid"
     return lines
 
 
@@ -196,11 +186,14 @@ def _main(options: argparse.Namespace) -> int:
             print(json.dumps(measured))
         return 0
     refuse_several("flora.benchmark")
+    if options.images is not None:
+        print("\n".join(compare_images(_image_settings(options), options.images, seconds=options.seconds)))
+        return 0
     setting = Setting(
-        model=options.model, num_classes=options.classes, batch_size=options.batch or (8 if options.tokens else 32),
-        num_clients=options.clients,
+        model=options.model or "ViT-B-16", num_classes=options.classes, num_clients=options.clients,
+        batch_size=options.batch or (8 if options.tokens else 32),
         rank=options.rank, tower=options.tower, num_layers=options.layers, targets=options.targets,
-        objective=options.objective, device=options.device, precision=options.precision,
+        objective=options.objective, device=options.device, precision=options.precision or "fp32",
     )  # fmt: skip
     if options.profile:
         print("\n".join(profile_round(options.profile, options.overrides)))
@@ -233,6 +226,15 @@ def _main(options: argparse.Namespace) -> int:
         measured = {name: [asdict(each) for each in rows] for name, rows in results.items()}
         options.json.write_text(json.dumps({"setting": asdict(setting), "results": measured}, indent=2) + "\n")
     return 0
+
+
+def _image_settings(options: argparse.Namespace) -> ImageSettings:
+    return ImageSettings(
+        models=(options.model,) if options.model else MODELS,
+        precisions=(options.precision,) if options.precision else ("fp32", "bf16"),
+        batch_size=options.batch or 32,
+        device=options.device,
+    )
 
 
 def compare_planning(setting: Setting) -> list[str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flora.benchmark.timing import timed
+from flora.benchmark.timing import median_seconds
 from flora.benchmark.variants import Setting, ours
 from flora.clip.towers.speed import SpeedOptions
 from flora.clip.towers.vision import VisionTower
@@ -60,19 +58,12 @@ def _cost(setting: Setting, seconds: float) -> TokenCost:
     num_layers = clip.architecture.vision.num_layers
     tower = VisionTower(clip, 2 + num_layers)
     pixels = setting.images(clip)[0][: setting.batch_size]
-    stem_seconds = _median(partial(tower.stem, pixels), setting, seconds) / len(pixels)
+    stem_seconds = median_seconds(partial(tower.stem, pixels), setting.device, seconds) / len(pixels)
     num_last = tower.num_tokens - 1
     for _ in range(num_layers - 1):
         num_last -= min(setting.merged_per_layer, num_last // 2)
     del clip, tower, pixels
     step = ours(SpeedOptions())(setting)
-    return TokenCost(setting.merged_per_layer, num_last, stem_seconds, _median(partial(step.run, 1), setting, seconds))
-
-
-def _median(function: Callable[[], object], setting: Setting, seconds: float) -> float:
-    """The median time of a call after the first, of as many as fit into `seconds`, but three at least."""
-    timed(function, setting.device)
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
-        times.append(timed(function, setting.device))
-    return statistics.median(times)
+    return TokenCost(
+        setting.merged_per_layer, num_last, stem_seconds, median_seconds(partial(step.run, 1), setting.device, seconds)
+    )

@@ -286,7 +286,7 @@ def ours(speed: SpeedOptions, *, stores: bool = True, many_clients: bool = False
             lambda: evaluate(model, fresh_adapter(attached, 1), chosen, batch_size=NUM_EVALUATED),
             number,
             payload_bytes(fresh_adapter(attached, None)),
-            unavoidable_flops(setting, clip),
+            None if many_clients and speed.share_first_step else unavoidable_flops(setting, clip),
         )
 
     return build
@@ -339,12 +339,18 @@ def _plain_evaluation(clip: FrozenClip, pixels: Tensor, tokens: Tensor) -> Calla
 
 
 OFF = SpeedOptions(
-    cut_prompts=False, share_prefixes=False, trim_last_block=False, batch_classes=False, cuda_graphs=False
+    cut_prompts=False,
+    share_prefixes=False,
+    trim_last_block=False,
+    batch_classes=False,
+    share_first_step=False,
+    cuda_graphs=False,
 )
 CUT = replace(OFF, cut_prompts=True)
 SHARED = replace(CUT, share_prefixes=True)
 TRIMMED = replace(SHARED, trim_last_block=True)
 SELECTED = replace(TRIMMED, batch_classes=True)
+RECORDED = replace(SELECTED, cuda_graphs=True)
 VARIANTS = {
     "full": Variant("full fine-tuning", full_fine_tuning),
     "naive": Variant("LoRA as everybody writes it", naive_lora),
@@ -358,7 +364,12 @@ VARIANTS = {
         "+ the batch's classes alone", ours(SELECTED), lambda setting: setting.objective == "contrastive"
     ),
     "ours": Variant("+ many clients in a step", ours(SELECTED, many_clients=True)),
+    "first": Variant(
+        "+ texts of their first step once",
+        ours(replace(SELECTED, share_first_step=True), many_clients=True),
+        lambda setting: setting.torch_device.type == "cpu" and setting.tower == "text",
+    ),
     "recorded": Variant(
-        "+ CUDA graphs", ours(SpeedOptions(), many_clients=True), lambda setting: setting.torch_device.type == "cuda"
+        "+ CUDA graphs", ours(RECORDED, many_clients=True), lambda setting: setting.torch_device.type == "cuda"
     ),
 }

@@ -1,4 +1,7 @@
-"""The frozen OpenCLIP model: found, checked, loaded. The only file that imports `open_clip`."""
+"""The frozen OpenCLIP model: found, checked, loaded. The only file that imports `open_clip`.
+
+It does so where it is used: OpenCLIP and torchvision take two seconds, and configurations are read without them.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import open_clip
 import safetensors.torch
 import torch
-from open_clip.model import convert_to_custom_text_state_dict
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
 from flora.clip.frozen import Architecture, FrozenClip, TowerShape, use_own_attention
 from flora.clip.towers.tokens import AllTokens, TokenReduction
-from flora.clip.weights import read_state, reason_of, weights_in
+from flora.clip.weights import check_sizes, pair, read_config, read_state, reason_of, weights_in
 from flora.core.errors import UserError
-from flora.core.files import read_text
 from flora.core.registry import Options, option, suggest
 from flora.core.rng import Rng
 from flora.data.rgb import to_rgb
+
+if TYPE_CHECKING:
+    from open_clip import SimpleTokenizer
+    from open_clip.transform import PreprocessCfg
 
 # Beside the code that runs: in the folder that holds a clone, `flora` alone would be the clone.
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -69,6 +72,8 @@ class Backbone(Options):
 
         Raises `UserError` if model or weights are unknown, can't be had, or don't fit each other.
         """
+        import open_clip
+
         config, preprocess = _find_config(self.model)
         architecture = _architecture(self.model, config)
         weights_file, weights_preprocess = self._find_weights(config)
@@ -113,6 +118,8 @@ class Backbone(Options):
 
     def _find_weights(self, config: dict[str, Any], *, fetch: bool = True) -> tuple[Path | None, dict[str, Any]]:
         """The weights file (None: random weights, or not fetched) and what a tag says about preprocessing."""
+        import open_clip
+
         folder, builtin = Path(self.model), Path(str(ASSETS / f"{self.model}.safetensors"))
         weights = self.weights
         if weights is None and folder.is_dir():
@@ -159,6 +166,8 @@ def _names_a_hub(name: str) -> bool:
 
 def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model config and preprocessing settings that `name` leads to."""
+    import open_clip
+
     builtin = ASSETS / f"{name}.json"
     path = Path(name)
     if os.path.isdir(path):
@@ -166,7 +175,7 @@ def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if not path.is_file():
             raise UserError(f"backbone.model: {name!r} is a folder without open_clip_config.json")
     if path.suffix == ".json":
-        return _read_config(path)
+        return read_config(path)
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".ckpt"):
         raise UserError(
             f"backbone.model: {name!r} names weights, which belong to backbone.weights; expected an OpenCLIP model "
@@ -177,7 +186,7 @@ def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if _names_a_hub(name):
         raise UserError(f"backbone.model: {name!r} is a repository of a hub; {HOW_FROM_A_HUB}")
     if "/" not in name and os.path.isfile(str(builtin)):
-        return _read_config(Path(str(builtin)))
+        return read_config(Path(str(builtin)))
     config = open_clip.get_model_config(name) if ":" not in name else None
     if config is None:
         known = [*open_clip.list_models(), "quickstart"]
@@ -185,26 +194,10 @@ def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, {}
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        content = json.loads(read_text(path))
-    except OSError as error:
-        raise UserError(f"backbone.model: {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"backbone.model: {path}: not valid JSON: {error}") from None
-    config = content.get("model_cfg", content) if isinstance(content, dict) else {}
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    if missing:
-        raise UserError(f"backbone.model: {path}: not an OpenCLIP model config: {', '.join(missing)} missing")
-    preprocess = content.get("preprocess_cfg", {})
-    for key, part in {**config, "preprocess_cfg": preprocess}.items():
-        if key.endswith("_cfg") and not isinstance(part, dict):
-            raise UserError(f"backbone.model: {path}: {key}: expected an object, got {part!r}")
-    return config, preprocess
-
-
 def _architecture(name: str, config: dict[str, Any]) -> Architecture:
     """Check that the model is one we know how to cut and adapt, and read off its sizes."""
+    import open_clip
+
     try:
         vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
         text = open_clip.CLIPTextCfg(**config["text_cfg"])
@@ -231,46 +224,22 @@ def _architecture(name: str, config: dict[str, Any]) -> Architecture:
     for what, found in refused.items():
         if found:
             raise UserError(f"backbone.model: {name} has {what}, which is not supported; {SUPPORTED}")
-    _check_sizes(name, config, vision, text)
+    check_sizes(name, config, vision, text)
     return Architecture(
         name=name,
         vision=TowerShape(vision.width, int(vision.width * vision.mlp_ratio), vision.layers),
         text=TowerShape(text.width, int(text.width * text.mlp_ratio), text.layers),
         embed_dim=config["embed_dim"],
-        image_size=_pair(vision.image_size),
+        image_size=pair(vision.image_size),
         context_length=text.context_length,
         has_vision_pre_norm=not vision.no_ln_pre,
     )
 
 
-def _check_sizes(name: str, config: dict[str, Any], vision: Any, text: Any) -> None:
-    """Raise `UserError` where a size is not a number above 0, or sizes don't go together."""
-    sizes = [("embed_dim", config["embed_dim"])]
-    sizes += [(f"vision_cfg.{key}", getattr(vision, key)) for key in ("width", "layers", "head_width")]
-    sizes += [(f"text_cfg.{key}", getattr(text, key)) for key in ("width", "layers", "heads", "context_length")]
-    image, patch = _pair(vision.image_size), _pair(vision.patch_size)
-    sizes += [("vision_cfg.image_size", side) for side in image] + [("vision_cfg.patch_size", side) for side in patch]
-    for key, value in sizes:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"backbone.model: {name}: {key}: expected a whole number above 0, got {value!r}")
-    for key, ratio in (("vision_cfg", vision.mlp_ratio), ("text_cfg", text.mlp_ratio)):
-        if not isinstance(ratio, int | float) or ratio <= 0:
-            raise UserError(f"backbone.model: {name}: {key}.mlp_ratio: expected a number above 0, got {ratio!r}")
-    if len(image) != 2 or len(patch) != 2 or any(small > large for small, large in zip(patch, image, strict=True)):
-        raise UserError(f"backbone.model: {name}: vision_cfg.patch_size: {patch} doesn't fit into image_size, {image}")
-    if not isinstance(text.vocab_size, int) or text.vocab_size < 49408:
-        raise UserError(
-            f"backbone.model: {name}: text_cfg.vocab_size: OpenCLIP's tokenizer needs at least 49408, "
-            f"got {text.vocab_size!r}"
-        )
-
-
-def _pair(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value, value)
-
-
 def _build(name: str, config: dict[str, Any], rng: Rng) -> nn.Module:
     """A model with random weights drawn from `rng`; the process-wide generator is left as it was."""
+    import open_clip
+
     arguments = dict(config)
     model_class = open_clip.CustomTextCLIP if arguments.pop("custom_text", False) else open_clip.CLIP
     before = torch.default_generator.get_state()
@@ -286,13 +255,15 @@ def _build(name: str, config: dict[str, Any], rng: Rng) -> nn.Module:
 
 
 @lru_cache(maxsize=8)
-def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
+def _tokenizer(context_length: int) -> SimpleTokenizer:
+    import open_clip
+
     return open_clip.SimpleTokenizer(context_length=context_length)
 
 
 def plain_model(
     model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], weights: Mapping[str, Tensor]
-) -> tuple[nn.Module, Callable[[Image.Image], Tensor], open_clip.SimpleTokenizer]:
+) -> tuple[nn.Module, Callable[[Image.Image], Tensor], SimpleTokenizer]:
     """A model as OpenCLIP builds it, in evaluation mode, with these weights, its preprocessing and its tokenizer."""
     model = _build("the model", dict(model_cfg), Rng(0))
     model.load_state_dict(dict(weights))
@@ -308,6 +279,8 @@ def vocabulary() -> tuple[dict[str, int], list[str]]:
 
 def _preprocessing(name: str, given: dict[str, Any]) -> tuple[PreprocessCfg, Callable[[Image.Image], Tensor]]:
     """OpenCLIP's settings from what a config and a tag say, and the transform that they describe."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
     known = set(PreprocessCfg.__dataclass_fields__)
     chosen = {key: value for key, value in given.items() if key in known and value is not None}
     try:
@@ -361,6 +334,8 @@ def _check_exported(path: Path, config: dict[str, Any], preprocess: dict[str, An
 
 def _canonical(config: dict[str, Any]) -> dict[str, Any]:
     """Return what of a model's config decides what it computes, with OpenCLIP's defaults filled in, as dotted keys."""
+    import open_clip
+
     parts = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg}
     flat = {"embed_dim": config["embed_dim"], "quick_gelu": bool(config.get("quick_gelu"))}
     for name, kind in parts.items():
@@ -370,6 +345,8 @@ def _canonical(config: dict[str, Any]) -> dict[str, Any]:
 
 def _as_in(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """The weights under the names, and the two scalars in the shape, that the model has for them."""
+    from open_clip.model import convert_to_custom_text_state_dict
+
     state = convert_to_custom_text_state_dict(state) if hasattr(model, "text") else dict(state)
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name in [name for name in own if name in state]:
@@ -382,6 +359,8 @@ def _as_in(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 
 def _pretrained_settings(model: str, tag: str, config: dict[str, Any]) -> dict[str, Any]:
     """Look a pretrained tag up. Raises `UserError` if its weights were trained with another GELU."""
+    import open_clip
+
     settings = open_clip.get_pretrained_cfg(model, tag)
     if bool(settings.get("quick_gelu")) != bool(config.get("quick_gelu")):
         other = f"{model}-quickgelu" if settings.get("quick_gelu") else model.removesuffix("-quickgelu")
@@ -391,6 +370,8 @@ def _pretrained_settings(model: str, tag: str, config: dict[str, Any]) -> dict[s
 
 def _download(model: str, tag: str, settings: dict[str, Any]) -> Path:
     """Fetch a pretrained tag's weights."""
+    import open_clip
+
     try:
         return Path(open_clip.download_pretrained(settings))
     except Exception as error:  # the hub's client, urllib and the file system each raise types of their own

@@ -13,11 +13,10 @@ from typing import Any
 
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.config.overrides import apply_overrides, override_key
-from flora.config.plain_yaml import YAML_ERRORS, read_plain_yaml, yaml_reason
+from flora.config.plain_yaml import read_yaml, shipped
 from flora.config.presets import with_preset
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import ConfigError
-from flora.core.files import open_regular
 from flora.core.registry import (
     Component,
     OptionError,
@@ -31,8 +30,6 @@ from flora.core.registry import (
 )
 from flora.data.partition import Partitioner
 
-MAX_CONFIG_BYTES = 1_000_000
-SHIPPED = Path(__file__).parents[1] / "assets"
 # What keys and components were called before: said, never read.
 RENAMED = {
     "protocol": "preset",
@@ -53,7 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     A name such as `quickstart` that is no file stands for the experiment that the package ships under it. Raises
     `ConfigError` naming the file (or the command line) and the key of each mistake.
     """
-    raw = read_yaml(_shipped(Path(path)))
+    raw = read_yaml(shipped(Path(path)))
     apply_overrides(raw, overrides, ExperimentConfig)
     if raw.get("name") in (None, ""):
         raw["name"] = Path(path).stem
@@ -68,12 +65,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
             by_override = any(found.startswith(f"{key}.") or f"{key}.".startswith(found) for key in keys)
             mistakes.append(f"{'command line' if by_override else path}: {mistake}")
         raise ConfigError(*mistakes) from None
-
-
-def _shipped(path: Path) -> Path:
-    """The file at `path`, or, where there is none, the experiment that the package ships under this name."""
-    shipped = SHIPPED / f"{path}.yaml"
-    return shipped if not path.exists() and len(path.parts) == 1 and shipped.is_file() else path
 
 
 def changes_by_overrides(path: str | Path, overrides: Sequence[str]) -> list[str]:
@@ -135,27 +126,6 @@ def config_to_dict(config: Any) -> Any:
     if isinstance(config, tuple):
         return [config_to_dict(element) for element in config]
     return dict(config) if isinstance(config, Mapping) else config
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, unchecked. Raises `ConfigError` if it can't be read or is no mapping."""
-    try:
-        with open_regular(path) as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
-        if len(content) > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, which no experiment needs")
-        raw = read_plain_yaml(content.decode())
-    except OSError as error:
-        hint = ""
-        if isinstance(error, FileNotFoundError):
-            known = [str(other) for other in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
-            hint = f"; {suggest(str(path), known)}" if known else ""
-        raise ConfigError(f"{path}: {error.strerror}{hint}") from None
-    except YAML_ERRORS as error:
-        raise ConfigError(f"{path}: not valid YAML: {yaml_reason(error)}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping of options, got {show(raw)}")
-    return raw
 
 
 def _parse(annotation: Any, raw: Any, path: str) -> Any:

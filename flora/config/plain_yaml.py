@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from flora.core.errors import ConfigError
+from flora.core.files import open_regular
+from flora.core.registry import show, suggest
+
+MAX_CONFIG_BYTES = 1_000_000
+SHIPPED = Path(__file__).parents[1] / "assets"
 
 # What PyYAML raises on text that is not YAML, and on a value that doesn't fit its tag (`!!bool 3`).
 YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError)
@@ -66,3 +74,30 @@ def yaml_reason(error: Exception) -> str:
     if not isinstance(error, yaml.YAMLError | ValueError):
         return "a value doesn't fit its tag"
     return " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
+
+
+def shipped(path: Path) -> Path:
+    """The file at `path`, or, where there is none, the experiment that the package ships under this name."""
+    shipped = SHIPPED / f"{path}.yaml"
+    return shipped if not path.exists() and len(path.parts) == 1 and shipped.is_file() else path
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, unchecked. Raises `ConfigError` if it can't be read or is no mapping."""
+    try:
+        with open_regular(path) as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, which no experiment needs")
+        raw = read_plain_yaml(content.decode())
+    except OSError as error:
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            known = [str(other) for other in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+            hint = f"; {suggest(str(path), known)}" if known else ""
+        raise ConfigError(f"{path}: {error.strerror}{hint}") from None
+    except YAML_ERRORS as error:
+        raise ConfigError(f"{path}: not valid YAML: {yaml_reason(error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of options, got {show(raw)}")
+    return raw

@@ -129,5 +129,5 @@ def count(state: StateLike) -> int:
 def is_finite(state: StateLike) -> bool:
     """Whether no number in the state is NaN or infinite."""
     # The extremes of numbers among which one is NaN are NaN; they need one pass and no copy.
-    extremes = (torch.stack(torch.aminmax(tensor)) for tensor in state.values() if tensor.numel())
-    return all(bool(torch.isfinite(pair).all()) for pair in extremes)
+    extremes = [each for tensor in state.values() if tensor.numel() for each in torch.aminmax(tensor)]
+    return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -15,9 +15,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
             f"more than 8 bits (Pillow's mode {image.mode}) where only .png, .tif, .tiff, .pgm and .ppm files are "
             "looked at for them; set data.value_range, or rename or convert it"
         )
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # Pillow copies what is upright, too
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(canvas, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,10 +1,9 @@
-"""The losses and gradients of one local step of K clients; on CUDA as a graph that is recorded once and replayed."""
+"""The losses and gradients of one local step of K clients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,41 +15,9 @@ from flora.clip.loss_terms import ImagesAndClasses, LossTerm, StepView
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.contracts import checked_tensor
 from flora.core.tree import State, StateLike
+from flora.engine.batch import OTHER_STEM, Batch, Compute
 from flora.engine.capacity import clients_at_once
-
-# Steps of one shape that run as they are before one is recorded: a recording costs about as much as ten of them.
-STEPS_BEFORE_RECORDING = 3
-# What the names of a batch's stem outputs begin with that are not those of its labelled images.
-OTHER_STEM = "stem of "
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """What K clients see in one step, on the device: tensors by name, each client-major.
-
-    `stem` `(K * B, ...)` are stem outputs, `labels` and `example_mask` are `(K, B)`; `OTHER_STEM` + NAME `(K * U, ...)`
-    are stem outputs of other images. With `classes` `(K, C)`, on the CPU, only those are encoded, and labels are places
-    among them; with `drawn` `(K, C)`, on the CPU, only the prompt in that place of each class.
-    """
-
-    tensors: Mapping[str, Tensor]
-    classes: Tensor | None = None
-    drawn: Tensor | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether all prompts of all classes are encoded."""
-        return self.classes is None and self.drawn is None
-
-    def of_clients(self, start: int, stop: int) -> Batch:
-        """Return what the clients from `start` to `stop` see."""
-        number = len(self.tensors["labels"])
-        rows = {name: len(tensor) // number for name, tensor in self.tensors.items()}
-        return Batch(
-            {name: tensor[start * rows[name] : stop * rows[name]] for name, tensor in self.tensors.items()},
-            None if self.classes is None else self.classes[start:stop],
-            None if self.drawn is None else self.drawn[start:stop],
-        )
+from flora.engine.recording import Recorder, is_recorded
 
 
 @dataclass(frozen=True)
@@ -131,10 +98,6 @@ class FlatStack:
         return state, [state[name].requires_grad_() for name in self._trained]
 
 
-Compute = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
-"""From adapters `(K, P)` and a batch to losses `(K,)` and the gradients of what is trained, `(K, num_trained)`."""
-
-
 def gradient_function(
     model: AdaptedClip,
     loss: Loss,
@@ -149,34 +112,86 @@ def gradient_function(
     Clients don't depend on each other, so as many go through the model at once as is fastest. `shared_residual` are
     tensors `(1, ...)` that are bound with every client's own.
     """
-
     at_once = clients_at_once(model, batch_size=batch_size)
-    known: dict[
-        tuple[int, int], tuple[State, list[Tensor]]
-    ] = {}  # they share the parameters' memory, so a block's are made once
+    # They share the parameters' memory, so a block's are made once.
+    known: dict[tuple[int, int], tuple[State, list[Tensor]]] = {}
+    is_first = dropout is None and _can_share_texts(model, flat)
 
-    def compute(parameters: Tensor, batch: Batch, first: int = 0) -> tuple[Tensor, Tensor]:
+    def compute(
+        parameters: Tensor, batch: Batch, residual: StateLike, first: int, are_alike: bool
+    ) -> tuple[Tensor, Tensor]:
         number = len(parameters)
         place = parameters.data_ptr(), number
         state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
         generators = None if dropout is None else dropout[first : first + number]
-        losses = loss.total(_step_views(model, loss, {**state, **(shared_residual or {})}, batch, generators))
-        return losses.detach(), _rows(losses, leaves)
+        texts = _SharedTexts(model, flat.leaves(parameters[:1]), residual, number) if are_alike else None
+        views = _step_views(
+            model, loss, {**state, **residual}, batch, generators, None if texts is None else texts.leaf
+        )
+        losses = loss.total(views)
+        return losses.detach(), _rows(losses, leaves) if texts is None else texts.rows(losses, leaves)
 
-    def compute_in_parts(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def compute_in_parts(parameters: Tensor, batch: Batch, residual: StateLike) -> tuple[Tensor, Tensor]:
+        nonlocal is_first
         number = len(parameters)
+        are_alike = is_first and number > 1 and batch.is_plain and _are_alike(parameters)
+        is_first = False
         if number <= at_once:
-            return compute(parameters, batch)
+            return compute(parameters, batch, residual, 0, are_alike)
         parts = [
-            compute(parameters[start : start + at_once], batch.of_clients(start, start + at_once), start)
-            for start in range(0, number, at_once)
+            compute(parameters[place], batch.of_clients(place.start, place.stop), residual, place.start, are_alike)
+            for place in (slice(start, start + at_once) for start in range(0, number, at_once))
         ]
         losses, gradients = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(gradients)
 
-    if _is_recorded(model, dropout, shared_residual):
-        return _Recorder.of(model).wrap(compute_in_parts, (loss, flat.layout))
-    return compute_in_parts
+    residual = shared_residual or {}
+    if is_recorded(model, dropout):
+        return Recorder.of(model).wrap(compute_in_parts, (loss, flat.layout), residual)
+    return lambda parameters, batch: compute_in_parts(parameters, batch, residual)
+
+
+def _can_share_texts(model: AdaptedClip, flat: FlatStack) -> bool:
+    """Whether clients that start from one adapter may encode the classes once. On CUDA steps are recorded instead."""
+    if model.device.type != "cpu" or not model.speed.share_first_step or not model.text.trains_blocks:
+        return False
+    return not model.adapter.is_large and len(model.adapter.models(flat.state(flat.matrix[:1]))) == 1
+
+
+def _are_alike(parameters: Tensor) -> bool:
+    """Whether all rows of `(K, P)` are the same, number by number."""
+    return bool((parameters == parameters[:1]).all())
+
+
+class _SharedTexts:
+    """The class features of clients whose adapters are the same by now: computed once, as if each had its own.
+
+    `leaf` `(K, C, embed_dim)` stands for them in the loss. What the loss's gradient by it comes to by the adapter's
+    tensors is one backward pass for all clients, because that is linear.
+    """
+
+    def __init__(self, model: AdaptedClip, one: tuple[State, list[Tensor]], residual: StateLike, number: int) -> None:
+        state, self._leaves = one
+        with model.adapter.bind({**state, **residual}):
+            self._features = model.class_features(1)
+        self.leaf = self._features.detach().repeat(number, 1, 1).requires_grad_()
+
+    def rows(self, losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        """As `_rows`: through the class features, and what reaches the clients' `leaves` in other ways."""
+        *direct, by_features = torch.autograd.grad(
+            losses.sum(), [*leaves, self.leaf], allow_unused=True, materialize_grads=True
+        )
+        through = torch.autograd.grad(
+            self._features, self._leaves, by_features.unsqueeze(1), is_grads_batched=True, allow_unused=True
+        )
+        number = len(losses)
+        return torch.cat(
+            [
+                each.reshape(number, -1) if other is None else (each + other.squeeze(1)).reshape(number, -1)
+                for each, other in zip(direct, through, strict=True)
+            ],
+            dim=1,
+        )
 
 
 def _step_views(
@@ -185,8 +200,12 @@ def _step_views(
     stack: StateLike,
     batch: Batch,
     generators: Sequence[torch.Generator] | None,
+    texts: Tensor | None = None,
 ) -> list[StepView]:
-    """Return what the loss sees of each of the models that K adapters `(K, ...)` stand for."""
+    """Return what the loss sees of each of the models that K adapters `(K, ...)` stand for.
+
+    `texts` `(K, C, embed_dim)` are the class features of the only one, if they are known.
+    """
     number = len(batch.tensors["labels"])
     frozen: dict[str, Tensor] = {}
     frozen_classes: Tensor | None = None
@@ -198,7 +217,9 @@ def _step_views(
     for bound in model.adapter.models(stack):
         with model.adapter.bind(bound, generators):
             images = _images(model, batch, number)
-            if batch.drawn is not None:
+            if texts is not None:
+                classes = texts
+            elif batch.drawn is not None:
                 classes = model.drawn_class_features(batch.drawn)
             else:
                 classes = model.class_features(number, batch.classes)
@@ -230,76 +251,7 @@ def _images(model: AdaptedClip, batch: Batch, number: int) -> dict[str, Tensor]:
     return {name: model.image_features(stem, number) for name, stem in stems.items()}
 
 
-def _is_recorded(model: AdaptedClip, dropout: object, residual: object) -> bool:
-    """Whether steps are recorded: not with dropout, nor with a residual, whose shape changes from round to round."""
-    is_plain = dropout is None and not residual
-    return model.device.type == "cuda" and model.speed.cuda_graphs and not model.adapter.is_large and is_plain
-
-
 def _rows(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
     """The gradient of the summed losses with respect to all leaves, as rows; zero for those that the loss ignores."""
     gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
     return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
-
-
-@dataclass(eq=False)
-class _Recording:
-    """A recorded step: what it reads, what it writes, and how to run it."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, Tensor]
-
-    def replay(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
-        self.graph.replay()
-        return self.outputs
-
-
-@dataclass(eq=False)
-class _Recorder:
-    """The recorded steps of one model, by shape. What can't be recorded runs as it is."""
-
-    recordings: dict[object, _Recording] = field(default_factory=dict)
-    counts: dict[object, int] = field(default_factory=dict)
-    pool: object = None
-    works: bool = True
-
-    @staticmethod
-    def of(model: AdaptedClip) -> _Recorder:
-        return _RECORDERS.setdefault(model, _Recorder())
-
-    def wrap(self, compute: Compute, kind: object) -> Compute:
-        """`compute`, replayed where a step of the same kind and shapes is recorded."""
-
-        def recorded(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-            if not batch.is_plain or not self.works:
-                return compute(parameters, batch)
-            inputs = (parameters, *batch.tensors.values())
-            key = (kind, tuple(batch.tensors), *((each.shape, each.dtype) for each in inputs))
-            if key in self.recordings:
-                return self.recordings[key].replay(inputs)
-            self.counts[key] = self.counts.get(key, 0) + 1
-            if self.counts[key] > STEPS_BEFORE_RECORDING:
-                self._record(key, compute, inputs, tuple(batch.tensors))
-            return compute(parameters, batch)
-
-        return recorded
-
-    def _record(self, key: object, compute: Compute, inputs: Sequence[Tensor], names: Sequence[str]) -> None:
-        own = tuple(each.clone() for each in inputs)
-        graph = torch.cuda.CUDAGraph()
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool):  # type: ignore[arg-type]
-                outputs = compute(own[0], Batch(dict(zip(names, own[1:], strict=True))))
-        except RuntimeError:  # an operation that can't be recorded, or no memory for it
-            self.works = False
-            self.recordings.clear()
-            torch.cuda.synchronize()
-            return
-        self.recordings[key] = _Recording(graph, own, outputs)
-
-
-_RECORDERS: WeakKeyDictionary[AdaptedClip, _Recorder] = WeakKeyDictionary()

@@ -15,8 +15,9 @@ from flora.core.contracts import checked_state, checked_tensor
 from flora.core.low_rank import is_residual
 from flora.core.states import ClientState
 from flora.core.tree import State, StateLike
+from flora.engine.batch import OTHER_STEM, Batch, Compute
 from flora.engine.blocks import Block
-from flora.engine.gradients import OTHER_STEM, Batch, Compute, FlatStack, Loss, gradient_function
+from flora.engine.gradients import FlatStack, Loss, gradient_function
 from flora.engine.tasks import ClientResult, TrainingSetup
 from flora.features.features import Features
 

@@ -114,7 +114,10 @@ def describe(component: Component) -> str:
         for key, value in config_to_dict(component).items()
         if key != "name" and getattr(component, key) != defaults[key]
     }
-    text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items())
+    listed = {
+        key: " and ".join(map(str, value)) if isinstance(value, list) else value for key, value in options.items()
+    }
+    text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in listed.items())
     return f"{name_of(component)} ({text})" if text else name_of(component)
 
 

@@ -20,7 +20,7 @@ from flora.core.rng import Rng
 from flora.core.shared import Shared
 from flora.core.states import ClientData
 from flora.data.augmentation import Augmentation, NoAugmentation
-from flora.data.datasets.base import ImageData, Split, checked_images
+from flora.data.datasets.base import ImageData, Split, checked_images, with_jpeg_side
 from flora.data.value_range import with_one_range
 from flora.data.views import views_of
 from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of
@@ -93,6 +93,7 @@ def _split_images(config: ExperimentConfig, rng: Rng, tell: Tell, shared: Shared
 def _loaded(config: ExperimentConfig, rng: Rng, tell: Tell) -> tuple[ImageData, ImageData]:
     """The images before they are split and after it."""
     whole = checked_images("data", config.data, config.data.load_with_progress(rng.child("data"), tell.progress))
+    whole = with_jpeg_side(whole, config.data.jpeg_side)
     return whole, checked_images("split", config.split, config.split.split(whole, rng.child("split")))
 
 

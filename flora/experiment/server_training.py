@@ -21,7 +21,7 @@ from flora.core.processes import ALONE, Processes
 from flora.core.progress import Tell
 from flora.core.registry import show, suggest
 from flora.core.rng import Rng
-from flora.data.datasets.base import Dataset, ImageData, Split, checked_images
+from flora.data.datasets.base import Dataset, ImageData, Split, checked_images, with_jpeg_side
 from flora.data.prompts import PromptOptions
 from flora.data.value_range import with_one_range
 from flora.engine.engine import Engine
@@ -62,6 +62,7 @@ def find_server_data(config: ExperimentConfig, data: ImageData, rng: Rng, tell: 
 def _images(setting: str, dataset: Dataset, rng: Rng, tell: Tell) -> ImageData:
     with _named(setting):
         found = checked_images(setting, dataset, dataset.load_with_progress(rng, tell.progress))
+        found = with_jpeg_side(found, dataset.jpeg_side)
         return with_one_range(found, dataset.value_range, whole=found, progress=tell.progress, log=tell.log)[0]
 
 

@@ -43,7 +43,7 @@ def load_features(
     problems: list[str] = []
     for key, source in by_source.items():
         used = np.unique(np.concatenate([split.source_indices for split in splits if split.source is source]))
-        images = _Images(source, used, model, cache.dtype)
+        images = StemImages(source, used, model, cache.dtype)
         entry = _Source(images, cache, skip_unreadable, tell, processes).entry()
         problems += entry.problems.values()
         rows = np.full(len(source), -1, dtype=np.int64)
@@ -64,7 +64,7 @@ def _of_split(split: Split, entry: Entry, rows: np.ndarray, problems: Sequence[s
 
 
 @dataclass(frozen=True, eq=False)
-class _Images:
+class StemImages:
     """The images `used` of a source, and the model whose stem they go through. They are numbered from 0.
 
     `storage` is the type that the stem's output is rounded to; None: it stays as it is.
@@ -143,7 +143,7 @@ class _Images:
 class _Source:
     """Finds the stem's outputs for images, or has them computed and kept."""
 
-    images: _Images
+    images: StemImages
     cache: CacheOptions
     skip_unreadable: bool
     tell: Tell

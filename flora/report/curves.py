@@ -198,7 +198,7 @@ def _draw_panel(axes: Axes, lines: dict[str, Average], names: Sequence[str], *, 
             low = [mean - each for mean, each in zip(means, spread, strict=True)]
             high = [mean + each for mean, each in zip(means, spread, strict=True)]
             axes.fill_between(xs, low, high, color=line_style(order)["color"], alpha=0.13, linewidth=0)
-    _scale(axes, over_bytes=over_bytes)
+    scale_axis(axes, over_bytes=over_bytes)
 
 
 def line_style(order: int) -> dict[str, Any]:
@@ -215,8 +215,8 @@ def line_style(order: int) -> dict[str, Any]:
     }
 
 
-def _scale(axes: Axes, *, over_bytes: bool) -> None:
-    """Whole rounds, or megabytes in plain numbers on a logarithmic axis."""
+def scale_axis(axes: Axes, *, over_bytes: bool) -> None:
+    """Set whole rounds, or megabytes in plain numbers on a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     if not over_bytes:

@@ -14,7 +14,8 @@ from flora.clip.adapters.base import AttachedAdapter
 from flora.clip.adapters.files import read_adapter
 from flora.clip.frozen import FrozenClip
 from flora.config.overrides import apply_overrides, override_key
-from flora.config.parse import config_to_dict, parse_config, read_yaml
+from flora.config.parse import config_to_dict, parse_config
+from flora.config.plain_yaml import read_yaml
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import ConfigError, UserError
 from flora.core.registry import OptionError, suggest

@@ -212,6 +212,8 @@ def _run_in(
     hooks = Hooks(after_step=steps.show).then(listeners.hooks) if listeners.progress else listeners.hooks
     sinks = _sinks(directory, config, listeners, log) if processes.is_first else []
     try:
+        for sink in sinks:
+            sink.opened(directory.path)
         started = time.perf_counter()
         memory_before = peak_memory_bytes(choose_device(config.device, processes))
         experiment = built(directory, config, replace(listeners, hooks=hooks), log)

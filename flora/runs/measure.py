@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,15 +100,8 @@ def measure(
 
 def evaluate_test_images(experiment: Experiment, state: ServerState) -> Evaluation:
     """Evaluate the server's adapter on the common test images."""
-    config = experiment.config.evaluation
-    return evaluate(
-        experiment.federation.engine.model,
-        server_stack(state),
-        experiment.test,
-        batch_size=config.batch_size,
-        prediction=config.prediction,
-        keep_probabilities=config.auroc,
-    )[0]
+    keeps = experiment.config.evaluation.auroc
+    return _evaluate(experiment, server_stack(state), experiment.test, keep_probabilities=keeps)[0]
 
 
 def _measure_server(experiment: Experiment, state: ServerState, evaluation: Evaluation) -> dict[str, Any]:
@@ -149,7 +143,12 @@ def _by_template(experiment: Experiment, stack: tree.State | None) -> dict[str, 
 
 
 def _evaluate(
-    experiment: Experiment, adapters: StateLike | None, features: Features, model: AdaptedClip | None = None
+    experiment: Experiment,
+    adapters: StateLike | None,
+    features: Features,
+    model: AdaptedClip | None = None,
+    *,
+    keep_probabilities: bool = False,
 ) -> Sequence[Evaluation]:
     """Evaluate adapters `(K, ...)` on `features` in the way that the configuration says, each process a share."""
     config, engine = experiment.config.evaluation, experiment.federation.engine
@@ -157,16 +156,19 @@ def _evaluate(
 
     def compute(stack: StateLike | None) -> list[Evaluation]:
         number = len(next(iter(stack.values()))) if stack else 1
-        return evaluate_in_shares(
-            engine.processes,
+        batch_size = max(1, config.batch_size // number)
+        compute_share = partial(
+            evaluate,
             model,
             stack,
-            features,
-            batch_size=max(1, config.batch_size // number),
+            batch_size=batch_size,
             prediction=config.prediction,
+            keep_probabilities=keep_probabilities,
         )
+        return evaluate_in_shares(engine.processes, compute_share, features, batch_size=batch_size)
 
-    return engine.evaluate((id(model), id(features), config.batch_size, config.prediction), adapters, compute)
+    key = id(model), id(features), config.batch_size, config.prediction, keep_probabilities
+    return engine.evaluate(key, adapters, compute)
 
 
 def _mean(accuracies: np.ndarray) -> float | None:

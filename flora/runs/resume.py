@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flora.config.overrides import apply_overrides
-from flora.config.parse import flat_settings, parse_config, read_yaml
+from flora.config.parse import flat_settings, parse_config
+from flora.config.plain_yaml import read_yaml
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import ConfigError, UserError
 from flora.core.records import RoundRecord

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flora.config.schema import ExperimentConfig
@@ -37,6 +38,9 @@ class Finished:
 
 class Sink:
     """Is told of a run. Override what you need; an error that you raise ends the run, and nothing of it is lost."""
+
+    def opened(self, path: Path) -> None:
+        """The run directory is at `path`; the experiment is about to be built."""
 
     def start(self, experiment: Experiment) -> None:
         """The experiment is built; no round has run yet. Where a run goes on, neither has any since it stopped."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from flora.config.parse import flat_settings
@@ -11,7 +12,6 @@ from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.records import RoundRecord
 from flora.core.registry import name_of
-from flora.experiment.build import Experiment
 from flora.runs.run_directory import RunDirectory, read_json
 from flora.runs.sinks import Finished, Sink
 from flora.trackers.base import Following, TrackedRun
@@ -21,7 +21,7 @@ class Trackers(Sink):
     """Tells each tracker of the rounds that it does not have. One that fails is left, with a line in the log.
 
     `trackers.json` in the run directory has the id of each tracked run, and the last round that it was told of. Raises
-    `UserError` where a library is missing, and at the start where an option of a tracker's is wrong.
+    `UserError` where a library is missing, and once the run directory is there where a tracker's option is wrong.
     """
 
     def __init__(self, directory: RunDirectory, config: ExperimentConfig, log: Callable[[str], object]) -> None:
@@ -33,7 +33,7 @@ class Trackers(Sink):
         stored = read_json(directory.path / "trackers.json")
         self._known: dict[str, dict[str, Any]] = stored if isinstance(stored, dict) else {}
 
-    def start(self, experiment: Experiment) -> None:
+    def opened(self, path: Path) -> None:
         for tracker in self._config.trackers:
             name = name_of(tracker)
             try:

@@ -13,13 +13,16 @@ if __name__ == "__main__":
 import argparse
 import importlib.util
 import itertools
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from flora.config.parse import load_config
 from flora.config.rules import check_experiment
@@ -28,7 +31,7 @@ from flora.core.command_line import run_program, split_arguments
 from flora.core.errors import UserError
 from flora.core.files import write_whole
 from flora.core.interrupts import Interrupted, Interrupts
-from flora.core.processes import refuse_several
+from flora.core.processes import Processes
 from flora.core.registry import suggest
 from flora.parsers import sweep_parser
 from flora.report.curves import draw_curves, undrawn
@@ -109,25 +112,33 @@ def configurations(grid: Sequence[Combination], folder: Path, shared: Sequence[s
     Raises `UserError` for the first bad one.
     """
     _refuse_own_keys([override.partition("=")[0].strip() for override in shared])
-    configs = []
-    for each in grid:
-        own = [f"output={folder}", f"name={each.name}"]
-        config = load_config(each.config, [*shared, *each.overrides, *own])
+    configs = [
+        load_config(each.config, [*shared, *each.overrides, f"output={folder}", f"name={each.name}"]) for each in grid
+    ]
+    for each, config in zip(grid, configs, strict=True):
         try:
             check_experiment(config)
         except UserError as error:
             raise UserError(f"{each.config}: {' '.join(each.overrides)}: {error}") from None
-        configs.append(config)
     return configs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 2 for a mistake or if a run failed, 130 for Ctrl-C."""
-    return run_program(lambda: _main(sweep_parser().parse(argv)))
+    return run_program(lambda: _in_processes(sweep_parser().parse(argv)))
 
 
-def _main(options: argparse.Namespace) -> int:
-    refuse_several("flora.sweep")
+def _in_processes(options: argparse.Namespace) -> int:
+    """Do the sweep with all processes that torchrun has started, each with a device of its own; else with this one."""
+    with Processes.of_environment() as processes:
+        if processes.size > 1 and torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            devices = visible.split(",")
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[processes.local_rank % len(devices)]
+        return _main(options, processes)
+
+
+def _main(options: argparse.Namespace, processes: Processes) -> int:
     configs, axes = split_arguments(options.arguments)
     grid = combinations(configs, axes)
     if not configs:
@@ -143,13 +154,24 @@ def _main(options: argparse.Namespace) -> int:
     try:
         with Interrupts() as interrupts:
             runs = configurations(grid, options.output, options.set)
-            with _locked(options.output):
+            with _locked(options.output) if processes.is_first else nullcontext():
                 try:
-                    run_all(runs, outcomes, jobs=int(options.jobs), fold=fold, check=interrupts.check)
+                    run_all(
+                        runs,
+                        outcomes,
+                        jobs=int(options.jobs),
+                        fold=fold,
+                        check=interrupts.check,
+                        processes=processes,
+                    )
                 except Interrupted as interrupted:
                     stopped = interrupted
     except Interrupted as interrupted:
         stopped = interrupted
+    if not processes.is_first:
+        if stopped is not None:
+            raise stopped
+        return 0
     failures = [f"failed: {name}: {problem.splitlines()[-1]}" for name, problem in outcomes.items() if problem]
     if None in outcomes.values():
         try:

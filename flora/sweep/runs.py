@@ -12,8 +12,10 @@ from tqdm import tqdm
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
+from flora.core.processes import ALONE, Message, Processes
 from flora.core.rng import Rng
 from flora.data.datasets.base import Dataset
+from flora.engine.dealing import deal
 from flora.engine.together import Member, Together
 from flora.evaluation.summary import percent
 from flora.runs.loop import resume, simulate
@@ -34,26 +36,51 @@ def run_all(
     jobs: int,
     fold: int = 1,
     check: Callable[[], object],
+    processes: Processes = ALONE,
 ) -> None:
     """Bring every run to its end, `jobs` processes at once, and fill in `outcomes`.
 
     Up to `fold` runs that can share their steps do so in one process. `check` is called again and again; what it raises
-    stops the runs at their next good place.
+    stops the runs at their next good place. Where torchrun has started several `processes`, each does some of the runs.
     """
-    missing = [config for config in configs if _is_missing(config, outcomes)]
-    missing = _with_what_they_need(missing, outcomes)
-    groups = foldable(missing, most=fold, jobs=jobs)
-    for line in described(groups) if fold > 1 else []:
-        tqdm.write(line, file=sys.stderr)
+    missing = _missing(configs, outcomes, processes)
+    groups = foldable(missing, most=fold, jobs=jobs * processes.size)
+    owners = deal([len(group) for group in groups], processes.size)
+    own = [group for group, owner in zip(groups, owners, strict=True) if owner == processes.rank]
+    hidden = None if processes.is_first else True  # None: where standard error is no terminal
     with tqdm(
-        total=len(configs), initial=len(outcomes), desc="runs", unit="run", disable=None, dynamic_ncols=True
+        total=len(configs), initial=len(outcomes), desc="runs", unit="run", disable=hidden, dynamic_ncols=True
     ) as bar:
-        for index, found in work_through(bring_to_their_end, groups, jobs=jobs, check=check):
-            for config in groups[index]:
-                name = config.name
-                outcomes[name] = problem = found[name] if isinstance(found, dict) else found
-                bar.update()
-                tqdm.write(f"{name}: {problem or _one_line(Path(config.output, name))}", file=sys.stderr)
+
+        def tell(config: ExperimentConfig, problem: str | None) -> None:
+            outcomes[config.name] = problem
+            bar.update()
+            if processes.is_first:
+                line = problem or _one_line(Path(config.output, config.name))
+                tqdm.write(f"{config.name}: {line}", file=sys.stderr)
+
+        for line in described(groups) if processes.is_first and fold > 1 else []:
+            tqdm.write(line, file=sys.stderr)
+        for index, found in work_through(bring_to_their_end, own, jobs=jobs, check=check):
+            for config in own[index]:
+                tell(config, found[config.name] if isinstance(found, dict) else found)
+        done = {config.name: outcomes[config.name] for group in own for config in group}
+        for rank, message in enumerate(processes.exchange(Message(done))):
+            if rank != processes.rank:
+                for config in missing:
+                    if config.name in message.fields:
+                        tell(config, message.fields[config.name])
+
+
+def _missing(configs: Sequence[ExperimentConfig], outcomes: Outcomes, processes: Processes) -> list[ExperimentConfig]:
+    """The runs that are to be done and can be; `outcomes` says what the others have come to. Process 0 finds it."""
+    if processes.is_first:
+        ready = _with_what_they_need([config for config in configs if _is_missing(config, outcomes)], outcomes)
+        processes.exchange(Message([[config.name for config in ready], outcomes]))
+        return ready
+    names, found = processes.exchange(Message())[0].fields
+    outcomes.update(found)
+    return [config for config in configs if config.name in names]
 
 
 def bring_to_their_end(configs: Sequence[ExperimentConfig], hooks: Hooks) -> Outcomes:

@@ -25,6 +25,9 @@ from flora.core.interrupts import Interrupted, Interrupts
 # Seconds after which the parent looks whether it has been asked to stop.
 PATIENCE = 0.2
 
+# What every run imports: also what this program imports only where it is used.
+PRELOADED = ["flora.simulate", "flora.catalogue", "torchvision", "open_clip"]
+
 Work = Callable[[Any, Hooks], dict[str, str | None] | None]
 """`work(task, hooks)`: a function at the top of a module, so that another process can find it.
 
@@ -41,7 +44,7 @@ def work_through(
     what it raises stops all work at the next good place. So does the end of this process, whatever it is.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flora.simulate", "flora.catalogue"])
+    context.set_forkserver_preload(PRELOADED)
     threads = max(1, torch.get_num_threads() // jobs) if jobs > 1 else None
     _start_server()
     waiting = list(enumerate(tasks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
@@ -15,7 +16,9 @@ from flora.core.errors import UserError
 from flora.core.registry import option, register
 from flora.trackers.base import Figures, Following, TrackedRun, Tracker, new_id, present
 
-# MLflow's limits: characters of a name, and how long names and values may be; settings and figures in one request.
+# How often MLflow asks a server that does not answer; by itself it goes on for minutes.
+MAX_RETRIES = "3"
+# Its limits: characters of a name, how long names and values may be, settings in one request.
 _NOT_IN_NAMES = re.compile(r"[^\w\-./ ]")
 MAX_NAME, MAX_VALUE, MAX_PARAMS = 250, 6000, 100
 
@@ -93,6 +96,7 @@ class MLflow(Tracker):
     def follow(self, run: TrackedRun) -> Following:
         from mlflow.exceptions import MlflowException
 
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", MAX_RETRIES)  # read when it asks
         for talkative in ("mlflow", "alembic"):
             logging.getLogger(talkative).setLevel(logging.WARNING)
         try:

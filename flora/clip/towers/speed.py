@@ -27,6 +27,11 @@ class SpeedOptions(Options):
         "dropout)",
         True,
     )
+    share_first_step: bool = option(
+        "on a CPU, clients of a block that start from one adapter encode the classes once in their first step (off "
+        "where adapters have dropout, and for full fine-tuning)",
+        True,
+    )
     cuda_graphs: bool = option(
         "on CUDA, record a local step once and replay it (off where adapters have dropout)", True
     )

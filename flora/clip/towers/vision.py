@@ -7,7 +7,6 @@ from typing import Any
 
 import PIL
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from flora.clip.frozen import FrozenClip
@@ -51,6 +50,8 @@ class VisionTower:
 
     def stem_key(self) -> dict[str, Any]:
         """Everything but the images that the stem's output depends on, as JSON types."""
+        import torchvision  # takes more than a second, and configurations are read without it
+
         return {
             "weights": state_digest(self._visual.state_dict()),
             "model": json.loads(json.dumps(self._clip.config)),

@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -52,9 +52,14 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images in files of their own."""
+    """Images in files of their own.
+
+    `jpeg_side`: JPEG files are decoded at the smallest of 1, 1/2, 1/4 and 1/8 of their size at which both sides have as
+    many pixels; None: at their size.
+    """
 
     paths: Sequence[Path]
+    jpeg_side: int | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -72,6 +77,8 @@ class ImageFiles:
         """Image `index`, whose pixels are decoded where they are first asked for. Raises OSError as `open` does."""
         try:
             with open_regular(self.paths[index]) as file, Image.open(file) as image:
+                if self.jpeg_side is not None:
+                    image.draft(None, (self.jpeg_side, self.jpeg_side))
                 yield image
         except (OSError, MemoryError):
             raise
@@ -80,7 +87,7 @@ class ImageFiles:
 
     def fingerprint(self, indices: np.ndarray) -> str:
         """Of the files' paths, sizes and times of change. A file that is missing has neither of the last two."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"" if self.jpeg_side is None else repr(self.jpeg_side).encode())
         for index in indices:
             path = self.paths[index]
             try:
@@ -219,6 +226,22 @@ def checked_images(setting: str, component: Component, found: object) -> ImageDa
     return found
 
 
+def with_jpeg_side(data: ImageData, side: int | None) -> ImageData:
+    """The same images, those in JPEG files decoded at a part of their size: see `ImageFiles`."""
+    if side is None:
+        return data
+    smaller: dict[int, ImageSource] = {}
+
+    def changed(split: Split) -> Split:
+        source = split.source
+        if isinstance(source, ImageFiles):  # one for all splits that share it
+            source = smaller.setdefault(id(source), replace(source, jpeg_side=side))
+        return replace(split, source=source)
+
+    new = None if data.new is None else changed(data.new)
+    return replace(data, train=changed(data.train), test=changed(data.test), new=new)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dataset(Component):
     """Where the images come from. `templates` are the prompts used unless the experiment sets its own."""
@@ -230,6 +253,12 @@ class Dataset(Component):
         "[LOW, HIGH]: the values of images of more than 8 bits that are black and white; none: what the files' tags "
         "say, or the range of all values in the data set",
         None,
+    )
+    jpeg_side: int | None = option(
+        "large JPEG files are decoded at 1/2, 1/4 or 1/8 of their size, as long as both sides keep at least as many "
+        "pixels: faster, not the same features; none: at their size",
+        None,
+        at_least=1,
     )
 
     def __post_init__(self) -> None:

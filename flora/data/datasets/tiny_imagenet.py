@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import utils
 
 from flora.core.errors import UserError
 from flora.core.files import read_text
@@ -71,6 +70,8 @@ class TinyImageNet(Dataset):
             raise self._error(
                 f"it is not there; expected {folder}; set data.download=true to fetch it (or the right root)"
             )
+        from torchvision.datasets import utils  # takes more than a second, and configurations are read without it
+
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             # Unpacked beside its place, then moved there: what a broken run leaves is never taken for the data.

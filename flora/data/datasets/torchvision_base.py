@@ -31,8 +31,8 @@ class TorchvisionSet(Dataset):
     """
 
     title: ClassVar[str]
-    reader: ClassVar[Any]
-    """The torchvision class."""
+    reader: ClassVar[str]
+    """The name of the class of `torchvision.datasets`."""
     layout: ClassVar[tuple[str, ...]]
     """What must be below `root`."""
     by_hand: ClassVar[str] = ""
@@ -82,9 +82,12 @@ class TorchvisionSet(Dataset):
             raise UserError(f"data.root: {self.root}: {self.title} is not there; expected {expected}; {mend}")
         if self.needs_scipy and importlib.util.find_spec("scipy") is None:
             raise UserError(f"data: {self.title} is stored in .mat files: pip install scipy to read them")
+        from torchvision import datasets  # takes more than a second, and configurations are read without it
+
+        reader = getattr(datasets, self.reader)
         fetch = {"download": True} if self.download and not self.by_hand else {}
         try:
-            return [self.reader(str(root), **arguments, **fetch) for arguments in parts]
+            return [reader(str(root), **arguments, **fetch) for arguments in parts]
         except Exception as error:  # torchvision, its downloads and archives raise errors of all kinds.
             reason = " ".join(str(error).split()) or type(error).__name__
             problem = ("it can't be read" + " or downloaded" * bool(fetch)) if there else "the download failed"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from torchvision import datasets as tv
 
 from flora.core.registry import register
 from flora.data.datasets.class_names import CALTECH101, COUNTRY211, EUROSAT, FASHION_MNIST, FLOWERS102, MNIST
@@ -24,7 +23,7 @@ class Mnist(ArraySet):
     """MNIST: handwritten digits, 60,000 + 10,000, 28 px, grey."""
 
     title = "MNIST"
-    reader = tv.MNIST
+    reader = "MNIST"
     layout = tuple(f"MNIST/raw/{name}" for name in _MNIST_FILES)
     train_parts = ({"train": True},)
     test_parts = ({"train": False},)
@@ -40,7 +39,7 @@ class FashionMnist(Mnist):
     """Fashion-MNIST: clothes, 60,000 + 10,000, 28 px, grey."""
 
     title = "Fashion-MNIST"
-    reader = tv.FashionMNIST
+    reader = "FashionMNIST"
     layout = tuple(f"FashionMNIST/raw/{name}" for name in _MNIST_FILES)
     renamed = FASHION_MNIST
 
@@ -51,7 +50,7 @@ class Cifar10(ArraySet):
     """CIFAR-10: 50,000 + 10,000 photos, 32 px, 10 classes."""
 
     title = "CIFAR-10"
-    reader = tv.CIFAR10
+    reader = "CIFAR10"
     layout: ClassVar[tuple[str, ...]] = ("cifar-10-batches-py",)
     train_parts = ({"train": True},)
     test_parts = ({"train": False},)
@@ -66,7 +65,7 @@ class Cifar100(Cifar10):
     """CIFAR-100: 50,000 + 10,000 photos, 32 px, 100 classes."""
 
     title = "CIFAR-100"
-    reader = tv.CIFAR100
+    reader = "CIFAR100"
     layout = ("cifar-100-python",)
 
 
@@ -76,7 +75,7 @@ class Svhn(ArraySet):
     """SVHN: house numbers, 73,257 + 26,032, 32 px, the digits 0 to 9; the extra training set is not read."""
 
     title = "SVHN"
-    reader = tv.SVHN
+    reader = "SVHN"
     layout = ("train_32x32.mat", "test_32x32.mat")
     needs_scipy = True
     names = tuple("0123456789")
@@ -91,7 +90,7 @@ class Stl10(ArraySet):
     """STL-10: 5,000 + 8,000 photos, 96 px, 10 classes; the unlabelled images are not read."""
 
     title = "STL-10"
-    reader = tv.STL10
+    reader = "STL10"
     layout = ("stl10_binary",)
     names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
@@ -106,7 +105,7 @@ class Fer2013(ArraySet):
 
     templates = ("a photo of a {} looking face.",)
     title = "FER2013"
-    reader = tv.FER2013
+    reader = "FER2013"
     layout = ("fer2013/fer2013.csv",)
     by_hand = (
         "torchvision can't download it: get fer2013.csv or icml_face_data.csv, which has the test labels, from "
@@ -130,7 +129,7 @@ class EuroSat(UnsplitFileSet):
 
     templates = ("a centered satellite photo of {}.",)
     title = "EuroSAT"
-    reader = tv.EuroSAT
+    reader = "EuroSAT"
     layout = ("eurosat/2750",)
     samples = "samples"
     renamed = EUROSAT
@@ -142,7 +141,7 @@ class Caltech101(UnsplitFileSet):
     """Caltech-101: 8,677 photos, 101 kinds of object, without the background class."""
 
     title = "Caltech-101"
-    reader = tv.Caltech101
+    reader = "Caltech101"
     layout = ("caltech101/101_ObjectCategories",)
     renamed = CALTECH101
 
@@ -162,7 +161,7 @@ class Sun397(UnsplitFileSet):
     """SUN397: 108,754 photos of 397 scenes; torchvision has none of the official partitions."""
 
     title = "SUN397"
-    reader = tv.SUN397
+    reader = "SUN397"
     layout = ("SUN397/ClassName.txt",)
 
     def _class_names(self, part: Any) -> tuple[str, ...]:
@@ -180,7 +179,7 @@ class OxfordPets(FileSet):
 
     templates = ("a photo of a {}, a type of pet.",)
     title = "Oxford-IIIT Pets"
-    reader = tv.OxfordIIITPet
+    reader = "OxfordIIITPet"
     layout = ("oxford-iiit-pet/images", "oxford-iiit-pet/annotations")
     train_parts = ({"split": "trainval"},)
 
@@ -195,7 +194,7 @@ class Flowers102(FileSet):
 
     templates = ("a photo of a {}, a type of flower.",)
     title = "Flowers-102"
-    reader = tv.Flowers102
+    reader = "Flowers102"
     layout = ("flowers-102/jpg", "flowers-102/imagelabels.mat", "flowers-102/setid.mat")
     needs_scipy = True
     train_parts = (SPLIT_TRAIN, SPLIT_VAL)
@@ -209,7 +208,7 @@ class FgvcAircraft(FileSet):
 
     templates = ("a photo of a {}, a type of aircraft.",)
     title = "FGVC-Aircraft"
-    reader = tv.FGVCAircraft
+    reader = "FGVCAircraft"
     layout = ("fgvc-aircraft-2013b/data",)
     train_parts = ({"split": "trainval"},)
 
@@ -221,7 +220,7 @@ class Food101(FileSet):
 
     templates = ("a photo of {}, a type of food.",)
     title = "Food-101"
-    reader = tv.Food101
+    reader = "Food101"
     layout = ("food-101/images", "food-101/meta")
 
 
@@ -232,7 +231,7 @@ class Dtd(FileSet):
 
     templates = ("a photo of a {} texture.",)
     title = "DTD"
-    reader = tv.DTD
+    reader = "DTD"
     layout = ("dtd/dtd/images", "dtd/dtd/labels")
     train_parts = (SPLIT_TRAIN, SPLIT_VAL)
 
@@ -243,7 +242,7 @@ class StanfordCars(FileSet):
     """Stanford Cars: 8,144 + 8,041 photos of 196 models of car."""
 
     title = "Stanford Cars"
-    reader = tv.StanfordCars
+    reader = "StanfordCars"
     layout = tuple(
         f"stanford_cars/{name}"
         for name in (
@@ -263,7 +262,7 @@ class Country211(FileSet):
 
     templates = ("a photo i took in {}.",)
     title = "Country211"
-    reader = tv.Country211
+    reader = "Country211"
     layout = ("country211/train", "country211/valid", "country211/test")
     train_parts = (SPLIT_TRAIN, {"split": "valid"})
     samples = "samples"
@@ -277,7 +276,7 @@ class RenderedSst2(FileSet):
 
     templates = ("a {} review of a movie.",)
     title = "Rendered SST2"
-    reader = tv.RenderedSST2
+    reader = "RenderedSST2"
     layout = ("rendered-sst2/train", "rendered-sst2/valid", "rendered-sst2/test")
     train_parts = (SPLIT_TRAIN, SPLIT_VAL)
     samples = "_samples"

@@ -1,0 +1,307 @@
+"""The sections of a page that shows several runs side by side; those that differ in their seed alone are one line."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from flora.evaluation.metrics import FIGURES
+from flora.evaluation.summary import percent, shown
+from flora.report import charts
+from flora.report.charts import picture
+from flora.report.elements import Cell, Html, bars, element, folded, joined, section, table
+from flora.report.one_run import grid, sentence
+from flora.report.pictures import Line, lines_picture, sample
+from flora.report.reading import Absent, RunFiles, numbers
+
+# Settings by which runs of one line may differ: their names, their seeds, and what decides nothing. Where weights and
+# data lie is compared: others may lie there.
+NOT_COMPARED = ("name", "output", "seed", "preset", "device", "threads", "clients.per_block", "cache", "checkpoints",
+                "data.download", "evaluation.batch_size", "evaluation.predictions")  # fmt: skip
+# Settings that a line is named by, lines of a picture, bars of the headline, groups whose clients are shown.
+MAX_NAMED, MAX_LINES, MAX_BARS, MAX_SHOWN = 4, 35, 20, 8
+NONE = "–"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in nothing but their seeds, under the name that tells them from others."""
+
+    name: str
+    runs: tuple[RunFiles, ...]
+    settings: Mapping[str, Any]
+
+
+def groups_of(runs: Sequence[RunFiles]) -> list[Group]:
+    """Return the runs by what they differ in, in their order, each group named by it."""
+    flat = {id(run): _compared(_flat(run.settings, "")) for run in runs}
+    gathered: dict[str, list[RunFiles]] = {}
+    for run in runs:
+        gathered.setdefault(json.dumps(flat[id(run)], sort_keys=True, default=str), []).append(run)
+    settings = [flat[id(members[0])] for members in gathered.values()]
+    keys, first_names = naming(settings), [members[0].name for members in gathered.values()]
+    names = [_name(own, keys) or first for own, first in zip(settings, first_names, strict=True)]
+    if len(keys) > MAX_NAMED or len(set(names)) < len(names):
+        names = first_names
+    return [
+        Group(name, tuple(members), own) for name, members, own in zip(names, gathered.values(), settings, strict=True)
+    ]
+
+
+def _flat(nested: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _compared(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in NOT_COMPARED)
+    }
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys whose values are not the same in all."""
+    keys = dict.fromkeys(key for own in settings for key in own)
+    return [key for key in keys if len({_plain(own.get(key, NONE)) for own in settings}) > 1]
+
+
+def naming(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return few keys that tell all settings from each other: those of components first, then those that tell most."""
+    keys = differing(settings)
+    chosen: list[str] = []
+
+    def worth(key: str) -> tuple[bool, int]:
+        gain = _num_told(settings, [*chosen, key]) - _num_told(settings, chosen)
+        return gain > 0 and key.endswith(".name"), gain
+
+    while keys and worth(best := max(keys, key=worth))[1] > 0:
+        chosen.append(best)
+    return chosen
+
+
+def _num_told(settings: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> int:
+    """How many different values of `keys` there are."""
+    return len({tuple(_plain(own.get(key, NONE)) for key in keys) for own in settings})
+
+
+def _name(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """What settings are called by the values of `keys`: "lora, learning rate 0.01"."""
+    parts = []
+    for key in keys:
+        section, _, last = key.rpartition(".")
+        is_unique = [other.rpartition(".")[2] for other in keys].count(last) == 1
+        short, value = last.replace("_", " ") if is_unique else key, settings.get(key, NONE)
+        if key not in settings:  # a whole section, or an option of another component
+            parts += [short] if any(other.startswith(f"{key}.") for other in settings) else []
+        elif last == "name":
+            parts.append(f"{section.rpartition('.')[2]} none" if value == "none" else _plain(value))
+        else:
+            parts.append(f"no {short}" if value is None else f"{short} {_plain(value)}")
+    return ", ".join(parts)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def sections(runs: Sequence[RunFiles]) -> dict[str, Html]:
+    """Return the sections by title; those with nothing in them are empty."""
+    groups = groups_of(runs)
+    made = {
+        "Results": (_headline(groups), _means(groups), folded("Every run", _results(groups))),
+        "Over rounds": (_overlaid(groups),),
+        "Differences in settings": (_differences(groups),),
+        "Side by side": (_side_by_side(groups),),
+    }
+    return {title: section(title, *content) for title, content in made.items()}
+
+
+def _columns(runs: Sequence[RunFiles]) -> list[str]:
+    """The figures that a sweep's table shows, too, of which there are some, and the fairness of clients."""
+    return [
+        name
+        for name, figure in FIGURES.items()
+        if figure.column is not None and any(run.figure(name) is not None for run in runs)
+    ]
+
+
+def _gini(run: RunFiles) -> float | None:
+    try:
+        value = charts.gini(numbers(run.columns("clients.csv")["accuracy"]))
+    except (Absent, KeyError, ValueError):
+        return None
+    return None if value != value else value
+
+
+def _headline(groups: Sequence[Group]) -> Html:
+    """The accuracies of all groups as bars, means over their seeds."""
+    parts = []
+    for title, first, last in (
+        ("on the common test images", "zero_shot_accuracy", "last_accuracy"),
+        ("on clients' own held-out images, mean", None, "client_accuracy_mean"),
+    ):
+        frozen = _known([run for group in groups for run in group.runs], first) if first else []
+        rows = [("zero-shot", statistics.fmean(frozen), "")] if frozen else []
+        means = [
+            (group.name, statistics.fmean(found), "result") for group in groups if (found := _known(group.runs, last))
+        ]
+        if means:
+            lines = [(name, value, percent(value), kind) for name, value, kind in rows + means[:MAX_BARS]]
+            parts.append(element("div", element("h3", f"Accuracy {title}"), bars(lines)))
+    return grid(*parts)
+
+
+def _known(runs: Sequence[RunFiles], figure: str) -> list[float]:
+    return [value for run in runs if (value := run.figure(figure)) is not None]
+
+
+def _means(groups: Sequence[Group]) -> Html:
+    """A row a group: the mean over its seeds, and the standard deviation (n - 1)."""
+    runs = [run for group in groups for run in group.runs]
+    names = _columns(runs)
+    titles = ["", "runs", *(FIGURES[name].column or name for name in names), "Gini of clients"]
+    rows = []
+    for place, group in enumerate(groups):
+        cells: list[Any] = [
+            element("span", sample(Line("", (), (), place)), group.name, class_="sampled"),
+            len(group.runs),
+        ]
+        cells += [_mean_cell(FIGURES[name].unit, [run.figure(name) for run in group.runs]) for name in names]
+        rows.append([*cells, _mean_cell("number", [_gini(run) for run in group.runs])])
+    note = "Means over runs that differ in their seed alone, ± the standard deviation (n − 1) where they differ."
+    several = any(len(group.runs) > 1 for group in groups)
+    return joined([table(titles, rows, sortable=True), element("p", note, class_="note") if several else ""])
+
+
+def _mean_cell(unit: str, values: Sequence[float | None]) -> Cell:
+    known = [value for value in values if value is not None]
+    if not known:
+        return Cell(NONE)
+    mean = statistics.fmean(known)
+    if len(known) == 1:
+        return Cell(shown(unit, mean), mean)
+    deviation = statistics.stdev(known)
+    return Cell(f"{shown(unit, mean)} ± {shown(unit, deviation)}" if deviation else shown(unit, mean), mean)
+
+
+def _results(groups: Sequence[Group]) -> Html:
+    runs = [run for group in groups for run in group.runs]
+    names = _columns(runs)
+    titles = ["run", "", "seed", *(FIGURES[name].column or name for name in names)]
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            cells = [_mean_cell(FIGURES[name].unit, [run.figure(name)]) for name in names]
+            rows.append([run.name, group.name, run.setting("seed"), *cells])
+    return table(titles, rows, sortable=True)
+
+
+def averaged(name: str, runs: Sequence[Mapping[int, tuple[float, float]]], style: int) -> Line | None:
+    """Return the mean line of runs at the rounds that all have, with a band of one standard deviation (n - 1).
+
+    Each run is `(x, y)` by round. None without a common round.
+    """
+    rounds = sorted(set.intersection(*(set(run) for run in runs)))
+    if not rounds:
+        return None
+    xs = [statistics.fmean(run[round][0] for run in runs) for round in rounds]
+    ys = [statistics.fmean(run[round][1] for run in runs) for round in rounds]
+    if len(runs) == 1:
+        return Line(name, xs, ys, style)
+    spread = [statistics.stdev(run[round][1] for run in runs) for round in rounds]
+    low, high = ([y + sign * each for y, each in zip(ys, spread, strict=True)] for sign in (-1, 1))
+    return Line(name, xs, ys, style, low, high)
+
+
+def _overlaid(groups: Sequence[Group]) -> Html:
+    """Accuracies and loss of all groups over rounds, over bytes and over simulated time, as far as they have them."""
+    found, some = [], groups[:MAX_LINES]
+    for title, metric in (
+        ("Accuracy", "accuracy"),
+        ("Accuracy on clients' own images", "client_accuracy_mean"),
+        ("Loss", "loss"),
+    ):
+        for over, (x_title, places) in _axes(some).items():
+            lines = _lines(some, metric, places)
+            if any(len(line.xs) > 1 for line in lines):
+                about = f"{title} over {over}, all runs"
+                draw = partial(lines_picture, lines, about, x_title, percent=metric != "loss", has_legend=True)
+                found.append(picture(f"{title} over {over}", draw))
+    left_out = len(groups) - len(some)
+    note = f"The first {MAX_LINES} lines; {left_out} more are in the table." if left_out else ""
+    return joined([element("p", note) if note else "", grid(*found)])
+
+
+Places = dict[int, dict[int, float]]
+"""Where rounds lie along an axis, by the id of the run's object; only of runs that have such a place."""
+
+
+def _axes(groups: Sequence[Group]) -> dict[str, tuple[str, Places]]:
+    """What curves go over: the axis's title, and the places of rounds along it."""
+    runs = [run for group in groups for run in group.runs]
+    sent = {id(run): charts.sent_bytes(run) for run in runs}
+    clocks = {id(run): seconds for run in runs if (seconds := charts.elapsed(run)) is not None}
+    unit, length = charts.time_unit(max((max(each.values()) for each in clocks.values()), default=0.0))
+    rounds: Places = {id(run): {record.round: float(record.round) for record in run.records} for run in runs}
+    return {
+        "rounds": ("round", rounds),
+        "bytes": (charts.SENT, {key: charts.scaled(each, 1e6) for key, each in sent.items() if max(each.values())}),
+        "simulated time": (f"simulated {unit}", {key: charts.scaled(each, length) for key, each in clocks.items()}),
+    }
+
+
+def _lines(groups: Sequence[Group], metric: str, places: Places) -> list[Line]:
+    found = []
+    for style, group in enumerate(groups):
+        tables = [
+            {round: (places[id(run)][round], value) for round, value in run.points(metric)}
+            for run in group.runs
+            if id(run) in places
+        ]
+        line = averaged(group.name, tables, style) if tables else None
+        found += [] if line is None else [line]
+    return found
+
+
+def _differences(groups: Sequence[Group]) -> Html:
+    keys = differing([group.settings for group in groups])
+    if not keys:
+        return element("p", "None but seeds: they are one experiment.")
+    titles = ["setting", *(group.name for group in groups)]
+    rows = [[element("code", key), *(_plain(group.settings.get(key, NONE)) for group in groups)] for key in keys]
+    return table(titles, rows)
+
+
+def _side_by_side(groups: Sequence[Group]) -> Html:
+    """What the first run of each group says of its clients and classes."""
+    parts = []
+    for title, draw in (
+        ("Clients' own held-out images", charts.client_strip),
+        ("Who has what", charts.partition_map),
+        ("Who is taken for whom, %", charts.confusion_map),
+        ("Is its confidence to be believed?", charts.reliability),
+    ):
+        pictures = [picture(f"{title}: {group.name}", partial(draw, group.runs[0])) for group in groups[:MAX_SHOWN]]
+        parts.append(folded(title, grid(*pictures)))
+    said = [element("li", element("b", group.name), ": ", _said(group.runs[0])) for group in groups[:MAX_SHOWN]]
+    note = (
+        f"The first run of each line, of the first {MAX_SHOWN}."
+        if len(groups) > MAX_SHOWN
+        else "The first run of each line."
+    )
+    return joined([element("p", note, class_="note"), element("ul", *said), *parts])
+
+
+def _said(run: RunFiles) -> str:
+    try:
+        return sentence(run)
+    except Absent as reason:
+        return str(reason)

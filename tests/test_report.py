@@ -1,0 +1,440 @@
+"""The page of a run, and of several: what it says, what it escapes, and what it does without."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import sys
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flora.config.parse import parse_config
+from flora.core.hooks import Hooks
+from flora.core.records import RoundRecord
+from flora.evaluation.summary import percent
+from flora.report.__main__ import main
+from flora.report.charts import gini
+from flora.report.elements import Cell, Html, bars, element, table
+from flora.report.live import LivePage
+from flora.report.page import page
+from flora.report.pictures import Line, heat_map, lines_picture
+from flora.report.reading import RunFiles, read_files
+from flora.report.several_runs import averaged, groups_of, naming
+from flora.runs.sinks import Sink
+from flora.simulate import main as simulate_main
+from flora.simulate import simulate
+
+Capture = pytest.CaptureFixture[str]
+EVIL = "<script>alert('thing 1')</script>"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three finished runs: two that differ in their seed alone, and one with another adapter."""
+    output = tmp_path_factory.mktemp("page") / "runs"
+    raw = {
+        "output": str(output),
+        "rounds": 2,
+        "backbone": {"model": tiny_model, "weights": "random"},
+        "data": {"name": "patterns"},
+        "partition": {"name": "dirichlet", "concentration": 0.5, "minimum_examples": 3},
+        "prompts": {"class_names": {"thing 1": EVIL}},
+        "clients": {"number": 4, "cohort": {"fraction": 0.5}},
+        "network": {"name": "drawn"},
+        "local": {"learning_rate": 0.01, "batch_size": 8},
+        "evaluation": {"num_local_only": 4, "clients_every": 1},
+    }
+    for name, seed, adapter in (("one & two", 0, "lora"), ("second", 1, "lora"), ("third", 0, "linear_head")):
+        simulate(parse_config({**raw, "name": name, "seed": seed, "adapter": adapter}))
+    return output
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the first run, to be damaged."""
+    return Path(shutil.copytree(folder / "one & two", tmp_path / "copy"))
+
+
+def text_of(content: str) -> str:
+    """What a page says, without its elements."""
+    content = re.sub(r"<(style|script|svg).*?</\1>", " ", content, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", content)).split())
+
+
+class Balance(HTMLParser):
+    """Says of each element that is not closed where it should be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.ids += [value or "" for key, value in attributes if key == "id"]
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.ids += [value or "" for key, value in attributes if key == "id"]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, self.getpos()
+
+
+def test_the_page_of_a_run_says_what_it_was_and_what_came_out(folder: Path) -> None:
+    run = read_files(folder / "one & two")
+    content = page([run])
+    text, summary = text_of(content), json.loads((run.path / "summary.json").read_text())
+    assert text.count("one & two") > 2
+    assert "2 rounds of fedavg between 4 clients that train lora" in text
+    for figure in ("zero_shot_accuracy", "local_only_accuracy_mean", "last_accuracy", "client_accuracy_worst_decile"):
+        assert percent(summary[figure]) in text
+    assert f"Gini coefficient {gini_of(run.path):.3f}" in text
+    for title in (
+        "Accuracy over rounds",
+        "Accuracy over bytes",
+        "Accuracy over simulated time",
+        "Loss over rounds",
+        "Who has what",
+        "Who took part how often",
+        "Who is taken for whom",
+        "Is its confidence to be believed?",
+        "Aggregation error",
+    ):
+        assert f"<figure><h3>{title}</h3><svg " in content, title
+    for line in (run.path / "config.yaml").read_text().splitlines():
+        assert html.escape(line) in content
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["backbone_sha256"] in text and environment["packages"]["torch"] in text
+    assert f"python -m flora.export '{run.path}' adapted" in text
+
+
+def gini_of(path: Path) -> float:
+    import csv
+
+    with (path / "clients.csv").open(newline="") as file:
+        values = [float(row["accuracy"]) for row in csv.DictReader(file) if row["accuracy"]]
+    mean, number = sum(values) / len(values), len(values)
+    return sum(abs(one - other) for one in values for other in values) / (2 * number**2 * mean)
+
+
+@pytest.mark.parametrize("names", [["one & two"], ["one & two", "second", "third"]], ids=["one", "several"])
+def test_a_page_is_one_whole_file_that_fetches_nothing_and_escapes_what_users_write(
+    folder: Path, names: list[str]
+) -> None:
+    content = page([read_files(folder / name) for name in names])
+    assert html.escape(EVIL[:14]) in content and EVIL[:14] not in content
+    assert len(re.findall("<script", content)) == 1
+    parser = Balance()
+    parser.feed(content)
+    assert parser.open == []
+    assert len(parser.ids) == len(set(parser.ids))
+    assert not re.findall(r'(?:src|href|action)="(?!#|data:)[^"]*"|url\((?!#)|@import', content)
+    pictures = re.findall(r"<svg.*?</svg>", content, re.DOTALL)
+    assert len(pictures) > 10
+    assert not re.findall(r"(?:fill|stroke): #\w+|DejaVu", "".join(pictures))
+    assert content == page([read_files(folder / name) for name in names])
+
+
+def test_several_runs_are_overlaid_and_those_of_one_experiment_are_one_line(folder: Path) -> None:
+    runs = [read_files(folder / name) for name in ("one & two", "second", "third")]
+    groups = groups_of(runs)
+    assert [(group.name, len(group.runs)) for group in groups] == [("lora", 2), ("linear_head", 1)]
+    content = page(runs)
+    text = text_of(content)
+    first, second = (run.figure("last_accuracy") for run in runs[:2])
+    assert percent((first + second) / 2) in text
+    assert percent(runs[2].figure("last_accuracy")) in text
+    assert "<td><code>adapter.name</code></td><td>lora</td><td>linear_head</td>" in content
+    assert "<code>local.learning_rate</code>" not in content  # the same in all
+    assert all(run.name in text for run in runs)
+    assert content.count('<table class="sortable">') == 2
+    for title in ("Accuracy over rounds", "Accuracy over bytes", "Accuracy over simulated time", "Loss over rounds"):
+        assert f"<figure><h3>{title}</h3><svg " in content, title
+
+
+def test_a_line_is_the_mean_of_its_seeds_with_a_band() -> None:
+    line = averaged("x", [{0: (0.0, 0.5), 1: (1.0, 0.6), 2: (2.0, 0.9)}, {0: (0.0, 0.5), 2: (4.0, 0.7)}], 3)
+    assert line is not None and line.low is not None and line.high is not None
+    assert (list(line.xs), line.style) == ([0.0, 3.0], 3)
+    assert list(line.ys) == pytest.approx([0.5, 0.8])
+    assert list(line.high) == pytest.approx([0.5, 0.8 + 0.2 / 2**0.5])
+    assert list(line.low) == pytest.approx([0.5, 0.8 - 0.2 / 2**0.5])
+    alone = averaged("x", [{0: (0.0, 0.5)}], 0)
+    assert alone is not None and alone.low is None
+    assert averaged("x", [{0: (0.0, 0.5)}, {1: (0.0, 0.5)}], 0) is None
+
+
+def test_runs_are_named_by_what_tells_them_apart() -> None:
+    settings = [
+        {"adapter.name": "lora", "adapter.rank": 4, "rounds": 5, "local.epochs": 1},
+        {"adapter.name": "lora", "adapter.rank": 8, "rounds": 5, "local.epochs": 1},
+        {"adapter.name": "norm", "rounds": 5, "local.epochs": 1},
+    ]
+    assert naming(settings) == ["adapter.name", "adapter.rank"]
+    assert naming([settings[0], settings[2]]) == ["adapter.name"]
+    assert naming([settings[0]]) == []
+    assert naming([settings[0], settings[0]]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"adapter": {"name": "lora", "rank": 4}}, ["lora, rank 2", "lora, rank 4", "norm"]),
+        ({"network": {"name": "drawn", "spread": 0.1}}, ["lora", "lora, drawn", "norm"]),
+        ({"local": {"learning_rate": 1.0, "steps": None}}, ["lora", "lora, no steps", "norm"]),
+        ({"data": {"root": "elsewhere"}}, ["lora", "lora, root elsewhere", "norm"]),
+        ({"cache": {"folder": "elsewhere"}, "seed": 5, "name": "x"}, ["lora", "norm"]),
+        ({"local": {"learning_rate": 0.1}, "server": {"optimizer": {"learning_rate": 2.0}}}, None),
+    ],
+)
+def test_groups_are_named_by_settings(changes: dict[str, Any], names: list[str] | None) -> None:
+    base = {"adapter": {"name": "lora", "rank": 2}, "network": None, "local": {"learning_rate": 1.0}, "seed": 0}
+    base |= {"server": {"optimizer": {"learning_rate": 1.0}}, "cache": {"folder": "here"}, "name": "first"}
+    settings = [base, {**base, **changes}, {**base, "adapter": {"name": "norm"}}]
+    runs = [RunFiles(Path(f"runs/{place}"), each, None, (), None) for place, each in enumerate(settings)]
+    found = [group.name for group in groups_of(runs)]
+    if names is None:
+        assert found == ["lora, learning rate 1.0", "lora, learning rate 0.1", "norm, learning rate 1.0"]
+    else:
+        assert found == names
+
+
+def test_gini_is_0_for_equals_and_near_1_where_one_has_all() -> None:
+    assert gini(np.array([0.3, 0.3, 0.3])) == pytest.approx(0)
+    assert gini(np.array([0.0] * 99 + [1.0])) == pytest.approx(0.99)
+    assert gini(np.array([1.0, 3.0, np.nan])) == pytest.approx(0.25)
+    assert np.isnan(gini(np.array([np.nan])))
+    assert gini(np.zeros(3)) == 0
+
+
+def test_text_is_escaped_wherever_it_goes() -> None:
+    assert element("p", "<b>", Html("<i></i>"), title='"x"') == '<p title="&quot;x&quot;">&lt;b&gt;<i></i></p>'
+    assert "<td>&lt;b&gt;</td>" in table(["<a>"], [["<b>"]]) and "&lt;a&gt;" in table(["<a>"], [])
+    assert '<td class="number" data-value="0.5">&lt;</td>' in table(["x"], [[Cell("<", 0.5)]])
+    assert "&lt;c&gt;" in bars([("<c>", 0.5, "50 %", "")])
+    names = ["<b>$x$</b>", "&amp;"]
+    picture = heat_map(np.ones((2, 2)), names, names, "<about>", ("<one>", "<other>"))
+    assert not re.findall("<b>|<about>|<one>|&amp;amp(?!;)", picture) and "&lt;b&gt;$x$&lt;/b&gt;" in picture
+    drawn = lines_picture([Line("<b>", [0, 1], [0, 1]), Line("c", [0, 1], [1, 0], 1)], "about", "<x>")
+    assert "<b>" not in drawn and "&lt;b&gt;" in drawn and "<x>" not in drawn
+
+
+MISSING = [
+    ("clients.csv", "Accuracy on each client's own held-out images: clients.csv is not in the run directory"),
+    ("confusion.csv", "Who is taken for whom: confusion.csv is not in the run directory"),
+    ("reliability.csv", "Is its confidence to be believed?: reliability.csv is not in the run directory"),
+    ("partition.json", "Who has what: partition.json is not in the run directory"),
+    ("environment.json", "config.yaml: every setting"),
+]
+
+
+@pytest.fixture(scope="module")
+def num_pictures(folder: Path) -> int:
+    """How many pictures the page of the whole run has."""
+    return page([read_files(folder / "one & two")]).count("<figure>")
+
+
+@pytest.mark.parametrize(("name", "sentence"), MISSING)
+def test_what_is_missing_leaves_its_pictures_out(copied: Path, name: str, sentence: str, num_pictures: int) -> None:
+    (copied / name).unlink()
+    content = page([read_files(copied)])
+    assert sentence in text_of(content).replace(" : ", ": ")
+    assert num_pictures - 3 < content.count("<figure>") <= num_pictures - (name != "environment.json")
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe", b"client,num_train\n1\n", b'{"clients": [1]}', b"a,a\nb,c\n"])
+def test_damaged_files_leave_their_pictures_out(copied: Path, damage: bytes, num_pictures: int) -> None:
+    for name, _ in MISSING:
+        (copied / name).write_bytes(damage)
+    content = page([read_files(copied)])
+    assert num_pictures - 8 < content.count("<figure>") < num_pictures - 3
+    assert content.count('<p class="absent">') >= 4 and "damaged" in content
+
+
+def test_an_old_run_without_the_figures_of_today_has_a_page(copied: Path) -> None:
+    keep = ("round", "accuracy", "loss", "uplink_bytes", "downlink_bytes", "rejected_clients")
+    lines = [json.loads(line) for line in (copied / "rounds.jsonl").read_text().splitlines()]
+    old = [json.dumps({key: line[key] for key in keep}) for line in lines]
+    (copied / "rounds.jsonl").write_text("\n".join(old) + "\n")
+    (copied / "summary.json").write_text(json.dumps({"rounds": 2, "last_accuracy": 0.5}))
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(config + "of_another_time: 1\n")
+    text = text_of(page([read_files(copied)]))
+    assert "between 4 clients that train lora" in text and "50.0 %" in text
+    assert "No round says who took part" in text
+    assert "4 clients" in text_of(page([read_files(copied), read_files(copied)]))
+
+
+def test_many_clients_and_classes_make_no_large_page(copied: Path) -> None:
+    number, classes = 20_000, [f"类 {place}" for place in range(120)]
+    clients = [{"client": place, "class_counts": {classes[place % 120]: 5}} for place in range(number)]
+    (copied / "partition.json").write_text(json.dumps({"class_names": classes, "clients": clients}))
+    rows = [f"{place},5,3,1,{place / number}" for place in range(number)]
+    (copied / "clients.csv").write_text("\n".join(["client,num_train,num_held_out,num_rounds,accuracy", *rows]))
+    counts = [",".join(["1"] * 119 + ["9"])] * 120
+    lines = [",".join(["label", *classes]), *(f"{name},{row}" for name, row in zip(classes, counts, strict=True))]
+    (copied / "confusion.csv").write_text("\n".join(lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        content = page([read_files(copied)])
+    assert len(content) < 1_000_000
+    assert "The first 500 of 20000 rows" in content and "the first 1,500 clients" in content
+    assert 'class="absent"' not in content
+
+
+def test_a_metric_of_the_users_own_has_a_picture_though_nothing_declares_it(copied: Path) -> None:
+    records = [json.loads(line) for line in (copied / "rounds.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**record, "delta_norm": record["round"] / 7}) for record in records]
+    (copied / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    rejected = {**records[-1], "rejected_clients": [{"client": 1, "step": 2, "reason": "not finite"}]}
+    assert "<h3>Delta norm</h3><svg" in page([read_files(copied)])
+    (copied / "rounds.jsonl").write_text("\n".join(map(json.dumps, [*records[:-1], rejected])) + "\n")
+    assert "<h3>Rejected updates</h3><svg" in page([read_files(copied)])
+
+
+def test_the_command_line_writes_the_page_into_the_run(copied: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main([str(copied)]) == 0
+    assert capsys.readouterr().out == f"written to {copied / 'report.html'}\n"
+    first = (copied / "report.html").read_text()
+    assert main([str(copied)]) == 0  # its own page is written anew
+    assert (copied / "report.html").read_text() == first
+    assert main([str(copied), "--output", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text() == first
+    assert not list(tmp_path.glob("**/*.part"))
+
+
+def test_a_folder_of_runs_stands_for_the_finished_ones(
+    folder: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    sweep = tmp_path / "sweep"
+    for name in ("second", "third"):
+        shutil.copytree(folder / name, sweep / name)
+    shutil.copytree(folder / "third", sweep / "stopped")
+    (sweep / "stopped" / "summary.json").unlink()
+    (sweep / "pictures").mkdir()
+    (sweep / "table.csv").write_text("")
+    assert main([str(sweep)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"written to {sweep / 'report.html'}\n"
+    assert printed.err.count("\n") == 1 and f"left out: {sweep / 'stopped'}: this run is not finished" in printed.err
+    text = text_of((sweep / "report.html").read_text())
+    assert text.startswith("2 runs FLoRA 2 runs second, third")
+    monkeypatch.chdir(tmp_path)
+    assert main([str(sweep / "second"), str(copied), str(sweep / "second")]) == 0
+    assert "2 runs" in (tmp_path / "report.html").read_text()  # the same run twice is one
+
+
+def test_mistakes_are_one_line_and_nothing_is_written(copied: Path, tmp_path: Path, capsys: Capture) -> None:
+    def refused(*arguments: Path | str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        assert main([*map(str, arguments)]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and printed.err.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        return printed.err
+
+    assert "there is no such run directory" in refused(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "not a run directory" in refused(tmp_path / "empty")
+    assert "not a run directory" in refused(copied / "checkpoints")
+    (tmp_path / "mine.html").write_text("<p>my own page</p>")
+    assert "is there already" in refused(copied, "--output", tmp_path / "mine.html")
+    assert "irectory" in refused(copied, "--output", tmp_path / "empty")
+    assert "can't be written" in refused(copied, "--output", tmp_path / "no" / "page.html")
+    records = (copied / "rounds.jsonl").read_bytes()
+    for content, reason in (
+        (b"", "no rounds yet"),
+        (b"{}\n", "damaged"),
+        (b"\xff\n", "damaged"),
+        (b"[1]\n", "damaged"),
+    ):
+        (copied / "rounds.jsonl").write_bytes(content)
+        assert reason in refused(copied)
+    (copied / "rounds.jsonl").write_bytes(records)
+    (copied / "summary.json").write_text('{"rounds"')
+    assert "this run is not finished" in refused(copied)
+    assert (tmp_path / "mine.html").read_text() == "<p>my own page</p>"
+
+
+def test_without_matplotlib_one_line_names_the_extra(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([str(copied)]) == 2
+    assert "pip install 'flora-clip[report]'" in capsys.readouterr().err
+    assert simulate_main(["quickstart", "--report", f"output={tmp_path / 'runs'}"]) == 2
+    assert "pip install 'flora-clip[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_writes_its_page_at_its_end(raw_config: dict[str, Any], tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(json.dumps(raw_config))
+    assert simulate_main([str(path), "--report"]) == 0
+    written = tmp_path / "runs" / "test" / "report.html"
+    assert capsys.readouterr().out.endswith(f"to look at: {written}\n")
+    assert "On its way" not in written.read_text() and 'http-equiv="refresh"' not in written.read_text()
+    assert simulate_main([str(path)]) == 0
+    assert not (tmp_path / "runs" / "test-2" / "report.html").exists()
+
+
+def test_live_the_page_is_written_anew_after_each_round(
+    raw_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flora.report.live.PAUSE", 0)
+    path, seen = tmp_path / "x.yaml", []
+    path.write_text(json.dumps(raw_config))
+    written = tmp_path / "runs" / "test" / "report.html"
+
+    def after_round(record: RoundRecord, state: object) -> None:
+        seen.append(re.search(r"On its way: round \d of \d", text_of(written.read_text()))[0])  # type: ignore[index]
+        assert 'http-equiv="refresh"' in written.read_text()
+
+    assert simulate_main([str(path), "--live"], hooks=Hooks(after_round=after_round)) == 0
+    assert seen == ["On its way: round 1 of 2", "On its way: round 2 of 2"]
+    assert "On its way" not in written.read_text()
+    assert (
+        simulate_main(["--resume", str(written.parent), "rounds=3", "--live"], hooks=Hooks(after_round=after_round))
+        == 0
+    )
+    assert seen[2:] == ["On its way: round 3 of 3"]
+
+
+def test_a_page_on_its_way_is_written_less_often_than_rounds_pass(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    written: list[float] = []
+
+    def write(*arguments: Any) -> None:
+        written.append(clock[0])
+        clock[0] += 1.0
+
+    monkeypatch.setattr("flora.report.live.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("flora.report.live.write_page", write)
+    live = LivePage(print)
+    live.opened(folder / "second")
+    for _ in range(25):
+        live.record(RoundRecord(1, {}))
+        clock[0] += 1.0
+    assert written == [0.0, 10.0, 20.0]
+
+
+def test_a_page_that_cant_be_written_is_said_once_and_ends_nothing(raw_config: dict[str, Any]) -> None:
+    class InTheWay(Sink):
+        def opened(self, path: Path) -> None:
+            (path / "report.html").write_text("mine")
+
+    lines: list[str] = []
+    result = simulate(parse_config(raw_config), sinks=[InTheWay(), LivePage(lines.append)])
+    assert result.summary.rounds == 2
+    assert len(lines) == 1 and "no page of this run on its way" in lines[0]
+    assert (result.directory / "report.html").read_text() == "mine"
