@@ -120,6 +120,7 @@ def test_mlflow(raw_config: dict[str, Any], tmp_path: Path) -> None:
     runs = client.search_runs([client.get_experiment_by_name("flora").experiment_id])
     assert [run.info.run_id for run in runs] == [read_json(directory / "trackers.json")["mlflow"]["id"]]
     assert runs[0].info.status == "FINISHED" and runs[0].data.params["adapter.rank"] == "2"
+    assert "trackers" not in runs[0].data.params
     history = client.get_metric_history(runs[0].info.run_id, "accuracy")
     assert [point.step for point in history] == ROUNDS
     assert [point.value for point in history] == accuracies(directory)

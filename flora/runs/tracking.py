@@ -60,7 +60,8 @@ class Trackers(Sink):
     def _tracked(self, name: str) -> TrackedRun:
         known = self._known.get(name, {})
         path = self._directory.path
-        settings = flat_settings(self._config)
+        # An address of one tracker, which may hold a password, is no other's business.
+        settings = {key: value for key, value in flat_settings(self._config).items() if key != "trackers"}
         return TrackedRun(path.resolve().name, path, settings, known.get("id"), known.get("last_round", -1))
 
     def _tell(self, name: str, record: RoundRecord, following: Following) -> None:
