@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"
+
 # Imported when they are asked for: PyTorch takes seconds, and the command's help should not.
 _NAMES = {
     "Hooks": "flora.core.hooks",

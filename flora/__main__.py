@@ -6,11 +6,13 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import flora
 from flora.core.command_line import run_program
 from flora.parsers import understand
 
 # Imported when they are asked for: PyTorch takes seconds, and help should not.
 PROGRAMS = {
+    "new": ("flora.new", "write a configuration to start from with images of your own"),
     "simulate": ("flora.simulate", "run an experiment, or go on with one"),
     "sweep": ("flora.sweep.__main__", "run every combination of some settings, and tabulate the results"),
     "report": ("flora.report.__main__", "show a run, or several side by side, as a page"),
@@ -26,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program that the first argument names on the others; return its exit status, 2 if there is none."""
     name, *arguments = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if name in ("-h", "--help"):
-        print(f"{USAGE}\n\nflora PROGRAM --help says more")
+        print(f"{USAGE}\n\nflora PROGRAM --help says more; flora --version says which this is")
+        return 0
+    if name == "--version":
+        print(f"flora-clip {flora.__version__}")
         return 0
     if name not in PROGRAMS:
         found = repr(name) if name else "nothing"

@@ -33,4 +33,6 @@ import flora.server.strategies.averaging
 import flora.server.strategies.factors
 import flora.server.strategies.products
 import flora.server.strategies.residuals
-import flora.server.training  # noqa: F401
+import flora.server.training
+import flora.trackers.files
+import flora.trackers.services  # noqa: F401

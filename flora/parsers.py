@@ -22,6 +22,10 @@ PREDICT = (
     "Say what a finished run's model makes of images: the most probable of its classes, or of any that are named, as "
     "its own evaluation predicts them."
 )
+NEW = (
+    "Write a commented configuration to start from with images of your own, and say what images there are: classes, "
+    "sizes, clients."
+)
 EVALUATE = (
     "Evaluate a finished run's model on another data set, or again on its own: on the test images, with the prompts of "
     "that data set's classes. The record is written to RUN/evaluations."
@@ -123,6 +127,22 @@ def predict_parser() -> Parser:
         "--classes", help="other classes than the run's: a list with commas, or a text file with a line for each"
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    return parser
+
+
+def new_parser() -> Parser:
+    """Return what `flora new` takes."""
+    parser = Parser(
+        prog="python -m flora.new", description=NEW, epilog="example: python -m flora.new my.yaml --data photos"
+    )
+    parser.add_argument("file", type=Path, help="the configuration to write, such as my.yaml")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder with a folder of images for each class, or a CSV file (default: images, if it is there)",
+    )
+    parser.add_argument("--force", action="store_true", help="write over a file that is there already")
     return parser
 
 
@@ -254,6 +274,7 @@ def first_look(program: str) -> None:
 
 
 PARSERS: dict[str, Callable[[], Parser]] = {
+    "new": new_parser,
     "simulate": simulate_parser,
     "sweep": sweep_parser,
     "predict": predict_parser,

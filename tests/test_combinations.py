@@ -103,6 +103,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "cache.storage=bfloat16": {"cache": {"storage": "bfloat16"}},
     "data.jpeg_side": {"data": {"jpeg_side": 16}},
     "cache.enabled=false": {"cache": {"enabled": False}},
+    "trackers": {"trackers": ["csv"]},
     "backbone.precision=bf16": {"backbone": {"precision": "bf16"}},
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from flora import evaluate, export, predict, simulate
+from flora import evaluate, export, new, predict, simulate
 from flora.benchmark import __main__ as benchmark
 from flora.config.parse import load_config
 from flora.core import command_line
@@ -124,6 +124,7 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(evaluate, "write_json_beside", lambda folder, name, *arguments, **options: folder / name)
     monkeypatch.setattr(export, "peft_adapter", lambda *arguments: seen.append(arguments) or {})  # type: ignore[func-returns-value]
     monkeypatch.setattr(export, "huggingface_files", lambda *arguments: {})
+    monkeypatch.setattr(new, "look", lambda path: seen.append(path))
     monkeypatch.setattr(report, "read_files", lambda path: RunFiles(path, {}, None, (), {}))
     monkeypatch.setattr(report, "write_page", lambda *arguments: seen.append(arguments))
     monkeypatch.setattr(simulate, "_run_one", check)
@@ -144,7 +145,7 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def understand(command: str, seen: list[Any]) -> None:
     name, arguments = arguments_of(command)
-    programs = {"predict": predict, "evaluate": evaluate, "export": export}
+    programs = {"new": new, "predict": predict, "evaluate": evaluate, "export": export}
     programs |= {"simulate": simulate, "sweep": sweep, "benchmark": benchmark, "report": report}
     program = programs[name.split(".")[1]]
     with_placeholders = {"RUN": "runs/mine", "FOLDER": "adapted", "NAME": "7"}

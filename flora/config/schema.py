@@ -37,6 +37,7 @@ from flora.server.screening import Screening
 from flora.server.strategies.averaging import FedAvg
 from flora.server.strategies.base import Strategy
 from flora.server.training import Distillation, SyntheticImages, TextRounds
+from flora.trackers.base import Tracker
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,14 @@ class ExperimentConfig(Options):
     speed: SpeedOptions = option("exact ways to be faster", SpeedOptions())
     evaluation: EvaluationOptions = option("when and how results are measured", EvaluationOptions())
     checkpoints: CheckpointOptions = option("when the server's state is saved", CheckpointOptions())
+    trackers: tuple[Tracker, ...] = option("what is told of each round's figures, beside the run directory", ())
 
     def check(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
             raise OptionError("device", f"expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+        names = [name_of(tracker) for tracker in self.trackers]
+        if len(set(names)) != len(names):
+            raise OptionError("trackers", f"expected each once, got {', '.join(names)}")
         if self.clients.number is None and not self.partition.names_clients:
             raise OptionError(
                 "clients.number", f"expected a number: {name_of(self.partition)} takes none from the data"

@@ -25,7 +25,7 @@ from flora.core.errors import DivergedError, UserError
 from flora.core.hooks import Hooks
 from flora.core.memory import peak_memory_bytes
 from flora.core.processes import ALONE, Processes
-from flora.core.progress import StepBar, bar, on_terminal
+from flora.core.progress import StepBar, image_progress, on_terminal
 from flora.core.records import RoundRecord, Summary
 from flora.core.states import ServerState
 from flora.core.tree import State, state_digest
@@ -59,6 +59,7 @@ from flora.runs.saving import Saver
 from flora.runs.sinks import DirectorySink, Finished, RoundBar, RoundLines, Sink
 from flora.runs.tables import last_tables
 from flora.runs.together import shared_config, shared_directory, shared_start
+from flora.runs.tracking import Trackers
 from flora.server.screening import refusal
 
 Result = TypeVar("Result")
@@ -207,9 +208,9 @@ def _run_in(
             listeners.echo(line)
         directory.log(line)
 
-    threads, steps, processes = torch.get_num_threads(), StepBar(), listeners.processes
+    threads, steps, processes = torch.get_num_threads(), StepBar(log), listeners.processes
     hooks = Hooks(after_step=steps.show).then(listeners.hooks) if listeners.progress else listeners.hooks
-    sinks = _sinks(directory, config, listeners) if processes.is_first else []
+    sinks = _sinks(directory, config, listeners, log) if processes.is_first else []
     try:
         for sink in sinks:
             sink.opened(directory.path)
@@ -238,12 +239,15 @@ def _run_in(
     return result
 
 
-def _sinks(directory: RunDirectory, config: ExperimentConfig, listeners: Listeners) -> list[Sink]:
-    """Who is told of the records: the run directory first, then the log, a bar if there is one, the caller's own."""
-    bars: list[Sink] = [RoundBar(config.rounds)] if listeners.progress else []
+def _sinks(
+    directory: RunDirectory, config: ExperimentConfig, listeners: Listeners, log: Callable[[str], object]
+) -> list[Sink]:
+    """Who is told of the records: the run directory first, the log, a bar if there is one, trackers, the caller's."""
+    bars: list[Sink] = [RoundBar(config)] if listeners.progress else []
     echo = None if bars and on_terminal() else listeners.echo  # there the bar shows the rounds
-    lines = RoundLines(config.rounds, directory.log, echo)
-    return [DirectorySink(directory, config), lines, *bars, *listeners.sinks]
+    lines = RoundLines(config, directory.log, echo)
+    trackers = [Trackers(directory, config, log)] if config.trackers else []
+    return [DirectorySink(directory, config), lines, *bars, *trackers, *listeners.sinks]
 
 
 @dataclass(eq=False)
@@ -346,8 +350,8 @@ def _local_only(
     if not experiment.config.evaluation.num_local_only:
         return LocalOnlyResults.of_nobody(len(experiment.federation.clients))
     started = time.perf_counter()
-    with bar("alone", experiment.config.rounds, "round", shown=shows_bar) as rounds:
-        results = measure_local_only(experiment, state, advance=rounds.update)
+    progress = image_progress(experiment.federation.engine.log, shows_bars=shows_bar, unit="round")
+    results = measure_local_only(experiment, state, advance=progress("alone", experiment.config.rounds))
     log(f"{np.sum(~np.isnan(results.test))} clients trained alone in {time.perf_counter() - started:.1f} s")
     return results
 

@@ -44,6 +44,7 @@ CHANGEABLE = (
         for key in ("root", "path", "download")
     ),
     "adapter.start",
+    "trackers",
     "backbone.model",
     "backbone.weights",
 )

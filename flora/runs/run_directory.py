@@ -249,6 +249,10 @@ class RunDirectory:
         """Write a CSV file."""
         self._write(name, _csv(columns, rows))
 
+    def write_trackers(self, content: Mapping[str, Any]) -> None:
+        """Write `trackers.json`."""
+        self._write_json("trackers.json", content)
+
     def write_summary(self, summary: Summary) -> None:
         """Write `summary.json`, the last file of a finished run."""
         self._write_json("summary.json", dict(summary.figures))

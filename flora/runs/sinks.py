@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flora.config.schema import ExperimentConfig
-from flora.core.progress import bar, has_line, round_line
+from flora.core.progress import TimeLeft, bar, duration, has_line, round_line
 from flora.core.records import RoundRecord, Summary
 from flora.core.states import ServerState
 from flora.experiment.build import Experiment
@@ -21,6 +21,9 @@ from flora.runs.inventory import (
 )
 from flora.runs.run_directory import RunDirectory
 from flora.runs.tables import Table, with_images
+
+# The bar of the rounds: the time left is that of the whole run, not of the rounds alone.
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,41 +81,53 @@ class DirectorySink(Sink):
         self._directory.write_summary(finished.summary)
 
 
+def time_left(config: ExperimentConfig) -> TimeLeft:
+    """What estimates how long a run will still take, clients that train alone included."""
+    return TimeLeft(config.rounds, config.evaluation.num_local_only)
+
+
 class RoundLines(Sink):
     """Writes a line for each round, or for about fifty of many, to a log, and to `echo` if there is one."""
 
-    def __init__(self, num_rounds: int, log: Callable[[str], object], echo: Callable[[str], object] | None) -> None:
-        self._num_rounds, self._log, self._echo = num_rounds, log, echo
+    def __init__(
+        self, config: ExperimentConfig, log: Callable[[str], object], echo: Callable[[str], object] | None
+    ) -> None:
+        self._num_rounds, self._log, self._echo = config.rounds, log, echo
+        self._time_left = time_left(config)
 
     def record(self, record: RoundRecord) -> None:
+        seconds_left = self._time_left.after(record)
         if not has_line(record.round, self._num_rounds):
             return
-        line = round_line(record, self._num_rounds)
+        line = round_line(record, self._num_rounds, seconds_left)
         self._log(line)
         if self._echo is not None:
             self._echo(line)
 
 
 class RoundBar(Sink):
-    """A bar of the rounds on a terminal, with the last accuracy, the training loss and the speed."""
+    """A bar of the rounds on a terminal, with the time left, the last accuracy, the training loss and the speed."""
 
-    def __init__(self, num_rounds: int) -> None:
-        self._num_rounds, self._accuracy = num_rounds, "-"
+    def __init__(self, config: ExperimentConfig) -> None:
+        self._num_rounds, self._accuracy = config.rounds, "-"
+        self._time_left = time_left(config)
         self._bar: Any = None
 
     def record(self, record: RoundRecord) -> None:
         if self._bar is None:
-            self._bar = bar("rounds", self._num_rounds, "round", initial=max(record.round - 1, 0))
+            self._bar = bar("rounds", self._num_rounds, "round", initial=max(record.round - 1, 0), bar_format=BAR)
         if record.accuracy is not None:
             self._accuracy = f"{record.accuracy:.1%}"
         if record.round == 0:
             return
+        seconds_left = self._time_left.after(record)
         self._bar.update()
         self._bar.set_postfix(
             {
+                "left": "0 s" if seconds_left is None else duration(seconds_left),
                 "accuracy": self._accuracy,
                 "loss": f"{record.train_loss:.3f}" if record.train_loss is not None else "-",
-                "clients/s": f"{record.num_clients / max(record.train_seconds, 1e-9):.1f}",
+                "clients/s": f"{record.num_clients / max(record.train_seconds, 1e-9):.3g}",
             }
         )
         if record.round >= self._num_rounds:
