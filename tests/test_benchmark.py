@@ -191,3 +191,19 @@ def test_planning_is_compared(tiny_model: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(benchmark, "_in_fresh_process", benchmark._work)
     lines = benchmark.compare_planning(setting)
     assert lines[0].startswith("10 clients, 10 in a round") and lines[1].startswith("2,000 clients, 1,000 in a round")
+
+
+def test_a_sweep_timed_both_ways(
+    tmp_path: Path, raw_config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    assert benchmark.main(["--sweep", str(path), "local.learning_rate=0.01,0.02", "rounds=1"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["one after another", "together"]
+    assert lines[-1] == "2 runs, each of 1 rounds"
+    assert "2 runs train together: " in captured.err
+    assert not list(tmp_path.rglob("summary.json"))
+    assert benchmark.main(["--sweep", str(path), "local.learning_rate=1e30", "rounds=1"]) == 2
+    assert "learning_rate" in capsys.readouterr().err.splitlines()[-1]

@@ -125,10 +125,8 @@ def gradient_function(
         state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
         generators = None if dropout is None else dropout[first : first + number]
         texts = _SharedTexts(model, flat.leaves(parameters[:1]), residual, number) if are_alike else None
-        views = _step_views(
-            model, loss, {**state, **residual}, batch, generators, None if texts is None else texts.leaf
-        )
-        losses = loss.total(views)
+        leaf = None if texts is None else texts.leaf
+        losses = loss.total(_step_views(model, loss, {**state, **residual}, batch, generators, leaf))
         return losses.detach(), _rows(losses, leaves) if texts is None else texts.rows(losses, leaves)
 
     def compute_in_parts(parameters: Tensor, batch: Batch, residual: StateLike) -> tuple[Tensor, Tensor]:

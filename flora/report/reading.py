@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from flora.config.parse import parse_config, read_yaml
+from flora.config.parse import parse_config
+from flora.config.plain_yaml import read_yaml
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import ConfigError, UserError
 from flora.core.files import read_text
