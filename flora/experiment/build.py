@@ -118,26 +118,12 @@ def build_experiment(
     with processes.one_first(if_needed=getattr(config.data, "download", False)):
         images = find_images(config, rng, tell, known)
         server_data = find_server_data(config, images.data, rng.child("server"), tell)
-    data = images.data
-    device = choose_device(config.device, processes)
-    models, backbone_parameters, models_digests = known.of(
-        _models_key(config, device, images), lambda: _models(config, device, images, rng, tell)
-    )
-    digests = dict(models_digests)
-    model = models[0]
-    by_template = known.of(
-        ("by template", id(model), config.evaluation.templates), lambda: _models_by_template(config, model, tell)
-    )
-    start = starting_adapter(config, model)
-    digests |= {"start_sha256": state_digest(start)} if start else {}
-    (train, test, *new), unreadable, images_digests = known.of(
-        features_key(config, data, model), lambda: _features(config, data, model, tell, processes)
-    )
-    digests |= images_digests
+    data, prepared = images.data, _prepared(config, images, rng, tell, processes, known)
+    model, (train, test, *new) = prepared.models[0], prepared.features
     chosen = _clients_per_block(config, model, clients_per_block, len(images.clients), processes.size)
     clients_per_block = processes.first(lambda: Message(chosen)).fields
-    training = server_training(config, server_data, models, clients_per_block, tell, processes)
-    digests |= server_digests(training, server_data)
+    training = server_training(config, server_data, prepared.models, clients_per_block, tell, processes)
+    digests = prepared.digests | server_digests(training, server_data)
     log(f"clients in one step: up to {clients_per_block}")
     if shared is None and not any(each.runs_stem for each in (train, test, *new)):
         model.release_stems()
@@ -147,7 +133,7 @@ def build_experiment(
     warn_of_untested_classes(test_labels, images.class_names, log)
     groups = None if data.train.groups is None else data.train.groups[train.split_indices]
     roster, clients = images.roster, images.clients
-    if unreadable:
+    if prepared.unreadable:
         roster, clients = roster_of(config, groups, rng), deal_out(config, labels, groups, rng)
     if roster.profiles is not None:
         digests["network_sha256"] = roster.profiles.digest()
@@ -166,17 +152,54 @@ def build_experiment(
         held_out=train.subset(np.concatenate([client.held_out for client in clients])),
         held_out_sizes=np.array([len(client.held_out) for client in clients]),
         class_names=images.class_names,
-        initial_adapter=_initial_adapter(federation, start, rng, log),
-        backbone_parameters=backbone_parameters,
-        unreadable=tuple(unreadable),
+        initial_adapter=_initial_adapter(federation, prepared.start, rng, log),
+        backbone_parameters=prepared.backbone_parameters,
+        unreadable=tuple(prepared.unreadable),
         digests=digests,
         value_range=images.value_range,
-        new=(models[1], new[0]) if new else None,
+        new=(prepared.models[1], new[0]) if new else None,
         left_out=() if roster.names is None else without_training_images(images.whole, roster.names, log),
         test_domains=None if data.test.groups is None else data.test.groups[test.split_indices],
         data=data,
-        by_template=by_template,
+        by_template=prepared.by_template,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What takes time to load or to compute: models, the adapter that a run starts from, the features of its images.
+
+    `by_template` and `digests` are as in `Experiment`; `unreadable` has a line for each image that can't be read.
+    """
+
+    models: list[AdaptedClip]
+    backbone_parameters: int
+    by_template: Mapping[str, AdaptedClip]
+    start: State
+    features: list[Features]
+    unreadable: list[str]
+    digests: dict[str, str]
+
+
+def _prepared(
+    config: ExperimentConfig, images: Images, rng: Rng, tell: Tell, processes: Processes, known: Shared
+) -> _Prepared:
+    """Load the models and compute the features, but for what is `known` from other experiments."""
+    device = choose_device(config.device, processes)
+    models, backbone_parameters, models_digests = known.of(
+        _models_key(config, device, images), lambda: _models(config, device, images, rng, tell)
+    )
+    model = models[0]
+    by_template = known.of(
+        ("by template", id(model), config.evaluation.templates), lambda: _models_by_template(config, model, tell)
+    )
+    start = starting_adapter(config, model)
+    start_digest = {"start_sha256": state_digest(start)} if start else {}
+    features, unreadable, images_digests = known.of(
+        features_key(config, images.data, model), lambda: _features(config, images.data, model, tell, processes)
+    )
+    digests = models_digests | start_digest | images_digests
+    return _Prepared(models, backbone_parameters, by_template, start, features, unreadable, digests)
 
 
 def _initial_adapter(federation: Federation, start: State, rng: Rng, log: Callable[[str], object]) -> State:
