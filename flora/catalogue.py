@@ -18,11 +18,13 @@ import flora.communication.ranks
 import flora.communication.sampling
 import flora.data.augmentation
 import flora.data.datasets.digits
+import flora.data.datasets.domains
 import flora.data.datasets.folders
 import flora.data.datasets.glyphs
 import flora.data.datasets.tiny_imagenet
 import flora.data.datasets.torchvision_sets
 import flora.data.few_shot
+import flora.data.mixtures
 import flora.data.partition
 import flora.data.splits
 import flora.federated.buffered
