@@ -15,7 +15,17 @@ from flora.core.errors import UserError
 from flora.core.registry import OptionError, components
 from flora.core.rng import Rng
 from flora.data.few_shot import FewShot, FewShotChunks, FewShotOverlapping
-from flora.data.partition import Dirichlet, Iid, LongTailed, Natural, Partitioner, Pathological, Quantity, Shards
+from flora.data.partition import (
+    Dirichlet,
+    Iid,
+    LongTailed,
+    Natural,
+    Partitioner,
+    Pathological,
+    Quantity,
+    Shards,
+    log_dirichlet,
+)
 
 # Ten classes of 60 examples, with gaps in the labels and in no order.
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10) * 3, 60))
@@ -185,7 +195,7 @@ def test_a_full_client_gets_nothing_and_the_others_share_in_proportion(seed: int
     assert sizes(parts).sum() == len(labels)
     held, num_full = [0, 0, 0, 0], 0
     for label in (2, 4, 5, 7, 9, 30):
-        log_weights = partitioner._log_weights(4, Rng(seed).child("draw", 0, "class", label))
+        log_weights = log_dirichlet(partitioner.concentration, 4, Rng(seed).child("draw", 0, "class", label))
         weights = [np.exp(log_weights[client]) if held[client] < cap * 360 / 4 else 0.0 for client in range(4)]
         for client in range(4):
             count = int((labels[parts[client]] == label).sum())

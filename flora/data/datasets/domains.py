@@ -24,9 +24,9 @@ from flora.data.datasets.walk import image_paths, subfolders
 class DomainSet(Dataset):
     """A data set with a folder for each domain, and in each one for each class: `root/FOLDER/DOMAIN/CLASS/image`.
 
-    The domain is what the data name for each image, so `partition: natural` makes each domain a client, and
-    `split: leave_domain_out` tests on one that nobody trains on. The test images are drawn at random, of each class in
-    each domain in the same proportion.
+    Copies spell the domains' folders in many ways; capitals, spaces, `_` and `-` don't matter. The domain is what the
+    data name for each image, so `partition: natural` makes each domain a client, and `split: leave_domain_out` tests on
+    one that nobody trains on. The test images are drawn at random, of each class in each domain in proportion.
     """
 
     title: ClassVar[str]
@@ -57,6 +57,8 @@ class DomainSet(Dataset):
         folder = self._folder()
         examples = self._examples(folder)
         class_names = tuple(sorted({example.label for example in examples}))
+        if not self.classes and len(class_names) != self.num_classes:
+            raise self._error(f"expected the same {self.num_classes} classes in each domain, got {len(class_names)}")
         whole = to_split(examples, class_names)
         assert whole.groups is not None
         cells = np.unique(whole.groups, return_inverse=True)[1] * len(class_names) + whole.labels
@@ -73,10 +75,11 @@ class DomainSet(Dataset):
 
     def _examples(self, folder: Path) -> list[Example]:
         examples: list[Example] = []
+        there = {_plain(path.name): path for path in subfolders(folder)}
         for domain in self.domains or self.known_domains:
-            if not (folder / domain).is_dir():
+            if _plain(domain) not in there:
                 raise self._error(f"it is not complete; expected {folder / domain}; {self.source}")
-            for path in self._class_folders(folder / domain):
+            for path in self._class_folders(there[_plain(domain)]):
                 paths = image_paths(path)
                 if not paths:
                     raise self._error(f"no images in {path}")
@@ -112,7 +115,7 @@ class Pacs(DomainSet):
     folders = ("PACS/kfold", "PACS", "pacs")
     known_domains = ("art_painting", "cartoon", "photo", "sketch")
     num_classes = 7
-    source = "its folder kfold comes from the authors: https://sketchx.eecs.qmul.ac.uk/downloads"
+    source = "it comes from the authors: https://domaingeneralization.github.io/#data"
 
 
 @register("office_home")
@@ -186,3 +189,8 @@ class DomainNet(DomainSet):
         if missing:
             raise UserError(f"data.classes: the lists of {folder} have no {part} image of {sorted(missing)[0]!r}")
         return examples
+
+
+def _plain(name: str) -> str:
+    """A folder's name without what its spellings differ in."""
+    return "".join(each for each in name.casefold() if each.isalnum())
