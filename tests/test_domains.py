@@ -122,6 +122,6 @@ def test_a_run_leaves_a_domain_out_and_trains_clients_of_the_others(
     (tmp_path / "cross.yaml").write_text(yaml.safe_dump(raw))
     assert main([str(tmp_path / "cross.yaml")]) == 0, capsys.readouterr().err
     run = tmp_path / "runs" / "cross"
-    assert "84 training and 35 test images, 7 classes, 6 clients" in capsys.readouterr().out
+    assert "84 training and 35 test images, 7 classes, 6 clients" in "".join(capsys.readouterr())
     partition = json.loads((run / "partition.json").read_text())
     assert "photo 2" in json.dumps(partition) and "sketch" not in json.dumps(partition)
