@@ -79,6 +79,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "local.clip_norm": {"local": {"clip_norm": 0.5}},
     "adapter.start": {"adapter": {"name": "lora", "start": str(START)}},
     "evaluation.auroc": {"evaluation": {"auroc": True}},
+    "evaluation.also": {"evaluation": {"also": ["digits"]}},
     "local.steps": {"local": {"steps": 2}},
     "server.screening=clip": {"server": {"screening": {"policy": "clip", "max_norm_ratio": 1.5}}},
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},

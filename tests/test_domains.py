@@ -124,4 +124,5 @@ def test_a_run_leaves_a_domain_out_and_trains_clients_of_the_others(
     run = tmp_path / "runs" / "cross"
     assert "84 training and 35 test images, 7 classes, 6 clients" in "".join(capsys.readouterr())
     partition = json.loads((run / "partition.json").read_text())
-    assert "photo 2" in json.dumps(partition) and "sketch" not in json.dumps(partition)
+    assert [client["name"] for client in partition["clients"]][-2:] == ["photo 1", "photo 2"]
+    assert partition["clients_without_training_images"] == ["sketch"]

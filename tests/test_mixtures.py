@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_partition import EXTREMES, LABELS, check_arrays, class_counts, label_arrays, same, sizes
+from parts import EXTREMES, LABELS, check_arrays, class_counts, label_arrays, same, sizes
 
 from flora.core.errors import UserError
 from flora.core.registry import OptionError

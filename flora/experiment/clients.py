@@ -50,9 +50,12 @@ def roster_of(config: ExperimentConfig, groups: np.ndarray | None, rng: Rng) -> 
     return Roster(names, profiles)
 
 
-def without_training_images(data: ImageData, names: Sequence[str], log: Callable[[str], object]) -> tuple[str, ...]:
-    """The clients that the data name and that are not among `names`, those with something to train on; logs them."""
+def without_training_images(
+    data: ImageData, trained: np.ndarray | None, log: Callable[[str], object]
+) -> tuple[str, ...]:
+    """The groups (clients, domains) that the data name and that are not among those `trained` on; logs them."""
     groups = [split.groups for split in (data.train, data.test) if split.groups is not None]
+    names = np.unique(groups[0] if trained is None else trained)
     left_out = np.setdiff1d(np.concatenate(groups), names).tolist()
     if left_out:
         shown = ", ".join(left_out[:MAX_NAMED]) + (", ..." if len(left_out) > MAX_NAMED else "")
