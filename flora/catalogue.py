@@ -7,10 +7,11 @@ import flora.client.penalties
 import flora.client.personalization
 import flora.client.sampling
 import flora.client.self_training
+import flora.clip.adapters.beside
 import flora.clip.adapters.dual_lora
 import flora.clip.adapters.full
-import flora.clip.adapters.heads_and_prompts
 import flora.clip.adapters.lora
+import flora.clip.adapters.prompts
 import flora.clip.towers.tokens
 import flora.communication.compressors
 import flora.communication.network

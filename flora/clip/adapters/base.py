@@ -73,8 +73,20 @@ class AttachedAdapter(ABC):
         """Change the vision stem's output `(K * B, ...)` before the trained part sees it."""
         return x
 
-    def adapt_tokens(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Change the text stem's output `(K * G, M, width)`; `positions` `(K * G, M)` are those in prompts."""
+    def learned_places(self, ends: Tensor, length: int, num_classes: int) -> Tensor | None:
+        """Which learned vector stands at each position of the prompts: `(P, length)` int64, -1 where a word's does.
+
+        The prompts, class-major, are read at the positions `ends` `(P,)`. None: words stand everywhere. Raises
+        `UserError` if a prompt has no room for the vectors.
+        """
+        return None
+
+    def adapt_tokens(self, x: Tensor, positions: Tensor, learned: Tensor | None) -> Tensor:
+        """Change the text stem's output `(K * G, M, width)`.
+
+        `positions` `(K * G, M)` are those in prompts, `learned` `(K * G, M)` says which learned vector stands there, as
+        `learned_places` does.
+        """
         return x
 
     def adapt_images(self, features: Tensor) -> Tensor:
@@ -92,10 +104,13 @@ class Adapter(Component):
 
     has_personal: ClassVar[bool] = False
     """Whether some of its tensors never leave their client."""
-    knows_classes: ClassVar[bool] = False
-    """Whether it has weights for each class, and so none for classes that it has not seen."""
     is_large: ClassVar[bool] = False
     """Whether it is about as large as the model."""
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether it has weights for each class, and so none for classes that it has not seen."""
+        return False
 
     @property
     def changes_images(self) -> bool:

@@ -47,7 +47,8 @@ class AdaptedClip:
             clip.keep_matrices_in_bf16()
         self.vision = VisionTower(clip, adapter.trained_from["vision"], speed)
         self.text = TextTower(clip, adapter.trained_from["text"], speed, has_dropout=adapter.has_dropout)
-        self.prompts = self.text.prompts(class_names, templates, self.descriptions)
+        self.prompts = self.text.prompts(class_names, templates, self.descriptions, adapter.learned_places)
+        self._learned = None if self.prompts.learned is None else self.prompts.learned.flatten().to(self.device)
         self._shares = _shares(self.prompts, clip.dtype, self.device)
         self._text_stem = self.text.stem(self.prompts)
         self._selects = speed.batch_classes and not adapter.has_dropout and self.text.trains_blocks
@@ -132,9 +133,15 @@ class AdaptedClip:
 
     def _encode_prompts(self, layout: Layout, num_places: int | None) -> Tensor:
         """Unit features `(K, C, T, embed_dim)` of a layout's prompts, `num_places` (None: T) of each class."""
-        features = self.text.suffix(self._text_stem, layout, self.adapter.adapt_tokens).to(self.clip.dtype)
+        features = self.text.suffix(self._text_stem, layout, self._adapt_tokens).to(self.clip.dtype)
         places = num_places or self.prompts.num_places
         return F.normalize(features, dim=-1).unflatten(0, (layout.num_clients, -1, places))
+
+    def _adapt_tokens(self, x: Tensor, layout: Layout) -> Tensor:
+        learned = self._learned
+        if learned is not None:
+            learned = learned.view_as(layout.positions) if layout.slots is None else learned[layout.slots]
+        return self.adapter.adapt_tokens(x, layout.positions, learned)
 
     def draw_places(self, rngs: Iterable[Rng]) -> Tensor | None:
         """Draw one prompt of each class for each of K clients, from its own stream: their places `(K, C)`, on the CPU.
