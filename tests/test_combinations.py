@@ -53,6 +53,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "scaffold": {"local": {"optimizer": "sgd"}},
     "feddyn": {"local": {"optimizer": "sgd"}},
     "few_shot_chunks": {"clients": {"number": 3}},
+    "leave_domain_out": {"split": {"domain": "x"}},
+    "given_sizes": {"partition": {"sizes": [5, 6, 7, 8]}},
+    "within_groups": {"partition": {"of": "iid"}},
+    "fedper": {"server": {"strategy": {"stay": ["*.lora_B", "*.weight"]}}},
 }
 KINDS: dict[str, type[Component]] = {
     "adapter": Adapter,

@@ -14,7 +14,7 @@ from flora.clip.frozen import FrozenClip, parameter_count
 from flora.clip.towers.text import with_classes
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.participation import Participation
-from flora.config.rules import check_experiment
+from flora.config.rules import below, check_experiment
 from flora.config.schema import ExperimentConfig
 from flora.core.devices import choose_device
 from flora.core.hooks import Hooks
@@ -211,6 +211,8 @@ def _prepared(
 def _initial_adapter(federation: Federation, start: State, rng: Rng, log: Callable[[str], object]) -> State:
     """The adapter that the server starts from, `start` in it, after what it trains before round 1."""
     adapter = {**federation.engine.model.initial_adapter(rng.child("adapter")), **start}
+    with below("server"):
+        federation.server.strategy.check_names(tuple(adapter))
     synthetic = federation.server_training.synthetic
     if synthetic is None:
         return adapter
