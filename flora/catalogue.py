@@ -11,6 +11,7 @@ import flora.clip.adapters.beside
 import flora.clip.adapters.dual_lora
 import flora.clip.adapters.full
 import flora.clip.adapters.lora
+import flora.clip.adapters.personal_prompts
 import flora.clip.adapters.prompts
 import flora.clip.towers.tokens
 import flora.communication.compressors

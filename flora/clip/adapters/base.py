@@ -36,6 +36,10 @@ class AttachedAdapter(ABC):
     is_large = False
     mergeable = True
     num_models = 1
+    first_loss_model = 0
+    """From which of a step's models on the loss is of them; those before are there for the adapter's terms to read."""
+    place_shares: tuple[float, ...] | None = None
+    """How much each of a class's T prompts counts in its mean; None: all alike."""
     loss_terms: tuple[LossTerm, ...] = ()
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
     learned_context: Mapping[str, Any] | None = None
@@ -64,6 +68,10 @@ class AttachedAdapter(ABC):
     def models(self, stack: StateLike) -> list[StateLike]:
         """The models that an adapter stands for, each as what to `bind`: the server's first, the client's own last."""
         return [stack]
+
+    def models_of_step(self, stack: StateLike) -> list[StateLike]:
+        """Those of `models` that a local step computes."""
+        return self.models(stack)
 
     @abstractmethod
     def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:

@@ -119,10 +119,9 @@ class AttachedContext(AttachedBeside):
         # A full stop and the last token follow.
         columns = ends.unsqueeze(1) - 1 - num_behind + torch.arange(num_behind)
         places.scatter_(1, columns, torch.arange(num_before, number).expand(len(ends), -1))
-        if self._is_class_specific:
-            offsets = torch.arange(num_classes).repeat_interleave(len(ends) // num_classes) * number
-            places = torch.where(places >= 0, places + offsets.unsqueeze(1), places)
-        return places
+        prompts, num_places = torch.arange(len(ends)), len(ends) // num_classes
+        offsets = number * (prompts if self._is_class_specific else prompts % num_places)
+        return torch.where(places >= 0, places + offsets.unsqueeze(1), places)
 
     def adapt_tokens(self, x: Tensor, positions: Tensor, learned: Tensor | None) -> Tensor:
         if self.stack is None:

@@ -49,7 +49,7 @@ class AdaptedClip:
         self.text = TextTower(clip, adapter.trained_from["text"], speed, has_dropout=adapter.has_dropout)
         self.prompts = self.text.prompts(class_names, templates, self.descriptions, adapter.learned_places)
         self._learned = None if self.prompts.learned is None else self.prompts.learned.flatten().to(self.device)
-        self._shares = _shares(self.prompts, clip.dtype, self.device)
+        self._shares = _shares(self.prompts, adapter.place_shares, clip.dtype, self.device)
         self._text_stem = self.text.stem(self.prompts)
         self._selects = speed.batch_classes and not adapter.has_dropout and self.text.trains_blocks
         # For all classes, each for more clients than the one before. None is dropped: recorded steps point into them.
@@ -193,11 +193,15 @@ def _picked(features: Tensor, places: Tensor) -> Tensor:
     return every[clients.unsqueeze(1), classes, places.to(features.device)]
 
 
-def _shares(prompts: Prompts, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """The part `(C, T)` that each place has of its class's mean: none if it only repeats another prompt.
+def _shares(
+    prompts: Prompts, given: tuple[float, ...] | None, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """The part `(C, T)` that each place has of its class's mean: what is `given`, none if it only repeats a prompt.
 
-    None where all classes have as many prompts: then it is the plain mean.
+    None where all classes have as many prompts, and none is given: then it is the plain mean.
     """
+    if given is not None:
+        return torch.tensor(given, dtype=dtype, device=device).expand(prompts.num_classes, -1)
     if prompts.num_of_class is None:
         return None
     counts = prompts.num_of_class.unsqueeze(1)
