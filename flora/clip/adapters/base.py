@@ -38,6 +38,8 @@ class AttachedAdapter(ABC):
     num_models = 1
     first_loss_model = 0
     """From which of a step's models on the loss is of them; those before are there for the adapter's terms to read."""
+    adapt_block: Callable[[int, Tensor], Tensor] | None = None
+    """Changes what a block of the vision tower gets, `(K * B, T, width)`; its number is counted from 1."""
     place_shares: tuple[float, ...] | None = None
     """How much each of a class's T prompts counts in its mean; None: all alike."""
     loss_terms: tuple[LossTerm, ...] = ()
@@ -118,6 +120,11 @@ class Adapter(Component):
     @property
     def knows_classes(self) -> bool:
         """Whether it has weights for each class, and so none for classes that it has not seen."""
+        return False
+
+    @property
+    def adds_image_tokens(self) -> bool:
+        """Whether the vision tower gets more tokens than those of the image."""
         return False
 
     @property

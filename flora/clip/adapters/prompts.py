@@ -39,6 +39,8 @@ class PromptContext(FitsEveryModel):
             raise OptionError("words", f"expected words without braces, or none, got {self.words!r}")
 
     def check_fits(self, architecture: Architecture) -> None:
+        if self.position != "front" and not architecture.reads_text_end:
+            raise OptionError("position", f"expected front: {architecture.name} is not read at a prompt's end")
         room = architecture.context_length - 3  # the first token, one of the class name, the last token
         if self.words is None and self.num_tokens > room:
             raise OptionError("num_tokens", f"expected at most {room} with {architecture.name}, got {self.num_tokens}")
@@ -83,10 +85,6 @@ class AttachedContext(AttachedBeside):
     def __init__(self, options: PromptContext, clip: FrozenClip) -> None:
         super().__init__(clip)
         self.trained_from["text"] = 1
-        if options.position != "front" and clip.text_pool not in ("argmax", "eos"):
-            raise UserError(
-                f"adapter.position: expected front, because {clip.architecture.name} is not read at a prompt's end"
-            )
         self._is_class_specific, text = options.class_specific, clip.text
         tokens = [_words_of(clip, half) for half in options.halves]
         self._num_before, number = len(tokens[0]), len(tokens[0]) + len(tokens[1])

@@ -80,7 +80,8 @@ class AdaptedClip:
         return F.normalize(self.adapter.adapt_images(features.unflatten(0, (num_clients, -1))), dim=-1)
 
     def _encode_images(self, stem: Tensor) -> Tensor:
-        return self.vision.suffix(self.adapter.adapt_patches(stem)).to(self.clip.dtype)
+        x = self.adapter.adapt_patches(stem)
+        return self.vision.suffix(x, self.adapter.adapt_block).to(self.clip.dtype)
 
     def class_features(self, num_clients: int, classes: Tensor | None = None) -> Tensor:
         """Unit text features, `(K, C, embed_dim)`: of all classes, or of each client's own `classes` `(K, C)`.

@@ -61,6 +61,18 @@ TRAINING: tuple[Rule, ...] = (
         "expected none, because backbone.tokens reads the classes of the run's own data",
     ),
     Rule(
+        "backbone.tokens",
+        "fewer tokens of an image need an adapter that adds none (visual_prompt)",
+        lambda c: not c.backbone.tokens.is_idle and c.adapter.adds_image_tokens,
+        "expected all, because {adapter} adds tokens to those of the image",
+    ),
+    Rule(
+        "evaluation.patches",
+        "and so does what patches add to a similarity",
+        lambda c: c.evaluation.patches is not None and c.adapter.adds_image_tokens,
+        "expected none, because {adapter} adds tokens to those of the image",
+    ),
+    Rule(
         "cache.enabled",
         "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
         lambda c: bool(c.cache.enabled) and c.local.augmentation.changes_images and c.cache.views is None,
