@@ -121,6 +121,6 @@ def work(
     import flora.features.reading as reading
 
     reading.STEM_BATCH_SIZE = stem_batch
-    processes.LONGEST_START = timedelta(seconds=30)
+    processes.LONGEST_START = timedelta(seconds=60)
     hooks = None if mischief is None else mischief.hooks()
     sys.exit(main(arguments, hooks=hooks))
