@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -92,6 +93,8 @@ def start(
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {"HOME": str(folder)}
         happens = mischief if mischief is not None and mischief.rank == rank else None
         given = (own, list(arguments), folder / f"process-{rank}", happens, stem_batch)
+        for stream in ("out", "err"):  # it may be killed before it opens them
+            (folder / f"process-{rank}.{stream}").write_text("")
         processes.append(context.Process(target=work, args=given, daemon=True))
         processes[-1].start()
     return processes
@@ -114,8 +117,10 @@ def work(
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     torch.set_num_threads(1)
+    import flora.core.processes as processes
     import flora.features.reading as reading
 
     reading.STEM_BATCH_SIZE = stem_batch
+    processes.LONGEST_START = timedelta(seconds=60)
     hooks = None if mischief is None else mischief.hooks()
     sys.exit(main(arguments, hooks=hooks))

@@ -92,7 +92,10 @@ def test_the_naive_experiment_and_ours_come_to_the_same_adapter(tiny_model: str,
         torch.testing.assert_close(ours[name], tensor, atol=TOLERANCE, rtol=0)
 
 
-def test_the_whole_experiment_from_the_command_line(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_experiment_from_the_command_line(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "_in_fresh_process", benchmark._work)
     arguments = ["--whole", "--model", tiny_model, "--clients", "2", "--batch", "3", "--repeats", "1"]
     assert benchmark.main(arguments) == 0
     line = capsys.readouterr().out.strip()

@@ -8,6 +8,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return "name" not in one or "name" not in other or one["name"] == other["name"]
 
 
+@cache
 def settings() -> dict[str, tuple[str, dict[str, Any]]]:
     """Each choice that is not the default: the setting that it is of, and what to write."""
     default = parse_config({"data": "patterns", "partition": "iid"})

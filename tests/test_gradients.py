@@ -296,3 +296,36 @@ def test_clients_that_start_from_one_adapter_encode_the_classes_once(
         assert sizes == parts * 4
     else:
         assert sizes == [1] * len(parts) + parts * 3
+
+
+@pytest.mark.parametrize(
+    ("of_client", "num_encoded"),
+    [
+        ([0, 1, 2, 0, 1, 2], 3),
+        ([0, 1, 1, 0, 1, 0, 1], 2),
+        ([0, 1, 0, 0, 0, 0, 0], 7),  # backward passes for six clients of each adapter would be more than it saves
+        ([0, 1, 2, 3, 4, 4], 6),
+        ([0, 1, 2, 3, 4, 5], 6),
+    ],
+    ids=str,
+)
+def test_clients_of_several_runs_encode_the_classes_once_for_each_adapter_that_they_start_from(
+    tiny_model: str, of_client: list[int], num_encoded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = Lora(towers=("text", "vision"), targets=TARGETS)
+    batch = batch_of(adapt(tiny_model, adapter), 0, num_clients=len(of_client))
+    results, sizes = [], []
+    for speed in (ALL_ON, dataclasses.replace(ALL_ON, share_first_step=False)):
+        model = adapt(tiny_model, adapter, speed=speed)
+        encode = model.class_features
+        monkeypatch.setattr(
+            model,
+            "class_features",
+            lambda number, classes=None, encode=encode: (sizes.append(number), encode(number, classes))[1],
+        )
+        different = random_adapters(model, max(of_client) + 1)
+        flat = FlatStack({name: tensor[of_client] for name, tensor in different.items()}, model.device)
+        results.append(gradient_function(model, loss_of(CrossEntropy()), flat, None, batch_size=4)(flat.matrix, batch))
+    assert sizes == [num_encoded, len(of_client)]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)

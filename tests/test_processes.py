@@ -8,10 +8,12 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,16 @@ def test_a_program_that_is_one_process_says_so(
 
 
 # What they tell each other
+
+
+def test_a_process_that_dies_before_it_has_joined_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr("flora.core.processes.LONGEST_START", timedelta(seconds=1))
+    with pytest.raises(UserError, match=r"the processes have not found each other .*1/2 clients joined"):
+        Processes(rank=0, size=2).__enter__()
 
 
 def test_a_message_arrives_as_it_was_sent() -> None:

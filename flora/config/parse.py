@@ -8,6 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,12 @@ def _parse_component(kind: type[Component], raw: Any, path: str) -> Component:
     return typing.cast(Component, _parse_options(known[name], options, path))
 
 
+@cache
+def _types_of(cls: type[Options]) -> dict[str, Any]:
+    """The types of a class's options by name."""
+    return typing.get_type_hints(cls)
+
+
 def _parse_options(cls: type[Options], raw: Any, path: str) -> Options:
     prefix = f"{path}." if path else ""
     if raw is None:
@@ -209,7 +216,7 @@ def _parse_options(cls: type[Options], raw: Any, path: str) -> Options:
     for name, field in fields.items():
         if name not in raw and field.default is dataclasses.MISSING:
             mistakes.append(OptionError(f"{prefix}{name}", f"missing: {field.metadata['help']}"))
-    types_by_name = typing.get_type_hints(cls)
+    types_by_name = _types_of(cls)
     values = {}
     for name in (name for name in raw if name in fields):
         value, default = raw[name], fields[name].default

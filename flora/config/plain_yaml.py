@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,11 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 def read_plain_yaml(text: str) -> Any:
     """The value that `text` stands for. Raises one of `YAML_ERRORS`, for which `yaml_reason` has words."""
+    return copy.deepcopy(_read(text))
+
+
+@lru_cache(maxsize=64)  # the runs of a sweep read one file, and few values, again and again
+def _read(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506  (derives from SafeLoader)
 
 

@@ -30,6 +30,8 @@ from flora.core.tree import State, StateLike
 VARIABLES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 # A process that dies closes its connections, which the others notice at once; no block of clients takes this long.
 LONGEST_WAIT = timedelta(days=7)
+# One that dies before it has any is missed after this. Processes are started together, but some import more slowly.
+LONGEST_START = timedelta(minutes=5)
 # Seconds between two looks at whether the others have come: signals are answered between them.
 SHORTEST_LOOK, LONGEST_LOOK = 2e-5, 2e-3
 # How a process comes to a meeting: to exchange something, done with its work, failed; or stopped by a signal, as this
@@ -150,7 +152,13 @@ class Processes:
     def __enter__(self) -> Processes:
         if self.size > 1:
             # What is exchanged lies on the CPU, whatever clients are trained on.
-            dist.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=LONGEST_WAIT)
+            try:
+                dist.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=LONGEST_START)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split()).rpartition("] ")[2]
+                raise UserError(f"the processes have not found each other ({reason})") from None
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+            set_timeout(LONGEST_WAIT)
         return self
 
     def __exit__(

@@ -13,6 +13,9 @@ from torch import Tensor
 State = dict[str, Tensor]
 StateLike = Mapping[str, Tensor]
 
+# Numbers that are put side by side for the sake of fewer operations: copies of more would take too much memory.
+MAX_TOGETHER = 2**20
+
 
 def state_digest(state: StateLike) -> str:
     """The SHA-256 of a state's names and numbers."""
@@ -51,14 +54,31 @@ def weighted_mean(states: Iterable[StateLike], weights: Sequence[float]) -> Stat
     total = float(sum(weights))
     if not total > 0 or any(weight < 0 for weight in weights):
         raise ValueError("a weighted mean needs non-negative weights with a positive sum")
-    mean: State = {}
-    dtypes: dict[str, torch.dtype] = {}
+    like: StateLike = {}
+    groups: list[list[str]] = []
+    sums: list[Tensor] = []
     for state, weight in zip(states, weights, strict=True):
-        for name, tensor in state.items():
-            dtypes[name] = tensor.dtype
-            term = tensor.double() * (weight / total)
-            mean[name] = mean[name].add_(term) if name in mean else term
-    return {name: tensor.to(dtypes[name]) for name, tensor in mean.items()}
+        if not sums:
+            like, groups = state, _groups(state)
+        terms = [flatten(select(state, names)).double().mul_(weight / total) for names in groups]
+        sums = [known.add_(term) for known, term in zip(sums, terms, strict=True)] if sums else terms
+    mean: State = {}
+    for names, vector in zip(groups, sums, strict=True):
+        mean |= unflatten(vector, select(like, names))
+    return {name: tensor.to(like[name].dtype, copy=True) for name, tensor in mean.items()}
+
+
+def _groups(state: StateLike) -> list[list[str]]:
+    """The names, in their order, in groups of at most `MAX_TOGETHER` numbers, or of one tensor."""
+    groups: list[list[str]] = []
+    size = 0
+    for name, tensor in state.items():
+        size += tensor.numel()
+        if not groups or size > MAX_TOGETHER:
+            groups.append([])
+            size = tensor.numel()
+        groups[-1].append(name)
+    return groups
 
 
 def stack(states: Sequence[StateLike]) -> State:

@@ -95,6 +95,10 @@ class Engine:
         """A clock for what this run's work takes."""
         return time.perf_counter()
 
+    def aside(self, function: Callable[[], object]) -> None:
+        """Do something that mostly waits for a disk, while other runs go on that train together with this one."""
+        function()
+
     def evaluate(
         self,
         key: Hashable,

@@ -122,13 +122,14 @@ def gradient_function(
     is_first = dropout is None and _can_share_texts(model, flat)
 
     def compute(
-        parameters: Tensor, batch: Batch, residual: StateLike, first: int, are_alike: bool
+        parameters: Tensor, batch: Batch, residual: StateLike, first: int, shares: bool
     ) -> tuple[Tensor, Tensor]:
         number = len(parameters)
         place = parameters.data_ptr(), number
         state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
         generators = None if dropout is None else dropout[first : first + number]
-        texts = _SharedTexts(model, flat.leaves(parameters[:1]), residual, number) if are_alike else None
+        alike = _Alike.of(parameters) if shares else None
+        texts = None if alike is None else _SharedTexts(model, flat.leaves(parameters[alike.first]), residual, alike)
         leaf = None if texts is None else texts.leaf
         losses = loss.total(_step_views(model, loss, {**state, **residual}, batch, generators, leaf))
         return losses.detach(), _rows(losses, leaves) if texts is None else texts.rows(losses, leaves)
@@ -136,12 +137,11 @@ def gradient_function(
     def compute_in_parts(parameters: Tensor, batch: Batch, residual: StateLike) -> tuple[Tensor, Tensor]:
         nonlocal is_first
         number = len(parameters)
-        are_alike = is_first and number > 1 and batch.is_plain and _are_alike(parameters)
-        is_first = False
+        shares, is_first = is_first and batch.is_plain, False
         if number <= at_once:
-            return compute(parameters, batch, residual, 0, are_alike)
+            return compute(parameters, batch, residual, 0, shares)
         parts = [
-            compute(parameters[place], batch.of_clients(place.start, place.stop), residual, place.start, are_alike)
+            compute(parameters[place], batch.of_clients(place.start, place.stop), residual, place.start, shares)
             for place in (slice(start, start + at_once) for start in range(0, number, at_once))
         ]
         losses, gradients = zip(*parts, strict=True)
@@ -160,36 +160,68 @@ def _can_share_texts(model: AdaptedClip, flat: FlatStack) -> bool:
     return not model.adapter.is_large and len(model.adapter.models(flat.state(flat.matrix[:1]))) == 1
 
 
-def _are_alike(parameters: Tensor) -> bool:
-    """Whether all rows of `(K, P)` are the same, number by number."""
-    return bool((parameters == parameters[:1]).all())
+@dataclass(frozen=True, eq=False)
+class _Alike:
+    """Which of K adapters are the same, number by number: there are U different ones, of at most M clients each.
+
+    `first` (U,) are rows with the different ones. Client k has the one in place `which[k]` of them, and is number
+    `turn[k]` of the clients that have it.
+    """
+
+    first: list[int]
+    which: list[int]
+    turn: list[int]
+
+    @classmethod
+    def of(cls, parameters: Tensor) -> _Alike | None:
+        """Compare the rows of `(K, P)`; return None where it would not pay to compute anything once for those alike."""
+        first: list[int] = []
+        which: list[int] = []
+        turn: list[int] = []
+        for row, numbers in enumerate(parameters):
+            same = (place for place, other in enumerate(first) if torch.equal(parameters[other], numbers))
+            place = next(same, len(first))
+            if place == len(first):
+                first.append(row)
+            turn.append(which.count(place))
+            which.append(place)
+        # U forward passes instead of K; but the backward pass, which takes as long, is one of U x M, not of K.
+        saves = 2 * len(which) > len(first) + len(first) * (max(turn) + 1)
+        return cls(first, which, turn) if saves else None
 
 
 class _SharedTexts:
-    """The class features of clients whose adapters are the same by now: computed once, as if each had its own.
+    """The class features of clients of whom some have the same adapter: computed once for each different one.
 
-    `leaf` `(K, C, embed_dim)` stands for them in the loss. What the loss's gradient by it comes to by the adapter's
-    tensors is one backward pass for all clients, because that is linear.
+    `leaf` `(K, C, embed_dim)` stands for them in the loss. What the loss's gradient by it comes to by the adapters'
+    tensors is one backward pass for all clients with one adapter, because that is linear.
     """
 
-    def __init__(self, model: AdaptedClip, one: tuple[State, list[Tensor]], residual: StateLike, number: int) -> None:
-        state, self._leaves = one
+    def __init__(
+        self, model: AdaptedClip, different: tuple[State, list[Tensor]], residual: StateLike, alike: _Alike
+    ) -> None:
+        state, self._leaves = different
+        self._alike = alike
         with model.adapter.bind({**state, **residual}):
-            self._features = model.class_features(1)
-        self.leaf = self._features.detach().repeat(number, 1, 1).requires_grad_()
+            self._features = model.class_features(len(alike.first))
+        self.leaf = self._features.detach()[alike.which].requires_grad_()
 
     def rows(self, losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
         """As `_rows`: through the class features, and what reaches the clients' `leaves` in other ways."""
-        *direct, by_features = torch.autograd.grad(
+        *direct, by_leaf = torch.autograd.grad(
             losses.sum(), [*leaves, self.leaf], allow_unused=True, materialize_grads=True
         )
+        # (M, U, C, embed_dim): each of the M passes is for one client of each adapter, or for none.
+        places = self._alike.turn, self._alike.which
+        by_features = by_leaf.new_zeros((max(self._alike.turn) + 1, *self._features.shape))
+        by_features[places] = by_leaf
         through = torch.autograd.grad(
-            self._features, self._leaves, by_features.unsqueeze(1), is_grads_batched=True, allow_unused=True
+            self._features, self._leaves, by_features, is_grads_batched=True, allow_unused=True
         )
         number = len(losses)
         return torch.cat(
             [
-                each.reshape(number, -1) if other is None else (each + other.squeeze(1)).reshape(number, -1)
+                each.reshape(number, -1) if other is None else (each + other[places]).reshape(number, -1)
                 for each, other in zip(direct, through, strict=True)
             ],
             dim=1,

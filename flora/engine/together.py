@@ -60,6 +60,14 @@ class _Evaluation:
 
 
 @dataclass(frozen=True, eq=False)
+class _Aside:
+    """A run is waiting for something of its own, such as a disk, and needs nobody: others may go on."""
+
+
+Request = _Call | _Training | _Evaluation | _Aside
+
+
+@dataclass(frozen=True, eq=False)
 class _Reply:
     """What a run gets for its request: a value, or an error to be raised."""
 
@@ -75,10 +83,10 @@ class Member:
     number: int
     num_members: int
     shared: Shared
-    asks: SimpleQueue[_Call | _Training | _Evaluation | None]
+    asks: SimpleQueue[Request | None]
     replies: SimpleQueue[_Reply] = field(default_factory=SimpleQueue)
     engine: SharedEngine | None = None
-    request: _Training | _Evaluation | None = None
+    request: _Training | _Evaluation | _Aside | None = None
     error: BaseException | None = None
     in_call: bool = False
     spent_seconds: float = 0.0
@@ -106,13 +114,24 @@ class Member:
         """A clock that runs while this run is at work, and for its share of what is done for several."""
         return self.spent_seconds + time.perf_counter() - self.resumed_at
 
-    def ask(self, request: _Call | _Training | _Evaluation) -> Any:
+    def ask(self, request: Request) -> Any:
         """Hand over to the main thread until it has done what is asked for; return what comes of it."""
         self.asks.put(request)
         reply = self.replies.get()
         if reply.error is not None:
             raise reply.error
         return reply.value
+
+    def aside(self, function: Callable[[], object]) -> None:
+        """Do something that mostly waits for a disk in this run's own thread, while other runs go on."""
+        if self.in_call:
+            function()
+            return
+        self.asks.put(_Aside())
+        try:
+            function()
+        finally:
+            self.replies.get()
 
     @property
     def group(self) -> Hashable:
@@ -158,6 +177,9 @@ class SharedEngine(Engine):
 
     def seconds(self) -> float:
         return self.member.seconds()
+
+    def aside(self, function: Callable[[], object]) -> None:
+        self.member.aside(function)
 
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         if self.member.in_call:
@@ -206,12 +228,16 @@ class Together:
     def run(self, works: Sequence[Callable[[Member], object]]) -> list[BaseException | None]:
         """Do all `works`, and return how each ended: None, or with which error. What ends one leaves others alone."""
         shared = Shared()
-        asks: SimpleQueue[_Call | _Training | _Evaluation | None] = SimpleQueue()
+        asks: SimpleQueue[Request | None] = SimpleQueue()
         self._members = [Member(work, number, len(works), shared, asks) for number, work in enumerate(works)]
         for member in self._members:
             threading.Thread(target=member.live, daemon=True).start()
             self._go_on(member, _Reply(error=self._stop))
         while waiting := [member for member in self._members if member.request is not None]:
+            if back := [member for member in waiting if isinstance(member.request, _Aside)]:
+                for member in back:
+                    self._go_on(member, _Reply())
+                continue
             chosen = self._chosen(waiting)
             for member, reply in zip(chosen, self._replies(chosen), strict=True):
                 self._go_on(member, reply)
@@ -232,7 +258,7 @@ class Together:
                 member.request = request
                 return
 
-    def _next_request(self, member: Member) -> _Call | _Training | _Evaluation | None:
+    def _next_request(self, member: Member) -> Request | None:
         while True:
             try:
                 return member.asks.get()

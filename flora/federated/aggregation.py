@@ -43,9 +43,9 @@ def step(
     deltas = [update.delta for update in updates]
     if federation.ranks is not None:
         deltas = [{name: end[name] - shared[name] for name in updates[0].delta} for end in ends]
-    delta = checked_state("server.aggregator", aggregator, aggregator.combine(deltas, weights), deltas[0])
-    _require_finite(delta, f"round {round}: what server.aggregator {called(aggregator)} made of finite updates")
-    delta, correction = _corrected(federation, delta, state.correction, updates, weights)
+    combined = checked_state("server.aggregator", aggregator, aggregator.combine(deltas, weights), deltas[0])
+    _require_finite(combined, f"round {round}: what server.aggregator {called(aggregator)} made of finite updates")
+    delta, correction = _corrected(federation, combined, state.correction, updates, weights)
     adapter, optimizer = _stepped(federation, state, delta)
     finalized = strategy.finalize(adapter, ends, weights)
     adapter = checked_state("server.strategy", strategy, finalized, with_any_residual(state.adapter))
@@ -54,7 +54,7 @@ def step(
     if not strategy.has_personal:  # else no product is the server's alone
         averaged = adapter
         if not strategy.replaces_mean and layers(adapter):
-            mean = tree.weighted_mean(deltas, weights)
+            mean = combined if aggregator.is_mean else tree.weighted_mean(deltas, weights)
             averaged = {**shared, **tree.add(tree.select(shared, mean), mean)}
         error = aggregation_error(ends, weights, averaged, state.adapter, federation.engine.processes)
     return Step(adapter, optimizer, correction, error)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from flora.core import tree
-from flora.core.rng import Rng
-from flora.core.states import FRESH, ClientState, ClientUpdate, ServerState
+from flora.core.states import FRESH, ClientState, ClientUpdate
 from flora.engine.tasks import ClientResult, ClientTask
 from flora.federated.federation import Federation, RoundPlan
 
@@ -17,22 +16,23 @@ def send_updates(
 ) -> dict[int, tuple[ClientUpdate, ClientState]]:
     """Let each client send what it has trained: its update as the server reads it, and what it carries on, by id."""
     tasks = {task.client: task for task in plan.tasks}
-    return {result.client: _send(federation, plan.view, tasks[result.client], result, plan.rng) for result in results}
+    kept = frozenset(filter(federation.roles.stays, plan.view.adapter))
+    return {result.client: _send(federation, plan, tasks[result.client], result, kept) for result in results}
 
 
 def _send(
-    federation: Federation, view: ServerState, task: ClientTask, result: ClientResult, rng: Rng
+    federation: Federation, plan: RoundPlan, task: ClientTask, result: ClientResult, kept: Collection[str]
 ) -> tuple[ClientUpdate, ClientState]:
-    client, stays = task.client, federation.roles.stays
+    client = task.client
     # Copies, so that no client keeps the memory of all that shared its steps.
-    own = {name: tensor.clone() for name, tensor in result.adapter.items() if stays(name)}
+    own = {name: result.adapter[name].clone() for name in result.adapter if name in kept}
     failed_step = result.failed_step
     if failed_step is None and not tree.is_finite(own):
         failed_step = result.num_steps - 1
     delta = {name: tensor - task.adapter[name] for name, tensor in result.adapter.items() if name not in own}
-    feedback = view.clients.get(client, FRESH).feedback
+    feedback = plan.view.clients.get(client, FRESH).feedback
     upload = federation.link.upload(
-        delta, feedback, result.sent_correction, client, rng.child("client", client, "upload")
+        delta, feedback, result.sent_correction, client, plan.rng.child("client", client, "upload")
     )
     update = ClientUpdate(
         client=client,

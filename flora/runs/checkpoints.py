@@ -209,7 +209,9 @@ class CheckpointFolder:
             "clients_per_block": checkpoint.clients_per_block,
         }
         outer = {"sha256": _digest(manifest), "manifest": manifest}
-        self._write_file(part / "manifest.json", (json.dumps(outer, indent=2) + "\n").encode())
+        self._write_file(
+            part / "manifest.json", (json.dumps(outer) + "\n").encode()
+        )  # indented it takes ten times as long
         _flush(part)
 
     def _write_file(self, path: Path, content: bytes) -> None:

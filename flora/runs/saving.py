@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from flora.config.parse import config_to_dict
 from flora.core.states import ServerState
@@ -41,5 +42,5 @@ class Saver:
         checkpoint = Checkpoint(
             state, self._config, num_bytes, sha256, self.wall_seconds, self._engine.clients_per_block
         )
-        self._folder.save(checkpoint, keep=self._options.keep)
+        self._engine.aside(partial(self._folder.save, checkpoint, keep=self._options.keep))
         self._saved = state.round

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from flora.core.tree import State
 class Aggregator(Component):
     """How the deltas of a cohort become one."""
 
+    is_mean: ClassVar[bool] = False
+    """Whether it is the plain weighted mean."""
+
     @abstractmethod
     def combine(self, deltas: Sequence[State], weights: Sequence[float]) -> State:
         """One delta from at least one, which come in the order of client ids; `weights` are above 0."""
@@ -29,6 +33,8 @@ class Aggregator(Component):
 @dataclass(frozen=True)
 class Mean(Aggregator):
     """The weighted mean (arXiv:1602.05629, algorithm 1)."""
+
+    is_mean: ClassVar[bool] = True
 
     def combine(self, deltas: Sequence[State], weights: Sequence[float]) -> State:
         return tree.weighted_mean(deltas, weights)

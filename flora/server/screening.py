@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +49,9 @@ def screen(
     least three finite updates, because of two nobody knows which is the odd one, and a median above zero.
     """
     accepted, rejections = [], []
+    expected = _layout(adapter)
     for update in updates:
-        reason = _fault(update, adapter)
+        reason = _fault(update, expected)
         if reason is None:
             accepted.append(update)
         else:
@@ -89,10 +90,13 @@ def refusal(round: int, rejection: Rejection, learning_rate: float) -> DivergedE
     )
 
 
-def _fault(update: ClientUpdate, adapter: StateLike) -> str | None:
-    """Return what makes an update unusable; None if nothing does."""
-    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in adapter.items()}
-    if {name: (tensor.shape, tensor.dtype) for name, tensor in update.delta.items()} != expected:
+def _layout(state: StateLike) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+
+
+def _fault(update: ClientUpdate, expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> str | None:
+    """Return what makes an update unusable, whose names, shapes and types are to be the expected; None if nothing."""
+    if _layout(update.delta) != expected:
         return "wrong names, shapes or types"
     if update.failed_step is not None or not math.isfinite(update.loss):
         return NOT_FINITE

@@ -174,7 +174,7 @@ class AdaptedClip:
     def initial_adapter(self, rng: Rng) -> State:
         """The adapter that the server starts from."""
         with torch.no_grad():
-            return self.adapter.initial_state(rng, self.class_features(1)[0])
+            return self.adapter.initial_state(rng, self.frozen_class_features())
 
     def release_stems(self) -> None:
         """Take what is frozen in front of the adapters out of memory; from now on only features go in."""
