@@ -49,7 +49,7 @@ def folder(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "clients": {"number": 4, "cohort": {"fraction": 0.5}},
         "network": {"name": "drawn"},
         "local": {"learning_rate": 0.01, "batch_size": 8},
-        "evaluation": {"num_local_only": 4, "clients_every": 1},
+        "evaluation": {"num_local_only": 4, "clients_every": 1, "centralized": True},
     }
     for name, seed, adapter in (("one & two", 0, "lora"), ("second", 1, "lora"), ("third", 0, "linear_head")):
         simulate(parse_config({**raw, "name": name, "seed": seed, "adapter": adapter}))
@@ -96,6 +96,8 @@ def test_the_page_of_a_run_says_what_it_was_and_what_came_out(folder: Path) -> N
     assert "2 rounds of fedavg between 4 clients that train lora" in text
     for figure in ("zero_shot_accuracy", "local_only_accuracy_mean", "last_accuracy", "client_accuracy_worst_decile"):
         assert percent(summary[figure]) in text
+    for figure in ("centralized_accuracy", "held_out_centralized_accuracy"):
+        assert f"all images in one place {percent(summary[figure])}" in text
     assert f"Gini coefficient {gini_of(run.path):.3f}" in text
     for title in (
         "Accuracy over rounds",
@@ -107,6 +109,8 @@ def test_the_page_of_a_run_says_what_it_was_and_what_came_out(folder: Path) -> N
         "Who is taken for whom",
         "Is its confidence to be believed?",
         "Aggregation error",
+        "Client drift",
+        "Delta norm",
     ):
         assert f"<figure><h3>{title}</h3><svg " in content, title
     for line in (run.path / "config.yaml").read_text().splitlines():
@@ -292,10 +296,10 @@ def test_many_clients_and_classes_make_no_large_page(copied: Path) -> None:
 
 def test_a_metric_of_the_users_own_has_a_picture_though_nothing_declares_it(copied: Path) -> None:
     records = [json.loads(line) for line in (copied / "rounds.jsonl").read_text().splitlines()]
-    lines = [json.dumps({**record, "delta_norm": record["round"] / 7}) for record in records]
+    lines = [json.dumps({**record, "width_of_all": record["round"] / 7}) for record in records]
     (copied / "rounds.jsonl").write_text("\n".join(lines) + "\n")
     rejected = {**records[-1], "rejected_clients": [{"client": 1, "step": 2, "reason": "not finite"}]}
-    assert "<h3>Delta norm</h3><svg" in page([read_files(copied)])
+    assert "<h3>Width of all</h3><svg" in page([read_files(copied)])
     (copied / "rounds.jsonl").write_text("\n".join(map(json.dumps, [*records[:-1], rejected])) + "\n")
     assert "<h3>Rejected updates</h3><svg" in page([read_files(copied)])
 

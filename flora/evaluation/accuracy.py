@@ -14,6 +14,7 @@ from flora.clip.towers.towers import AdaptedClip
 from flora.core.records import Evaluation
 from flora.core.tree import StateLike
 from flora.engine.losses import logits_in_batches
+from flora.evaluation.classification import macro_f1
 from flora.features.features import Features
 
 MAX_DOMAINS = 1000
@@ -119,6 +120,16 @@ def client_means(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     owners = np.repeat(np.arange(len(sizes)), sizes)
     totals = np.bincount(owners, weights=values, minlength=len(sizes))
     return np.divide(totals, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)
+
+
+def client_macro_f1(labels: np.ndarray, predicted: np.ndarray, sizes: np.ndarray, num_classes: int) -> np.ndarray:
+    """Macro F1 on each client's held-out part, `(num_clients,)`; NaN for a client without one.
+
+    `labels` and `predicted` cover the parts, of `sizes` `(num_clients,)` examples, one after the other.
+    """
+    parts = zip(*(np.split(each, np.cumsum(sizes)[:-1]) for each in (labels, predicted)), strict=True)
+    found = [macro_f1(own_labels, own_predicted, num_classes) for own_labels, own_predicted in parts]
+    return np.array([np.nan if each is None else each for each in found])
 
 
 @torch.no_grad()

@@ -106,12 +106,14 @@ def accuracy_lines(run: RunFiles, places: dict[int, float]) -> list[Line]:
     personal = _line(run, "clients' own adapters", "personal_accuracy_mean", places, 3)
     lines += [personal] * (len(personal.xs) > 1)
     ends = (min(places.values()), max(places.values()))
-    for name, figure in (
-        ("zero-shot", run.figure("zero_shot_accuracy")),
-        ("one client alone", run.figure("local_only_accuracy_mean")),
+    for name, figure, style in (
+        ("zero-shot", "zero_shot_accuracy", None),
+        ("one client alone", "local_only_accuracy_mean", 1),
+        ("all images in one place", "centralized_accuracy", 5),
     ):
-        if figure is not None:
-            lines.append(Line(name, ends, (figure, figure), None if name == "zero-shot" else 1, is_level=True))
+        level = run.figure(figure)
+        if level is not None:
+            lines.append(Line(name, ends, (level, level), style, is_level=True))
     return [line for line in lines if line.xs]
 
 
@@ -153,7 +155,11 @@ def client_strip(run: RunFiles) -> Html:
         raise Absent("No client has held-out images (clients.holdout_fraction).")
     order = np.argsort(np.where(np.isnan(server), np.inf, server), kind="stable")
     order = order[~np.isnan(server[order])]
-    others = (("alone", "local_only_held_out_accuracy", 1), ("own adapter", "personal_accuracy", 3))
+    others = (
+        ("alone", "local_only_held_out_accuracy", 1),
+        ("own adapter", "personal_accuracy", 3),
+        ("all images in one place", "centralized_held_out_accuracy", 5),
+    )
     lines = [Line("server's adapter", range(len(order)), server[order], 0)]
     for name, column, style in others:
         if column in columns and not np.isnan(values := numbers(columns[column])[order]).all():

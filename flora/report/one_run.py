@@ -80,6 +80,7 @@ def _bars(run: RunFiles) -> Html:
         ("one client alone, mean", run.figure("local_only_accuracy_mean"), ""),
         ("one client alone, best", run.figure("local_only_accuracy_best"), ""),
         (f"{together}, last round", run.figure("last_accuracy"), "result"),
+        ("all images in one place", run.figure("centralized_accuracy"), ""),
         ("classes set aside, zero-shot", run.figure("zero_shot_new_accuracy"), ""),
         ("classes set aside, last round", run.figure("new_accuracy"), "result"),
     ]
@@ -87,6 +88,7 @@ def _bars(run: RunFiles) -> Html:
         ("alone", run.figure("held_out_local_only_accuracy"), ""),
         ("own adapters", run.figure("held_out_personal_accuracy") or run.figure("personal_accuracy_mean"), ""),
         ("together", run.figure("held_out_federated_accuracy") or run.figure("client_accuracy_mean"), "result"),
+        ("all images in one place", run.figure("held_out_centralized_accuracy"), ""),
     ]
     parts = []
     for title, rows in (("on the common test images", common), ("on the clients' own held-out images, mean", own)):
