@@ -18,11 +18,13 @@ import pytest
 from flora.config.parse import parse_config
 from flora.core.hooks import Hooks
 from flora.core.records import RoundRecord
+from flora.evaluate import main as evaluate_main
 from flora.evaluation.summary import percent
 from flora.report.__main__ import main
 from flora.report.charts import gini
 from flora.report.elements import Cell, Html, bars, element, table
 from flora.report.live import LivePage
+from flora.report.one_run import evaluations
 from flora.report.page import page
 from flora.report.pictures import Line, heat_map, lines_picture
 from flora.report.reading import RunFiles, read_files
@@ -91,6 +93,7 @@ class Balance(HTMLParser):
 def test_the_page_of_a_run_says_what_it_was_and_what_came_out(folder: Path) -> None:
     run = read_files(folder / "one & two")
     content = page([run])
+    assert "On other data" not in content
     text, summary = text_of(content), json.loads((run.path / "summary.json").read_text())
     assert text.count("one & two") > 2
     assert "2 rounds of fedavg between 4 clients that train lora" in text
@@ -410,6 +413,47 @@ def test_live_the_page_is_written_anew_after_each_round(
         == 0
     )
     assert seen[2:] == ["On its way: round 3 of 3"]
+
+
+def test_the_page_of_a_run_that_stops_says_so_and_how_to_go_on(
+    raw_config: dict[str, Any], tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(json.dumps(raw_config))
+    written = tmp_path / "runs" / "test" / "report.html"
+
+    def stop(round: int, clients: tuple[int, ...]) -> None:
+        if round == 2:
+            raise KeyboardInterrupt
+
+    # Rounds are too short for the page to be written after each; in the end it is, all the same.
+    assert simulate_main([str(path), "--live"], hooks=Hooks(before_block=stop)) == 130
+    content = written.read_text()
+    text = text_of(content)
+    assert "Interrupted after round 1 of 2; how to go on is below." in text
+    assert f"Go on python -m flora.simulate --resume {written.parent}" in text
+    assert "On its way" not in text and 'http-equiv="refresh"' not in content
+    assert simulate_main(["--resume", str(written.parent), "--live"]) == 0
+    assert "Interrupted" not in written.read_text()
+    # A run that stops before its first record has no page, and no directory.
+    assert simulate_main([str(path), "--live", "name=broken", "backbone.weights=no.safetensors"]) == 2
+    assert not (tmp_path / "runs" / "broken").exists()
+
+
+def test_evaluations_on_other_data_are_a_table(copied: Path) -> None:
+    assert evaluations(read_files(copied)) == ""
+    assert evaluate_main([str(copied), "data.num_classes=2"]) == 0
+    assert evaluate_main([str(copied), "--name", "<b>"]) == 2
+    record = json.loads((copied / "evaluations" / "patterns.json").read_text())
+    (copied / "evaluations" / "<b>.json").write_text(json.dumps({**record, "client": "<i>"}))
+    (copied / "evaluations" / "damaged.json").write_text("{")
+    (copied / "evaluations" / "other.json").write_text('{"metrics": []}')
+    content, frozen, metrics = evaluations(read_files(copied)), record["zero_shot"]["accuracy"], record["metrics"]
+    figures = [percent(each) for each in (frozen, *map(metrics.get, ("accuracy", "macro_f1", "calibration_error")))]
+    shown = " ".join([str(record["num_images"]), "2", *figures])
+    rows = f"<b> patterns of client <i> {shown} patterns patterns the server's {shown} Left out, because damaged: "
+    assert text_of(content).endswith(f"{rows}evaluations/damaged.json, evaluations/other.json.")
+    assert "<td>&lt;b&gt;</td>" in content
 
 
 def test_a_page_on_its_way_is_written_less_often_than_rounds_pass(

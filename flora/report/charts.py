@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 SHOWN = ("accuracy", "loss", "train_loss", "client_accuracy_mean", "client_accuracy_worst_decile", "num_clients",
          "uplink_bytes", "downlink_bytes", "simulated_seconds", "num_examples", "num_steps", "top5_accuracy",
          "macro_f1", "balanced_accuracy")  # fmt: skip
+ABBREVIATIONS = {"auroc": "AUROC"}
 SENT = "megabytes sent, up and down, all clients"
 # Clients drawn as points of their own; more are lines.
 MAX_POINTS = 150
@@ -304,7 +305,7 @@ def other_metrics(run: RunFiles) -> list[Html]:
             points = [(round, value) for round, value in points if round]
         told = metric is None or (metric.of in ("server", "training", "traffic") and name not in SHOWN)
         if told and len({value for _, value in points}) > 1:
-            title = name.replace("_", " ").capitalize()
+            title = ABBREVIATIONS.get(name) or name.replace("_", " ").capitalize()
             found.append(picture(title, partial(_simple, run, name, points), metric.about if metric else ""))
     rejected = [(record.round, float(len(record.rejected_clients))) for record in run.records if record.round]
     if any(count for _, count in rejected):

@@ -13,7 +13,7 @@ from flora.evaluation.summary import describe, percent, shown, size
 from flora.report import charts
 from flora.report.charts import picture
 from flora.report.elements import Cell, Html, bars, element, facts, folded, joined, section, table
-from flora.report.reading import Absent, RunFiles, confusion_of, numbers
+from flora.report.reading import Absent, RunFiles, confusion_of, evaluations_of, numbers
 
 # Rows of a table that the page shows.
 MAX_ROWS = 500
@@ -27,6 +27,7 @@ def sections(run: RunFiles) -> dict[str, Html]:
         "Over rounds": (grid(charts.curves(run)),),
         "Clients": _clients(run),
         "Classes": _classes(run),
+        "On other data": (evaluations(run),),
         "Inside the rounds": (grid(*charts.other_metrics(run), kind="grid small"),),
         "Settings": (settings(run), _environment(run)),
         "Go on": (commands(run),),
@@ -243,6 +244,33 @@ def worst_pairs(run: RunFiles) -> Html:
     return table(["labelled", "taken for", "images", "of the class"], rows, sortable=True)
 
 
+def evaluations(run: RunFiles) -> Html:
+    """Return what `flora evaluate` wrote beside the run as a table, a row a record, and the names of damaged ones."""
+    rows, damaged = [], []
+    for name, content in evaluations_of(run).items():
+        try:
+            rows.append(_evaluation(name, content or {}))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            damaged.append(name)
+    titles = ["record", "data", "adapter", "images", "classes", "zero-shot", "adapted", "macro F1", "calibration error"]
+    note = f"Left out, because damaged: {', '.join(f'evaluations/{name}.json' for name in damaged)}."
+    return joined([table(titles, rows, sortable=True) if rows else "", element("p", note) if damaged else ""])
+
+
+def _evaluation(name: str, content: Mapping[str, Any]) -> list[Any]:
+    """The row of a record. Raises KeyError, TypeError, AttributeError or ValueError for a damaged one."""
+    found, client = content["metrics"], content.get("client")
+    figures = (content["zero_shot"]["accuracy"], *(found.get(key) for key in ("accuracy", "macro_f1")))
+    return [
+        name,
+        content["config"]["data"]["name"],
+        "the server's" if client is None else f"of client {client}",
+        content["num_images"],
+        len(content["class_names"]),
+        *(Cell(percent(figure), figure) for figure in (*figures, found.get("calibration_error"))),
+    ]
+
+
 def settings(run: RunFiles) -> Html:
     """Return the configuration as it was, folded."""
     return optional(lambda: folded("config.yaml: every setting", element("pre", run.text("config.yaml"))))
@@ -270,7 +298,12 @@ def commands(run: RunFiles) -> Html:
     path, again = shlex.quote(str(run.path)), shlex.quote(f"{run.name}-again")
     found = []
     if run.summary is None:
-        found.append(("Go on, if it has stopped", f"python -m flora.simulate --resume {path}"))
+        found.append(
+            (
+                "Go on" if run.was_interrupted else "Go on, if it has stopped",
+                f"python -m flora.simulate --resume {path}",
+            )
+        )
     elif run.config is not None and not run.config.local.schedule.needs_num_rounds:
         found.append(("More rounds", f"python -m flora.simulate --resume {path} rounds={2 * run.config.rounds}"))
     found.append(("The same with another seed", f"python -m flora.simulate {path}/config.yaml seed=1234 name={again}"))
