@@ -100,8 +100,8 @@ def svg(draw: Callable[[Figure], None], about: str, size: tuple[float, float] = 
         warnings.filterwarnings("ignore", "Glyph")  # the browser has its own fonts
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
-        # Not `savefig`, which draws everything twice.
-        FigureCanvasSVG(figure).print_svg(content, metadata={"Date": None, "Creator": None})
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(content, metadata={"Date": None, "Creator": None})  # `savefig` draws everything twice
     return _inline(content.getvalue(), about)
 
 

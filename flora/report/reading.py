@@ -31,8 +31,9 @@ class Absent(Exception):
 class RunFiles:
     """A run directory: its settings, its records, and its summary, which a run on its way has none of.
 
-    `was_interrupted`: it is not on its way any more, though it has none. `settings` are those of `config.yaml` as they are written; `config` is None if this program can't read them (a
-    component of the user's own that was not imported, or an old run).
+    `was_interrupted`: it is not on its way any more, though it has none. `settings` are those of `config.yaml` as they
+    are written; `config` is None if this program can't read them (a component of the user's own that was not imported,
+    or an old run).
     """
 
     path: Path
