@@ -124,18 +124,27 @@ def test_a_clients_own_adapter(
 ) -> None:
     images = Path(write_images(tmp_path / "images", number=24, clients=3))
     shared = {"clients": {"number": 3, "holdout_fraction": 0.5}, "local": {**raw_config["local"], "learning_rate": 0.1}}
-    changes = {**shared, **changes, "clients": {**shared["clients"], **changes.get("clients", {})}}
+    changes = {**shared, **changes, "evaluation": {"predictions": 1}}
     run = run_of({**raw_config, **changes}, images, data={"groups": "folder"}, partition="natural")
     with (run / "clients.csv").open(newline="") as file:
         clients = list(csv.DictReader(file))
     assert {client["name"] for client in clients} == {"site 0", "site 1", "site 2"}
     with (run / "examples.csv").open(newline="") as file:
         held_out = [row for row in csv.DictReader(file) if row["split"] == "held_out"]
+    with (run / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    own = {row["image"]: row for row in rows if row["split"] == "held_out"}
+    assert {row["own_predicted"] for row in rows if row["split"] == "test"} == {""}
+    assert any(row["own_predicted"] != row["predicted"] for row in own.values())
     for client in clients:
         labels = {row["image"]: row["class"] for row in held_out if row["name"] == client["name"]}
         content = predicted(capsys, str(run), *labels, "--client", client["name"])
         right = [labels[each["image"]] == each["predicted"] for each in content["predictions"]]
         assert np.mean(right) == pytest.approx(float(client["personal_accuracy"]), abs=1e-6)
+        for each in content["predictions"]:
+            row = own[each["image"]]
+            assert (row["name"], row["own_predicted"]) == (client["name"], each["predicted"])
+            assert float(row["own_probability"]) == pytest.approx(each["probabilities"][each["predicted"]], abs=2e-4)
     by_id = predicted(capsys, str(run), str(images), "--client", "1")
     by_name = predicted(capsys, str(run), str(images), "--client", "site 1")
     assert by_id["predictions"] == by_name["predictions"]

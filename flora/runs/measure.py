@@ -21,7 +21,7 @@ from flora.evaluation.accuracy import (
     client_means,
     evaluate,
     harmonic_mean,
-    own_accuracies,
+    own_predictions,
     spread,
     unheld_accuracies,
 )
@@ -39,7 +39,9 @@ class ClientResults:
 
     `server` is the server's adapter, `own` each client's own, if they have any: the server's for who has none.
     `has_own` says who has one. `losses` and `macro_f1` are the server's adapter's mean losses and macro F1 on the same
-    examples. `test` is that adapter on the common test images, if they were evaluated at the same time.
+    examples. `own_predictions` `(N, 2)` has a row a held-out example, one client's after the other's: the class that
+    its client's own adapter predicts and its probability, NaN where it has none. `test` is the server's adapter on the
+    common test images, if they were evaluated at the same time.
     """
 
     server: np.ndarray
@@ -47,6 +49,7 @@ class ClientResults:
     macro_f1: np.ndarray
     own: np.ndarray | None = None
     has_own: np.ndarray | None = None
+    own_predictions: np.ndarray | None = None
     test: Evaluation | None = None
 
 
@@ -221,12 +224,14 @@ def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults
         f1 = client_macro_f1(labels, evaluation.predicted, sizes, len(experiment.class_names))
     if with_own is None:
         return ClientResults(server, losses, f1)
-    own, ends = server.copy(), np.cumsum(sizes)
+    predictions = np.full((len(experiment.held_out), 2), np.nan)
     for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
-        own[clients] = _of_blocks(
-            experiment, clients, adapters, lambda some, part: _on_held_out(experiment, ends, some, part)
-        )
-    return ClientResults(server, losses, f1, own, np.isin(np.arange(len(sizes)), with_own))
+        found = _of_blocks(experiment, clients, adapters, partial(_predicted_of_held_out, experiment))
+        predictions[np.concatenate(_held_out_of(experiment, clients))] = found
+    is_own = np.isin(np.arange(len(sizes)), with_own)
+    right = predictions[:, 0] == experiment.held_out.labels.cpu().numpy()
+    own = np.where(is_own, client_means(right, sizes), server)
+    return ClientResults(server, losses, f1, own, is_own, predictions)
 
 
 def _of_blocks(
@@ -235,7 +240,7 @@ def _of_blocks(
     adapters: StateLike,
     evaluate_some: Callable[[Sequence[int], StateLike], np.ndarray],
 ) -> np.ndarray:
-    """Evaluate each client's own of `adapters` `(K, ...)`, as many at once as fit; return the numbers `(K, ...)`."""
+    """Evaluate each client's own of `adapters` `(K, ...)`, as many at once as fit; return all that comes of it."""
     number = len(clients)
 
     def block(places: Sequence[int]) -> np.ndarray:
@@ -247,18 +252,27 @@ def _of_blocks(
     return np.concatenate(list(parts))
 
 
-def _on_held_out(experiment: Experiment, ends: np.ndarray, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
-    """Accuracy of each of `adapters` `(K, ...)` on its client's held-out examples, `(K,)`; these end at `ends`."""
-    starts, config = ends - experiment.held_out_sizes, experiment.config.evaluation
-    examples = [np.arange(starts[client], ends[client]) for client in clients]
-    return own_accuracies(
+def _held_out_of(experiment: Experiment, clients: Sequence[int]) -> list[np.ndarray]:
+    """The places of each client's held-out examples among those of all."""
+    ends = np.cumsum(experiment.held_out_sizes)
+    return [np.arange(ends[client] - experiment.held_out_sizes[client], ends[client]) for client in clients]
+
+
+def _predicted_of_held_out(experiment: Experiment, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
+    """What each of `adapters` `(K, ...)` predicts of its client's held-out examples, one client's after the other's.
+
+    Returns `(N, 2)`, the class and its probability.
+    """
+    config = experiment.config.evaluation
+    found = own_predictions(
         experiment.federation.engine.model,
         adapters,
         experiment.held_out,
-        examples,
+        _held_out_of(experiment, clients),
         batch_size=config.batch_size,
         prediction=config.prediction,
     )
+    return np.stack([found.classes, found.probabilities], axis=1)
 
 
 def _on_test_images(experiment: Experiment, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
@@ -286,13 +300,13 @@ def measure_local_only(
     number, federation = experiment.config.evaluation.num_local_only, experiment.federation
     chosen = np.unique(np.linspace(0, len(federation.clients) - 1, number).round().astype(int))
     adapters = train_local_only(federation, experiment.initial_adapter, chosen, advance=advance)
-    results, ends = LocalOnlyResults.of_nobody(len(federation.clients)), np.cumsum(experiment.held_out_sizes)
+    results = LocalOnlyResults.of_nobody(len(federation.clients))
     own = federation.engine.model.adapter.models(adapters)[-1]
     clients = chosen.tolist()
     results.test[chosen], results.unheld[chosen] = _of_test_images(experiment, clients, own)
-    results.held_out[chosen] = _of_blocks(
-        experiment, clients, own, lambda some, part: _on_held_out(experiment, ends, some, part)
-    )
+    predicted = _of_blocks(experiment, clients, own, partial(_predicted_of_held_out, experiment))[:, 0]
+    labels = experiment.held_out.labels.cpu().numpy()[np.concatenate(_held_out_of(experiment, clients))]
+    results.held_out[chosen] = client_means(predicted == labels, experiment.held_out_sizes[chosen])
     with_own = clients_with_own_adapters(federation, state)
     if with_own is None:
         return results
