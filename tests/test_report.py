@@ -20,11 +20,12 @@ from flora.core.hooks import Hooks
 from flora.core.records import RoundRecord
 from flora.evaluate import main as evaluate_main
 from flora.evaluation.summary import percent
+from flora.report import several_runs
 from flora.report.__main__ import main
 from flora.report.charts import gini
 from flora.report.elements import Cell, Html, bars, element, table
 from flora.report.live import LivePage
-from flora.report.one_run import evaluations
+from flora.report.one_run import evaluations, settings
 from flora.report.page import page
 from flora.report.pictures import Line, heat_map, lines_picture
 from flora.report.reading import RunFiles, read_files
@@ -199,6 +200,7 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
         ({"local": {"learning_rate": 1.0, "steps": None}}, ["lora", "lora, no steps", "norm"]),
         ({"data": {"root": "elsewhere"}}, ["lora", "lora, root elsewhere", "norm"]),
         ({"cache": {"folder": "elsewhere"}, "seed": 5, "name": "x"}, ["lora", "norm"]),
+        ({"trackers": ["csv"], "evaluation": {"auroc": True, "centralized": True}}, ["lora", "norm"]),
         ({"local": {"learning_rate": 0.1}, "server": {"optimizer": {"learning_rate": 2.0}}}, None),
     ],
 )
@@ -278,6 +280,26 @@ def test_an_old_run_without_the_figures_of_today_has_a_page(copied: Path) -> Non
     assert "between 4 clients that train lora" in text and "50.0 %" in text
     assert "No round says who took part" in text
     assert "4 clients" in text_of(page([read_files(copied), read_files(copied)]))
+
+
+def test_the_page_of_a_run_without_rounds_promises_nothing(copied: Path) -> None:
+    record = (copied / "rounds.jsonl").read_text().splitlines()[0]
+    (copied / "rounds.jsonl").write_text(f"{record}\n")
+    summary = {"rounds": 0, "zero_shot_accuracy": 0.5, "last_accuracy": 0.5, "best_accuracy": 0.5, "best_round": 0}
+    (copied / "summary.json").write_text(json.dumps({**summary, "client_accuracy_mean": 0.25}))
+    text = text_of(page([read_files(copied)]))
+    assert "50.0 % zero-shot; nothing was trained." in text and "the frozen model 25.0 %" in text
+    assert "together" not in text and "best round" not in text
+    assert "flora.predict" not in text and "flora.export" in text and "rounds=4" in text
+
+
+def test_passwords_of_trackers_are_not_shown(copied: Path) -> None:
+    config = (copied / "config.yaml").read_text()
+    address = "trackers:\n- name: mlflow\n  tracking_uri: https://me:se-cret@host:5000/a@b\n"
+    (copied / "config.yaml").write_text(config.replace("trackers: []\n", address))
+    for shown in (settings(read_files(copied)), several_runs.sections([read_files(copied)])["Differences in settings"]):
+        assert "se-cret" not in shown
+    assert "https://me:...@host:5000/a@b" in settings(read_files(copied))
 
 
 def test_many_clients_and_classes_make_no_large_page(copied: Path) -> None:

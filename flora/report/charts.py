@@ -110,7 +110,7 @@ def accuracy_lines(run: RunFiles, places: dict[int, float]) -> list[Line]:
     for name, figure, style in (
         ("zero-shot", "zero_shot_accuracy", None),
         ("one client alone", "local_only_accuracy_mean", 1),
-        ("all images in one place", "centralized_accuracy", 5),
+        ("all images in one place", "centralized_accuracy", 4),
     ):
         level = run.figure(figure)
         if level is not None:
@@ -159,7 +159,7 @@ def client_strip(run: RunFiles) -> Html:
     others = (
         ("alone", "local_only_held_out_accuracy", 1),
         ("own adapter", "personal_accuracy", 3),
-        ("all images in one place", "centralized_held_out_accuracy", 5),
+        ("all images in one place", "centralized_held_out_accuracy", 4),
     )
     lines = [Line("server's adapter", range(len(order)), server[order], 0)]
     for name, column, style in others:

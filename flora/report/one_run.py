@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -76,11 +77,13 @@ def result(run: RunFiles) -> Html:
 
 def _bars(run: RunFiles) -> Html:
     together = "all images in one place" if run.setting("clients.centralized") is True else "together"
+    if not run.records[-1].round:
+        together = "the frozen model"
     common = [
         ("zero-shot", run.figure("zero_shot_accuracy"), ""),
         ("one client alone, mean", run.figure("local_only_accuracy_mean"), ""),
         ("one client alone, best", run.figure("local_only_accuracy_best"), ""),
-        (f"{together}, last round", run.figure("last_accuracy"), "result"),
+        (f"{together}, last round", run.figure("last_accuracy") if run.records[-1].round else None, "result"),
         ("all images in one place", run.figure("centralized_accuracy"), ""),
         ("classes set aside, zero-shot", run.figure("zero_shot_new_accuracy"), ""),
         ("classes set aside, last round", run.figure("new_accuracy"), "result"),
@@ -88,7 +91,7 @@ def _bars(run: RunFiles) -> Html:
     own = [
         ("alone", run.figure("held_out_local_only_accuracy"), ""),
         ("own adapters", run.figure("held_out_personal_accuracy") or run.figure("personal_accuracy_mean"), ""),
-        ("together", run.figure("held_out_federated_accuracy") or run.figure("client_accuracy_mean"), "result"),
+        (together, run.figure("held_out_federated_accuracy") or run.figure("client_accuracy_mean"), "result"),
         ("all images in one place", run.figure("held_out_centralized_accuracy"), ""),
     ]
     parts = []
@@ -107,7 +110,7 @@ def _tiles(run: RunFiles) -> Html:
         ("rounds", rounds),
         (
             "best round, chosen on the test set",
-            None if best is None else f"{percent(best)} (round {known.get('best_round')})",
+            None if best is None or not rounds else f"{percent(best)} (round {known.get('best_round')})",
         ),
         ("trained parameters", None if not trained or not of_all else f"{trained:,} of {of_all:,}"),
         ("up per client and round", _shown("bytes", known.get("uplink_bytes_per_client_round"))),
@@ -272,8 +275,13 @@ def _evaluation(name: str, content: Mapping[str, Any]) -> list[Any]:
 
 
 def settings(run: RunFiles) -> Html:
-    """Return the configuration as it was, folded."""
-    return optional(lambda: folded("config.yaml: every setting", element("pre", run.text("config.yaml"))))
+    """Return the configuration as it was, folded, but for passwords in addresses of trackers."""
+    return optional(
+        lambda: folded(
+            "config.yaml: every setting",
+            element("pre", re.sub(r"(://[^/@\s:]*):[^/@\s]+@", r"\1:...@", run.text("config.yaml"))),
+        )
+    )
 
 
 def _environment(run: RunFiles) -> Html:
@@ -298,21 +306,19 @@ def commands(run: RunFiles) -> Html:
     path, again = shlex.quote(str(run.path)), shlex.quote(f"{run.name}-again")
     found = []
     if run.summary is None:
-        found.append(
-            (
-                "Go on" if run.was_interrupted else "Go on, if it has stopped",
-                f"python -m flora.simulate --resume {path}",
-            )
-        )
+        title = "Go on" if run.was_interrupted else "Go on, if it has stopped"
+        found.append((title, f"python -m flora.simulate --resume {path}"))
     elif run.config is not None and not run.config.local.schedule.needs_num_rounds:
-        found.append(("More rounds", f"python -m flora.simulate --resume {path} rounds={2 * run.config.rounds}"))
+        rounds = 2 * run.config.rounds or 10
+        found.append(("More rounds", f"python -m flora.simulate --resume {path} rounds={rounds}"))
     found.append(("The same with another seed", f"python -m flora.simulate {path}/config.yaml seed=1234 name={again}"))
-    if run.summary is not None:
+    if run.summary is not None and run.records[-1].round:
         found += [
             ("What it makes of your images", f"python -m flora.predict {path} photo.jpg"),
             ("How good it is on other data", f"python -m flora.evaluate {path} data=cifar10 data.download=true"),
-            ("A model that OpenCLIP loads", f"python -m flora.export {path} adapted"),
         ]
+    if run.summary is not None:
+        found.append(("A model that OpenCLIP loads", f"python -m flora.export {path} adapted"))
     return element(
         "dl",
         *(joined([element("dt", what), element("dd", element("code", line))]) for what, line in found),

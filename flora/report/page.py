@@ -57,6 +57,8 @@ def _state(run: RunFiles) -> Html:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
         return element("p", f"On its way: {rounds}, at {now}.", class_="live")
     frozen, last = run.figure("zero_shot_accuracy"), run.figure("last_accuracy")
+    if not run.records[-1].round:
+        return element("p", element("b", percent(frozen)), " zero-shot; nothing was trained.", class_="claim")
     return element(
         "p", "From ", element("b", percent(frozen)), " zero-shot to ", element("b", percent(last)), ".", class_="claim"
     )
