@@ -28,8 +28,8 @@ from flora.clip import huggingface
 from flora.clip.adapters.files import peft_files
 from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import EXPORT_METADATA, plain_model, vocabulary
-from flora.clip.prediction import PLAIN
 from flora.clip.towers.tokens import AllTokens, TokenReduction
+from flora.config.schema import ExperimentConfig
 from flora.core.command_line import run_program
 from flora.core.errors import UserError
 from flora.core.files import write_whole
@@ -57,8 +57,6 @@ class MergedModel:
     model_cfg: dict[str, Any]
     preprocess_cfg: dict[str, Any]
     tokens: TokenReduction = AllTokens()
-    is_fused: bool = False
-    """Whether the run predicted with more than the adapted model's own logits."""
 
 
 def merged_model(run: Path, client: str | None = None, overrides: Sequence[str] = ()) -> MergedModel:
@@ -82,7 +80,6 @@ def merged_model(run: Path, client: str | None = None, overrides: Sequence[str] 
         model_cfg={key: value for key, value in clip.config.items() if key != "open_clip"},
         preprocess_cfg=dict(clip.preprocess_settings),
         tokens=clip.tokens,
-        is_fused=config.evaluation.prediction != PLAIN,
     )
 
 
@@ -141,8 +138,7 @@ def huggingface_files(model: MergedModel, dtype: torch.dtype) -> dict[str, bytes
 
     Raises `UserError` for what it can't express.
     """
-    if not model.tokens.is_idle:
-        raise UserError(f"the run goes on with some tokens of an image ({model.tokens}), which CLIPModel can't")
+    _refuse_tokens(model.tokens)
     settings = {**huggingface.clip_config(model.model_cfg), "dtype": str(dtype).removeprefix("torch.")}
     weights = huggingface.in_type(huggingface.clip_weights(model.weights), dtype)
     length = settings["text_config"]["max_position_embeddings"]
@@ -152,6 +148,11 @@ def huggingface_files(model: MergedModel, dtype: torch.dtype) -> dict[str, bytes
         "preprocessor_config.json": huggingface.as_json(huggingface.image_processor(model.preprocess_cfg)),
         **huggingface.tokenizer_files(*vocabulary(), length),
     }
+
+
+def _refuse_tokens(tokens: TokenReduction) -> None:
+    if not tokens.is_idle:
+        raise UserError(f"the run goes on with some tokens of an image ({tokens}), which CLIPModel can't")
 
 
 def peft_adapter(
@@ -167,6 +168,7 @@ def peft_adapter(
         raise UserError(f"{run}: its adapter ({name_of(options)}) is no LoRA, and PEFT's LoRA has no place for it")
     clip = finished.load_backbone(torch.device("cpu"), "fp32")
     huggingface.clip_config(clip.config)
+    _refuse_tokens(clip.tokens)
     attached = options.attach(clip)
     finished.check_fits(attached.initial_state(Rng(0)))
     try:
@@ -199,15 +201,24 @@ def _main(argv: Sequence[str] | None) -> int:
         raise UserError(f"{options.path}: exists already")
     if options.to != "openclip" and options.path.suffix == ".safetensors":
         raise UserError(f"{options.path}: --to {options.to} writes a folder, whose name can't end in .safetensors")
-    print("\n".join(WRITERS[options.to](options)))
+    lines = WRITERS[options.to](options)
+    print("\n".join([*lines, *left_out(read_run(options.run, options.overrides).config)]))
     return 0
+
+
+def left_out(config: ExperimentConfig) -> list[str]:
+    """Return the line about what a run predicts with besides its model, which no export has a place for, if it does."""
+    names = [name for name, is_idle in (("fusion", config.evaluation.fusion.is_idle),
+                                        ("patches", config.evaluation.patches is None)) if not is_idle]  # fmt: skip
+    named = " and ".join(f"evaluation.{name}" for name in names)
+    return [f"left out: {named} of the run, which is no part of a model: its predictions differ"] if names else []
 
 
 def _to_openclip(options: Namespace) -> list[str]:
     """Write what `--to openclip` asks for; return the lines to print."""
     model = merged_model(options.run, options.client, options.overrides)
     write_model(model, options.path, DTYPES[options.dtype])
-    lines = [f"{options.path}: {len(model.weights)} tensors", *how_to_load(model, options.path), *_beside(model)]
+    lines = [f"{options.path}: {len(model.weights)} tensors", *how_to_load(model, options.path)]
     if not model.tokens.is_idle:
         classes = ", classes" if model.tokens.reads_classes else ""
         call = f"flora.reduce_tokens(model, flora.{model.tokens}{classes})"
@@ -222,7 +233,6 @@ def _to_huggingface(options: Namespace) -> list[str]:
     return [
         f"{options.path}: {len(model.weights)} tensors",
         f"in Python: import transformers; model = {loaded}",
-        *_beside(model),
     ]
 
 
@@ -235,12 +245,6 @@ def _to_peft(options: Namespace) -> list[str]:
         f"in Python, with the backbone as a CLIPModel: import peft; peft.PeftModel.from_pretrained(model, {where!r})",
         f"as a run's beginning: {shlex.join([f'adapter.start={where}'])}",
     ]
-
-
-def _beside(model: MergedModel) -> list[str]:
-    """The line about what the run does beside the model, if it does."""
-    what = "the run's evaluation.fusion or evaluation.patches are no part of the weights: predictions differ from its"
-    return [what] if model.is_fused else []
 
 
 WRITERS: dict[str, Callable[[Namespace], list[str]]] = {

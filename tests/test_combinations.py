@@ -41,7 +41,7 @@ from flora.data.splits import Splitter
 from flora.evaluation.metrics import METRICS
 from flora.experiment.build import build_experiment
 from flora.federated.round import run_round
-from flora.runs.measure import measure, measure_local_only
+from flora.runs.measure import measure, measure_centralized, measure_local_only
 from flora.server.aggregators import Aggregator
 from flora.server.optimizers import ServerOptimizer
 from flora.server.strategies.base import Strategy
@@ -85,6 +85,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "adapter.start": {"adapter": {"name": "lora", "start": str(START)}},
     "evaluation.auroc": {"evaluation": {"auroc": True}},
     "evaluation.also": {"evaluation": {"also": ["digits"]}},
+    "evaluation.centralized": {"evaluation": {"centralized": True}},
     "local.steps": {"local": {"steps": 2}},
     "server.screening=clip": {"server": {"screening": {"policy": "clip", "max_norm_ratio": 1.5}}},
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},
@@ -190,6 +191,8 @@ def two_rounds(raw: Mapping[str, Any]) -> str | None:
         assert tree.is_finite(state.adapter) and math.isfinite(record.accuracy)
         assert not result.rejected_clients
     measure_local_only(experiment, state, advance=lambda done: None)
+    if config.evaluation.centralized:
+        measure_centralized(experiment, advance=lambda done: None)
     return None
 
 

@@ -115,7 +115,7 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         figures = {"accuracy": 0.5}
         return {"num_images": 1, "class_names": [], "zero_shot": figures, "metrics": figures}
 
-    for program in (predict, evaluate):
+    for program in (predict, evaluate, export):
         monkeypatch.setattr(program, "read_run", finished)
     monkeypatch.setattr(FinishedRun, "classes", lambda run: Classes(("a", "b"), (), {}))
     monkeypatch.setattr(predict, "image_files", lambda paths: paths)

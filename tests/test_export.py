@@ -64,7 +64,7 @@ def test_half_precision_and_what_is_refused(
         ((run, str(file)), "merged.safetensors: exists already"),
         ((run, str(tmp_path / "no" / "b.safetensors")), "b.safetensors: can't be written: No such file"),
         ((run, str(tmp_path / "no" / "b")), "b: can't be written: No such file"),
-        ((str(tmp_path), str(tmp_path / "b.safetensors")), "adapter.safetensors: No such file"),
+        ((str(tmp_path), str(tmp_path / "b.safetensors")), "not a run directory: it has no adapter.safetensors"),
         ((str(foreign), str(tmp_path / "b.safetensors")), "not an adapter of this program"),
         ((str(other), str(tmp_path / "b.safetensors")), "`adapter` in config.yaml is not what its adapter was trained"),
         (

@@ -227,6 +227,29 @@ def test_adapters_that_can_not_be_expressed_are_refused(
     assert "writes a folder" in capsys.readouterr().err
 
 
+def test_what_is_no_part_of_a_model_is_said_or_refused(
+    raw_config: dict[str, Any], tmp_path: Path, capsys: Capture
+) -> None:
+    """Fusion and patches, with which a run predicts besides its model, in one line; fewer tokens are refused."""
+    both = {"evaluation": {"fusion": "entropy", "patches": {"alpha": 0.5}}}
+    tokens = {"backbone": {**raw_config["backbone"], "tokens": {"name": "merge", "per_layer": 1}}}
+    run = str(simulate(parse_config({**raw_config, "rounds": 1, **both})).directory)
+    for to in ("openclip", "huggingface", "peft"):
+        capsys.readouterr()
+        assert export.main([run, str(tmp_path / to), "--to", to]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("left out: evaluation.fusion and evaluation.patches of the run, which")
+    assert export.left_out(parse_config(raw_config)) == []
+    (fused,) = export.left_out(parse_config({**raw_config, "evaluation": {"fusion": "entropy"}}))
+    assert "patches" not in fused
+    fewer = str(simulate(parse_config({**raw_config, "rounds": 1, "name": "tokens", **tokens})).directory)
+    for to in ("huggingface", "peft"):
+        assert export.main([fewer, str(tmp_path / "fewer"), "--to", to]) == 2
+        said_of_tokens = capsys.readouterr().err
+        assert "the run goes on with some tokens of an image" in said_of_tokens and said_of_tokens.count("\n") == 1
+        assert not (tmp_path / "fewer").exists()
+
+
 def test_resizing_that_transformers_does_not_have_is_refused() -> None:
     settings = {"size": [16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}
     assert image_processor({**settings, "resize_mode": "squash"})["size"] == {"height": 16, "width": 16}

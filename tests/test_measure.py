@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import assert_states_close
 
 from flora.config.parse import parse_config
 from flora.core import tree
 from flora.core.hooks import Hooks
 from flora.evaluation.accuracy import evaluate
-from flora.evaluation.local_only import train_local_only
-from flora.experiment.build import build_experiment
+from flora.evaluation.classification import macro_f1
+from flora.evaluation.local_only import train_centralized, train_local_only
+from flora.experiment.build import Experiment, build_experiment
 from flora.simulate import RunResult, resume, simulate
 
 
@@ -115,6 +117,59 @@ def test_both_adapters_on_both_sets(raw_config: dict[str, Any]) -> None:
     assert summary.held_out_federated_accuracy == pytest.approx(federated, abs=1e-6)
     line = f"federated {100 * federated:.1f} %, alone {100 * np.mean(held_out):.1f} %   (3 clients)"
     assert f"on clients' own data: {line}" in (result.directory / "log.txt").read_text()
+
+
+def built(raw: dict[str, Any]) -> Experiment:
+    return build_experiment(parse_config(raw), progress=lambda *_: lambda _: None, log=lambda _: None)
+
+
+def test_all_images_in_one_place_come_to_what_a_centralised_run_does(raw_config: dict[str, Any]) -> None:
+    """In batches of all examples, whose order says nothing, both take the same steps."""
+    raw = {**raw_config, "rounds": 3, "backbone": {**raw_config["backbone"], "precision": "fp64"}}
+    raw |= {"local": {"learning_rate": 0.5, "batch_size": 10_000, "optimizer": "sgd"}}
+    clients = {"number": 4, "holdout_fraction": 0.0}
+    experiment = built({**raw, "clients": clients})
+    found = train_centralized(experiment.federation, experiment.initial_adapter, advance=lambda _: None)
+    run = simulate(parse_config({**raw, "clients": {**clients, "centralized": True}}))
+    moved = max((run.adapter[name] - experiment.initial_adapter[name]).abs().max() for name in found)
+    assert moved > 1e-3
+    assert_states_close(tree.unstack(found)[0], run.adapter)
+
+
+def test_what_all_images_in_one_place_reach_is_recorded(raw_config: dict[str, Any]) -> None:
+    raw = {**raw_config, "data": {"name": "patterns", "num_train": 240, "num_classes": 8}}
+    raw |= {"clients": {"number": 4, "holdout_fraction": 0.4}}
+    result = simulate(parse_config({**raw, "evaluation": {"num_local_only": 2, "centralized": True}}))
+    experiment, summary = built(raw), result.summary
+    adapter = train_centralized(experiment.federation, experiment.initial_adapter, advance=lambda _: None)
+    model = experiment.federation.engine.model
+    assert summary.centralized_accuracy == evaluate(model, adapter, experiment.test, batch_size=512)[0].accuracy
+    correct = evaluate(model, adapter, experiment.held_out, batch_size=512)[0].correct
+    parts = np.split(correct, np.cumsum(experiment.held_out_sizes)[:-1])
+    cells = [row["centralized_held_out_accuracy"] for row in client_rows(result)]
+    assert cells == [f"{part.mean():.6f}" for part in parts]
+    assert len({*cells, *(row["accuracy"] for row in client_rows(result))}) > 2
+    assert summary.held_out_centralized_accuracy == pytest.approx(np.mean([parts[0].mean(), parts[3].mean()]))
+    assert (
+        f"all in one place      {100 * summary.centralized_accuracy:.1f} %"
+        in (result.directory / "log.txt").read_text()
+    )
+    other = simulate(parse_config({**raw, "name": "other"}))
+    assert other.summary.centralized_accuracy is None
+    assert "centralized_held_out_accuracy" not in client_rows(other)[0]
+    assert tree.state_digest(other.adapter) == tree.state_digest(result.adapter)
+
+
+def test_f1_of_each_client(raw_config: dict[str, Any]) -> None:
+    raw = {**raw_config, "data": {"name": "patterns", "num_train": 240, "num_classes": 8}}
+    result = simulate(parse_config({**raw, "clients": {"number": 4, "holdout_fraction": 0.4}}))
+    experiment = built({**raw, "clients": {"number": 4, "holdout_fraction": 0.4}})
+    model, stack = experiment.federation.engine.model, tree.expand(result.adapter, 1)
+    for client, row in zip(experiment.federation.clients, client_rows(result), strict=True):
+        own = experiment.federation.engine.features.subset(client.held_out)
+        predicted = evaluate(model, stack, own, batch_size=512)[0].predicted
+        assert row["macro_f1"] == f"{macro_f1(own.labels.numpy(), predicted, 8):.6f}"
+    assert len({row["macro_f1"] for row in client_rows(result)}) > 1
 
 
 def test_without_held_out_examples_there_is_nothing_to_compare(raw_config: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ MUCH = {
     "local": {"learning_rate": 0.05, "batch_size": 4, "optimizer": "sgd", "correction": "scaffold"},
     "personal": "ditto",
     "network": {"name": "drawn", "dropout": 0.2},
-    "evaluation": {"clients_every": 1, "num_local_only": 2, "batch_size": 8},
+    "evaluation": {"clients_every": 1, "num_local_only": 2, "centralized": True, "predictions": 2, "batch_size": 8},
 }
 LABELS = {
     "threads": 1,
@@ -104,6 +104,32 @@ def test_any_number_of_processes_leaves_the_same_bytes(
         assert whole(tmp_path / f"of {number}", config, number) == one
     said = json.loads((tmp_path / "of 3/run/environment.json").read_text())
     assert said["num_processes"] == 3
+
+
+def test_trackers_and_the_page_on_its_way_are_told_by_the_first_process_alone(config: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    from mlflow.tracking import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    trackers = f'trackers=["csv", "tensorboard", {{"name": "mlflow", "tracking_uri": "{uri}"}}]'
+    ends = run(2, tmp_path / "two", [config, trackers, "--live"])
+    assert [each.status for each in ends] == [0, 0], ends
+    assert not ends[1].out and not ends[1].err and "warning" not in ends[0].err
+    directory = tmp_path / "runs" / "run"
+    rounds = [0, 1, 2, 3]
+    with (directory / "metrics.csv").open(newline="") as file:
+        assert [int(row["round"]) for row in csv.DictReader(file)] == rounds
+    assert len(list((directory / "tensorboard").iterdir())) == 1
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("accuracy")] == rounds
+    client = MlflowClient(tracking_uri=uri)
+    (tracked,) = client.search_runs([client.get_experiment_by_name("flora").experiment_id])
+    assert [point.step for point in client.get_metric_history(tracked.info.run_id, "accuracy")] == rounds
+    assert tracked.info.status == "FINISHED"
+    assert "On its way" not in (directory / "report.html").read_text()
 
 
 def test_memory_that_runs_out_in_one_process_lowers_the_blocks_of_all(config: str, tmp_path: Path) -> None:

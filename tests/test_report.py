@@ -18,11 +18,14 @@ import pytest
 from flora.config.parse import parse_config
 from flora.core.hooks import Hooks
 from flora.core.records import RoundRecord
+from flora.evaluate import main as evaluate_main
 from flora.evaluation.summary import percent
+from flora.report import several_runs
 from flora.report.__main__ import main
 from flora.report.charts import gini
 from flora.report.elements import Cell, Html, bars, element, table
 from flora.report.live import LivePage
+from flora.report.one_run import evaluations, settings
 from flora.report.page import page
 from flora.report.pictures import Line, heat_map, lines_picture
 from flora.report.reading import RunFiles, read_files
@@ -49,7 +52,7 @@ def folder(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "clients": {"number": 4, "cohort": {"fraction": 0.5}},
         "network": {"name": "drawn"},
         "local": {"learning_rate": 0.01, "batch_size": 8},
-        "evaluation": {"num_local_only": 4, "clients_every": 1},
+        "evaluation": {"num_local_only": 4, "clients_every": 1, "centralized": True},
     }
     for name, seed, adapter in (("one & two", 0, "lora"), ("second", 1, "lora"), ("third", 0, "linear_head")):
         simulate(parse_config({**raw, "name": name, "seed": seed, "adapter": adapter}))
@@ -91,11 +94,14 @@ class Balance(HTMLParser):
 def test_the_page_of_a_run_says_what_it_was_and_what_came_out(folder: Path) -> None:
     run = read_files(folder / "one & two")
     content = page([run])
+    assert "On other data" not in content
     text, summary = text_of(content), json.loads((run.path / "summary.json").read_text())
     assert text.count("one & two") > 2
     assert "2 rounds of fedavg between 4 clients that train lora" in text
     for figure in ("zero_shot_accuracy", "local_only_accuracy_mean", "last_accuracy", "client_accuracy_worst_decile"):
         assert percent(summary[figure]) in text
+    for figure in ("centralized_accuracy", "held_out_centralized_accuracy"):
+        assert f"all images in one place {percent(summary[figure])}" in text
     assert f"Gini coefficient {gini_of(run.path):.3f}" in text
     for title in (
         "Accuracy over rounds",
@@ -107,6 +113,8 @@ def test_the_page_of_a_run_says_what_it_was_and_what_came_out(folder: Path) -> N
         "Who is taken for whom",
         "Is its confidence to be believed?",
         "Aggregation error",
+        "Client drift",
+        "Delta norm",
     ):
         assert f"<figure><h3>{title}</h3><svg " in content, title
     for line in (run.path / "config.yaml").read_text().splitlines():
@@ -192,6 +200,7 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
         ({"local": {"learning_rate": 1.0, "steps": None}}, ["lora", "lora, no steps", "norm"]),
         ({"data": {"root": "elsewhere"}}, ["lora", "lora, root elsewhere", "norm"]),
         ({"cache": {"folder": "elsewhere"}, "seed": 5, "name": "x"}, ["lora", "norm"]),
+        ({"trackers": ["csv"], "evaluation": {"auroc": True, "centralized": True}}, ["lora", "norm"]),
         ({"local": {"learning_rate": 0.1}, "server": {"optimizer": {"learning_rate": 2.0}}}, None),
     ],
 )
@@ -273,6 +282,26 @@ def test_an_old_run_without_the_figures_of_today_has_a_page(copied: Path) -> Non
     assert "4 clients" in text_of(page([read_files(copied), read_files(copied)]))
 
 
+def test_the_page_of_a_run_without_rounds_promises_nothing(copied: Path) -> None:
+    record = (copied / "rounds.jsonl").read_text().splitlines()[0]
+    (copied / "rounds.jsonl").write_text(f"{record}\n")
+    summary = {"rounds": 0, "zero_shot_accuracy": 0.5, "last_accuracy": 0.5, "best_accuracy": 0.5, "best_round": 0}
+    (copied / "summary.json").write_text(json.dumps({**summary, "client_accuracy_mean": 0.25}))
+    text = text_of(page([read_files(copied)]))
+    assert "50.0 % zero-shot; nothing was trained." in text and "the frozen model 25.0 %" in text
+    assert "together" not in text and "best round" not in text
+    assert "flora.predict" not in text and "flora.export" in text and "rounds=4" in text
+
+
+def test_passwords_of_trackers_are_not_shown(copied: Path) -> None:
+    config = (copied / "config.yaml").read_text()
+    address = "trackers:\n- name: mlflow\n  tracking_uri: https://me:se-cret@host:5000/a@b\n"
+    (copied / "config.yaml").write_text(config.replace("trackers: []\n", address))
+    for shown in (settings(read_files(copied)), several_runs.sections([read_files(copied)])["Differences in settings"]):
+        assert "se-cret" not in shown
+    assert "https://me:...@host:5000/a@b" in settings(read_files(copied))
+
+
 def test_many_clients_and_classes_make_no_large_page(copied: Path) -> None:
     number, classes = 20_000, [f"类 {place}" for place in range(120)]
     clients = [{"client": place, "class_counts": {classes[place % 120]: 5}} for place in range(number)]
@@ -292,10 +321,10 @@ def test_many_clients_and_classes_make_no_large_page(copied: Path) -> None:
 
 def test_a_metric_of_the_users_own_has_a_picture_though_nothing_declares_it(copied: Path) -> None:
     records = [json.loads(line) for line in (copied / "rounds.jsonl").read_text().splitlines()]
-    lines = [json.dumps({**record, "delta_norm": record["round"] / 7}) for record in records]
+    lines = [json.dumps({**record, "width_of_all": record["round"] / 7}) for record in records]
     (copied / "rounds.jsonl").write_text("\n".join(lines) + "\n")
     rejected = {**records[-1], "rejected_clients": [{"client": 1, "step": 2, "reason": "not finite"}]}
-    assert "<h3>Delta norm</h3><svg" in page([read_files(copied)])
+    assert "<h3>Width of all</h3><svg" in page([read_files(copied)])
     (copied / "rounds.jsonl").write_text("\n".join(map(json.dumps, [*records[:-1], rejected])) + "\n")
     assert "<h3>Rejected updates</h3><svg" in page([read_files(copied)])
 
@@ -406,6 +435,47 @@ def test_live_the_page_is_written_anew_after_each_round(
         == 0
     )
     assert seen[2:] == ["On its way: round 3 of 3"]
+
+
+def test_the_page_of_a_run_that_stops_says_so_and_how_to_go_on(
+    raw_config: dict[str, Any], tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(json.dumps(raw_config))
+    written = tmp_path / "runs" / "test" / "report.html"
+
+    def stop(round: int, clients: tuple[int, ...]) -> None:
+        if round == 2:
+            raise KeyboardInterrupt
+
+    # Rounds are too short for the page to be written after each; in the end it is, all the same.
+    assert simulate_main([str(path), "--live"], hooks=Hooks(before_block=stop)) == 130
+    content = written.read_text()
+    text = text_of(content)
+    assert "Interrupted after round 1 of 2; how to go on is below." in text
+    assert f"Go on python -m flora.simulate --resume {written.parent}" in text
+    assert "On its way" not in text and 'http-equiv="refresh"' not in content
+    assert simulate_main(["--resume", str(written.parent), "--live"]) == 0
+    assert "Interrupted" not in written.read_text()
+    # A run that stops before its first record has no page, and no directory.
+    assert simulate_main([str(path), "--live", "name=broken", "backbone.weights=no.safetensors"]) == 2
+    assert not (tmp_path / "runs" / "broken").exists()
+
+
+def test_evaluations_on_other_data_are_a_table(copied: Path) -> None:
+    assert evaluations(read_files(copied)) == ""
+    assert evaluate_main([str(copied), "data.num_classes=2"]) == 0
+    assert evaluate_main([str(copied), "--name", "<b>"]) == 2
+    record = json.loads((copied / "evaluations" / "patterns.json").read_text())
+    (copied / "evaluations" / "<b>.json").write_text(json.dumps({**record, "client": "<i>"}))
+    (copied / "evaluations" / "damaged.json").write_text("{")
+    (copied / "evaluations" / "other.json").write_text('{"metrics": []}')
+    content, frozen, metrics = evaluations(read_files(copied)), record["zero_shot"]["accuracy"], record["metrics"]
+    figures = [percent(each) for each in (frozen, *map(metrics.get, ("accuracy", "macro_f1", "calibration_error")))]
+    shown = " ".join([str(record["num_images"]), "2", *figures])
+    rows = f"<b> patterns of client <i> {shown} patterns patterns the server's {shown} Left out, because damaged: "
+    assert text_of(content).endswith(f"{rows}evaluations/damaged.json, evaluations/other.json.")
+    assert "<td>&lt;b&gt;</td>" in content
 
 
 def test_a_page_on_its_way_is_written_less_often_than_rounds_pass(

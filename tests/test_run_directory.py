@@ -23,7 +23,7 @@ from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.records import RoundRecord
 from flora.evaluation.metrics import FIGURES, METRICS, complete
-from flora.runs.measure import CLIENT_COLUMNS
+from flora.runs.client_table import CLIENT_COLUMNS
 from flora.runs.run_directory import RunDirectory
 from flora.simulate import RunResult, simulate
 
@@ -182,7 +182,7 @@ def test_the_adapter(run: RunResult) -> None:
 def test_the_clients(run: RunResult) -> None:
     with (run.directory / "clients.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    promised = {"client", "num_train", "num_held_out", "num_rounds", "accuracy", "loss", "test_accuracy",
+    promised = {"client", "num_train", "num_held_out", "num_rounds", "accuracy", "loss", "macro_f1", "test_accuracy",
                 "local_only_accuracy", "local_only_held_out_accuracy"}  # fmt: skip
     assert list(rows[0]) == [name for name, _ in CLIENT_COLUMNS if name in promised]
     partition = read_json(run, "partition.json")["clients"]

@@ -124,18 +124,27 @@ def test_a_clients_own_adapter(
 ) -> None:
     images = Path(write_images(tmp_path / "images", number=24, clients=3))
     shared = {"clients": {"number": 3, "holdout_fraction": 0.5}, "local": {**raw_config["local"], "learning_rate": 0.1}}
-    changes = {**shared, **changes, "clients": {**shared["clients"], **changes.get("clients", {})}}
+    changes = {**shared, **changes, "evaluation": {"predictions": 1}}
     run = run_of({**raw_config, **changes}, images, data={"groups": "folder"}, partition="natural")
     with (run / "clients.csv").open(newline="") as file:
         clients = list(csv.DictReader(file))
     assert {client["name"] for client in clients} == {"site 0", "site 1", "site 2"}
     with (run / "examples.csv").open(newline="") as file:
         held_out = [row for row in csv.DictReader(file) if row["split"] == "held_out"]
+    with (run / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    own = {row["image"]: row for row in rows if row["split"] == "held_out"}
+    assert {row["own_predicted"] for row in rows if row["split"] == "test"} == {""}
+    assert any(row["own_predicted"] != row["predicted"] for row in own.values())
     for client in clients:
         labels = {row["image"]: row["class"] for row in held_out if row["name"] == client["name"]}
         content = predicted(capsys, str(run), *labels, "--client", client["name"])
         right = [labels[each["image"]] == each["predicted"] for each in content["predictions"]]
         assert np.mean(right) == pytest.approx(float(client["personal_accuracy"]), abs=1e-6)
+        for each in content["predictions"]:
+            row = own[each["image"]]
+            assert (row["name"], row["own_predicted"]) == (client["name"], each["predicted"])
+            assert float(row["own_probability"]) == pytest.approx(each["probabilities"][each["predicted"]], abs=2e-4)
     by_id = predicted(capsys, str(run), str(images), "--client", "1")
     by_name = predicted(capsys, str(run), str(images), "--client", "site 1")
     assert by_id["predictions"] == by_name["predictions"]
@@ -201,7 +210,8 @@ def test_images_that_cannot_be_read(run: Path, images: Path, capsys: Capture) ->
     capsys.readouterr()
     assert predict.main([str(run), str(images)]) == 2
     said = capsys.readouterr()
-    assert said.out == "" and str(broken) in said.err and said.err.count("\n") == 1
+    assert said.out == "" and said.err.count("\n") == 1
+    assert f"{broken}: can't be read as an image: of no format that is known here" in said.err
     assert predict.main([str(run), str(images), "data.unreadable=skip", "--json"]) == 0
     said = capsys.readouterr()
     assert f"left out: {broken}" in said.err and len(json.loads(said.out)["predictions"]) == 48
@@ -221,7 +231,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     image = str(next(images.rglob("*.png")))
     cases = [
         ([str(tmp_path / "nowhere"), image], "nowhere: there is no such run directory"),
-        ([str(empty), image], "adapter.safetensors: No such file"),
+        ([str(empty), image], "not a run directory: it has no adapter.safetensors"),
         ([str(none), image], "none: this run has no rounds"),
         ([str(half), image], "half: this run is not finished"),
         ([str(run)], "the following arguments are required"),

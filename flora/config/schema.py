@@ -106,6 +106,9 @@ class EvaluationOptions(Options):
     num_local_only: int = option(
         "clients that are also trained alone, for comparison (spread over the ids)", 0, at_least=0
     )
+    centralized: bool = option(
+        "train on the training images of all clients in one place, too, for comparison: for as many rounds", False
+    )
     templates: tuple[str, ...] = option(
         "other templates than those that are trained with: the server's adapter is also evaluated with each of these "
         "alone",

@@ -126,8 +126,8 @@ class StepBar:
 class TimeLeft:
     """Estimates how long a run will still take, from the records of its rounds since it began or went on.
 
-    Its last rounds say how long those to come will take, with their evaluations; clients that train alone at the end
-    take as long as in the rounds.
+    Its last rounds say how long those to come will take, with their evaluations; `num_local_only` clients that train
+    alone at the end take as long as in the rounds.
     """
 
     def __init__(self, num_rounds: int, num_local_only: int) -> None:

@@ -14,6 +14,7 @@ from flora.clip.towers.towers import AdaptedClip
 from flora.core.records import Evaluation
 from flora.core.tree import StateLike
 from flora.engine.losses import logits_in_batches
+from flora.evaluation.classification import macro_f1
 from flora.features.features import Features
 
 MAX_DOMAINS = 1000
@@ -121,7 +122,59 @@ def client_means(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.divide(totals, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)
 
 
+def client_macro_f1(labels: np.ndarray, predicted: np.ndarray, sizes: np.ndarray, num_classes: int) -> np.ndarray:
+    """Macro F1 on each client's held-out part, `(num_clients,)`; NaN for a client without one.
+
+    `labels` and `predicted` cover the parts, of `sizes` `(num_clients,)` examples, one after the other.
+    """
+    parts = zip(*(np.split(each, np.cumsum(sizes)[:-1]) for each in (labels, predicted)), strict=True)
+    found = [macro_f1(own_labels, own_predicted, num_classes) for own_labels, own_predicted in parts]
+    return np.array([np.nan if each is None else each for each in found])
+
+
+@dataclass(frozen=True, eq=False)
+class OwnPredictions:
+    """What adapters say of examples of their own, `(N,)`, one adapter's after the other's: classes, probabilities."""
+
+    classes: np.ndarray
+    probabilities: np.ndarray
+
+
 @torch.no_grad()
+def own_predictions(
+    model: AdaptedClip,
+    adapters: StateLike,
+    features: Features,
+    examples: Sequence[np.ndarray],
+    *,
+    batch_size: int,
+    prediction: Prediction = PLAIN,
+) -> OwnPredictions:
+    """What each of K adapters `(K, ...)` predicts of examples of its own.
+
+    `examples` are K lists of places in `features`; of all adapters together at most `batch_size` go in at once, but at
+    least one of each. Probabilities are in double precision.
+    """
+    number = len(examples)
+    sizes = torch.tensor([len(each) for each in examples])
+    places = torch.zeros(number, int(sizes.max()), dtype=torch.int64)
+    for row, each in zip(places, examples, strict=True):
+        row[: len(each)] = torch.from_numpy(each)
+    predicted, probabilities = torch.zeros_like(places), torch.zeros(places.shape, dtype=torch.float64)
+    stack = {name: tensor.to(model.device) for name, tensor in adapters.items()}
+    with bound(model, stack):
+        classes = model.class_features(number)
+    width = max(1, batch_size // number)
+    for start in range(0, places.shape[1], width):
+        part = slice(start, start + width)
+        stem = features.take(places[:, part].flatten().to(features.device), model.device)
+        logits = prediction.logits(model, stack, stem, classes)
+        predicted[:, part] = logits.argmax(dim=-1).cpu()
+        probabilities[:, part] = logits.double().softmax(dim=-1).amax(dim=-1).cpu()
+    is_there = torch.arange(places.shape[1]) < sizes.unsqueeze(1)
+    return OwnPredictions(predicted[is_there].numpy(), probabilities[is_there].numpy())
+
+
 def own_accuracies(
     model: AdaptedClip,
     adapters: StateLike,
@@ -133,27 +186,11 @@ def own_accuracies(
 ) -> np.ndarray:
     """Accuracy of each of K adapters `(K, ...)` on examples of its own, `(K,)`; NaN for one without.
 
-    `examples` are K lists of places in `features`; of all adapters together at most `batch_size` go in at once, but at
-    least one of each.
+    The arguments are as for `own_predictions`.
     """
-    number = len(examples)
-    sizes = np.array([len(each) for each in examples])
-    places = torch.zeros(number, int(sizes.max()), dtype=torch.int64)
-    for row, each in zip(places, examples, strict=True):
-        row[: len(each)] = torch.from_numpy(each)
-    targets = features.labels[places.to(features.labels.device)].to(model.device)
-    right = torch.zeros(places.shape, dtype=torch.bool)
-    stack = {name: tensor.to(model.device) for name, tensor in adapters.items()}
-    with bound(model, stack):
-        classes = model.class_features(number)
-    width = max(1, batch_size // number)
-    for start in range(0, places.shape[1], width):
-        part = slice(start, start + width)
-        stem = features.take(places[:, part].flatten().to(features.device), model.device)
-        logits = prediction.logits(model, stack, stem, classes)
-        right[:, part] = (logits.argmax(dim=-1) == targets[:, part]).cpu()
-    right &= torch.arange(places.shape[1]) < torch.from_numpy(sizes).unsqueeze(1)
-    return np.divide(right.sum(dim=1).numpy(), sizes, out=np.full(number, np.nan), where=sizes > 0)
+    found = own_predictions(model, adapters, features, examples, batch_size=batch_size, prediction=prediction)
+    labels = features.labels.cpu().numpy()[np.concatenate(examples)]
+    return client_means(found.classes == labels, np.array([len(each) for each in examples]))
 
 
 @dataclass(frozen=True)

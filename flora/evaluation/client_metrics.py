@@ -40,6 +40,13 @@ figure(
     None,
     "personal, classes not held",
 )
+figure(
+    "centralized_accuracy",
+    "accuracy on the common test images after training on all images in one place, with `evaluation.centralized`",
+    "fraction",
+    None,
+    "all in one place",
+)
 figure("held_out_num_clients", "those of them that have held-out examples")
 figure("held_out_federated_accuracy", "mean over these of the server's adapter on their own data", "fraction")
 figure(
@@ -48,3 +55,4 @@ figure(
     "fraction",
 )
 figure("held_out_personal_accuracy", "mean over these of their own adapters of the federated run", "fraction")
+figure("held_out_centralized_accuracy", "mean over these of training on all images in one place", "fraction")

@@ -11,7 +11,7 @@ from flora.client.corrections import NoCorrection
 from flora.client.local_training import LocalTraining
 from flora.core import tree
 from flora.core.low_rank import is_residual
-from flora.core.states import FRESH, ClientState, ServerState
+from flora.core.states import FRESH, ClientData, ClientState, ServerState
 from flora.core.tree import State, StateLike
 from flora.federated.federation import Federation
 
@@ -41,6 +41,26 @@ def train_local_only(
                 states[result.client] = result.state
         advance(1)
     return tree.stack([adapters[client] for client in clients.tolist()])
+
+
+def train_centralized(federation: Federation, adapter: State, *, advance: Callable[[int], object]) -> State:
+    """Train one client on the training examples of all, as `train_local_only` does; return its adapter `(1, ...)`.
+
+    An example that several clients have is there once.
+    """
+    train, unlabelled = (
+        np.unique(np.concatenate([getattr(client, kind) for client in federation.clients]))
+        for kind in ("train", "unlabelled")
+    )
+    everyone = ClientData(train, np.empty(0, np.int64), unlabelled=np.setdiff1d(unlabelled, train))
+    in_one_place = dataclasses.replace(
+        federation,
+        clients=[everyone],
+        participation=dataclasses.replace(federation.participation, sizes=np.array([len(train)])),
+        ranks=None,
+        rng=federation.rng.child("centralized"),
+    )
+    return train_local_only(in_one_place, adapter, np.array([0]), advance=advance)
 
 
 def clients_with_own_adapters(federation: Federation, state: ServerState) -> np.ndarray | None:

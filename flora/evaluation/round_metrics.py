@@ -11,6 +11,22 @@ declare(
         "train_loss", "mean loss of the local steps, by clients' examples, of what was averaged", "number", "training"
     )
 )
+declare(
+    Metric(
+        "delta_norm",
+        "how far clients moved: norm of an update (local - broadcast, as the server reads it), mean over the clients",
+        "number",
+        "training",
+    )
+)
+declare(
+    Metric(
+        "client_drift",
+        "how far they moved apart: root mean square distance of updates from their mean, as a share of their norms",
+        "number",
+        "training",
+    )
+)
 declare(Metric("num_clients", "clients whose updates came", "count", "training", default=0))
 of_total("uplink_bytes", "bytes that clients sent", "bytes", "traffic", figure="total_uplink_bytes")
 of_total("downlink_bytes", "bytes that clients got", "bytes", "traffic", figure="total_downlink_bytes")

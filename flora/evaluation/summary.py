@@ -46,6 +46,8 @@ def lines(summary: Summary, config: ExperimentConfig) -> list[str]:
     if summary.local_only_accuracy_mean is not None:
         note = f"(mean of {summary.num_local_only}; the best {percent(summary.local_only_accuracy_best)})"
         rows.append(("one client alone", f"{percent(summary.local_only_accuracy_mean)}   {note}"))
+    if summary.centralized_accuracy is not None:
+        rows.append(("all in one place", f"{percent(summary.centralized_accuracy)}   (one client with all images)"))
     if summary.held_out_num_clients:
         rows.append(("together or alone", _comparison(summary)))
     rows += own_rows(summary)
@@ -84,6 +86,7 @@ def _comparison(summary: Summary) -> str:
         "federated": summary.held_out_federated_accuracy,
         "personal": summary.held_out_personal_accuracy,
         "alone": summary.held_out_local_only_accuracy,
+        "all in one place": summary.held_out_centralized_accuracy,
     }
     figures = ", ".join(f"{how} {percent(accuracy)}" for how, accuracy in found.items() if accuracy is not None)
     number = summary.held_out_num_clients

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
+from PIL import UnidentifiedImageError
 
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.errors import UserError
@@ -48,7 +49,8 @@ def as_rows(digests: Sequence[bytes]) -> np.ndarray:
 
 def unreadable(name: str, error: BaseException) -> str:
     """The line about an image that can't be read."""
-    return " ".join(f"{name}: can't be read as an image: {error}".split())
+    reason = "of no format that is known here" if isinstance(error, UnidentifiedImageError) else error
+    return " ".join(f"{name}: can't be read as an image: {reason}".split())
 
 
 def refusal(problems: Sequence[str]) -> UserError:

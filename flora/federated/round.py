@@ -16,6 +16,7 @@ from flora.core.tree import State
 from flora.engine.tasks import ClientResult
 from flora.federated.aggregation import Step, in_server_terms, step
 from flora.federated.federation import Federation, Received, RoundPlan
+from flora.federated.movement import movement_of
 from flora.federated.receiving import personal_states, send_updates
 from flora.server.screening import refusal, screen
 
@@ -29,6 +30,8 @@ class RoundResult:
     num_examples: int
     train_loss: float | None
     aggregation_error: float | None
+    delta_norm: float | None
+    client_drift: float | None
     learning_rate: float
     uplink_bytes: int
     downlink_bytes: int
@@ -186,6 +189,7 @@ def _result(
         num_examples=sum(update.num_examples for update in updates),
         train_loss=float((losses * weights).sum() / weights.sum()) if accepted else None,
         aggregation_error=None,
+        **dataclasses.asdict(movement_of([update.delta for update in accepted])),
         learning_rate=_learning_rate(federation, plan.round),
         uplink_bytes=sum(update.num_bytes for update in updates) + plan.late_uplink_bytes,
         downlink_bytes=plan.downlink_bytes,

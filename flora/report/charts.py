@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 SHOWN = ("accuracy", "loss", "train_loss", "client_accuracy_mean", "client_accuracy_worst_decile", "num_clients",
          "uplink_bytes", "downlink_bytes", "simulated_seconds", "num_examples", "num_steps", "top5_accuracy",
          "macro_f1", "balanced_accuracy")  # fmt: skip
+ABBREVIATIONS = {"auroc": "AUROC"}
 SENT = "megabytes sent, up and down, all clients"
 # Clients drawn as points of their own; more are lines.
 MAX_POINTS = 150
@@ -106,12 +107,14 @@ def accuracy_lines(run: RunFiles, places: dict[int, float]) -> list[Line]:
     personal = _line(run, "clients' own adapters", "personal_accuracy_mean", places, 3)
     lines += [personal] * (len(personal.xs) > 1)
     ends = (min(places.values()), max(places.values()))
-    for name, figure in (
-        ("zero-shot", run.figure("zero_shot_accuracy")),
-        ("one client alone", run.figure("local_only_accuracy_mean")),
+    for name, figure, style in (
+        ("zero-shot", "zero_shot_accuracy", None),
+        ("one client alone", "local_only_accuracy_mean", 1),
+        ("all images in one place", "centralized_accuracy", 4),
     ):
-        if figure is not None:
-            lines.append(Line(name, ends, (figure, figure), None if name == "zero-shot" else 1, is_level=True))
+        level = run.figure(figure)
+        if level is not None:
+            lines.append(Line(name, ends, (level, level), style, is_level=True))
     return [line for line in lines if line.xs]
 
 
@@ -153,7 +156,11 @@ def client_strip(run: RunFiles) -> Html:
         raise Absent("No client has held-out images (clients.holdout_fraction).")
     order = np.argsort(np.where(np.isnan(server), np.inf, server), kind="stable")
     order = order[~np.isnan(server[order])]
-    others = (("alone", "local_only_held_out_accuracy", 1), ("own adapter", "personal_accuracy", 3))
+    others = (
+        ("alone", "local_only_held_out_accuracy", 1),
+        ("own adapter", "personal_accuracy", 3),
+        ("all images in one place", "centralized_held_out_accuracy", 4),
+    )
     lines = [Line("server's adapter", range(len(order)), server[order], 0)]
     for name, column, style in others:
         if column in columns and not np.isnan(values := numbers(columns[column])[order]).all():
@@ -298,7 +305,7 @@ def other_metrics(run: RunFiles) -> list[Html]:
             points = [(round, value) for round, value in points if round]
         told = metric is None or (metric.of in ("server", "training", "traffic") and name not in SHOWN)
         if told and len({value for _, value in points}) > 1:
-            title = name.replace("_", " ").capitalize()
+            title = ABBREVIATIONS.get(name) or name.replace("_", " ").capitalize()
             found.append(picture(title, partial(_simple, run, name, points), metric.about if metric else ""))
     rejected = [(record.round, float(len(record.rejected_clients))) for record in run.records if record.round]
     if any(count for _, count in rejected):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from flora.evaluation.summary import describe, percent, shown, size
 from flora.report import charts
 from flora.report.charts import picture
 from flora.report.elements import Cell, Html, bars, element, facts, folded, joined, section, table
-from flora.report.reading import Absent, RunFiles, confusion_of, numbers
+from flora.report.reading import Absent, RunFiles, confusion_of, evaluations_of, numbers
 
 # Rows of a table that the page shows.
 MAX_ROWS = 500
@@ -27,6 +28,7 @@ def sections(run: RunFiles) -> dict[str, Html]:
         "Over rounds": (grid(charts.curves(run)),),
         "Clients": _clients(run),
         "Classes": _classes(run),
+        "On other data": (evaluations(run),),
         "Inside the rounds": (grid(*charts.other_metrics(run), kind="grid small"),),
         "Settings": (settings(run), _environment(run)),
         "Go on": (commands(run),),
@@ -75,18 +77,22 @@ def result(run: RunFiles) -> Html:
 
 def _bars(run: RunFiles) -> Html:
     together = "all images in one place" if run.setting("clients.centralized") is True else "together"
+    if not run.records[-1].round:
+        together = "the frozen model"
     common = [
         ("zero-shot", run.figure("zero_shot_accuracy"), ""),
         ("one client alone, mean", run.figure("local_only_accuracy_mean"), ""),
         ("one client alone, best", run.figure("local_only_accuracy_best"), ""),
-        (f"{together}, last round", run.figure("last_accuracy"), "result"),
+        (f"{together}, last round", run.figure("last_accuracy") if run.records[-1].round else None, "result"),
+        ("all images in one place", run.figure("centralized_accuracy"), ""),
         ("classes set aside, zero-shot", run.figure("zero_shot_new_accuracy"), ""),
         ("classes set aside, last round", run.figure("new_accuracy"), "result"),
     ]
     own = [
         ("alone", run.figure("held_out_local_only_accuracy"), ""),
         ("own adapters", run.figure("held_out_personal_accuracy") or run.figure("personal_accuracy_mean"), ""),
-        ("together", run.figure("held_out_federated_accuracy") or run.figure("client_accuracy_mean"), "result"),
+        (together, run.figure("held_out_federated_accuracy") or run.figure("client_accuracy_mean"), "result"),
+        ("all images in one place", run.figure("held_out_centralized_accuracy"), ""),
     ]
     parts = []
     for title, rows in (("on the common test images", common), ("on the clients' own held-out images, mean", own)):
@@ -104,7 +110,7 @@ def _tiles(run: RunFiles) -> Html:
         ("rounds", rounds),
         (
             "best round, chosen on the test set",
-            None if best is None else f"{percent(best)} (round {known.get('best_round')})",
+            None if best is None or not rounds else f"{percent(best)} (round {known.get('best_round')})",
         ),
         ("trained parameters", None if not trained or not of_all else f"{trained:,} of {of_all:,}"),
         ("up per client and round", _shown("bytes", known.get("uplink_bytes_per_client_round"))),
@@ -241,9 +247,41 @@ def worst_pairs(run: RunFiles) -> Html:
     return table(["labelled", "taken for", "images", "of the class"], rows, sortable=True)
 
 
+def evaluations(run: RunFiles) -> Html:
+    """Return what `flora evaluate` wrote beside the run as a table, a row a record, and the names of damaged ones."""
+    rows, damaged = [], []
+    for name, content in evaluations_of(run).items():
+        try:
+            rows.append(_evaluation(name, content or {}))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            damaged.append(name)
+    titles = ["record", "data", "adapter", "images", "classes", "zero-shot", "adapted", "macro F1", "calibration error"]
+    note = f"Left out, because damaged: {', '.join(f'evaluations/{name}.json' for name in damaged)}."
+    return joined([table(titles, rows, sortable=True) if rows else "", element("p", note) if damaged else ""])
+
+
+def _evaluation(name: str, content: Mapping[str, Any]) -> list[Any]:
+    """The row of a record. Raises KeyError, TypeError, AttributeError or ValueError for a damaged one."""
+    found, client = content["metrics"], content.get("client")
+    figures = (content["zero_shot"]["accuracy"], *(found.get(key) for key in ("accuracy", "macro_f1")))
+    return [
+        name,
+        content["config"]["data"]["name"],
+        "the server's" if client is None else f"of client {client}",
+        content["num_images"],
+        len(content["class_names"]),
+        *(Cell(percent(figure), figure) for figure in (*figures, found.get("calibration_error"))),
+    ]
+
+
 def settings(run: RunFiles) -> Html:
-    """Return the configuration as it was, folded."""
-    return optional(lambda: folded("config.yaml: every setting", element("pre", run.text("config.yaml"))))
+    """Return the configuration as it was, folded, but for passwords in addresses of trackers."""
+    return optional(
+        lambda: folded(
+            "config.yaml: every setting",
+            element("pre", re.sub(r"(://[^/@\s:]*):[^/@\s]+@", r"\1:...@", run.text("config.yaml"))),
+        )
+    )
 
 
 def _environment(run: RunFiles) -> Html:
@@ -268,16 +306,19 @@ def commands(run: RunFiles) -> Html:
     path, again = shlex.quote(str(run.path)), shlex.quote(f"{run.name}-again")
     found = []
     if run.summary is None:
-        found.append(("Go on, if it has stopped", f"python -m flora.simulate --resume {path}"))
+        title = "Go on" if run.was_interrupted else "Go on, if it has stopped"
+        found.append((title, f"python -m flora.simulate --resume {path}"))
     elif run.config is not None and not run.config.local.schedule.needs_num_rounds:
-        found.append(("More rounds", f"python -m flora.simulate --resume {path} rounds={2 * run.config.rounds}"))
+        rounds = 2 * run.config.rounds or 10
+        found.append(("More rounds", f"python -m flora.simulate --resume {path} rounds={rounds}"))
     found.append(("The same with another seed", f"python -m flora.simulate {path}/config.yaml seed=1234 name={again}"))
-    if run.summary is not None:
+    if run.summary is not None and run.records[-1].round:
         found += [
             ("What it makes of your images", f"python -m flora.predict {path} photo.jpg"),
             ("How good it is on other data", f"python -m flora.evaluate {path} data=cifar10 data.download=true"),
-            ("A model that OpenCLIP loads", f"python -m flora.export {path} adapted"),
         ]
+    if run.summary is not None:
+        found.append(("A model that OpenCLIP loads", f"python -m flora.export {path} adapted"))
     return element(
         "dl",
         *(joined([element("dt", what), element("dd", element("code", line))]) for what, line in found),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def page(runs: Sequence[RunFiles]) -> str:
     header = element("header", element("p", "FLoRA", class_="kicker"), element("h1", title), *head)
     there = [name for name, content in sections.items() if content]
     body = joined([header, contents(there), element("main", *sections.values()), _footer()])
-    return _document(title, body, is_live=any(run.summary is None for run in runs))
+    return _document(title, body, is_live=any(run.summary is None and not run.was_interrupted for run in runs))
 
 
 def _sentence(run: RunFiles) -> str:
@@ -50,8 +51,14 @@ def _sentence(run: RunFiles) -> str:
 
 def _state(run: RunFiles) -> Html:
     if run.summary is None:
-        return element("p", f"On its way: round {run.records[-1].round} of {run.setting('rounds')}.", class_="live")
+        rounds = f"round {run.records[-1].round} of {run.setting('rounds')}"
+        if run.was_interrupted:
+            return element("p", f"Interrupted after {rounds}; how to go on is below.", class_="live")
+        now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return element("p", f"On its way: {rounds}, at {now}.", class_="live")
     frozen, last = run.figure("zero_shot_accuracy"), run.figure("last_accuracy")
+    if not run.records[-1].round:
+        return element("p", element("b", percent(frozen)), " zero-shot; nothing was trained.", class_="claim")
     return element(
         "p", "From ", element("b", percent(frozen)), " zero-shot to ", element("b", percent(last)), ".", class_="claim"
     )

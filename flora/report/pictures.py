@@ -93,14 +93,15 @@ def svg(draw: Callable[[Figure], None], about: str, size: tuple[float, float] = 
     own = {
         "font.size": 10.0, "axes.labelsize": 10.0, "axes.titlesize": 10.0, "legend.fontsize": 10.0,
         "grid.color": GRID, "svg.fonttype": "none", "svg.hashsalt": about, "image.interpolation": "none",
+        "figure.facecolor": "none", "axes.facecolor": "none",
     }  # fmt: skip
     content = io.StringIO()
     with style.context(["default", STYLE, own]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the browser has its own fonts
         figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasSVG(figure)
         draw(figure)
-        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(content, metadata={"Date": None, "Creator": None})  # `savefig` draws everything twice
     return _inline(content.getvalue(), about)
 
 

@@ -31,8 +31,9 @@ class Absent(Exception):
 class RunFiles:
     """A run directory: its settings, its records, and its summary, which a run on its way has none of.
 
-    `settings` are those of `config.yaml` as they are written; `config` is None if this program can't read them (a
-    component of the user's own that was not imported, or an old run).
+    `was_interrupted`: it is not on its way any more, though it has none. `settings` are those of `config.yaml` as they
+    are written; `config` is None if this program can't read them (a component of the user's own that was not imported,
+    or an old run).
     """
 
     path: Path
@@ -40,6 +41,7 @@ class RunFiles:
     config: ExperimentConfig | None
     records: tuple[RoundRecord, ...]
     summary: Mapping[str, Any] | None
+    was_interrupted: bool = False
 
     @property
     def name(self) -> str:
@@ -104,6 +106,12 @@ def confusion_of(run: RunFiles) -> tuple[list[str], np.ndarray]:
     if len(rows) != len(names):
         raise Absent("confusion.csv is damaged.")
     return names, counts
+
+
+def evaluations_of(run: RunFiles) -> dict[str, Mapping[str, Any] | None]:
+    """Return the records that `flora evaluate` wrote beside a run, by name; None for one that is damaged."""
+    contents = {path.stem: read_json(path) for path in sorted((run.path / "evaluations").glob("*.json"))}
+    return {name: content if isinstance(content, dict) else None for name, content in contents.items()}
 
 
 def partition_of(run: RunFiles) -> tuple[list[str], list[str], np.ndarray]:

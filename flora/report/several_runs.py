@@ -18,10 +18,12 @@ from flora.report.one_run import grid, sentence
 from flora.report.pictures import Line, lines_picture, sample
 from flora.report.reading import Absent, RunFiles, numbers
 
-# Settings by which runs of one line may differ: their names, their seeds, and what decides nothing. Where weights and
-# data lie is compared: others may lie there.
+# Settings by which runs of one line may differ: their names, their seeds, and what decides no result, such as what else
+# is measured. Where weights and data lie is compared: others may lie there.
 NOT_COMPARED = ("name", "output", "seed", "preset", "device", "threads", "clients.per_block", "cache", "checkpoints",
-                "data.download", "evaluation.batch_size", "evaluation.predictions")  # fmt: skip
+                "trackers", "data.download", "evaluation.every", "evaluation.clients_every", "evaluation.batch_size",
+                "evaluation.num_local_only", "evaluation.centralized", "evaluation.templates", "evaluation.auroc",
+                "evaluation.predictions")  # fmt: skip
 # Settings that a line is named by, lines of a picture, bars of the headline, groups whose clients are shown.
 MAX_NAMED, MAX_LINES, MAX_BARS, MAX_SHOWN = 4, 35, 20, 8
 NONE = "–"

@@ -138,7 +138,9 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> FinishedRun:
     """
     if not path.is_dir():
         raise UserError(f"{path}: there is no such run directory")
-    if not (path / "adapter.safetensors").exists() and any((path / name).exists() for name in TRACES):
+    if not (path / "adapter.safetensors").exists():
+        if not any((path / name).exists() for name in TRACES):
+            raise UserError(f"{path}: not a run directory: it has no adapter.safetensors")
         raise UserError(
             f"{path}: this run is not finished, so it has no adapter.safetensors; python -m flora.simulate --resume "
             "goes on with it"

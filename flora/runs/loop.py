@@ -36,14 +36,15 @@ from flora.experiment.build import Experiment
 from flora.federated.round import RoundResult, run_round
 from flora.runs.building import Listeners, built
 from flora.runs.checkpoints import CheckpointFolder
+from flora.runs.client_table import client_columns
 from flora.runs.environment import environment
 from flora.runs.measure import (
     ClientResults,
     LocalOnlyResults,
-    client_columns,
     compare_held_out,
     local_only_figures,
     measure,
+    measure_centralized,
     measure_clients,
     measure_local_only,
 )
@@ -277,7 +278,7 @@ class _Run:
                 self.saver.after_round(state)
                 experiment.federation.engine.hooks.after_round(self.records[-1], state)
                 _stop_if_diverged(self.records)
-            local_only = _local_only(experiment, state, log=self.directory.log, shows_bar=shows_bars)
+            local_only = _compared(experiment, state, log=self.directory.log, shows_bar=shows_bars)
         except BaseException as error:
             self._save_what_there_is(error)
             raise
@@ -343,16 +344,22 @@ def _stop_if_diverged(records: Sequence[RoundRecord]) -> None:
         raise DivergedError(f"{first} (no update could be used in {MAX_LOST_ROUNDS} rounds in a row)")
 
 
-def _local_only(
+def _compared(
     experiment: Experiment, state: ServerState, log: Callable[[str], object], *, shows_bar: bool
 ) -> LocalOnlyResults:
-    """Return what those clients reach that also train without the others, if there are to be any."""
-    if not experiment.config.evaluation.num_local_only:
-        return LocalOnlyResults.of_nobody(len(experiment.federation.clients))
-    started = time.perf_counter()
+    """Return what clients reach without the others, and all images in one place, as far as that is asked for."""
+    options, rounds = experiment.config.evaluation, experiment.config.rounds
+    results = LocalOnlyResults.of_nobody(len(experiment.federation.clients))
     progress = image_progress(experiment.federation.engine.log, shows_bars=shows_bar, unit="round")
-    results = measure_local_only(experiment, state, advance=progress("alone", experiment.config.rounds))
-    log(f"{np.sum(~np.isnan(results.test))} clients trained alone in {time.perf_counter() - started:.1f} s")
+    if options.num_local_only:
+        started = time.perf_counter()
+        results = measure_local_only(experiment, state, advance=progress("alone", rounds))
+        log(f"{np.sum(~np.isnan(results.test))} clients trained alone in {time.perf_counter() - started:.1f} s")
+    if options.centralized:
+        started = time.perf_counter()
+        centralized = measure_centralized(experiment, advance=progress("all images in one place", rounds))
+        log(f"trained on all images in one place in {time.perf_counter() - started:.1f} s")
+        results = replace(results, centralized=centralized)
     return results
 
 

@@ -17,14 +17,15 @@ from flora.core.states import ServerState
 from flora.core.tree import StateLike
 from flora.engine.dealing import ARRAYS
 from flora.evaluation.accuracy import (
+    client_macro_f1,
     client_means,
     evaluate,
     harmonic_mean,
-    own_accuracies,
+    own_predictions,
     spread,
     unheld_accuracies,
 )
-from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_local_only
+from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_centralized, train_local_only
 from flora.evaluation.metrics import ServerView, complete, computed
 from flora.evaluation.shares import evaluate_in_shares
 from flora.experiment.build import Experiment
@@ -38,15 +39,31 @@ class ClientResults:
     """Accuracies on each client's held-out examples, `(num_clients,)`, NaN where it has none.
 
     `server` is the server's adapter, `own` each client's own, if they have any: the server's for who has none.
-    `has_own` says who has one. `losses` are the server's adapter's mean losses on the same examples. `test` is that
-    adapter on the common test images, if they were evaluated at the same time.
+    `has_own` says who has one. `losses` and `macro_f1` are the server's adapter's mean losses and macro F1 on the same
+    examples. `own_predictions` `(N, 2)` has a row a held-out example, one client's after the other's: the class that
+    its client's own adapter predicts and its probability, NaN where it has none. `test` is the server's adapter on the
+    common test images, if they were evaluated at the same time.
     """
 
     server: np.ndarray
     losses: np.ndarray
+    macro_f1: np.ndarray
     own: np.ndarray | None = None
     has_own: np.ndarray | None = None
+    own_predictions: np.ndarray | None = None
     test: Evaluation | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class CentralizedResults:
+    """What training on all images in one place reaches.
+
+    `test` is its accuracy on the common test images, `held_out` on each client's held-out examples, `(num_clients,)`,
+    NaN where it has none.
+    """
+
+    test: float
+    held_out: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +73,7 @@ class LocalOnlyResults:
     `test` and `held_out` are what a client reaches alone, on the common test images and on its own held-out examples,
     `unheld` on the test images of classes that it has no example of. `personal_test` and `personal_unheld` are its own
     adapter of the federated run on the test images, NaN where it has none; None if no client can have one.
+    `centralized` is what one client with the training images of all reaches, None if that is not asked for.
     """
 
     test: np.ndarray
@@ -63,11 +81,13 @@ class LocalOnlyResults:
     unheld: np.ndarray
     personal_test: np.ndarray | None = None
     personal_unheld: np.ndarray | None = None
+    centralized: CentralizedResults | None = None
 
     @classmethod
     def of_nobody(cls, num_clients: int) -> LocalOnlyResults:
         """Where no client is trained without the others."""
-        return cls(*(np.full(num_clients, np.nan) for _ in range(3)))
+        test, held_out, unheld = np.full((3, num_clients), np.nan)
+        return cls(test, held_out, unheld)
 
 
 def measure(
@@ -190,18 +210,22 @@ def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults
     """Accuracy on each client's held-out examples."""
     sizes, federation = experiment.held_out_sizes, experiment.federation
     with_own = clients_with_own_adapters(federation, state)
-    server, losses = np.full(len(sizes), np.nan), np.full(len(sizes), np.nan)
+    server, losses, f1 = (np.full(len(sizes), np.nan) for _ in range(3))
     if len(experiment.held_out):
         evaluation = _evaluate(experiment, server_stack(state), experiment.held_out)[0]
         server, losses = client_means(evaluation.correct, sizes), client_means(evaluation.losses, sizes)
+        labels = experiment.held_out.labels.cpu().numpy()
+        f1 = client_macro_f1(labels, evaluation.predicted, sizes, len(experiment.class_names))
     if with_own is None:
-        return ClientResults(server, losses)
-    own, ends = server.copy(), np.cumsum(sizes)
+        return ClientResults(server, losses, f1)
+    predictions = np.full((len(experiment.held_out), 2), np.nan)
     for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
-        own[clients] = _of_blocks(
-            experiment, clients, adapters, lambda some, part: _on_held_out(experiment, ends, some, part)
-        )
-    return ClientResults(server, losses, own, np.isin(np.arange(len(sizes)), with_own))
+        found = _of_blocks(experiment, clients, adapters, partial(_predicted_of_held_out, experiment))
+        predictions[np.concatenate(_held_out_of(experiment, clients))] = found
+    is_own = np.isin(np.arange(len(sizes)), with_own)
+    right = predictions[:, 0] == experiment.held_out.labels.cpu().numpy()
+    own = np.where(is_own, client_means(right, sizes), server)
+    return ClientResults(server, losses, f1, own, is_own, predictions)
 
 
 def _of_blocks(
@@ -210,7 +234,7 @@ def _of_blocks(
     adapters: StateLike,
     evaluate_some: Callable[[Sequence[int], StateLike], np.ndarray],
 ) -> np.ndarray:
-    """Evaluate each client's own of `adapters` `(K, ...)`, as many at once as fit; return the numbers `(K, ...)`."""
+    """Evaluate each client's own of `adapters` `(K, ...)`, as many at once as fit; return all that comes of it."""
     number = len(clients)
 
     def block(places: Sequence[int]) -> np.ndarray:
@@ -222,18 +246,27 @@ def _of_blocks(
     return np.concatenate(list(parts))
 
 
-def _on_held_out(experiment: Experiment, ends: np.ndarray, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
-    """Accuracy of each of `adapters` `(K, ...)` on its client's held-out examples, `(K,)`; these end at `ends`."""
-    starts, config = ends - experiment.held_out_sizes, experiment.config.evaluation
-    examples = [np.arange(starts[client], ends[client]) for client in clients]
-    return own_accuracies(
+def _held_out_of(experiment: Experiment, clients: Sequence[int]) -> list[np.ndarray]:
+    """The places of each client's held-out examples among those of all."""
+    ends = np.cumsum(experiment.held_out_sizes)
+    return [np.arange(ends[client] - experiment.held_out_sizes[client], ends[client]) for client in clients]
+
+
+def _predicted_of_held_out(experiment: Experiment, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
+    """What each of `adapters` `(K, ...)` predicts of its client's held-out examples, one client's after the other's.
+
+    Returns `(N, 2)`, the class and its probability.
+    """
+    config = experiment.config.evaluation
+    found = own_predictions(
         experiment.federation.engine.model,
         adapters,
         experiment.held_out,
-        examples,
+        _held_out_of(experiment, clients),
         batch_size=config.batch_size,
         prediction=config.prediction,
     )
+    return np.stack([found.classes, found.probabilities], axis=1)
 
 
 def _on_test_images(experiment: Experiment, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
@@ -261,13 +294,13 @@ def measure_local_only(
     number, federation = experiment.config.evaluation.num_local_only, experiment.federation
     chosen = np.unique(np.linspace(0, len(federation.clients) - 1, number).round().astype(int))
     adapters = train_local_only(federation, experiment.initial_adapter, chosen, advance=advance)
-    results, ends = LocalOnlyResults.of_nobody(len(federation.clients)), np.cumsum(experiment.held_out_sizes)
+    results = LocalOnlyResults.of_nobody(len(federation.clients))
     own = federation.engine.model.adapter.models(adapters)[-1]
     clients = chosen.tolist()
     results.test[chosen], results.unheld[chosen] = _of_test_images(experiment, clients, own)
-    results.held_out[chosen] = _of_blocks(
-        experiment, clients, own, lambda some, part: _on_held_out(experiment, ends, some, part)
-    )
+    predicted = _of_blocks(experiment, clients, own, partial(_predicted_of_held_out, experiment))[:, 0]
+    labels = experiment.held_out.labels.cpu().numpy()[np.concatenate(_held_out_of(experiment, clients))]
+    results.held_out[chosen] = client_means(predicted == labels, experiment.held_out_sizes[chosen])
     with_own = clients_with_own_adapters(federation, state)
     if with_own is None:
         return results
@@ -275,6 +308,17 @@ def measure_local_only(
     for clients, own in own_adapters(federation, state, np.intersect1d(chosen, with_own)):
         personal[clients], unheld[clients] = _of_test_images(experiment, clients, own)
     return replace(results, personal_test=personal, personal_unheld=unheld)
+
+
+def measure_centralized(experiment: Experiment, *, advance: Callable[[int], object]) -> CentralizedResults:
+    """Train one client on the training images of all, and evaluate it. `advance` is told of each round done."""
+    federation, sizes = experiment.federation, experiment.held_out_sizes
+    trained = train_centralized(federation, experiment.initial_adapter, advance=advance)
+    adapter = federation.engine.model.adapter.models(trained)[-1]
+    held_out = np.full(len(sizes), np.nan)
+    if len(experiment.held_out):
+        held_out = client_means(_evaluate(experiment, adapter, experiment.held_out)[0].correct, sizes)
+    return CentralizedResults(_evaluate(experiment, adapter, experiment.test)[0].accuracy, held_out)
 
 
 def _of_test_images(
@@ -294,6 +338,7 @@ def local_only_figures(results: LocalOnlyResults) -> dict[str, Any]:
         "local_only_accuracy_best": max(accuracies, default=None),
         "local_only_unheld_accuracy": _mean(results.unheld),
         "personal_unheld_accuracy": None if results.personal_unheld is None else _mean(results.personal_unheld),
+        "centralized_accuracy": None if results.centralized is None else results.centralized.test,
     }
 
 
@@ -304,91 +349,11 @@ def compare_held_out(results: ClientResults, local_only: LocalOnlyResults) -> di
     if not number:
         return {"held_out_num_clients": 0}
     figures = {"federated": results.server, "local_only": local_only.held_out, "personal": results.own}
+    if local_only.centralized is not None:
+        figures["centralized"] = local_only.centralized.held_out
     means = {
         f"held_out_{how}_accuracy": float(accuracies[both].mean())
         for how, accuracies in figures.items()
         if accuracies is not None
     }
     return {"held_out_num_clients": number, **means}
-
-
-CLIENT_COLUMNS: tuple[tuple[str, str], ...] = (
-    ("client", "its id"),
-    ("name", "what the data call it, where they do"),
-    ("num_train", "its training examples"),
-    ("num_unlabelled", "its training images without a label, where there are some"),
-    ("pseudo_label_coverage", "share of these whose label was sure in the last round that it took part in"),
-    ("pseudo_label_precision", "share of these labels that were right"),
-    ("num_held_out", "the examples that it keeps for its own test"),
-    ("num_rounds", "the rounds in which its update came"),
-    ("rank", "its rank, where clients have their own"),
-    ("accuracy", "accuracy of the server's adapter of the last round on its own held-out examples"),
-    ("loss", "its mean loss on them"),
-    ("test_accuracy", "accuracy of the same on the common test images"),
-    ("local_only_accuracy", "what it reaches without the others, on the common test images"),
-    ("local_only_held_out_accuracy", "what it reaches without the others, on its own held-out examples"),
-    ("personal_accuracy", "accuracy of its own adapter on its own held-out examples, where clients have one"),
-    ("personal_adapter", "whether that is its `own` or, because it has none, the `server`'s"),
-    ("personal_test_accuracy", "accuracy of its own adapter on the common test images, of those also trained alone"),
-)
-"""The columns of `clients.csv`, in their order."""
-
-
-def client_columns(
-    experiment: Experiment, results: ClientResults, local_only: LocalOnlyResults, records: Sequence[RoundRecord]
-) -> dict[str, list[Any]]:
-    """The columns of `clients.csv` by name, with an entry for each client; a missing result is empty text."""
-    clients, ranks = experiment.federation.clients, experiment.federation.ranks
-    columns: dict[str, list[Any]] = {
-        "client": list(range(len(clients))),
-        "num_train": [len(client.train) for client in clients],
-        "num_held_out": [len(client.held_out) for client in clients],
-        "num_rounds": _num_rounds(records, len(clients)),
-        "accuracy": _cells(results.server),
-        "loss": _cells(results.losses),
-        "test_accuracy": _cells(np.full(len(clients), records[-1].accuracy)),
-        "local_only_accuracy": _cells(local_only.test),
-        "local_only_held_out_accuracy": _cells(local_only.held_out),
-    }
-    if any(client.name is not None for client in clients):
-        columns["name"] = [client.name for client in clients]
-    if results.own is not None and results.has_own is not None:
-        columns["personal_accuracy"] = _cells(results.own)
-        columns["personal_adapter"] = ["own" if has_own else "server" for has_own in results.has_own]
-    if local_only.personal_test is not None:
-        columns["personal_test_accuracy"] = _cells(local_only.personal_test)
-    if ranks is not None:
-        columns["rank"] = ranks.tolist()
-    if any(len(client.unlabelled) for client in clients):
-        columns |= _pseudo_label_columns(records, [len(client.unlabelled) for client in clients])
-    return {name: columns[name] for name, _ in CLIENT_COLUMNS if name in columns}
-
-
-def _pseudo_label_columns(records: Sequence[RoundRecord], numbers: list[int]) -> dict[str, list[Any]]:
-    """What clients' images without a label came to, in the last round that each took part in."""
-    last: dict[str, list[int]] = {}
-    for record in records:
-        last |= record.metrics.get("client_pseudo_labels") or {}
-    counts = np.array([last.get(str(client), [0, 0, 0]) for client in range(len(numbers))], dtype=np.float64)
-    with np.errstate(invalid="ignore"):
-        coverage, precision = counts[:, 1] / counts[:, 0], counts[:, 2] / counts[:, 1]
-    return {
-        "num_unlabelled": numbers,
-        "pseudo_label_coverage": _cells(coverage),
-        "pseudo_label_precision": _cells(precision),
-    }
-
-
-def _cells(accuracies: np.ndarray) -> list[str]:
-    return ["" if np.isnan(accuracy) else f"{accuracy:.6f}" for accuracy in accuracies]
-
-
-def _num_rounds(records: Sequence[RoundRecord], num_clients: int) -> list[Any]:
-    """In how many rounds each client took part; empty text if some of the records don't say."""
-    cohorts = [record.cohort for record in records if record.cohort is not None]
-    if len(cohorts) < len(records):
-        return [""] * num_clients
-    counts = np.zeros(num_clients, np.int64)
-    for cohort in cohorts:
-        counts += np.bincount(np.array(cohort, np.int64), minlength=num_clients)
-    return counts.tolist()

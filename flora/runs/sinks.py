@@ -82,8 +82,9 @@ class DirectorySink(Sink):
 
 
 def time_left(config: ExperimentConfig) -> TimeLeft:
-    """What estimates how long a run will still take, clients that train alone included."""
-    return TimeLeft(config.rounds, config.evaluation.num_local_only)
+    """What estimates how long a run will still take, clients that train alone and all in one place included."""
+    everyone = (config.clients.number or 0) if config.evaluation.centralized else 0
+    return TimeLeft(config.rounds, config.evaluation.num_local_only + everyone)
 
 
 class RoundLines(Sink):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from flora.evaluation.predicting import most_probable, predict
 from flora.experiment.build import Experiment
 from flora.features.features import Features
 from flora.runs.measure import ClientResults, evaluate_test_images, server_stack
+
+# What `predictions.csv` says of a held-out image with its client's own adapter, where clients have one.
+OWN_COLUMNS = ("own_predicted", "own_probability")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +50,10 @@ def last_tables(experiment: Experiment, state: ServerState, clients: ClientResul
         tables["domains.csv"] = domain_table(labels, evaluation, experiment.test_domains, len(names))
     number = experiment.config.evaluation.predictions
     if number:
-        rows = _predictions(experiment, state, number)
-        tables["predictions.csv"] = Table(prediction_columns(number), rows, lists_images=True)
+        columns, rows = prediction_columns(number), _predictions(experiment, state, number)
+        if clients.own_predictions is not None:
+            columns, rows = [*columns, *OWN_COLUMNS], _with_own(rows, clients.own_predictions, names)
+        tables["predictions.csv"] = Table(columns, rows, lists_images=True)
     return tables
 
 
@@ -114,6 +120,15 @@ def _predictions(experiment: Experiment, state: ServerState, number: int) -> Ite
                     for cell in (names[place], f"{probability:.6f}")
                 ]
                 yield [names[next(labels)], *cells, *[""] * (2 * number - len(cells))]
+
+
+def _with_own(
+    rows: Iterable[Sequence[Any]], predictions: np.ndarray, class_names: Sequence[str]
+) -> Iterator[list[Any]]:
+    """The rows with what the own adapters of the clients say of their held-out images, which are the first ones."""
+    known = [["", ""] if np.isnan(own) else [class_names[int(own)], f"{each:.6f}"] for own, each in predictions]
+    for row, own in zip(rows, itertools.chain(known, itertools.repeat(["", ""])), strict=False):
+        yield [*row, *own]
 
 
 def with_images(predictions: Table, examples: Path) -> Table:

@@ -93,6 +93,12 @@ TRAINING: tuple[Rule, ...] = (
         "expected computed or float16, because bfloat16 can't hold the sizes of tokens (backbone.tokens)",
     ),
     Rule(
+        "evaluation.centralized",
+        "training on all images in one place, for comparison, needs clients (no clients.centralized)",
+        lambda c: c.evaluation.centralized and c.clients.centralized,
+        "expected false: with clients.centralized the run itself trains on all images in one place",
+    ),
+    Rule(
         "local.self_training",
         "self-training needs images without a label",
         lambda c: c.local.self_training is not None and c.clients.labelled_fraction == 1,
