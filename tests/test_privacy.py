@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from helpers import LOCAL, adapt, assert_states_close, federation, fp64, rounds,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora.communication.network import Drawn
+from flora.communication.network import DrawnNetwork
 from flora.communication.sampling import InTurn, Poisson, Uniform
 from flora.core import tree
 from flora.core.errors import UserError
@@ -58,16 +59,16 @@ def drawn(state: State, *names: str | int) -> torch.Tensor:
 def test_a_round_by_hand(tiny_model: str) -> None:
     """Bound, sum, noise, divided by the expected cohort; the noise is drawn again here."""
     model = adapt(tiny_model)
-    parts, heard = listening(private(federation(model, LOCAL), Central(clip_norm=0.02, noise_multiplier=0.5)))
+    parts, heard = listening(private(federation(model, LOCAL), Central(clip_norm=1.0, noise_multiplier=0.5)))
     (before, after), (result,) = rounds(parts, 1)
     vectors = [tree.flatten(update.delta) for update in heard]
     norms = [float(vector.norm()) for vector in vectors]
-    assert len(vectors) == NUM_CLIENTS and min(norms) < 0.02 < max(norms)
-    total = sum(vector * min(1.0, 0.02 / norm) for vector, norm in zip(vectors, norms, strict=True))
-    noise = 0.5 * 0.02 * drawn(heard[0].delta, "round", 1, "privacy")
+    assert len(vectors) == NUM_CLIENTS and min(norms) < 1.0 < max(norms)
+    total = sum(vector * min(1.0, 1.0 / norm) for vector, norm in zip(vectors, norms, strict=True))
+    noise = 0.5 * drawn(heard[0].delta, "round", 1, "privacy")
     expected = tree.flatten(before.adapter) + (total + noise) / NUM_CLIENTS
     torch.testing.assert_close(tree.flatten(after.adapter), expected, rtol=0, atol=1e-12)
-    assert (result.clip_norm, result.clipped_fraction) == (0.02, sum(norm > 0.02 for norm in norms) / NUM_CLIENTS)
+    assert (result.clip_norm, result.clipped_fraction) == (1.0, sum(norm > 1.0 for norm in norms) / NUM_CLIENTS)
     assert result.epsilon == spent_epsilon(0.5, 1, None, 1e-5)
 
 
@@ -111,7 +112,7 @@ def test_one_client_more_changes_the_sum_by_at_most_the_bound(vectors: list[list
 
 def test_the_bound_leaves_smaller_updates_as_they_are_and_directions_too() -> None:
     (small,), (large,) = states_of([[0.3, 0.0, 0.4]]), states_of([[3.0, 0.0, 4.0]])
-    same, within = bounded(small, 0.5)
+    same, within = bounded(small, 0.6)
     assert within and same["b"].tolist() == small["b"].tolist()
     scaled, within = bounded(large, 0.5)
     assert not within and tree.flatten(scaled).tolist() == pytest.approx([0.3, 0.0, 0.4])
@@ -144,7 +145,8 @@ def test_a_round_of_nobody_releases_noise_all_the_same(tiny_model: str, mechanis
     moved = tree.flatten(tree.subtract(after.adapter, before.adapter)) * expected
     assert result.num_clients == 0 and result.clipped_fraction is None
     assert torch.count_nonzero(moved) == len(moved)
-    assert result.epsilon is not None and 0 <= result.epsilon < 1e-3  # one client in a million million is asked
+    if isinstance(mechanism, Central):  # one client in a million million is asked
+        assert result.epsilon is not None and 0 <= result.epsilon < 1e-3
 
 
 def test_updates_that_are_all_rejected_leave_noise(tiny_model: str) -> None:
@@ -161,7 +163,7 @@ def test_updates_that_are_all_rejected_leave_noise(tiny_model: str) -> None:
 
 def test_with_dropouts_the_expected_cohort_divides(tiny_model: str) -> None:
     """All clients drop out but those that a network's draw leaves; the denominator stays that of the sampler."""
-    network = Drawn(dropout=0.5)
+    network = DrawnNetwork(dropout=0.5)
     plain = federation(adapt(tiny_model), LOCAL)
     parts = variant(plain, network=network, profiles=network.profiles(NUM_CLIENTS, Rng(0)))
     parts, heard = listening(private(parts, Central(clip_norm=0.02, noise_multiplier=0.5)))
@@ -300,7 +302,7 @@ def test_in_turn_nobody_takes_part_more_often_than_it_says(number: int, cohort: 
         for client in clients.tolist():
             taken[client].append(round)
     assert max(len(each) for each in taken.values()) == attendance.most(num_rounds)
-    apart = [later - earlier for each in taken.values() for earlier, later in zip(each, each[1:], strict=False)]
+    apart = [later - earlier for each in taken.values() for earlier, later in itertools.pairwise(each)]
     assert all(distance >= attendance.separation for distance in apart)
 
 
@@ -330,10 +332,10 @@ def test_the_accountant_amplifies_by_poisson_samples_alone(tiny_model: str) -> N
 
 
 def test_the_target_is_met_and_the_budget_kept() -> None:
-    attendance = Attendance(fraction=0.1)
+    attendance = Attendance()
     made = PrivateRounds.of(Central(1.0, target_epsilon=2.0), attendance, 10)
     assert 1.9 < made.epsilon(10) <= 2.0 and made.last_round == 10
-    limited = PrivateRounds.of(Central(1.0, noise_multiplier=0.8, budget_epsilon=2.0), attendance, 50)
+    limited = PrivateRounds.of(Central(1.0, noise_multiplier=8.0, budget_epsilon=2.0), attendance, 50)
     last = limited.last_round
     assert 0 < last < 50 and limited.epsilon(last) <= 2.0 < limited.epsilon(last + 1)
     with pytest.raises(UserError, match=r"privacy.budget_epsilon: expected at least .*, which round 1 spends, got 0.1"):

@@ -13,6 +13,8 @@ from flora.core.registry import Component, OptionError, option, register
 from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 
+MAX_EXPONENT = 5.0
+
 
 @dataclass(frozen=True)
 class ClipNorm(Component):
@@ -59,10 +61,12 @@ class AdaptiveNorm(ClipNorm):
         """Return the next round's bound, where `num_within` of `num_updates` lay within this one; `noise` is drawn.
 
         What is released is the sum of 1/2 for each that lay within and -1/2 for each that did not, so that a client
-        changes it by 1/2 (section 2.2).
+        changes it by 1/2 (section 2.2). Differs from the paper: no round changes the bound by more than e**5, for the
+        sake of cohorts of which one client is expected, or fewer.
         """
         share = (num_within - num_updates / 2 + noise) / expected + 0.5
-        return clip_norm * math.exp(-self.learning_rate * (share - self.quantile))
+        exponent = -self.learning_rate * (share - self.quantile)
+        return clip_norm * math.exp(max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent)))
 
 
 def bounded(delta: StateLike, clip_norm: float) -> tuple[State, bool]:
