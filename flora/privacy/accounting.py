@@ -146,6 +146,15 @@ def _gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
 
 
 def _renyi_epsilon(noise_multiplier: float, num_rounds: int, fraction: float, delta: float) -> float:
+    from dp_accounting.rdp import compute_epsilon
+
+    orders, divergences = _renyi_divergences(noise_multiplier, fraction)
+    return float(compute_epsilon(orders, num_rounds * divergences, delta)[0])
+
+
+@functools.lru_cache(maxsize=256)
+def _renyi_divergences(noise_multiplier: float, fraction: float) -> tuple[Any, Any]:
+    """Orders, and the Renyi divergences at these of one sum over a Poisson sample."""
     from absl import logging as absl_logging
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
@@ -155,10 +164,8 @@ def _renyi_epsilon(noise_multiplier: float, num_rounds: int, fraction: float, de
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
-        accountant = RdpAccountant().compose(
-            event if fraction == 1 else PoissonSampledDpEvent(fraction, event), num_rounds
-        )
-        return float(accountant.get_epsilon(delta))
+        accountant = RdpAccountant().compose(event if fraction == 1 else PoissonSampledDpEvent(fraction, event))
+        return accountant.orders, accountant.rdp
     finally:
         absl_logging.set_verbosity(verbosity)
 
