@@ -55,6 +55,14 @@ LABELS = {
     "cache": {"views": 2, "folder": None},
 }
 
+PRIVATE = {
+    "threads": 1,
+    "rounds": 2,
+    "clients": {"number": 5, "per_block": 2, "cohort": {"name": "poisson", "fraction": 0.7}},
+    "local": {"batch_size": 4},
+    "privacy": {"name": "central", "clip_norm": {"name": "adaptive"}, "noise_multiplier": 2.0, "accountant": "rdp"},
+}
+
 
 @pytest.fixture
 def config(tmp_path: Path, raw_config: dict[str, Any]) -> str:
@@ -130,6 +138,11 @@ def test_trackers_and_the_page_on_its_way_are_told_by_the_first_process_alone(co
     assert [point.step for point in client.get_metric_history(tracked.info.run_id, "accuracy")] == rounds
     assert tracked.info.status == "FINISHED"
     assert "On its way" not in (directory / "report.html").read_text()
+
+
+def test_private_rounds_are_the_same_by_two(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    config = write(tmp_path, raw_config, PRIVATE)
+    assert whole(tmp_path / "two", config, 2) == whole(tmp_path / "one", config)
 
 
 def test_memory_that_runs_out_in_one_process_lowers_the_blocks_of_all(config: str, tmp_path: Path) -> None:

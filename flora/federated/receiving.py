@@ -30,6 +30,9 @@ def _send(
     if failed_step is None and not tree.is_finite(own):
         failed_step = result.num_steps - 1
     delta = {name: tensor - task.adapter[name] for name, tensor in result.adapter.items() if name not in own}
+    if federation.privacy is not None:
+        rng = plan.rng.child("client", client, "privacy")
+        delta = federation.privacy.sent(delta, plan.view.privacy, rng)
     feedback = plan.view.clients.get(client, FRESH).feedback
     upload = federation.link.upload(
         delta, feedback, result.sent_correction, client, plan.rng.child("client", client, "upload")
