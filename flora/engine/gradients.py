@@ -124,10 +124,12 @@ def gradient_function(
         place = parameters.data_ptr(), number
         state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
         generators = None if dropout is None else dropout[first : first + number]
-        texts = _SharedTexts(model, flat.leaves(parameters[:1]), residual, number) if are_alike else None
-        leaf = None if texts is None else texts.leaf
-        losses = loss.total(_step_views(model, loss, {**state, **residual}, batch, generators, leaf))
-        return losses.detach(), _rows(losses, leaves) if texts is None else texts.rows(losses, leaves)
+        texts = SharedTexts(model, flat.leaves(parameters[:1]), residual) if are_alike else None
+        leaf = None if texts is None else texts.leaf(number)
+        losses = loss.total(step_views(model, loss, {**state, **residual}, batch, generators, leaf))
+        return losses.detach(), rows_of(losses, leaves) if texts is None or leaf is None else texts.rows(
+            losses, leaves, leaf
+        )
 
     def compute_in_parts(parameters: Tensor, batch: Batch, residual: StateLike) -> tuple[Tensor, Tensor]:
         nonlocal is_first
@@ -161,38 +163,52 @@ def _are_alike(parameters: Tensor) -> bool:
     return bool((parameters == parameters[:1]).all())
 
 
-class _SharedTexts:
-    """The class features of clients whose adapters are the same by now: computed once, as if each had its own.
+class SharedTexts:
+    """The class features of G adapters, computed once for all rows of a step that have the same one.
 
-    `leaf` `(K, C, embed_dim)` stands for them in the loss. What the loss's gradient by it comes to by the adapter's
-    tensors is one backward pass for all clients, because that is linear.
+    `leaf` stands for them in the loss of G * n rows, n for each adapter. What the loss's gradient by it comes to by the
+    adapters' tensors is one backward pass for n rows of each of them, because that is linear.
     """
 
-    def __init__(self, model: AdaptedClip, one: tuple[State, list[Tensor]], residual: StateLike, number: int) -> None:
-        state, self._leaves = one
+    def __init__(
+        self, model: AdaptedClip, adapters: tuple[State, list[Tensor]], residual: StateLike, drawn: Tensor | None = None
+    ) -> None:
+        state, self._leaves = adapters
+        self._num_adapters = len(self._leaves[0])
         with model.adapter.bind({**state, **residual}):
-            self._features = model.class_features(1)
-        self.leaf = self._features.detach().repeat(number, 1, 1).requires_grad_()
+            if drawn is None:
+                self._features = model.class_features(self._num_adapters)
+            else:
+                self._features = model.drawn_class_features(drawn)
 
-    def rows(self, losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-        """As `_rows`: through the class features, and what reaches the clients' `leaves` in other ways."""
+    def leaf(self, number: int) -> Tensor:
+        """The features for `number` rows of each adapter, `(G * number, C, embed_dim)`, to differentiate by."""
+        return self._features.detach().repeat_interleave(number, dim=0).requires_grad_()
+
+    def rows(self, losses: Tensor, leaves: Sequence[Tensor], leaf: Tensor) -> Tensor:
+        """As `rows_of`: through the class features, and what reaches the rows' `leaves` in other ways."""
         *direct, by_features = torch.autograd.grad(
-            losses.sum(), [*leaves, self.leaf], allow_unused=True, materialize_grads=True
+            losses.sum(), [*leaves, leaf], allow_unused=True, materialize_grads=True
         )
         through = torch.autograd.grad(
-            self._features, self._leaves, by_features.unsqueeze(1), is_grads_batched=True, allow_unused=True
+            self._features,
+            self._leaves,
+            by_features.unflatten(0, (self._num_adapters, -1)).transpose(0, 1),
+            is_grads_batched=True,
+            allow_unused=True,
+            retain_graph=True,
         )
         number = len(losses)
         return torch.cat(
             [
-                each.reshape(number, -1) if other is None else (each + other.squeeze(1)).reshape(number, -1)
+                (each if other is None else each + other.transpose(0, 1).flatten(0, 1)).reshape(number, -1)
                 for each, other in zip(direct, through, strict=True)
             ],
             dim=1,
         )
 
 
-def _step_views(
+def step_views(
     model: AdaptedClip,
     loss: Loss,
     stack: StateLike,
@@ -249,7 +265,7 @@ def _images(model: AdaptedClip, batch: Batch, number: int) -> dict[str, Tensor]:
     return {name: model.image_features(stem, number) for name, stem in stems.items()}
 
 
-def _rows(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+def rows_of(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
     """The gradient of the summed losses with respect to all leaves, as rows; zero for those that the loss ignores."""
     gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
     return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
