@@ -21,7 +21,7 @@ from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.registry import Options, components, kinds
 from flora.evaluation.metrics import FIGURES, METRICS
-from flora.runs.measure import CLIENT_COLUMNS
+from flora.runs.client_table import CLIENT_COLUMNS
 from flora.server.strategies.base import Strategy
 
 FOLDER = Path(__file__).parent

@@ -23,7 +23,7 @@ from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.records import RoundRecord
 from flora.evaluation.metrics import FIGURES, METRICS, complete
-from flora.runs.measure import CLIENT_COLUMNS
+from flora.runs.client_table import CLIENT_COLUMNS
 from flora.runs.run_directory import RunDirectory
 from flora.simulate import RunResult, simulate
 

@@ -60,6 +60,8 @@ def _check_parts(config: ExperimentConfig) -> None:
         config.server.strategy.check_fits(config.adapter)
     with below("local"):
         config.local.correction.check_fits(config.local.optimizer)
+    if config.local.privacy is not None:
+        config.local.privacy.require()
 
 
 def _check_number_of_clients(config: ExperimentConfig) -> None:

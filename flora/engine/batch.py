@@ -44,7 +44,7 @@ class Batch:
 
     def as_clients(self) -> Batch:
         """Return what each example is by itself: K * B clients of one example, which is a real one to them."""
-        number, size = self.tensors["labels"].shape
+        size = self.tensors["labels"].shape[1]
         tensors = {
             name: tensor if name == "stem" else tensor.flatten(0, 1).unsqueeze(1)
             for name, tensor in self.tensors.items()

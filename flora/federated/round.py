@@ -15,6 +15,7 @@ from flora.core.states import FRESH, ClientState, ClientUpdate, ServerState
 from flora.core.tree import State
 from flora.engine.tasks import ClientResult
 from flora.federated.aggregation import Step, in_server_terms, step
+from flora.federated.exposure import count_releases, example_epsilon
 from flora.federated.federation import Federation, Received, RoundPlan
 from flora.federated.receiving import personal_states, send_updates
 from flora.server.screening import refusal, screen
@@ -43,6 +44,7 @@ class RoundResult:
     client_pseudo_labels: dict[str, list[int]] | None = None
     distillation_loss: float | None = None
     text_loss: float | None = None
+    example_epsilon: float | None = None
     cohort: tuple[int, ...] = ()
 
     def metrics(self) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     clients = dict(received.clients)
     for client, own in personal_states(federation, plan, engine.train(plan.personal_tasks)):
         clients[client] = dataclasses.replace(clients.get(client, FRESH), own=own)
+    carried = count_releases(federation, plan, clients)
     after = Step(state.adapter, state.optimizer, state.correction, None)
     if accepted:
         after = step(federation, state, accepted, {task.client: task.adapter for task in plan.tasks})
@@ -90,10 +93,11 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         **_pseudo_label_figures(reports),
         distillation_loss=server_losses.distillation,
         text_loss=server_losses.texts,
+        example_epsilon=example_epsilon(federation, carried),
         aggregation_error=after.aggregation_error,
         train_seconds=engine.seconds() - started,
     )
-    return ServerState(plan.round, adapter, after.optimizer, after.correction, clock, clients), result
+    return ServerState(plan.round, adapter, after.optimizer, after.correction, clock, carried), result
 
 
 def _noted(results: Iterable[ClientResult], reports: dict[int, Mapping[str, int]]) -> Iterator[ClientResult]:

@@ -48,7 +48,10 @@ def spent_epsilon(
         return math.inf
     fraction = 1.0 if sampling_fraction is None else min(float(sampling_fraction), 1.0)
     if accountant == "rdp":
-        return _renyi_epsilon(noise_multiplier, num_rounds, fraction, delta)
+        from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
+
+        orders, divergences = _renyi_divergences(noise_multiplier, fraction)
+        return float(compute_epsilon(orders, num_rounds * divergences, delta)[0])
     if fraction == 1.0:
         # Sums with the same noise reveal as much as one with less of it.
         return _gaussian_epsilon(noise_multiplier / math.sqrt(num_rounds), delta)
@@ -110,7 +113,9 @@ def _gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
     return float(get_epsilon_gaussian(noise_multiplier, delta))
 
 
-def _renyi_epsilon(noise_multiplier: float, num_rounds: int, fraction: float, delta: float) -> float:
+@functools.lru_cache(maxsize=4096)
+def _renyi_divergences(noise_multiplier: float, fraction: float) -> tuple[Any, Any]:
+    """The orders, and the Renyi divergence of one sum of each, which sums add up: arrays `(orders,)`."""
     from absl import logging as absl_logging
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
@@ -120,12 +125,10 @@ def _renyi_epsilon(noise_multiplier: float, num_rounds: int, fraction: float, de
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
-        accountant = RdpAccountant().compose(
-            event if fraction == 1 else PoissonSampledDpEvent(fraction, event), num_rounds
-        )
-        return float(accountant.get_epsilon(delta))
+        accountant = RdpAccountant().compose(event if fraction == 1 else PoissonSampledDpEvent(fraction, event))
     finally:
         absl_logging.set_verbosity(verbosity)
+    return accountant._orders, accountant._rdp
 
 
 @functools.lru_cache(maxsize=16)

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from flora.core.registry import Options, option
 from flora.core.rng import Rng
+from flora.core.tree import State
 from flora.privacy.accounting import ACCOUNTANTS, require_accounting, spent_epsilon
+
+NUM_RELEASES = "num_releases"
+"""The one tensor of a client's `ClientState.privacy`, `(1,)`."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class ExamplePrivacy(Options):
         "probability with which the guarantee may fail, at which epsilon is stated", 1e-5, above=0, below=1
     )
     sampling: str = option(
-        "how a step's examples are drawn: each by itself, with probability batch_size / examples (poisson), which makes "
-        "epsilon smaller; or whole epochs in random order (shuffled), for which nothing is gained by chance",
+        "how a step's examples are drawn: each by itself, with probability batch_size / examples (poisson), by which "
+        "epsilon is smaller; or whole epochs in random order (shuffled), for which nothing is gained by chance",
         "poisson",
         choices=("poisson", "shuffled"),
     )
@@ -97,6 +101,11 @@ class ExamplePrivacy(Options):
         return spent_epsilon(
             self.noise_multiplier, exposure.num_releases, exposure.sampling_fraction, self.delta, accountant
         )
+
+    @staticmethod
+    def counted(num_releases: int) -> State:
+        """What a client carries from round to round: the number of its releases."""
+        return {NUM_RELEASES: torch.tensor([num_releases], dtype=torch.float64)}
 
     @staticmethod
     def require() -> None:

@@ -36,11 +36,11 @@ from flora.experiment.build import Experiment
 from flora.federated.round import RoundResult, run_round
 from flora.runs.building import Listeners, built
 from flora.runs.checkpoints import CheckpointFolder
+from flora.runs.client_table import client_columns
 from flora.runs.environment import environment
 from flora.runs.measure import (
     ClientResults,
     LocalOnlyResults,
-    client_columns,
     compare_held_out,
     local_only_figures,
     measure,
@@ -326,7 +326,7 @@ class _Run:
             backbone_parameters=experiment.backbone_parameters,
             num_unreadable=len(experiment.unreadable),
         )
-        columns = client_columns(experiment, clients, local_only, self.records)
+        columns = client_columns(experiment, state, clients, local_only, self.records)
         finished = Finished(summary, state, columns, last_tables(experiment, state, clients))
         for sink in self.sinks:
             sink.finish(finished)
