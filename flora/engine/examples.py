@@ -79,8 +79,8 @@ class Noise:
     def add(self, sums: Tensor, step: int) -> Tensor:
         """Return the gradients `(k, P)` of the first k clients at a step: noise added, by the expected batch size."""
         noise = [
-            privacy.noise(sums.shape[1], stream.child(step))
-            for privacy, stream in zip(self._privacy[: len(sums)], self._streams, strict=False)
+            privacy.noise(row, stream.child(step))
+            for privacy, stream, row in zip(self._privacy, self._streams, sums, strict=False)
             if privacy is not None
         ]
-        return (sums + torch.stack(noise).to(sums)) / self._sizes[: len(sums)]
+        return (sums + torch.stack(noise)) / self._sizes[: len(sums)]

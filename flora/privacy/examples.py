@@ -67,10 +67,10 @@ class ExamplePrivacy(Options):
         factors = self.clip_norm / norms.clamp(min=self.clip_norm)
         return torch.bmm(factors.unsqueeze(1), gradients).squeeze(1)
 
-    def noise(self, number: int, rng: Rng) -> Tensor:
-        """Return the noise `(number,)` of a sum, from the stream `rng`, in single precision on the CPU."""
-        scale = self.clip_norm * self.noise_multiplier
-        return torch.empty(number).normal_(0, scale, generator=rng.torch())
+    def noise(self, like: Tensor, rng: Rng) -> Tensor:
+        """Return the noise `(P,)` of a sum such as `like`, from the stream `rng`: drawn in single precision."""
+        drawn = torch.empty(len(like)).normal_(generator=rng.torch())
+        return drawn.to(like) * (self.clip_norm * self.noise_multiplier)
 
     def sampling_fraction(self, num_examples: int, batch_size: int) -> float | None:
         """The probability with which a step sees an example of a client of `num_examples`; None without sampling."""
