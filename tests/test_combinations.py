@@ -79,6 +79,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "local.clip_norm": {"local": {"clip_norm": 0.5}},
     "adapter.start": {"adapter": {"name": "lora", "start": str(START)}},
     "evaluation.auroc": {"evaluation": {"auroc": True}},
+    "local.privacy": {"local": {"privacy": {"accountant": "rdp"}}},
     "local.steps": {"local": {"steps": 2}},
     "server.screening=clip": {"server": {"screening": {"policy": "clip", "max_norm_ratio": 1.5}}},
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},
@@ -232,6 +233,7 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "prompts can be drawn where classes have several",  # the pairs have descriptions then
         "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
         "self-training needs images without a label",  # all pairs here have some
+        "and no dropout",  # no adapter here has any
     ]
 
 
