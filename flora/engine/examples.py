@@ -44,7 +44,7 @@ def bounded_gradient_function(
             some = examples.of_clients(place.start, place.stop)
             leaf = None if texts is None else texts.leaf(each_has)
             each = loss.total(step_views(model, loss, {**state, **residual}, some, None, leaf))
-            gradients = rows_of(each, leaves) if texts is None or leaf is None else texts.rows(each, leaves, leaf)
+            gradients = rows_of(each, leaves) if texts is None else texts.rows(each, leaves)
             mask = batch.tensors["example_mask"].flatten()[place].view(number, -1)
             losses += torch.where(mask, each.detach().view(number, -1), 0.0).sum(dim=1)
             sums += privacy.clipped_sums(gradients.view(number, -1, flat.num_trained), mask)

@@ -127,9 +127,7 @@ def gradient_function(
         texts = SharedTexts(model, flat.leaves(parameters[:1]), residual) if are_alike else None
         leaf = None if texts is None else texts.leaf(number)
         losses = loss.total(step_views(model, loss, {**state, **residual}, batch, generators, leaf))
-        return losses.detach(), rows_of(losses, leaves) if texts is None or leaf is None else texts.rows(
-            losses, leaves, leaf
-        )
+        return losses.detach(), rows_of(losses, leaves) if texts is None else texts.rows(losses, leaves)
 
     def compute_in_parts(parameters: Tensor, batch: Batch, residual: StateLike) -> tuple[Tensor, Tensor]:
         nonlocal is_first
@@ -183,12 +181,13 @@ class SharedTexts:
 
     def leaf(self, number: int) -> Tensor:
         """The features for `number` rows of each adapter, `(G * number, C, embed_dim)`, to differentiate by."""
-        return self._features.detach().repeat_interleave(number, dim=0).requires_grad_()
+        self._leaf = self._features.detach().repeat_interleave(number, dim=0).requires_grad_()
+        return self._leaf
 
-    def rows(self, losses: Tensor, leaves: Sequence[Tensor], leaf: Tensor) -> Tensor:
-        """As `rows_of`: through the class features, and what reaches the rows' `leaves` in other ways."""
+    def rows(self, losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+        """As `rows_of`: through the last `leaf`, and what reaches the rows' `leaves` in other ways."""
         *direct, by_features = torch.autograd.grad(
-            losses.sum(), [*leaves, leaf], allow_unused=True, materialize_grads=True
+            losses.sum(), [*leaves, self._leaf], allow_unused=True, materialize_grads=True
         )
         through = torch.autograd.grad(
             self._features,
