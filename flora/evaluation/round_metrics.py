@@ -86,14 +86,6 @@ declare(
         "training",
     )
 )
-of_last(
-    "example_epsilon",
-    "the largest epsilon that the examples of a client have spent, where clients train with `local.privacy`",
-    "number",
-    "training",
-    "example epsilon",
-    "example epsilon",
-)
 figure("wall_seconds", "seconds of the whole run", "seconds")
 figure("memory_before_bytes", "memory that the process held before the run", "bytes")
 figure("trainable_parameters", "numbers that a client trains", "count", None, "trained")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from flora.core.errors import UserError
@@ -48,10 +50,7 @@ def spent_epsilon(
         return math.inf
     fraction = 1.0 if sampling_fraction is None else min(float(sampling_fraction), 1.0)
     if accountant == "rdp":
-        from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
-
-        orders, divergences = _renyi_divergences(noise_multiplier, fraction)
-        return float(compute_epsilon(orders, num_rounds * divergences, delta)[0])
+        return _renyi_epsilon(noise_multiplier, num_rounds, fraction, delta)
     if fraction == 1.0:
         # Sums with the same noise reveal as much as one with less of it.
         return _gaussian_epsilon(noise_multiplier / math.sqrt(num_rounds), delta)
@@ -66,11 +65,19 @@ def noise_multiplier_for(
 
     Raises `UserError` if none below a million does.
     """
-    if num_rounds == 0:
-        return PRECISION
+    return smallest_multiplier(
+        lambda multiplier: spent_epsilon(multiplier, num_rounds, sampling_fraction, delta, accountant), target_epsilon
+    )
+
+
+def smallest_multiplier(spent: Callable[[float], float], target_epsilon: float) -> float:
+    """Return the smallest noise multiplier, to `PRECISION`, of which `spent` says at most `target_epsilon`.
+
+    Raises `UserError` if none below a million does.
+    """
 
     def suffices(multiplier: float) -> bool:
-        return spent_epsilon(multiplier, num_rounds, sampling_fraction, delta, accountant) <= target_epsilon
+        return spent(multiplier) <= target_epsilon
 
     high = 1.0
     while not suffices(high):
@@ -86,6 +93,31 @@ def noise_multiplier_for(
         middle = math.sqrt(low * high)
         low, high = (low, middle) if suffices(middle) else (middle, high)
     return high
+
+
+@dataclass(frozen=True)
+class Attendance:
+    """How often a client can take part, whatever is drawn.
+
+    `fraction` is the probability with which each takes part in a round, independently of all others (a Poisson sample);
+    None where cohorts are chosen in another way. `turn`: the cohort's size and the number of clients, where all take
+    part in turn; None: any client may take part in every round.
+    """
+
+    fraction: float | None = None
+    turn: tuple[int, int] | None = None
+
+    def most(self, num_rounds: int) -> int:
+        """Return in how many of the first rounds a client takes part at most."""
+        if self.turn is None:
+            return num_rounds
+        cohort, number = self.turn
+        return min(-(-num_rounds * cohort // number), num_rounds)
+
+    @property
+    def separation(self) -> int:
+        """How many rounds lie between the starts of two rounds of the same client, at least."""
+        return 1 if self.turn is None else max(self.turn[1] // self.turn[0], 1)
 
 
 def tree_sensitivity(num_rounds: int, restart_every: int | None, num_participations: int, separation: int) -> float:
@@ -113,9 +145,16 @@ def _gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
     return float(get_epsilon_gaussian(noise_multiplier, delta))
 
 
-@functools.lru_cache(maxsize=4096)
+def _renyi_epsilon(noise_multiplier: float, num_rounds: int, fraction: float, delta: float) -> float:
+    from dp_accounting.rdp import compute_epsilon
+
+    orders, divergences = _renyi_divergences(noise_multiplier, fraction)
+    return float(compute_epsilon(orders, num_rounds * divergences, delta)[0])
+
+
+@functools.lru_cache(maxsize=256)
 def _renyi_divergences(noise_multiplier: float, fraction: float) -> tuple[Any, Any]:
-    """The orders, and the Renyi divergence of one sum of each, which sums add up: arrays `(orders,)`."""
+    """Orders, and the Renyi divergences at these of one sum over a Poisson sample."""
     from absl import logging as absl_logging
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
@@ -126,9 +165,9 @@ def _renyi_divergences(noise_multiplier: float, fraction: float) -> tuple[Any, A
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
         accountant = RdpAccountant().compose(event if fraction == 1 else PoissonSampledDpEvent(fraction, event))
+        return accountant.orders, accountant.rdp
     finally:
         absl_logging.set_verbosity(verbosity)
-    return accountant._orders, accountant._rdp
 
 
 @functools.lru_cache(maxsize=16)

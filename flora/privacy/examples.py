@@ -12,7 +12,7 @@ from torch import Tensor
 from flora.core.registry import Options, option
 from flora.core.rng import Rng
 from flora.core.tree import State
-from flora.privacy.accounting import ACCOUNTANTS, require_accounting, spent_epsilon
+from flora.privacy.accounting import ACCOUNTANTS, spent_epsilon
 
 NUM_RELEASES = "num_releases"
 """The one tensor of a client's `ClientState.privacy`, `(1,)`."""
@@ -106,8 +106,3 @@ class ExamplePrivacy(Options):
     def counted(num_releases: int) -> State:
         """What a client carries from round to round: the number of its releases."""
         return {NUM_RELEASES: torch.tensor([num_releases], dtype=torch.float64)}
-
-    @staticmethod
-    def require() -> None:
-        """Raise `UserError` naming the extra if the library that does the accounting is missing."""
-        require_accounting()
