@@ -250,6 +250,21 @@ def test_without_noise_and_bound_it_is_plain_training(tiny_model: str) -> None:
         assert result.loss == pytest.approx(plain[client].loss, abs=TOLERANCE)
 
 
+def test_runs_that_differ_in_their_noise_share_steps(tiny_model: str) -> None:
+    """Clients of a sweep's runs in one block have the noise of their own run."""
+    model = adapt(tiny_model, Lora(rank=2))
+    local = [dataclasses.replace(LOCAL, privacy=dataclasses.replace(PRIVATE, noise_multiplier=z)) for z in (0.5, 2.0)]
+    assert len({each.step_key for each in local}) == 1
+    parts, state = federation(model, LOCAL, per_block=4), model.initial_adapter(Rng(1))
+    trained = parts.roles.trained(state, 1)
+    tasks = [parts.task(client, state, parts.setup(1, trained, each), Rng(3)) for each in local for client in (0, 1)]
+    together = list(parts.engine.train([dataclasses.replace(task, client=row) for row, task in enumerate(tasks)]))
+    for row, task in enumerate(tasks):
+        (alone,) = parts.engine.train([task])
+        (mine,) = (result for result in together if result.client == row)
+        assert_states_close(mine.adapter, alone.adapter)
+
+
 @given(num_examples=st.integers(1, 60), batch_size=st.integers(1, 40), seed=st.integers(0, 100))
 def test_poisson_batches_are_packed_samples_without_repetition(num_examples: int, batch_size: int, seed: int) -> None:
     places = np.arange(num_examples) * 3

@@ -73,7 +73,7 @@ class Poisson(LocalSampling):
     def draw(self, examples: LocalExamples, sizes: BatchSizes, rng: Rng) -> Draws:
         number, generator = len(examples.places), rng.child("poisson").numpy()
         drawn = [examples.places[generator.random(number) < sizes.batch_size / number] for _ in range(sizes.num_steps)]
-        counts = np.array([len(each) for each in drawn])
+        counts = np.array([len(sample) for sample in drawn])
         mask = np.arange(max(int(counts.max()), 1)) < counts[:, None]
         places = np.full(mask.shape, examples.places[0])
         places[mask] = np.concatenate(drawn)

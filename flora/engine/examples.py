@@ -39,14 +39,14 @@ def bounded_gradient_function(
         losses = torch.zeros(number, device=model.device, dtype=parameters.dtype)
         sums = parameters.new_zeros(number, flat.num_trained)
         for place in _places(number * size, at_once):
-            each_has = (place.stop - place.start) // number
-            state, leaves = flat.leaves(parameters.repeat_interleave(each_has, dim=0))
-            some = examples.of_clients(place.start, place.stop)
-            leaf = None if texts is None else texts.leaf(each_has)
-            each = loss.total(step_views(model, loss, {**state, **residual}, some, None, leaf))
-            gradients = rows_of(each, leaves) if texts is None else texts.rows(each, leaves)
+            per_client = (place.stop - place.start) // number
+            state, leaves = flat.leaves(parameters.repeat_interleave(per_client, dim=0))
+            part = examples.of_clients(place.start, place.stop)
+            leaf = None if texts is None else texts.leaf(per_client)
+            part_losses = loss.total(step_views(model, loss, {**state, **residual}, part, None, leaf))
+            gradients = rows_of(part_losses, leaves) if texts is None else texts.rows(part_losses, leaves)
             mask = batch.tensors["example_mask"].flatten()[place].view(number, -1)
-            losses += torch.where(mask, each.detach().view(number, -1), 0.0).sum(dim=1)
+            losses += torch.where(mask, part_losses.detach().view(number, -1), 0.0).sum(dim=1)
             sums += privacy.clipped_sums(gradients.view(number, -1, flat.num_trained), mask)
         return losses, sums
 
@@ -56,7 +56,7 @@ def bounded_gradient_function(
             compute(parameters[place], batch.of_clients(place.start, place.stop))
             for place in _places(len(parameters), max(at_once // mask.shape[1], 1))
         ]
-        losses, sums = (torch.cat(each) for each in zip(*parts, strict=True))
+        losses, sums = (torch.cat(rows) for rows in zip(*parts, strict=True))
         return losses / mask.sum(dim=1).clamp(min=1), sums
 
     return compute_in_parts
