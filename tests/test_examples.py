@@ -50,8 +50,9 @@ from flora.core.rng import Rng
 from flora.core.states import ClientState, ClientUpdate
 from flora.core.tree import State
 from flora.data.batching import BatchSizes
-from flora.engine import examples
+from flora.engine import capacity, examples
 from flora.engine.batch import Batch
+from flora.engine.capacity import examples_at_once
 from flora.engine.examples import bounded_gradient_function
 from flora.engine.gradients import FlatStack, Loss
 from flora.evaluation.local_only import train_local_only
@@ -147,6 +148,21 @@ def test_bounded_gradients_are_those_of_a_loop_over_examples(
             losses, sums = compute(flat.matrix, batch.of_clients(0, clients))
             torch.testing.assert_close(sums, torch.stack(expected[:clients]), atol=TOLERANCE, rtol=0)
             assert torch.isfinite(losses).all()
+
+
+def test_as_many_examples_go_in_at_once_as_caches_and_memory_are_good_for(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vision, full = adapt(tiny_model, Lora(towers=("vision",))), adapt(tiny_model, FullFineTuning())
+    assert examples_at_once(full, num_trained=10**6) == 1
+    # Five tokens of width 32 are an example's residual stream; 20 numbers of each are kept in two blocks, 8 bytes each.
+    monkeypatch.setattr(capacity, "MAX_STREAM_ON_CPU", 7 * 5 * 32 + 1)
+    assert examples_at_once(vision, num_trained=1) == 7
+    activations, gradient = 8 * 20 * 2 * 5 * 32, 8 * 4 * 1000
+    monkeypatch.setattr(capacity, "MAX_EXAMPLE_BYTES_ON_CPU", 3 * (activations + gradient) + 1)
+    assert examples_at_once(vision, num_trained=1000) == 3
+    monkeypatch.setattr(capacity, "MAX_EXAMPLE_BYTES_ON_CPU", 0)
+    assert examples_at_once(vision, num_trained=1000) == 1
 
 
 @given(
