@@ -220,8 +220,9 @@ def plain_training(model: AdaptedClip, local: LocalTraining, state: State, clien
     }
 
 
-@pytest.mark.parametrize("adapter", ["text", "both", "feature adapter"])
-@pytest.mark.parametrize("sampling", ["poisson", "shuffled"])
+@pytest.mark.parametrize(
+    ("adapter", "sampling"), [("text", "poisson"), ("both", "shuffled"), ("feature adapter", "poisson")]
+)
 def test_local_training_is_dp_sgd(tiny_model: str, adapter: str, sampling: str) -> None:
     """Any number of clients in a block come to the adapters of the loop over examples, noise included."""
     privacy = dataclasses.replace(PRIVATE, sampling=sampling)
