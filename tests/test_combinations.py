@@ -57,6 +57,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "few_shot_chunks": {"clients": {"number": 3}},
     "poisson": {"clients": {"cohort": {"fraction": 0.7}}},
     **{name: {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5}} for name in ("central", "local", "tree")},
+    "leave_domain_out": {"split": {"domain": "x"}},
+    "given_sizes": {"partition": {"sizes": [5, 6, 7, 8]}},
+    "within_groups": {"partition": {"of": "iid"}},
+    "fedper": {"server": {"strategy": {"stay": ["*.lora_B", "*.weight"]}}},
 }
 KINDS: dict[str, type[Component]] = {
     "adapter": Adapter,
@@ -92,6 +96,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "privacy": {"name": "central", "clip_norm": 0.1, "noise_multiplier": 0.5, "publish": False},
         "evaluation": {"num_local_only": 0},
     },
+    "evaluation.also": {"evaluation": {"also": ["digits"]}},
     "local.steps": {"local": {"steps": 2}},
     "server.screening=clip": {"server": {"screening": {"policy": "clip", "max_norm_ratio": 1.5}}},
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},

@@ -27,17 +27,13 @@ from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty
 from flora.client.personalization import Ditto, FineTuning
 from flora.client.sampling import LocalExamples, Poisson
 from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.beside import AttentionAdapter, ClipAdapter, LinearHead, Norm, VisionAndHead
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
-from flora.clip.adapters.heads_and_prompts import (
-    AttentionAdapter,
-    ClipAdapter,
-    LinearHead,
-    Norm,
-    PromptContext,
-    VisionAndHead,
-)
 from flora.clip.adapters.lora import TARGETS, Lora
+from flora.clip.adapters.personal_prompts import FedPgp, PromptFolio
+from flora.clip.adapters.prompts import PromptContext
+from flora.clip.adapters.visual_prompts import VisualPrompt
 from flora.clip.loss_terms import divergence
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.network import CohortOutcome
@@ -68,6 +64,10 @@ ADAPTERS: dict[str, Adapter] = {
     "both": Lora(rank=2, towers=("text", "vision"), targets=TARGETS),
     "two adapters": DualLora(rank=2, local_rank=3, towers=("text", "vision")),
     "prompts": PromptContext(),
+    "prompts of classes": PromptContext(class_specific=True, position="middle"),
+    "a change that stays": FedPgp(bottleneck=2),
+    "prompts that stay": PromptFolio(),
+    "visual prompts": VisualPrompt(num_tokens=2, depth=2),
     "head": LinearHead(),
     "feature adapter": ClipAdapter(),
     "attention": AttentionAdapter(),
@@ -101,13 +101,17 @@ def plain_gradient(model: AdaptedClip, state: State, stem: Tensor, label: int) -
     """The gradient `(P,)` of one example's loss, by plain autograd: the loss written out."""
     leaves = {name: tensor.detach().clone().unsqueeze(0).requires_grad_() for name, tensor in state.items()}
     target, logits = torch.tensor([label]), []
-    for bound in model.adapter.models(leaves):
+    for bound in model.adapter.models_of_step(leaves):
         with model.adapter.bind(bound):
             images, classes = model.image_features(stem.unsqueeze(0), 1)[0], model.class_features(1)[0]
-            logits.append(model.logit_scale() * images @ classes.T)
-    loss = sum(F.cross_entropy(each, target) for each in logits)
-    if len(logits) == 2:  # both learn from the other's probabilities
-        for own, other in (logits, logits[::-1]):
+            logits.append((model.logit_scale() * images @ classes.T, classes))
+    loss = sum(F.cross_entropy(each, target) for each, _ in logits[model.adapter.first_loss_model :])
+    if model.adapter.first_loss_model:  # FedPGP: towards the frozen classes, away from the client's own
+        (_, shared), (_, own) = logits
+        to_frozen, to_own = (shared * model.frozen_class_features()).sum(dim=1), (shared * own).sum(dim=1)
+        loss = loss + F.softplus((to_own - to_frozen) / 0.5).mean()
+    elif len(logits) == 2:  # both learn from the other's probabilities
+        for (own, _), (other, _) in (logits, logits[::-1]):
             loss = loss + divergence(own.unsqueeze(0), other.detach().unsqueeze(0), 1.0).sum()
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return torch.cat([each.flatten() for each in found])
