@@ -42,6 +42,7 @@ from flora.config.rules import check_experiment
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
+from flora.core.registry import components
 from flora.core.rng import Rng
 from flora.core.states import ClientState, ClientUpdate
 from flora.core.tree import State
@@ -78,6 +79,11 @@ ADAPTERS: dict[str, Adapter] = {
 LARGE = ("full", "vision and head")
 PRIVATE = ExamplePrivacy(clip_norm=0.7, noise_multiplier=0.8, accountant="rdp")
 LOCAL = LocalTraining(learning_rate=0.1, batch_size=4, optimizer=Sgd(), privacy=PRIVATE)
+
+
+def test_every_adapter_is_among_these() -> None:
+    shipped = {each for each in components(Adapter).values() if each.__module__.startswith("flora.")}
+    assert {type(adapter) for adapter in ADAPTERS.values()} == shipped
 
 
 def random_stack(model: AdaptedClip, number: int) -> State:
