@@ -37,7 +37,7 @@ def test_every_variant_takes_steps_and_evaluates(tiny_model: str, tower: str, ob
         step.run(1)
         step.run(2)
         step.evaluate()
-        assert step.num_clients == (3 if name in ("ours", "first", "recorded") else 1)
+        assert step.num_clients == (3 if name in ("ours", "first", "recorded", "private") else 1)
         if name != "full":
             sent.add(step.sent_bytes)
     assert len(sent) == 1

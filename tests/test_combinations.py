@@ -56,12 +56,12 @@ NEEDS: dict[str, dict[str, Any]] = {
     "scaffold": {"local": {"optimizer": "sgd"}},
     "feddyn": {"local": {"optimizer": "sgd"}},
     "few_shot_chunks": {"clients": {"number": 3}},
+    "poisson": {"clients": {"cohort": {"fraction": 0.7}}},
+    **{name: {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5}} for name in ("central", "local", "tree")},
     "leave_domain_out": {"split": {"domain": "x"}},
     "given_sizes": {"partition": {"sizes": [5, 6, 7, 8]}},
     "within_groups": {"partition": {"of": "iid"}},
     "fedper": {"server": {"strategy": {"stay": ["*.lora_B", "*.weight"]}}},
-    "poisson": {"clients": {"cohort": {"fraction": 0.7}}},
-    **{name: {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5}} for name in ("central", "local", "tree")},
 }
 KINDS: dict[str, type[Component]] = {
     "adapter": Adapter,
@@ -91,6 +91,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "evaluation.auroc": {"evaluation": {"auroc": True}},
     "evaluation.also": {"evaluation": {"also": ["digits"]}},
     "evaluation.centralized": {"evaluation": {"centralized": True}},
+    "local.privacy": {"local": {"privacy": {"accountant": "rdp"}}},
     "privacy.clip_norm=adaptive": {
         "privacy": {"name": "central", "clip_norm": {"name": "adaptive"}, "noise_multiplier": 0.5}
     },
@@ -259,6 +260,7 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "self-training needs images without a label",  # all pairs here have some
         "and no run that one client's update ends",  # all pairs here skip or clip
         "figures that are left out (privacy.publish: false) are not to be asked for",  # no pair here does
+        "and no dropout",  # no adapter here has any
     ]
 
 

@@ -27,6 +27,7 @@ from flora.engine.engine import Engine
 from flora.engine.tasks import ClientTask, TrainingSetup
 from flora.evaluation.accuracy import evaluate
 from flora.features.features import Features, StoredFeatures
+from flora.privacy.examples import ExamplePrivacy
 
 # The classes of CIFAR-10 and CIFAR-100.
 # fmt: off
@@ -251,7 +252,13 @@ def by_hand(setting: Setting) -> Step:
     return Step(run, evaluation, 1, payload_bytes(fresh_adapter(attached, None)))
 
 
-def ours(speed: SpeedOptions, *, stores: bool = True, many_clients: bool = False) -> Callable[[Setting], Step]:
+def ours(
+    speed: SpeedOptions,
+    *,
+    stores: bool = True,
+    many_clients: bool = False,
+    privacy: ExamplePrivacy | None = None,
+) -> Callable[[Setting], Step]:
     """The simulator's own training path."""
 
     def build(setting: Setting) -> Step:
@@ -268,7 +275,9 @@ def ours(speed: SpeedOptions, *, stores: bool = True, many_clients: bool = False
         chosen: Features = features or PixelFeatures(pixels, labels.cpu(), places, model)
         del pixels
         number = setting.num_clients if many_clients else 1
-        local = LocalTraining(learning_rate=LEARNING_RATE, batch_size=setting.batch_size, objective=setting.loss())
+        local = LocalTraining(
+            learning_rate=LEARNING_RATE, batch_size=setting.batch_size, objective=setting.loss(), privacy=privacy
+        )
         adapter, engine = fresh_adapter(attached, None), Engine(model, chosen, number)
 
         def run(num_steps: int) -> None:
@@ -286,7 +295,7 @@ def ours(speed: SpeedOptions, *, stores: bool = True, many_clients: bool = False
             lambda: evaluate(model, fresh_adapter(attached, 1), chosen, batch_size=NUM_EVALUATED),
             number,
             payload_bytes(fresh_adapter(attached, None)),
-            None if many_clients and speed.share_first_step else unavoidable_flops(setting, clip),
+            None if (many_clients and speed.share_first_step) or privacy else unavoidable_flops(setting, clip),
         )
 
     return build
@@ -371,5 +380,10 @@ VARIANTS = {
     ),
     "recorded": Variant(
         "+ CUDA graphs", ours(RECORDED, many_clients=True), lambda setting: setting.torch_device.type == "cuda"
+    ),
+    "private": Variant(
+        "many clients, with private gradients of single examples",
+        ours(SELECTED, many_clients=True, privacy=ExamplePrivacy(sampling="shuffled")),
+        lambda setting: setting.objective == "cross_entropy",
     ),
 }

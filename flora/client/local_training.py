@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flora.client.corrections import Correction, NoCorrection
 from flora.client.objectives import CrossEntropy, Objective
 from flora.client.optimizers import AdamW, Constant, Optimizer, Schedule
 from flora.client.penalties import NoPenalty, Penalty
-from flora.client.sampling import LocalSampling, Shuffled
+from flora.client.sampling import LocalSampling, Poisson, Shuffled
 from flora.client.self_training import SelfTraining
 from flora.core import tree
 from flora.core.contracts import refuse
@@ -19,6 +20,10 @@ from flora.core.states import ClientState
 from flora.core.tree import StateLike
 from flora.data.augmentation import Augmentation, NoAugmentation
 from flora.data.batching import count_steps
+from flora.privacy.examples import ExamplePrivacy
+
+# In what clients that share a step may differ of their privacy.
+_OTHER_NOISE: dict[str, Any] = {"noise_multiplier": 1.0, "delta": 1e-5, "accountant": "pld"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ class LocalTraining(Options):
     self_training: SelfTraining | None = option("how images without a label are learned from; none: not at all", None)
     correction: Correction = option("what is added to the gradient against drifting apart", NoCorrection())
     augmentation: Augmentation = option("how training images are changed at random", NoAugmentation())
+    privacy: ExamplePrivacy | None = option(
+        "differential privacy of single examples: bounded gradients and noise; none: without", None
+    )
 
     def check(self) -> None:
         if self.steps is not None and self.epochs != 1:
@@ -73,9 +81,20 @@ class LocalTraining(Options):
     def step_key(self) -> Hashable:
         """What must be the same for clients to share a step: not the learning rate, nor how many steps there are.
 
-        Neither are corrections, which come behind the model.
+        Neither are corrections, nor the noise of private gradients, which come behind the model.
         """
-        return replace(self, learning_rate=1.0, schedule=Constant(), epochs=1, steps=None, correction=NoCorrection())
+        alike = replace(self, learning_rate=1.0, schedule=Constant(), epochs=1, steps=None, correction=NoCorrection())
+        return alike if self.privacy is None else replace(alike, privacy=replace(self.privacy, **_OTHER_NOISE))
+
+    @property
+    def alone(self) -> LocalTraining:
+        """The same without privacy, for what never leaves its client."""
+        return replace(self, privacy=None)
+
+    @property
+    def drawing(self) -> LocalSampling:
+        """How batches are drawn: by `sampling`, or as privacy wants it."""
+        return Poisson() if self.privacy is not None and self.privacy.sampling == "poisson" else self.sampling
 
     def num_steps(self, num_examples: int) -> int:
         """Return how many steps a client of so many examples takes in a round."""

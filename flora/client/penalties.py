@@ -21,6 +21,8 @@ class Penalty(Component):
     is_idle: ClassVar[bool] = False
     in_batch: ClassVar[bool] = False
     needs_frozen: ClassVar[bool] = True
+    is_by_example: ClassVar[bool] = False
+    """Whether it is a mean over examples, or the same for each, so that one example alone has a penalty, too."""
 
     @abstractmethod
     def loss(self, view: StepView) -> Tensor:
@@ -33,6 +35,7 @@ class NoPenalty(Penalty):
     """The loss as it is."""
 
     is_idle = True
+    is_by_example = True
 
     def loss(self, view: StepView) -> Tensor:
         return torch.zeros(len(view.images), device=view.images.device)
@@ -47,6 +50,7 @@ class Anchor(Penalty):
     unit vectors is twice this.
     """
 
+    is_by_example = True
     weight: float = option("weight beside the objective", 1.0, above=0)
 
     def loss(self, view: StepView) -> Tensor:
@@ -59,6 +63,7 @@ class Anchor(Penalty):
 class Distillation(Penalty):
     """weight * T^2 * KL(frozen model's probabilities || adapted one's), both at temperature T (arXiv:1503.02531)."""
 
+    is_by_example = True
     weight: float = option("weight beside the objective", 1.0, above=0)
     temperature: float = option("what logits are divided by: higher looks at all classes", 2.0, above=0)
 

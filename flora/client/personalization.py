@@ -41,7 +41,7 @@ class Ditto(Personalization):
     weight: float = option("weight of the squared distance from the server's adapter, lambda", 0.1, at_least=0)
 
     def in_round(self, local: LocalTraining) -> LocalTraining | None:
-        return replace(local, optimizer_state="fresh", correction=FedProx(mu=self.weight))
+        return replace(local.alone, optimizer_state="fresh", correction=FedProx(mu=self.weight))
 
 
 @register("fine_tuning")
@@ -53,5 +53,5 @@ class FineTuning(Personalization):
 
     def at_end(self, local: LocalTraining) -> LocalTraining | None:
         # A schedule has come to its end by then.
-        fresh = replace(local, optimizer_state="fresh", correction=NoCorrection(), schedule=Constant())
+        fresh = replace(local.alone, optimizer_state="fresh", correction=NoCorrection(), schedule=Constant())
         return replace(fresh, epochs=self.epochs, steps=None)

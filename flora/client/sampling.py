@@ -63,6 +63,23 @@ class Shuffled(LocalSampling):
         return Draws(*client_batches(examples.places, rng, sizes))
 
 
+@dataclass(frozen=True)
+class Poisson(LocalSampling):
+    """Each step sees each example by itself with probability batch_size / N, so a batch may be larger, or empty.
+
+    For private gradients (`local.privacy`), so it is registered under no name. Batches have room for the largest.
+    """
+
+    def draw(self, examples: LocalExamples, sizes: BatchSizes, rng: Rng) -> Draws:
+        number, generator = len(examples.places), rng.child("poisson").numpy()
+        drawn = [examples.places[generator.random(number) < sizes.batch_size / number] for _ in range(sizes.num_steps)]
+        counts = np.array([len(sample) for sample in drawn])
+        mask = np.arange(max(int(counts.max()), 1)) < counts[:, None]
+        places = np.full(mask.shape, examples.places[0])
+        places[mask] = np.concatenate(drawn)
+        return Draws(places, mask)
+
+
 @register("class_balanced")
 @dataclass(frozen=True)
 class ClassBalanced(LocalSampling):

@@ -64,7 +64,7 @@ def _check_parts(config: ExperimentConfig) -> None:
 
 
 def _check_accounting(config: ExperimentConfig) -> None:
-    if config.privacy is not None:
+    if config.privacy is not None or config.local.privacy is not None:
         require_accounting()
 
 

@@ -60,7 +60,8 @@ class ClientState:
 
     `optimizer` is its optimiser's state and `correction` a correction's memory, flat vectors `(P,)` of what is trained;
     `own` are the adapter's tensors that it keeps for itself, by their names in the adapter; `feedback` is what
-    compression lost of its last deltas. `in_flight` is an update of it that the server is waiting for.
+    compression lost of its last deltas; `privacy` counts what it has sent of private gradients. `in_flight` is an
+    update of it that the server is waiting for.
     """
 
     optimizer: State = field(default_factory=dict)
@@ -68,11 +69,13 @@ class ClientState:
     own: State = field(default_factory=dict)
     feedback: State = field(default_factory=dict)
     in_flight: InFlight | None = None
+    privacy: State = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
         """Whether the client carries nothing."""
-        return not (self.optimizer or self.correction or self.own or self.feedback or self.in_flight)
+        parts = (self.optimizer, self.correction, self.own, self.feedback, self.in_flight, self.privacy)
+        return not any(parts)
 
 
 FRESH = ClientState()

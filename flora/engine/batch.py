@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flora.core.tree import StateLike
@@ -40,6 +41,19 @@ class Batch:
             None if self.classes is None else self.classes[start:stop],
             None if self.drawn is None else self.drawn[start:stop],
         )
+
+    def as_clients(self) -> Batch:
+        """Return what each example is by itself: K * B clients of one example, which is a real one to them."""
+        size = self.tensors["labels"].shape[1]
+        tensors = {
+            name: tensor if name == "stem" else tensor.flatten(0, 1).unsqueeze(1)
+            for name, tensor in self.tensors.items()
+        }
+        tensors["example_mask"] = torch.ones_like(tensors["example_mask"])
+        repeated = (
+            None if each is None else each.repeat_interleave(size, dim=0) for each in (self.classes, self.drawn)
+        )
+        return Batch(tensors, *repeated)
 
 
 Compute = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]

@@ -94,7 +94,7 @@ def _drawn(task: ClientTask, examples: LocalExamples) -> dict[str, np.ndarray]:
     """What a client sees at each of its steps, by name, `(S, ...)`."""
     local = task.setup.local
     sizes = BatchSizes(local.batch_size, task.setup.width, task.num_steps)
-    draws = local.sampling.draw(examples, sizes, task.rng)
+    draws = local.drawing.draw(examples, sizes, task.rng)
     drawn = {"indices": draws.places, "example_mask": draws.mask}
     if draws.weights is not None:
         drawn["weights"] = draws.weights
@@ -105,8 +105,9 @@ def _drawn(task: ClientTask, examples: LocalExamples) -> dict[str, np.ndarray]:
 
 
 def _laid_out(arrays: Sequence[np.ndarray]) -> Tensor:
-    """Clients' steps `(S_k, ...)`, the longest first, side by side: `(S, K, ...)`, zero where a client has finished."""
-    steps = np.zeros((len(arrays[0]), len(arrays), *arrays[0].shape[1:]), dtype=arrays[0].dtype)
+    """Clients' steps `(S_k, B_k)`, the longest first, side by side: `(S, K, B)`, zero where a client has no more."""
+    width = max(array.shape[1] for array in arrays)
+    steps = np.zeros((len(arrays[0]), len(arrays), width), dtype=arrays[0].dtype)
     for column, array in enumerate(arrays):
-        steps[: len(array), column] = array
+        steps[: len(array), column, : array.shape[1]] = array
     return torch.from_numpy(steps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.memory import available_memory_bytes
 
@@ -13,6 +15,11 @@ MAX_STREAM_ON_CPU = 1_000_000
 # An estimate of the numbers that autograd keeps for each token of a block, in units of the width: the residual
 # stream, two norms, q, k, v, the attention's output, and the MLP's inner layer, four widths before and after GELU.
 ACTIVATIONS_PER_TOKEN = 20
+# Copies that are held of an example's own gradient: its adapter, the gradient by way of texts and of images, their sum.
+COPIES_OF_GRADIENT = 4
+# Bytes that the examples of a step may take at once where each has a gradient of its own: a number, not a share of what
+# is free, so that their sums have the same last bits at every time and in every process. On CUDA a part of all memory.
+MAX_EXAMPLE_BYTES_ON_CPU, CUDA_PARTS = 2**30, 4
 
 
 def choose_clients_per_block(model: AdaptedClip, *, batch_size: int) -> int:
@@ -35,6 +42,19 @@ def clients_at_once(model: AdaptedClip, *, batch_size: int) -> int:
     if model.device.type != "cpu":
         return 2**30
     return max(MAX_STREAM_ON_CPU // max(_trained_streams(model, batch_size), default=1), 1)
+
+
+def examples_at_once(model: AdaptedClip, *, num_trained: int) -> int:
+    """Return how many examples, each with a gradient of `num_trained` numbers, go through the model together."""
+    if model.adapter.max_clients_per_block is not None:
+        return model.adapter.max_clients_per_block
+    if model.device.type == "cpu":
+        most_bytes = MAX_EXAMPLE_BYTES_ON_CPU
+    else:
+        most_bytes = torch.cuda.get_device_properties(model.device).total_memory // CUDA_PARTS
+    gradient_bytes = model.clip.dtype.itemsize * COPIES_OF_GRADIENT * num_trained
+    example_bytes = client_bytes(model, batch_size=1) + gradient_bytes
+    return max(min(clients_at_once(model, batch_size=1), most_bytes // example_bytes), 1)
 
 
 def _trained_streams(model: AdaptedClip, batch_size: int) -> list[int]:

@@ -129,10 +129,10 @@ def gradient_function(
         state, leaves = known[place] if place in known else known.setdefault(place, flat.leaves(parameters))
         generators = None if dropout is None else dropout[first : first + number]
         alike = _Alike.of(parameters) if shares else None
-        texts = None if alike is None else _SharedTexts(model, flat.leaves(parameters[alike.first]), residual, alike)
-        leaf = None if texts is None else texts.leaf
-        losses = loss.total(_step_views(model, loss, {**state, **residual}, batch, generators, leaf))
-        return losses.detach(), _rows(losses, leaves) if texts is None else texts.rows(losses, leaves)
+        texts = None if alike is None else SharedTexts(model, flat.leaves(parameters[alike.first]), residual)
+        leaf = None if texts is None or alike is None else texts.leaf(alike.which, alike.turn)
+        losses = loss.total(step_views(model, loss, {**state, **residual}, batch, generators, leaf))
+        return losses.detach(), rows_of(losses, leaves) if texts is None else texts.rows(losses, leaves)
 
     def compute_in_parts(parameters: Tensor, batch: Batch, residual: StateLike) -> tuple[Tensor, Tensor]:
         nonlocal is_first
@@ -190,33 +190,43 @@ class _Alike:
         return cls(first, which, turn) if saves else None
 
 
-class _SharedTexts:
-    """The class features of clients of whom some have the same adapter: computed once for each different one.
+class SharedTexts:
+    """The class features of U adapters, computed once for all rows of a step that have the same one.
 
-    `leaf` `(K, C, embed_dim)` stands for them in the loss. What the loss's gradient by it comes to by the adapters'
-    tensors is one backward pass for all clients with one adapter, because that is linear.
+    `leaf` stands for them in the loss. What the loss's gradient by it comes to by the adapters' tensors is one backward
+    pass for all rows with one adapter, because that is linear.
     """
 
     def __init__(
-        self, model: AdaptedClip, different: tuple[State, list[Tensor]], residual: StateLike, alike: _Alike
+        self, model: AdaptedClip, adapters: tuple[State, list[Tensor]], residual: StateLike, drawn: Tensor | None = None
     ) -> None:
-        state, self._leaves = different
-        self._alike = alike
+        state, self._leaves = adapters
         with model.adapter.bind({**state, **residual}):
-            self._features = model.class_features(len(alike.first))
-        self.leaf = self._features.detach()[alike.which].requires_grad_()
+            if drawn is None:
+                self._features = model.class_features(len(self._leaves[0]))
+            else:
+                self._features = model.drawn_class_features(drawn)
+
+    def leaf(self, which: Sequence[int], turn: Sequence[int]) -> Tensor:
+        """The features of K rows, `(K, C, embed_dim)`, to differentiate by.
+
+        Row k has the adapter in place `which[k]`, and is number `turn[k]` of the rows that have it.
+        """
+        self._places = turn, which
+        self._leaf = self._features.detach()[which].requires_grad_()
+        return self._leaf
 
     def rows(self, losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-        """As `_rows`: through the class features, and what reaches the clients' `leaves` in other ways."""
+        """As `rows_of`: through the last `leaf`, and what reaches the rows' `leaves` in other ways."""
         *direct, by_leaf = torch.autograd.grad(
-            losses.sum(), [*leaves, self.leaf], allow_unused=True, materialize_grads=True
+            losses.sum(), [*leaves, self._leaf], allow_unused=True, materialize_grads=True
         )
-        # (M, U, C, embed_dim): each of the M passes is for one client of each adapter, or for none.
-        places = self._alike.turn, self._alike.which
-        by_features = by_leaf.new_zeros((max(self._alike.turn) + 1, *self._features.shape))
+        # (M, U, C, embed_dim): each of the M passes is for one row of each adapter, or for none.
+        places = self._places
+        by_features = by_leaf.new_zeros((max(places[0]) + 1, *self._features.shape))
         by_features[places] = by_leaf
         through = torch.autograd.grad(
-            self._features, self._leaves, by_features, is_grads_batched=True, allow_unused=True
+            self._features, self._leaves, by_features, is_grads_batched=True, allow_unused=True, retain_graph=True
         )
         number = len(losses)
         return torch.cat(
@@ -228,7 +238,7 @@ class _SharedTexts:
         )
 
 
-def _step_views(
+def step_views(
     model: AdaptedClip,
     loss: Loss,
     stack: StateLike,
@@ -285,7 +295,7 @@ def _images(model: AdaptedClip, batch: Batch, number: int) -> dict[str, Tensor]:
     return {name: model.image_features(stem, number) for name, stem in stems.items()}
 
 
-def _rows(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+def rows_of(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
     """The gradient of the summed losses with respect to all leaves, as rows; zero for those that the loss ignores."""
     gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
     return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)

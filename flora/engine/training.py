@@ -17,6 +17,7 @@ from flora.core.states import ClientState
 from flora.core.tree import State, StateLike
 from flora.engine.batch import OTHER_STEM, Batch, Compute
 from flora.engine.blocks import Block
+from flora.engine.examples import Noise, bounded_gradient_function
 from flora.engine.gradients import FlatStack, Loss, gradient_function
 from flora.engine.tasks import ClientResult, TrainingSetup
 from flora.features.features import Features
@@ -41,6 +42,7 @@ def train_block(
     correction = _Corrections(block, _anchors(block, flat, model.device))
     loss = Loss.of(local, model.adapter)
     gradients_of = _gradient_function(model, loss, flat, block)
+    noise = None if local.privacy is None else Noise(block, flat.matrix.dtype, model.device)
     batches = _Batches(model, features, block, in_batch=loss.in_batch)
     totals = torch.zeros(len(block.tasks), device=model.device, dtype=flat.matrix.dtype)
     failed = torch.full((len(block.tasks),), -1, device=model.device)
@@ -51,6 +53,8 @@ def train_block(
         learning_rate = rates[:num_active] if isinstance(rates, Tensor) else rates
         for step in steps:
             losses, gradients = gradients_of(parameters, batches.of_step(step, num_active))
+            if noise is not None:
+                gradients = noise.add(gradients, step)
             # A sum is not finite if one of its terms isn't: one pass over the gradients, and no wait for the device.
             broke = ~torch.isfinite(losses + gradients.sum(dim=1)) & (failed[:num_active] < 0)
             failed[:num_active].masked_fill_(broke, step)
@@ -106,6 +110,8 @@ def _gradient_function(model: AdaptedClip, loss: Loss, flat: FlatStack, block: B
     """Build what computes the losses and gradients of a block's steps, with the residual that its clients share."""
     first = block.tasks[0].adapter
     residual = {name: tensor.unsqueeze(0).to(model.device) for name, tensor in first.items() if is_residual(name)}
+    if block.setup.local.privacy is not None:
+        return bounded_gradient_function(model, loss, flat, block.setup.local.privacy, residual)
     dropout = None
     if model.adapter.has_dropout:
         dropout = [task.rng.child("dropout").torch() for task in block.tasks]
@@ -228,6 +234,8 @@ class _Batches:
         self._draws = block.setup.local.prompts == "random"
         self._places, self._indices = block.indices, block.indices.to(features.device)
         self._mask = block.example_mask.to(model.device)
+        # Private gradients cost as much for padding as for an example.
+        self._counts = None if block.setup.local.privacy is None else block.example_mask.sum(dim=2)
         self._labels = features.labels[block.indices]
         self._labels_on_device = self._labels.to(model.device)
         self._self_training = block.setup.local.active_self_training
@@ -241,18 +249,19 @@ class _Batches:
     def of_step(self, step: int, num_active: int) -> Batch:
         """Return what the first `num_active` clients see at a step."""
         streams = (rng.child("augmentation", step) for rng in self._rngs[:num_active])
-        stem = self._features.take(self._indices[step, :num_active].flatten(), self._model.device, streams)
-        labels, classes, drawn = self._labels_on_device[step, :num_active], None, None
+        width = None if self._counts is None else max(int(self._counts[step, :num_active].max()), 1)
+        stem = self._features.take(self._indices[step, :num_active, :width].flatten(), self._model.device, streams)
+        labels, classes, drawn = self._labels_on_device[step, :num_active, :width], None, None
         if self._draws:
             drawn = self._model.draw_places(rng.child("prompts", step) for rng in self._rngs[:num_active])
         selects = self._in_batch and drawn is None
         selected = self._model.select_classes(self._labels[step, :num_active]) if selects else None
         if selected is not None:
             classes, labels = selected[0], selected[1].to(self._model.device)
-        tensors = {"stem": stem, "labels": labels, "example_mask": self._mask[step, :num_active]}
+        tensors = {"stem": stem, "labels": labels, "example_mask": self._mask[step, :num_active, :width]}
         extra = {name: tensor[step, :num_active] for name, tensor in self._extra.items()}
         for name, target in self._features.targets.items():
-            extra[name] = target[self._places[step, :num_active]].to(self._model.device)
+            extra[name] = target[self._places[step, :num_active, :width]].to(self._model.device)
         return Batch({**tensors, **extra, **self._other_stems(step, num_active)}, classes, drawn)
 
     def _other_stems(self, step: int, num_active: int) -> dict[str, Tensor]:

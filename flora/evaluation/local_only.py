@@ -25,7 +25,7 @@ def train_local_only(
     client whose round ends in numbers that are not finite stays where it was before. `advance` is told of each round
     done.
     """
-    local = dataclasses.replace(federation.local, correction=NoCorrection())
+    local = dataclasses.replace(federation.local.alone, correction=NoCorrection())
     adapters: dict[int, State] = {client: federation.received(adapter, client) for client in clients.tolist()}
     states: dict[int, ClientState] = {}
     for round in range(1, federation.num_rounds + 1):

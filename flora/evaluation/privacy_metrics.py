@@ -23,6 +23,14 @@ of_last(
 )
 of_last("clip_norm", "the bound of updates in the round", "number", "privacy")
 declare(Metric("clipped_fraction", "share of the updates that lay beyond the bound", "fraction", "privacy"))
+of_last(
+    "example_epsilon",
+    "the largest epsilon that the examples of a client have spent, at `local.privacy.delta`",
+    "number",
+    "privacy",
+    "epsilon of examples",
+    "epsilon of examples",
+)
 figure("noise_multiplier", "standard deviation of the noise, in clip norms, given or searched", "number")
 
 not_covered(
@@ -33,6 +41,7 @@ not_covered(
     "delta_norm",
     "distillation_loss",
     "downlink_bytes",
+    "example_epsilon",
     "mean_staleness",
     "num_clients",
     "num_dropped",

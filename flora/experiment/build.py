@@ -26,7 +26,7 @@ from flora.core.shared import Shared
 from flora.core.states import ClientData, ServerState
 from flora.core.tree import State, state_digest
 from flora.data.datasets.base import ImageData
-from flora.engine.capacity import choose_clients_per_block
+from flora.engine.capacity import MAX_CLIENTS_PER_BLOCK, choose_clients_per_block
 from flora.engine.engine import Engine
 from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of, without_training_images
 from flora.experiment.images import (
@@ -359,7 +359,10 @@ def _clients_per_block(
     limit, asked = model.adapter.max_clients_per_block, config.clients.per_block
     if asked or recorded:
         return asked or recorded or 1
-    chosen = choose_clients_per_block(model, batch_size=config.local.images_per_step)
+    # Where each example has a gradient of its own, they go through the model in parts of a block.
+    chosen = MAX_CLIENTS_PER_BLOCK
+    if config.local.privacy is None:
+        chosen = choose_clients_per_block(model, batch_size=config.local.images_per_step)
     if num_processes > 1:
         chosen = min(chosen, -(-config.clients.cohort.size_in(1, num_clients) // num_processes))
     return min(chosen, limit or chosen)

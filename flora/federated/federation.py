@@ -172,6 +172,7 @@ class Federation:
             own=tree.select(adapter, roles.own(adapter)),
             feedback=sent if self.communication.error_feedback else {},
             in_flight=InFlight(0, 0.0, update) if self.schedule.waits_for_buffer else None,
+            privacy={} if self.local.privacy is None else self.local.privacy.counted(0),
         )
 
     def received(self, adapter: State, client: int) -> State:

@@ -15,6 +15,7 @@ from flora.core.states import FRESH, ClientState, ClientUpdate, ServerState
 from flora.core.tree import State
 from flora.engine.tasks import ClientResult
 from flora.federated.aggregation import Step, in_server_terms, step
+from flora.federated.exposure import count_releases, example_epsilon
 from flora.federated.federation import Federation, Received, RoundPlan
 from flora.federated.movement import movement_of
 from flora.federated.private import private_step
@@ -50,6 +51,7 @@ class RoundResult:
     client_pseudo_labels: dict[str, list[int]] | None = None
     distillation_loss: float | None = None
     text_loss: float | None = None
+    example_epsilon: float | None = None
     epsilon: float | None = None
     sum_epsilon: float | None = None
     clip_norm: float | None = None
@@ -87,6 +89,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     clients = dict(received.clients)
     for client, own in personal_states(federation, plan, engine.train(plan.personal_tasks)):
         clients[client] = dataclasses.replace(clients.get(client, FRESH), own=own)
+    carried = count_releases(federation, plan, clients)
     after = Step(state.adapter, state.optimizer, state.correction, None, state.privacy)
     if federation.privacy is not None:
         after = private_step(federation, state, accepted)
@@ -104,13 +107,14 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         **_pseudo_label_figures(reports),
         distillation_loss=server_losses.distillation,
         text_loss=server_losses.texts,
+        example_epsilon=example_epsilon(federation, carried),
         aggregation_error=after.aggregation_error,
         **after.figures,
         train_seconds=engine.seconds() - started,
     )
     if federation.privacy is not None and not federation.privacy.mechanism.publish:
         result = dataclasses.replace(result, cohort=None, rejected_clients=())
-    return ServerState(plan.round, adapter, after.optimizer, after.correction, clock, clients, after.privacy), result
+    return ServerState(plan.round, adapter, after.optimizer, after.correction, clock, carried, after.privacy), result
 
 
 def _noted(results: Iterable[ClientResult], reports: dict[int, Mapping[str, int]]) -> Iterator[ClientResult]:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from flora.core.records import RoundRecord
+from flora.core.states import ServerState
 from flora.experiment.build import Experiment
+from flora.federated.exposure import exposures
 from flora.runs.measure import ClientResults, LocalOnlyResults
 
 CLIENT_COLUMNS: tuple[tuple[str, str], ...] = (
@@ -20,6 +22,7 @@ CLIENT_COLUMNS: tuple[tuple[str, str], ...] = (
     ("pseudo_label_precision", "share of these labels that were right"),
     ("num_held_out", "the examples that it keeps for its own test"),
     ("num_rounds", "the rounds in which its update came"),
+    ("example_epsilon", "epsilon that its examples have spent by then, where clients train with `local.privacy`"),
     ("rank", "its rank, where clients have their own"),
     ("accuracy", "accuracy of the server's adapter of the last round on its own held-out examples"),
     ("loss", "its mean loss on them"),
@@ -39,7 +42,11 @@ CLIENT_COLUMNS: tuple[tuple[str, str], ...] = (
 
 
 def client_columns(
-    experiment: Experiment, results: ClientResults, local_only: LocalOnlyResults, records: Sequence[RoundRecord]
+    experiment: Experiment,
+    state: ServerState,
+    results: ClientResults,
+    local_only: LocalOnlyResults,
+    records: Sequence[RoundRecord],
 ) -> dict[str, list[Any]]:
     """The columns of `clients.csv` by name, with an entry for each client; a missing result is empty text."""
     clients, ranks = experiment.federation.clients, experiment.federation.ranks
@@ -68,6 +75,11 @@ def client_columns(
         columns["rank"] = ranks.tolist()
     if any(len(client.unlabelled) for client in clients):
         columns |= _pseudo_label_columns(records, [len(client.unlabelled) for client in clients])
+    privacy = experiment.federation.local.privacy
+    if privacy is not None:
+        spent = exposures(experiment.federation, state.clients)
+        epsilons = [privacy.epsilon(spent[client]) if client in spent else 0.0 for client in range(len(clients))]
+        columns["example_epsilon"] = _cells(np.array(epsilons))
     return {name: columns[name] for name, _ in CLIENT_COLUMNS if name in columns}
 
 

@@ -329,7 +329,7 @@ class _Run:
             num_unreadable=len(experiment.unreadable),
             noise_multiplier=None if federation.privacy is None else federation.privacy.noise_multiplier,
         )
-        columns = client_columns(experiment, clients, local_only, self.records)
+        columns = client_columns(experiment, state, clients, local_only, self.records)
         if not experiment.publishes:
             columns = {"client": columns["client"]}
         finished = Finished(summary, state, columns, last_tables(experiment, state, clients))

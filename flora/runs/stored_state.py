@@ -1,7 +1,7 @@
 """The server's state as tensors by name, and back: how checkpoints store it.
 
 `server` holds `optimizer.NAME`, `correction.NAME`, `privacy.NAME` and `clock`; each client's state holds
-`optimizer.NAME`, `correction.NAME`, `own.NAME`, `feedback.NAME`, and of an update that is on its way
+`optimizer.NAME`, `correction.NAME`, `own.NAME`, `feedback.NAME`, `privacy.NAME`, and of an update that is on its way
 `in_flight.NAME` and `in_flight.delta.NAME`, or `dropped.NAME` where none will come.
 """
 
@@ -17,6 +17,8 @@ from flora.core.tree import State, StateLike
 
 # The numbers of an update on its way, and of when it arrives; an update's `extra` is not kept.
 UPDATE_NUMBERS = ("client", "num_examples", "loss", "num_steps", "num_bytes")
+
+CLIENT_PARTS = ("optimizer", "correction", "own", "feedback", "privacy")
 
 
 def server_tensors(state: ServerState) -> State:
@@ -42,14 +44,14 @@ def server_state(round: int, adapter: State, server: StateLike, clients: dict[in
 def client_tensors(state: ClientState) -> State:
     """A client's state."""
     named: State = {}
-    for part in ("optimizer", "correction", "own", "feedback"):
+    for part in CLIENT_PARTS:
         named |= tree.add_prefix(f"{part}.", getattr(state, part))
     return named if state.in_flight is None else named | _in_flight_tensors(state.in_flight)
 
 
 def client_state(named: StateLike) -> ClientState:
     """The inverse of `client_tensors`."""
-    parts = {part: tree.strip_prefix(f"{part}.", named) for part in ("optimizer", "correction", "own", "feedback")}
+    parts = {part: tree.strip_prefix(f"{part}.", named) for part in CLIENT_PARTS}
     in_flight = None
     if "dropped.round" in named:
         in_flight = InFlight(int(named["dropped.round"]), float(named["dropped.arrival_seconds"]), None)

@@ -17,7 +17,7 @@ class Rule:
     """What can't be together: where `refuses` says so, an error names `setting` and says `message`.
 
     `message` may have the names of the configuration's components in braces: {strategy}, {aggregator}, {correction},
-    {personal}, {adapter}, {objective}, {sampling}. `what` is the rule in words, for a reader of the docs.
+    {personal}, {adapter}, {objective}, {sampling}, {penalty}. `what` is the rule in words, for a reader of the docs.
     """
 
     setting: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from flora.config.combinations.averaging import AVERAGING
+from flora.config.combinations.example_privacy import EXAMPLE_PRIVACY
 from flora.config.combinations.privacy import PRIVACY
 from flora.config.combinations.rounds import ROUNDS
 from flora.config.combinations.rule import Rule
@@ -16,7 +17,7 @@ from flora.config.combinations.training import TRAINING
 from flora.config.schema import ExperimentConfig
 from flora.core.registry import Component, OptionError, name_of
 
-RULES: tuple[Rule, ...] = (*AVERAGING, *ROUNDS, *SERVER_TRAINING, *TRAINING, *PRIVACY)
+RULES: tuple[Rule, ...] = (*AVERAGING, *ROUNDS, *SERVER_TRAINING, *TRAINING, *PRIVACY, *EXAMPLE_PRIVACY)
 """A rule that begins with "and" or "nor" goes on with the one before it."""
 
 
@@ -36,6 +37,7 @@ def _names(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         "adapter": config.adapter,
         "objective": config.local.objective,
         "sampling": config.local.sampling,
+        "penalty": config.local.penalty,
     }
     for key, component in components.items():
         yield key, name_of(component)
