@@ -13,7 +13,7 @@ from typing import Any
 
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.config import listing
-from flora.config.combinations import RULES
+from flora.config.combinations.table import RULES
 from flora.config.listing import option_rows, summary_of
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment

@@ -27,7 +27,7 @@ from flora.clip.adapters.lora import Lora
 from flora.clip.towers.tokens import TokenReduction
 from flora.communication.compressors import Compressor
 from flora.communication.sampling import Sampler
-from flora.config.combinations import RULES
+from flora.config.combinations.table import RULES
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
 from flora.core import tree

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from flora.clip.adapters.lora import Lora
-from flora.config.combinations import check_combinations
+from flora.config.combinations.table import check_combinations
 from flora.config.descriptions import read_descriptions
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError

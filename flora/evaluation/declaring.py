@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flora.core.errors import UserError
-from flora.core.metrics import Figure, Metric, last
+from flora.core.metrics import Figure, Metric, last, total
 from flora.core.records import Evaluation, RoundRecord
 from flora.core.states import ServerState
 from flora.evaluation.accuracy import class_accuracy
@@ -53,6 +53,38 @@ def declare(metric: Metric) -> None:
         raise ValueError(f"the metric {taken!r} is declared already: choose another name")
     METRICS[metric.name] = metric
     FIGURES.update({figure.name: figure for figure in metric.figures})
+
+
+def figures_of_spread(name: str, whose: str, titles: Mapping[str, str]) -> None:
+    """Declare the metrics of accuracies over clients: their mean, spread, and mean weighted by held-out examples."""
+    what = f"{whose} on each client's own held-out examples"
+    abouts = {
+        "mean": f"mean over clients of the accuracy of {what}, each client once",
+        "std": f"standard deviation (n) over clients of the accuracy of {what}",
+        "worst_decile": f"mean accuracy of {what}, of the worst tenth of clients",
+        "best_decile": f"mean accuracy of {what}, of the best tenth of clients",
+        "weighted_mean": f"accuracy of {what}, each held-out example once",
+    }
+    for statistic, about in abouts.items():
+        full = f"{name}_{statistic}"
+        figure = Figure(full, f"{about}, after the last round", "fraction", last(full), titles.get(statistic))
+        declare(Metric(full, about, "fraction", "clients", (figure,)))
+
+
+def of_last(name: str, about: str, unit: str, of: str, column: str | None = None, row: str | None = None) -> None:
+    """Declare a metric whose last value is in the summary under the same name."""
+    figure = Figure(name, f"{about}, after the last round", unit, last(name), column, row)
+    declare(Metric(name, about, unit, of, (figure,)))
+
+
+def of_total(name: str, about: str, unit: str, of: str, *, figure: str, default: Any = 0) -> None:
+    """Declare a metric whose sum over the rounds is in the summary as `figure`."""
+    declare(Metric(name, about, unit, of, (Figure(figure, f"{about}, all rounds", unit, total(name)),), default))
+
+
+def figure(name: str, about: str, unit: str = "count", of: Any = None, column: str | None = None) -> None:
+    """Declare a figure of the summary that is no single metric's."""
+    FIGURES[name] = Figure(name, about, unit, of, column)
 
 
 def round_metric(name: str, about: str, *, unit: str = "fraction") -> Callable[[Compute], Compute]:

@@ -1,0 +1,89 @@
+"""What sampling, prompts, augmentation and features that are kept combine with."""
+
+from __future__ import annotations
+
+from flora.clip.adapters.base import Adapter
+from flora.config.combinations.rule import Rule
+from flora.config.schema import ExperimentConfig
+
+TRAINING: tuple[Rule, ...] = (
+    Rule(
+        "local.sampling",
+        "sampling that weighs examples (by_loss, effective_number) needs an objective that is a mean over examples "
+        "(cross_entropy)",
+        lambda c: c.local.sampling.weighs and not c.local.objective.weighs_examples,
+        "{sampling} weighs examples: expected local.objective cross_entropy, got {objective}",
+    ),
+    Rule(
+        "split",
+        "classes set aside (base_to_new) need an adapter without weights for each class",
+        lambda c: c.split.sets_classes_aside and c.adapter.knows_classes,
+        "base_to_new needs an adapter without weights for each class, got {adapter}",
+    ),
+    Rule(
+        "prompts.descriptions",
+        "descriptions need an adapter that reads the experiment's prompts",
+        lambda c: c.prompts.descriptions is not None and _makes_prompts(c),
+        "expected none, because {adapter} has prompts of its own",
+    ),
+    Rule(
+        "local.prompts",
+        "drawn prompts need one that trains with the experiment's prompts: no prompt_context, no head",
+        lambda c: c.local.prompts == "random" and (_makes_prompts(c) or c.adapter.knows_classes),
+        "expected ensemble, because {adapter} does not train with the experiment's prompts",
+    ),
+    Rule(
+        "local.prompts",
+        "prompts can be drawn where classes have several",
+        lambda c: (
+            c.local.prompts == "random"
+            and c.prompts.descriptions is None
+            and len(c.prompts.templates or c.data.templates) == 1
+        ),
+        "expected ensemble: with one template and no prompts.descriptions there is nothing to draw",
+    ),
+    Rule(
+        "evaluation.templates",
+        "templates to evaluate with need one that reads prompts then: no prompt_context, no head",
+        lambda c: bool(c.evaluation.templates) and (_makes_prompts(c) or c.adapter.knows_classes),
+        "expected none, because {adapter} does not read the experiment's prompts",
+    ),
+    Rule(
+        "cache.enabled",
+        "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
+        lambda c: bool(c.cache.enabled) and c.local.augmentation.changes_images and c.cache.views is None,
+        "expected false or null where local.augmentation changes images: their features can't be kept, but those of a "
+        "number of views can, cache.views",
+    ),
+    Rule(
+        "cache.views",
+        "views are kept where features are, and where something makes them",
+        lambda c: c.cache.views is not None and (c.cache.enabled is False or not _makes_views(c)),
+        "expected none: no image is changed at random (local.augmentation, local.self_training), or cache.enabled is "
+        "false",
+    ),
+    Rule(
+        "cache.storage",
+        "features of fewer tokens (backbone.tokens) are not kept in bfloat16, which can't hold all sizes of tokens",
+        lambda c: c.cache.storage == "bfloat16" and not c.backbone.tokens.is_idle,
+        "expected computed or float16, because bfloat16 can't hold the sizes of tokens (backbone.tokens)",
+    ),
+    Rule(
+        "local.self_training",
+        "self-training needs images without a label",
+        lambda c: c.local.self_training is not None and c.clients.labelled_fraction == 1,
+        "there are no images without a label: expected clients.labelled_fraction below 1",
+    ),
+)
+
+
+def _makes_views(config: ExperimentConfig) -> bool:
+    """Whether training images are changed at random."""
+    own = config.local.active_self_training
+    of_others = () if own is None else (own.weak, own.strong)
+    return any(each.changes_images for each in (config.local.augmentation, *of_others))
+
+
+def _makes_prompts(config: ExperimentConfig) -> bool:
+    """Whether the adapter has prompts of its own in place of the experiment's."""
+    return type(config.adapter).templates is not Adapter.templates

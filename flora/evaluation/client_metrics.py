@@ -1,0 +1,50 @@
+"""The metrics of clients: accuracies on their own data, with their own adapters, without the others."""
+
+from __future__ import annotations
+
+from flora.evaluation.declaring import figure, figures_of_spread, of_last
+
+figures_of_spread(
+    "client_accuracy",
+    "the server's adapter",
+    {"mean": "on clients' own data", "worst_decile": "worst tenth"},
+)
+figures_of_spread(
+    "personal_accuracy",
+    "each client's own adapter",
+    {"mean": "personal adapters", "worst_decile": "worst tenth of these"},
+)
+of_last(
+    "unheld_accuracy",
+    "mean over clients of the accuracy on the test images of classes of which a client has no training example",
+    "fraction",
+    "server",
+    "classes not held",
+)
+figure("num_local_only", "clients that were also trained without the others")
+figure(
+    "local_only_accuracy_mean", "their mean accuracy on the common test images", "fraction", None, "one client alone"
+)
+figure("local_only_accuracy_best", "the best one's", "fraction")
+figure(
+    "local_only_unheld_accuracy",
+    "their mean accuracy on the test images of classes of which each has no training example",
+    "fraction",
+    None,
+    "alone, classes not held",
+)
+figure(
+    "personal_unheld_accuracy",
+    "the same of their own adapters of the federated run, where clients have some",
+    "fraction",
+    None,
+    "personal, classes not held",
+)
+figure("held_out_num_clients", "those of them that have held-out examples")
+figure("held_out_federated_accuracy", "mean over these of the server's adapter on their own data", "fraction")
+figure(
+    "held_out_local_only_accuracy",
+    "mean over these of what each reaches alone, on its own data",
+    "fraction",
+)
+figure("held_out_personal_accuracy", "mean over these of their own adapters of the federated run", "fraction")
