@@ -113,6 +113,8 @@ def build_experiment(
     file.
     """
     check_experiment(config)
+    if config.server.secure_sum is not None:
+        config.server.secure_sum.require()
     rng, tell = Rng(config.seed), Tell(progress, log)
     known = shared or Shared()
     with processes.one_first(if_needed=getattr(config.data, "download", False)):
@@ -307,7 +309,7 @@ def _federation(
         schedule=server.schedule,
         num_rounds=config.rounds,
         rng=rng.child("federation"),
-        server=ServerParts(server.strategy, server.aggregator, server.optimizer, server.screening),
+        server=ServerParts(server.strategy, server.aggregator, server.optimizer, server.screening, server.secure_sum),
         personal=config.personal,
         communication=config.communication,
         ranks=ranks_of(config, len(clients), rng.child("ranks")),

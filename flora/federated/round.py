@@ -17,6 +17,7 @@ from flora.engine.tasks import ClientResult
 from flora.federated.aggregation import Step, in_server_terms, step
 from flora.federated.federation import Federation, Received, RoundPlan
 from flora.federated.receiving import personal_states, send_updates
+from flora.federated.summing import Summed, sum_securely
 from flora.server.screening import refusal, screen
 
 
@@ -43,6 +44,11 @@ class RoundResult:
     client_pseudo_labels: dict[str, list[int]] | None = None
     distillation_loss: float | None = None
     text_loss: float | None = None
+    sum_phases: int | None = None
+    sum_messages: int = 0
+    sum_bytes: dict[str, int] | None = None
+    num_failed_sums: int = 0
+    saturated_fraction: float | None = None
     cohort: tuple[int, ...] = ()
 
     def metrics(self) -> dict[str, Any]:
@@ -72,12 +78,15 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     results = _noted(engine.train(plan.tasks), reports)
     received = schedule.receive(plan, send_updates(federation, plan, results))
     received, accepted, rejections = _screened(federation, plan, received)
+    summed = sum_securely(federation, plan, accepted)
+    if summed is not None:
+        received, accepted = _without_lost(received, accepted, summed), list(summed.updates)
     clients = dict(received.clients)
     for client, own in personal_states(federation, plan, engine.train(plan.personal_tasks)):
         clients[client] = dataclasses.replace(clients.get(client, FRESH), own=own)
     after = Step(state.adapter, state.optimizer, state.correction, None)
     if accepted:
-        after = step(federation, state, accepted, {task.client: task.adapter for task in plan.tasks})
+        after = step(federation, state, accepted, {task.client: task.adapter for task in plan.tasks}, summed)
     adapter, server_losses = after.adapter, ServerLosses()
     if accepted:
         adapter, server_losses = _trained_by_server(federation, plan, state.adapter, accepted, adapter)
@@ -85,6 +94,8 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         adapter = {**adapter, **engine.model.adapter.initial_state(plan.rng.child("adapter"))}
     clock = state.clock + (plan.outcome.seconds or 0.0)
     result = _result(federation, plan, received, accepted, rejections)
+    if summed is not None:
+        result = dataclasses.replace(result, **summed.figures(result.num_dropped, result.downlink_bytes))
     result = dataclasses.replace(
         result,
         **_pseudo_label_figures(reports),
@@ -159,6 +170,15 @@ def _screened(
     return dataclasses.replace(received, updates=updates, clients=clients), accepted, rejections
 
 
+def _without_lost(received: Received, accepted: Sequence[ClientUpdate], summed: Summed) -> Received:
+    """Return what was received without the updates that are in no sum; their clients carry on what they had before."""
+    lost = {update.client for update in accepted} - {update.client for update in summed.updates}
+    clients = {client: each for client, each in received.clients.items() if client not in lost}
+    clients |= {client: received.before[client] for client in lost & received.before.keys()}
+    updates = [update for update in received.updates if update.client not in lost]
+    return dataclasses.replace(received, updates=updates, clients=clients)
+
+
 def _learning_rate(federation: Federation, round: int) -> float:
     return federation.local.rate(round, federation.num_rounds)
 
@@ -172,7 +192,7 @@ def _result(
 ) -> RoundResult:
     """Return what the round did, but for its `aggregation_error` and its `train_seconds`."""
     outcome, updates, staleness = plan.outcome, received.updates, received.staleness
-    if not updates:
+    if not updates and federation.server.secure_sum is None:
         federation.engine.log(
             f"round {plan.round}: nobody delivered ({len(outcome.asked)} asked, {len(outcome.dropped)} dropped out, "
             f"{len(outcome.late)} too late): the adapter stays as it was"

@@ -81,10 +81,6 @@ class FixedPoint:
         """What the lowest bit stands for; a number is off by at most half of it."""
         return math.ldexp(1.0, -self.fraction_bits)
 
-    def num_saturated(self, numbers: np.ndarray) -> int:
-        """Return how many numbers are beyond the limit: `encode` sets them to it."""
-        return int((np.abs(numbers) > self.limit).sum())
-
     def encode(self, numbers: np.ndarray) -> Words:
         """Return float64 numbers as words, rounded to the nearest unit, halves to the even one."""
         within = np.clip(numbers, -self.limit, self.limit)

@@ -6,24 +6,13 @@ Needs the extra `[privacy]` (cryptography).
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from functools import cached_property
 
 import numpy as np
 
-from flora.core.errors import UserError
-
 KEY_BYTES = 32
 TAG_BYTES = 16
 """What a sealed message is longer than the message."""
-
-
-def require_cryptography() -> None:
-    """Raise `UserError` if the package for keys and ciphers is missing."""
-    if importlib.util.find_spec("cryptography") is None:
-        raise UserError(
-            "server.secure_sum: masks need cryptography: pip install 'flora-clip[privacy]' (or cryptography)"
-        )
 
 
 class KeyPair:
@@ -81,7 +70,7 @@ def expand(seed: bytes, count: int, dtype: np.dtype[np.unsignedinteger]) -> np.n
 
 
 def field_elements(seed: bytes, count: int, prime: int) -> np.ndarray:
-    """Return `count` uniform numbers below a prime of 16 bits, from a seed: words that are not below it are left out."""
+    """Return `count` uniform numbers below a prime of 16 bits: words of the seed's stream, the larger ones left out."""
     drawn = count
     while True:
         drawn += 16 + drawn * (2**16 - prime) // 2**15

@@ -1,7 +1,7 @@
 """The server's side of a sum under pairwise masks: four phases of messages, and what is left when the masks are gone.
 
-The simulator runs every client's part and the server's, with the same keys, masks, shares and messages as over a network;
-the server's part uses nothing but what clients have sent.
+The simulator runs every client's part and the server's, with the keys, masks, shares and messages that there would be
+over a network; the server's part uses nothing but what clients have sent.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class MaskedRound:
         """Return the sum of the clients' words; nothing but sizes and messages is known of it if too few stay."""
         places = range(len(self._clients))
         self._parties = {p: Party(p, self._rng.child("client", self._clients[p]), self._agreements) for p in places}
-        words, survivors, failure = None, [], None
+        words: Words | None = None
+        survivors: list[int] = []
+        failure: str | None = None
         try:
             keys = self._advertise_keys()
             sealed = self._share_keys(keys)
@@ -86,8 +88,8 @@ class MaskedRound:
         """Phase 2: clients send shares of their secrets, sealed; each gets those that are for it, by their sender."""
         sent = {}
         for place in self._present(keys):
-            theirs = {other: keys[other] for other in self._graph[place]}
-            sent[place] = self._parties[place].share(theirs, self._share_threshold)
+            near = {other: keys[other] for other in self._graph[place]}
+            sent[place] = self._parties[place].share(near, self._share_threshold)
             self._traffic.up("shares", len(sent[place]) * PLACE_BYTES + sum(map(len, sent[place].values())))
         self._require(len(sent))
         received = {p: {other: sent[other][p] for other in self._graph[p] if other in sent} for p in sent}
@@ -98,7 +100,7 @@ class MaskedRound:
     def _collect_input(
         self, inputs: Mapping[int, Words], sealed: Mapping[int, Mapping[int, bytes]]
     ) -> tuple[Words, list[int]]:
-        """Phase 3: clients send their words under masks; each survivor is told which of its neighbours are some, too."""
+        """Phase 3: clients send their words under masks; each survivor is told which neighbours are left."""
         survivors, total = self._present(sealed), np.zeros(self._ring.num_words, self._ring.dtype)
         for place in survivors:
             masked = self._parties[place].masked(inputs[self._clients[place]], sealed[place], self._ring)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from flora.core.counts import part_of
-from flora.core.registry import Component, OptionError, option, register
+from flora.core.errors import UserError
+from flora.core.registry import Component, OptionError, name_of, option, register
 from flora.core.rng import Rng
 from flora.privacy.fixed_point import Ring, Words
-from flora.privacy.masks import require_cryptography
 from flora.privacy.phases import MaskedRound, client_traffic
 from flora.privacy.traffic import PHASES, Attendance, SumOutcome, Traffic
 
@@ -42,8 +43,8 @@ class SecureSum(Component):
         if len(self.dropout) != len(PHASES):
             raise OptionError("dropout", f"expected {len(PHASES)} probabilities, one a phase, got {len(self.dropout)}")
 
-    def check_installed(self) -> None:
-        """Raise `UserError` if a package is missing."""
+    def require(self) -> None:
+        """Raise `UserError` naming the extra if a library is missing."""
 
     def attendance(
         self, asked: Sequence[int], *, dropped: Sequence[int], late: Sequence[int], silent: Sequence[int], rng: Rng
@@ -102,8 +103,11 @@ class PairwiseMasks(SecureSum):
         if self.neighbours is not None and self.neighbours % 2:
             raise OptionError("neighbours", f"expected an even number, got {self.neighbours}")
 
-    def check_installed(self) -> None:
-        require_cryptography()
+    def require(self) -> None:
+        if importlib.util.find_spec("cryptography") is None:
+            raise UserError(
+                f"server.secure_sum: {name_of(self)}: cryptography is not installed; pip install 'flora-clip[privacy]'"
+            )
 
     def smallest_sum(self, num_asked: int) -> int:
         """Return how many of the clients asked must stay: at least two, since a sum of one is no secret."""

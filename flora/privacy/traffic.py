@@ -42,7 +42,7 @@ class Traffic:
 
 @dataclass(frozen=True, eq=False)
 class SumOutcome:
-    """The words `(P,)` of the sum over the clients `summed`, sorted; None, and the `failure` in words, if too few stayed.
+    """The words `(P,)` of the sum over the clients `summed`; None, and the `failure` in words, if too few stayed.
 
     `num_phases` is how many phases of messages there were, `num_agreements` how many pairs of keys were agreed on.
     """
