@@ -40,7 +40,8 @@ def step(
 ) -> Step:
     """Step from `state` along the updates' deltas; `starts` are the adapters that their clients trained from, by id.
 
-    With a secure sum, `summed`, the server has nothing but that of the deltas. Raises `UserError` naming the component that returns what it must not, `DivergedError` for what is not finite.
+    With a secure sum, `summed`, the server has nothing but that of the deltas. Raises `UserError` naming the
+    component that returns what it must not, `DivergedError` for what is not finite.
     """
     strategy, aggregator, round = federation.server.strategy, federation.server.aggregator, state.round + 1
     weights = checked_weights("server.strategy", strategy, strategy.weights(updates), len(updates))

@@ -192,7 +192,7 @@ def _result(
 ) -> RoundResult:
     """Return what the round did, but for its `aggregation_error` and its `train_seconds`."""
     outcome, updates, staleness = plan.outcome, received.updates, received.staleness
-    if not updates and federation.server.secure_sum is None:
+    if not updates and (federation.server.secure_sum is None or not outcome.asked):
         federation.engine.log(
             f"round {plan.round}: nobody delivered ({len(outcome.asked)} asked, {len(outcome.dropped)} dropped out, "
             f"{len(outcome.late)} too late): the adapter stays as it was"

@@ -1,4 +1,4 @@
-"""Secure sums in a round: clients' weighted deltas as words, the sum of them, and the mean that the server reads of it."""
+"""Secure sums in a round: clients' weighted deltas as words, their sum, and the mean that the server reads of it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from flora.privacy.traffic import SumOutcome
 
 @dataclass(frozen=True)
 class SumFormat:
-    """How a client's numbers are written: each of its delta times its weight, and then the weight."""
+    """How a client's numbers are written: each of its delta, at most `range`, times its weight, and then the weight."""
 
+    range: float
     numbers: FixedPoint
     weight: FixedPoint
 
     def encode(self, delta: StateLike, weight: float) -> Words:
         """Return the words `(P + 1,)` of a delta of P numbers."""
-        return np.concatenate([self.numbers.encode(vector_of(delta) * weight), self.weight.encode(np.array([weight]))])
+        within = vector_of(delta).clip(-self.range, self.range)
+        return np.concatenate([self.numbers.encode(within * weight), self.weight.encode(np.array([weight]))])
 
     def decode(self, words: Words) -> tuple[np.ndarray, float]:
         """Return the sum `(P,)` of weighted deltas, and the sum of the weights."""
@@ -79,10 +81,10 @@ def sum_format(federation: Federation, secure_sum: SecureSum, num_asked: int) ->
     weight = FixedPoint.for_sum(bits, most, num_asked)
     if weight.fraction_bits < 0:
         raise UserError(
-            f"server.secure_sum.bits: {bits} bits can't hold the weights of {num_asked:,} clients, each up to {most:g}: "
+            f"server.secure_sum.bits: {bits} bits can't hold {num_asked:,} clients' weights of up to {most:g}: "
             "expected more bits, or weighting uniform"
         )
-    return SumFormat(FixedPoint.for_sum(bits, secure_sum.range * most, num_asked), weight)
+    return SumFormat(secure_sum.range, FixedPoint.for_sum(bits, secure_sum.range * most, num_asked), weight)
 
 
 def vector_of(delta: StateLike) -> np.ndarray:
