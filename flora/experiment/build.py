@@ -43,6 +43,7 @@ from flora.experiment.start import starting_adapter
 from flora.features.features import Features, images_digest
 from flora.features.views import move_if_they_fit
 from flora.federated.federation import Federation, ServerParts
+from flora.federated.summing import check_sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,7 +302,7 @@ def _federation(
     """The federation of these clients, as the configuration says."""
     server = config.server
     sizes = np.array([len(client.train) for client in clients])
-    return Federation(
+    federation = Federation(
         engine=engine,
         clients=clients,
         participation=Participation(config.clients.cohort, sizes, config.network, roster.profiles, server.stragglers),
@@ -314,6 +315,8 @@ def _federation(
         communication=config.communication,
         ranks=ranks_of(config, len(clients), rng.child("ranks")),
     )
+    check_sums(federation)
+    return federation
 
 
 def _check_clients_per_block(config: ExperimentConfig, model: AdaptedClip) -> None:

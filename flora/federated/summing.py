@@ -87,6 +87,12 @@ def sum_format(federation: Federation, secure_sum: SecureSum, num_asked: int) ->
     return SumFormat(secure_sum.range, FixedPoint.for_sum(bits, secure_sum.range * most, num_asked), weight)
 
 
+def check_sums(federation: Federation) -> None:
+    """Raise `UserError` if a secure sum is asked for whose ring is too small for round 1."""
+    if federation.server.secure_sum is not None and federation.num_rounds:
+        sum_format(federation, federation.server.secure_sum, federation.participation.most_asked(1))
+
+
 def vector_of(delta: StateLike) -> np.ndarray:
     """Return a delta's numbers in the order of its names, float64."""
     return tree.flatten({name: tensor.double() for name, tensor in delta.items()}).numpy()
