@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import several
 import torch
 import yaml
-from helpers import LOCAL, SIZES, TOLERANCE, adapt, comparable, federation, rounds, train, variant
+from helpers import LOCAL, SIZES, TOLERANCE, adapt, federation, rounds, train, variant
 
 from flora.clip.adapters.lora import Lora
 from flora.communication.network import DrawnNetwork
@@ -63,7 +62,7 @@ def parts_of(model: str, secure_sum: SecureSum | None, *, rank: int = 2, **chang
 def test_a_round_is_the_plain_one_to_half_a_unit_a_client(tiny_model: str, bits: int, weighting: str) -> None:
     """|sum of rounding errors| <= K 2^-f / 2, divided by the sum of the weights."""
     strategy = FedAvg(weighting=weighting)
-    options = PairwiseMasks(bits=bits, range=0.5)
+    options = PairwiseMasks(bits=bits, range=4.0)
     secure = parts_of(tiny_model, options, strategy=strategy)
     (start, found), (result,) = rounds(secure, 1)
     starts = dict.fromkeys(range(5), start.adapter)
@@ -72,7 +71,7 @@ def test_a_round_is_the_plain_one_to_half_a_unit_a_client(tiny_model: str, bits:
     weights = [1.0] * 5 if weighting == "uniform" else [float(size) for size in SIZES]
     mean = tree.weighted_mean(deltas, weights)
     unit = sum_format(secure, options, 5).numbers.unit
-    assert max(weights) * 0.5 * 5 / unit <= 2 ** (bits - 1) < 4 * max(weights) * 0.5 * 8 / unit  # as fine as can be
+    assert 5 * max(weights) * 4.0 / unit < 2 ** (bits - 1) <= 2 * 6 * max(weights) * 4.0 / unit  # as fine as can be
     bound = 5 * unit / 2 / sum(weights)
     moved = tree.subtract(found.adapter, start.adapter)
     worst = max(float((moved[name] - mean[name]).abs().max()) for name in mean)
@@ -183,9 +182,11 @@ def test_clients_of_a_network_drop_out_or_are_late(raw_config: dict[str, Any]) -
     assert result.summary.num_late > 0 and result.summary.num_dropped > 0
     assert any(record.num_clients for record in result.records[1:])
     for record in result.records[1:]:
+        assert record.uplink_bytes == sum(n for key, n in record.sum_bytes.items() if key.endswith("up"))
+        if record.num_failed_sums:
+            continue
         words = 4 * (sum(tensor.numel() for tensor in result.adapter.values()) + 1)
         assert record.sum_bytes["input up"] == words * (record.num_clients + record.num_late)
-        assert record.uplink_bytes == sum(n for key, n in record.sum_bytes.items() if key.endswith("up"))
         asked = record.num_clients + record.num_late + record.num_dropped
         assert 64 * (record.num_clients + record.num_late) <= record.sum_bytes["keys up"] <= 64 * asked
     plain = simulate(parse_config({**raw, "name": "plain", "server": {"stragglers": {"over_selection": 1.3}}}))
@@ -228,28 +229,13 @@ def test_a_run_goes_on_exactly(raw_config: dict[str, Any]) -> None:
     assert whole.summary.num_failed_sums == sum(record.num_failed_sums for record in whole.records)
 
 
-def test_two_processes_give_the_same_bytes_as_one(raw_config: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump({**raw_config, **SECURE, "threads": 1, "rounds": 2, "name": "run"}))
-    left = []
-    for number in (1, 2):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        ends = several.run(number, [str(path), f"output={folder}"], folder, stem_batch=8)
-        assert [each.status for each in ends] == [0] * number, ends
-        left.append(comparable(folder / "run"))
-    ignored = ("config.yaml", "manifest.json")
-    one, two = ({name: content for name, content in each.items() if name not in ignored} for each in left)
-    assert one.keys() == two.keys() and one["rounds.jsonl"] == two["rounds.jsonl"]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"server": {"aggregator": "median"}}, "server.aggregator median compares single ones"),
         ({"server": {"aggregator": "bounded_mean"}}, "server.aggregator bounded_mean compares single ones"),
         ({"server": {"strategy": "flexlora"}}, "server.strategy flexlora needs what each client ended with"),
-        ({"server": {"strategy": "flora_stacking"}}, "server.strategy flora_stacking needs what each client ended with"),
+        ({"server": {"strategy": "fedex_lora"}}, "server.strategy fedex_lora needs what each client ended with"),
         ({"server": {"screening": {"max_norm_ratio": 3}}}, "server.screening.max_norm_ratio compares their norms"),
         (
             {"local": {"correction": "scaffold", "optimizer": "sgd"}},
@@ -274,7 +260,7 @@ def test_what_needs_single_updates_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["server.secure_sum=masks"], "server.secure_sum: unknown SecureSum 'masks'; did you mean 'pairwise_masks'?"),
+        (["server.secure_sum=masks"], "server.secure_sum.name: 'masks' is not known; expected one of pairwise_masks"),
         (["server.secure_sum=pairwise_masks", "server.secure_sum.threshold=0.4"],
          "server.secure_sum.threshold: expected a number above 0.5 and at most 1, got 0.4"),
         (["server.secure_sum=pairwise_masks", "server.secure_sum.neighbours=5"],
@@ -308,7 +294,7 @@ def test_without_cryptography_one_line_names_the_extra(
         simulate(config)
     message = "cryptography is not installed; pip install 'flora-clip[privacy]'"
     assert str(caught.value) == f"server.secure_sum: pairwise_masks: {message}"
-    assert not Path(raw_config["output"]).exists()
+    assert not list(Path(raw_config["output"]).iterdir())
 
 
 def test_a_network_of_which_nobody_can_be_asked(raw_config: dict[str, Any]) -> None:
