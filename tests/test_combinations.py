@@ -86,6 +86,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "server.synthetic": {"server": {"synthetic": {"data": "patterns", "steps": 2}}},
     "server.text_rounds": {"server": {"text_rounds": {"descriptions": THINGS, "steps": 2}}},
     "server.distillation": {"server": {"distillation": {"data": "patterns", "num_images": 9, "steps": 2}}},
+    "server.secure_sum": {"server": {"secure_sum": {"name": "pairwise_masks", "dropout": [0, 0, 0.1, 0.1]}}},
     "evaluation.fusion": {"evaluation": {"fusion": "entropy", "patches": {"alpha": 0.5}}},
     "clients.labelled_fraction": {"clients": {"labelled_fraction": 0.5}},
     "local.self_training": {

@@ -53,6 +53,12 @@ LABELS = {
     "cache": {"views": 2, "folder": None},
 }
 
+SECURE = {
+    "threads": 1,
+    "clients": {"number": 7, "cohort": {"name": "uniform", "number": 5}, "per_block": 2},
+    "server": {"secure_sum": {"name": "pairwise_masks", "threshold": 0.51, "dropout": [0.1, 0.1, 0.2, 0.1]}},
+}
+
 
 @pytest.fixture
 def config(tmp_path: Path, raw_config: dict[str, Any]) -> str:
@@ -102,6 +108,12 @@ def test_any_number_of_processes_leaves_the_same_bytes(
         assert whole(tmp_path / f"of {number}", config, number) == one
     said = json.loads((tmp_path / "of 3/run/environment.json").read_text())
     assert said["num_processes"] == 3
+
+
+@pytest.mark.stress
+def test_processes_add_up_under_the_same_masks(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    config = write(tmp_path, raw_config, SECURE)
+    assert whole(tmp_path / "of 2", config, 2) == whole(tmp_path / "one", config)
 
 
 def test_memory_that_runs_out_in_one_process_lowers_the_blocks_of_all(config: str, tmp_path: Path) -> None:
