@@ -27,6 +27,8 @@ import flora.data.partition
 import flora.data.splits
 import flora.federated.buffered
 import flora.federated.synchronous
+import flora.privacy.bounds
+import flora.privacy.mechanisms
 import flora.privacy.secure_sums
 import flora.server.aggregators
 import flora.server.optimizers

@@ -58,6 +58,13 @@ SECURE = {
     "clients": {"number": 7, "cohort": {"name": "uniform", "number": 5}, "per_block": 2},
     "server": {"secure_sum": {"name": "pairwise_masks", "threshold": 0.51, "dropout": [0.1, 0.1, 0.2, 0.1]}},
 }
+PRIVATE = {
+    "threads": 1,
+    "rounds": 2,
+    "clients": {"number": 5, "per_block": 2, "cohort": {"name": "poisson", "fraction": 0.7}},
+    "local": {"batch_size": 4},
+    "privacy": {"name": "central", "clip_norm": {"name": "adaptive"}, "noise_multiplier": 2.0, "accountant": "rdp"},
+}
 
 
 @pytest.fixture
@@ -114,6 +121,11 @@ def test_any_number_of_processes_leaves_the_same_bytes(
 def test_processes_add_up_under_the_same_masks(raw_config: dict[str, Any], tmp_path: Path) -> None:
     config = write(tmp_path, raw_config, SECURE)
     assert whole(tmp_path / "of 2", config, 2) == whole(tmp_path / "one", config)
+
+
+def test_private_rounds_are_the_same_by_two(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    config = write(tmp_path, raw_config, PRIVATE)
+    assert whole(tmp_path / "two", config, 2) == whole(tmp_path / "one", config)
 
 
 def test_memory_that_runs_out_in_one_process_lowers_the_blocks_of_all(config: str, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from flora.data.splits import Official, Splitter
 from flora.features.cache import CacheOptions
 from flora.federated.federation import RoundSchedule
 from flora.federated.synchronous import Synchronous
+from flora.privacy.mechanisms import Privacy
 from flora.privacy.secure_sums import SecureSum
 from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
@@ -176,6 +177,7 @@ class ExperimentConfig(Options):
     personal: Personalization = option("what each client trains for itself alone", NoPersonalization())
     server: ServerOptions = option("what the server does with the updates", ServerOptions())
     network: Network | None = option("lines, machines and hours of the clients; none: all at once, always", None)
+    privacy: Privacy | None = option("client-level differential privacy of what the server learns; none: without", None)
     communication: CommunicationOptions = option("how what travels is written", CommunicationOptions())
     cache: CacheOptions = option("where image features are kept between runs", CacheOptions())
     speed: SpeedOptions = option("exact ways to be faster", SpeedOptions())

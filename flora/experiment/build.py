@@ -44,6 +44,7 @@ from flora.features.features import Features, images_digest
 from flora.features.views import move_if_they_fit
 from flora.federated.federation import Federation, ServerParts
 from flora.federated.summing import check_sums
+from flora.privacy.rounds import PrivateRounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +91,17 @@ class Experiment:
     def has_start(self) -> bool:
         """Whether the adapter begins from a file."""
         return "start_sha256" in self.digests
+
+    @property
+    def last_round(self) -> int:
+        """The last round that there will be: fewer than asked for where a budget of privacy ends before."""
+        private = self.federation.privacy
+        return self.config.rounds if private is None else private.last_round
+
+    @property
+    def publishes(self) -> bool:
+        """Whether records say, with differential privacy, what that does not cover."""
+        return self.config.privacy is None or self.config.privacy.publish
 
     def initial_state(self) -> ServerState:
         """The server before the first round."""
@@ -314,9 +326,21 @@ def _federation(
         personal=config.personal,
         communication=config.communication,
         ranks=ranks_of(config, len(clients), rng.child("ranks")),
+        privacy=_private_rounds(config, len(clients), engine.log),
     )
     check_sums(federation)
     return federation
+
+
+def _private_rounds(config: ExperimentConfig, num_clients: int, log: Callable[[str], object]) -> PrivateRounds | None:
+    """The mechanism of differential privacy with its noise multiplier, if there is one; what it promises is logged."""
+    if config.privacy is None:
+        return None
+    attendance = config.clients.cohort.attendance(num_clients)
+    made = PrivateRounds.of(config.privacy, attendance, config.rounds)
+    for line in made.lines():
+        log(line)
+    return made
 
 
 def _check_clients_per_block(config: ExperimentConfig, model: AdaptedClip) -> None:

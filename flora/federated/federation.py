@@ -30,6 +30,7 @@ from flora.engine.tasks import ClientTask, TrainingSetup
 from flora.federated.roles import TensorRoles
 from flora.federated.server_training import ServerTraining
 from flora.privacy.fixed_point import Ring
+from flora.privacy.rounds import PrivateRounds
 from flora.privacy.secure_sums import SecureSum
 from flora.privacy.traffic import PHASES
 from flora.server.aggregators import Aggregator, Mean
@@ -115,7 +116,7 @@ class Federation:
     """The parts of a federation: who trains what, how it travels, and what the server makes of it. None of it changes.
 
     `ranks` `(num_clients,)` are the clients' own, None if all have the adapter's. `server_training` is what the server
-    trains by itself.
+    trains by itself. `privacy` is what bounds and noises updates, None where nothing does.
     """
 
     engine: Engine
@@ -130,6 +131,7 @@ class Federation:
     communication: CommunicationOptions = field(default_factory=CommunicationOptions)
     ranks: np.ndarray | None = None
     server_training: ServerTraining = field(default_factory=ServerTraining)
+    privacy: PrivateRounds | None = None
 
     @cached_property
     def roles(self) -> TensorRoles:
@@ -161,6 +163,7 @@ class Federation:
             self.server.strategy.initial(adapter),
             optimizer=self.server.optimizer.init(adapter),
             correction=self.local.correction.memory(tree.vector_like(trained)),
+            privacy={} if self.privacy is None else self.privacy.initial_state(),
         )
 
     def client_state(self, adapter: StateLike) -> ClientState:

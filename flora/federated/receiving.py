@@ -30,6 +30,8 @@ def _send(
     if failed_step is None and not tree.is_finite(own):
         failed_step = result.num_steps - 1
     delta = {name: tensor - task.adapter[name] for name, tensor in result.adapter.items() if name not in own}
+    if federation.privacy is not None:
+        delta = federation.privacy.sent(delta, view.privacy, rng.child("client", client, "privacy"))
     feedback = view.clients.get(client, FRESH).feedback
     upload = federation.link.upload(
         delta, feedback, result.sent_correction, client, rng.child("client", client, "upload")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,16 +41,22 @@ class SumFormat:
 
 @dataclass(frozen=True, eq=False)
 class Summed:
-    """What came of a secure sum: the `updates` that are in it, and the `mean` of their deltas, empty if there is none.
+    """What came of a secure sum: the `updates` that are in it, the sum of their weighted deltas, and of the weights.
 
-    `num_lost` clients were gone before they had sent anything that counts, but not by the network's doing.
+    `total` is in double precision, all zeros if there is no sum. `num_lost` clients were gone before they had sent
+    anything that counts, but not by the network's doing.
     """
 
     updates: tuple[ClientUpdate, ...]
-    mean: State
+    total: State
+    weight: float
     outcome: SumOutcome
     num_lost: int
     saturated_fraction: float
+
+    def mean(self, like: StateLike) -> State:
+        """Return the weighted mean of the deltas, in the types of `like`."""
+        return tree.in_types_of(like, {name: tensor / self.weight for name, tensor in self.total.items()})
 
     def figures(self, num_dropped: int, broadcast_bytes: int) -> dict[str, Any]:
         """Return the round's metrics that a secure sum changes or has."""
@@ -72,10 +78,15 @@ class Summed:
 def sum_format(federation: Federation, secure_sum: SecureSum, num_asked: int) -> SumFormat:
     """Return how numbers are written so that no sum over the clients asked can overflow.
 
-    Raises `UserError` if the ring is too small.
+    With differential privacy all clients count alike, and numbers are rounded toward zero, which makes no update's norm
+    larger than its bound. Raises `UserError` if the ring is too small.
     """
-    strategy, bits = federation.server.strategy, secure_sum.bits
-    most = max(strategy.weight(size) for size in set(federation.participation.sizes.tolist()))
+    strategy, bits, private = federation.server.strategy, secure_sum.bits, federation.privacy
+    most, limit, rounding = 1.0, secure_sum.range, np.rint
+    if private is None:
+        most = max(strategy.weight(size) for size in set(federation.participation.sizes.tolist()))
+    elif not private.mechanism.noises_at_clients:
+        limit, rounding = min(limit, private.fixed_norm), np.trunc
     if not 0 < most < math.inf:
         raise UserError(f"server.strategy: {called(strategy)} returned a weight of {most:g}")
     weight = FixedPoint.for_sum(bits, most, num_asked)
@@ -84,7 +95,8 @@ def sum_format(federation: Federation, secure_sum: SecureSum, num_asked: int) ->
             f"server.secure_sum.bits: {bits} bits can't hold {num_asked:,} clients' weights of up to {most:g}: "
             "expected more bits, or weighting uniform"
         )
-    return SumFormat(secure_sum.range, FixedPoint.for_sum(bits, secure_sum.range * most, num_asked), weight)
+    numbers = replace(FixedPoint.for_sum(bits, limit * most, num_asked), rounding=rounding)
+    return SumFormat(limit, numbers, weight)
 
 
 def check_sums(federation: Federation) -> None:
@@ -102,15 +114,17 @@ def sum_securely(federation: Federation, plan: RoundPlan, accepted: Sequence[Cli
     """Add up the deltas of the updates that are fit to be averaged, each by its own client's part in the protocol.
 
     None where the server sums in the clear, and where nobody could be asked. A client whose update is not fit to be
-    averaged knows that, and sends none.
+    averaged knows that, and sends none. With differential privacy clients bound what they send by themselves.
     """
-    secure_sum, outcome = federation.server.secure_sum, plan.outcome
+    secure_sum, outcome, private = federation.server.secure_sum, plan.outcome, federation.privacy
     if secure_sum is None or not outcome.asked:
         return None
-    fmt = sum_format(federation, secure_sum, len(outcome.asked))
-    rng, weight = plan.rng.child("secure_sum"), federation.server.strategy.weight
+    fmt, rng = sum_format(federation, secure_sum, len(outcome.asked)), plan.rng.child("secure_sum")
     fit = {update.client: update for update in accepted}
-    inputs = {client: fmt.encode(update.delta, weight(update.num_examples)) for client, update in fit.items()}
+    deltas = {client: update.delta for client, update in fit.items()}
+    weights = {client: federation.server.strategy.weight(update.num_examples) for client, update in fit.items()}
+    if private is not None:
+        deltas, weights = {client: private.within(delta) for client, delta in deltas.items()}, dict.fromkeys(fit, 1.0)
     attendance = secure_sum.attendance(
         outcome.asked,
         dropped=outcome.dropped.tolist(),
@@ -120,18 +134,16 @@ def sum_securely(federation: Federation, plan: RoundPlan, accepted: Sequence[Cli
     )
     like = tree.select(plan.view.adapter, federation.roles.sent(plan.view.adapter, plan.round))
     ring = Ring(secure_sum.bits, tree.count(like) + 1)
+    inputs = {client: fmt.encode(delta, weights[client]) for client, delta in deltas.items()}
     added = secure_sum.add_up(inputs, attendance, ring, rng)
-    mean: State = {}
-    if added.words is None:
-        federation.engine.log(f"round {plan.round}: no sum: {added.failure}: the adapter stays as it was")
-    else:
-        total, total_weight = fmt.decode(added.words)
-        mean = tree.in_types_of(like, tree.unflatten(torch.from_numpy(total / total_weight), like))
-    beyond = sum(int((np.abs(vector_of(update.delta)) > secure_sum.range).sum()) for update in accepted)
+    words = np.zeros(ring.num_words, ring.dtype) if added.words is None else added.words
+    total, weight = fmt.decode(words)
+    beyond = sum(int((np.abs(vector_of(delta)) > fmt.range).sum()) for delta in deltas.values())
     return Summed(
         updates=tuple(fit[client] for client in added.summed),
-        mean=mean,
+        total=tree.unflatten(torch.from_numpy(total), like),
+        weight=weight,
         outcome=added,
         num_lost=sum(attendance.num_phases[client] < 3 for client in fit),
-        saturated_fraction=beyond / max(len(accepted) * (ring.num_words - 1), 1),
+        saturated_fraction=beyond / max(len(fit) * (ring.num_words - 1), 1),
     )

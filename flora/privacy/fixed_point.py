@@ -55,12 +55,14 @@ class Ring:
 class FixedPoint:
     """Numbers from -`limit` to `limit` as words of `bits` bits, the unit being 2^-`fraction_bits`.
 
-    `for_sum` chooses the smallest unit with which a sum of so many words stays inside the ring.
+    `rounding` is NumPy's function that makes whole numbers: `rint` (to the nearest) or `trunc` (toward zero), never
+    beyond the limit. `for_sum` chooses the smallest unit with which a sum of so many words stays inside the ring.
     """
 
     bits: int
     fraction_bits: int
     limit: float
+    rounding: np.ufunc = np.rint
 
     @classmethod
     def for_sum(cls, bits: int, limit: float, count: int) -> FixedPoint:
@@ -78,13 +80,13 @@ class FixedPoint:
 
     @property
     def unit(self) -> float:
-        """What the lowest bit stands for; a number is off by at most half of it."""
+        """What the lowest bit stands for: rounded to the nearest, a number is off by at most half of it."""
         return math.ldexp(1.0, -self.fraction_bits)
 
     def encode(self, numbers: np.ndarray) -> Words:
-        """Return float64 numbers as words, rounded to the nearest unit, halves to the even one."""
+        """Return float64 numbers as words, in whole units."""
         within = np.clip(numbers, -self.limit, self.limit)
-        units = np.rint(np.ldexp(within, self.fraction_bits)).astype(np.int64)
+        units = self.rounding(np.ldexp(within, self.fraction_bits)).astype(np.int64)
         return Ring(self.bits, len(units)).reduced(units)
 
     def decode(self, words: Words) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flora.config.combinations.rule import Rule, remembers, waits_for_buffer
 from flora.config.schema import ExperimentConfig
+from flora.privacy.bounds import ClipNorm
 from flora.server.aggregators import Mean
 from flora.server.strategies.base import Strategy
 
@@ -68,6 +69,12 @@ SECURE_SUMS: tuple[Rule, ...] = (
         "and a cohort that is there at the same time: no buffered schedule",
         lambda c: _is_secure(c) and waits_for_buffer(c),
         "expected none: clients agree on masks with those of their round, and a buffered schedule has none",
+    ),
+    Rule(
+        "privacy.clip_norm",
+        "and with differential privacy a bound that does not adapt: how many updates lay within it is in no sum",
+        lambda c: _is_secure(c) and c.privacy is not None and isinstance(c.privacy.clip_norm, ClipNorm),
+        "expected a number with server.secure_sum: nobody counts the updates that lie within a bound that adapts",
     ),
     Rule(
         "server.secure_sum",
