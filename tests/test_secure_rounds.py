@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import LOCAL, SIZES, TOLERANCE, adapt, federation, rounds, train, variant
+from helpers import LOCAL, SIZES, TOLERANCE, adapt, assert_states_close, federation, rounds, train, variant
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flora.clip.adapters.lora import Lora
 from flora.communication.network import DrawnNetwork
@@ -23,12 +25,15 @@ from flora.config.rules import check_experiment
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
-from flora.core.registry import OptionError, register
+from flora.core.registry import OptionError, name_of, register
 from flora.core.rng import Rng
 from flora.core.states import ClientUpdate
 from flora.federated.federation import Federation
 from flora.federated.summing import sum_format
-from flora.privacy.fixed_point import Ring, Words
+from flora.privacy.accounting import Attendance as Takes
+from flora.privacy.fixed_point import FixedPoint, Ring, Words
+from flora.privacy.mechanisms import Central, Local, Privacy, Tree
+from flora.privacy.rounds import PrivateRounds
 from flora.privacy.secure_sums import PairwiseMasks, SecureSum
 from flora.privacy.traffic import Attendance, SumOutcome, Traffic
 from flora.server.optimizers import ServerSgd
@@ -303,3 +308,75 @@ def test_a_network_of_which_nobody_can_be_asked(raw_config: dict[str, Any]) -> N
     log = (result.directory / "log.txt").read_text()
     assert log.count("nobody delivered (0 asked, 0 dropped out, 0 too late): the adapter stays") == 2
     assert result.summary.num_failed_sums == 0 and DrawnNetwork().latency_seconds > 0
+
+
+# --- with differential privacy: bound, fixed point, secure sum, noise
+
+
+def private(mechanism: Privacy) -> PrivateRounds:
+    return PrivateRounds.of(mechanism, Takes(), 3)
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        Central(clip_norm=0.05, noise_multiplier=0.5),
+        Tree(clip_norm=0.05, noise_multiplier=0.5),
+        Local(clip_norm=0.05, noise_multiplier=0.5),
+    ],
+    ids=name_of,
+)
+def test_private_rounds_are_those_without_a_secure_sum_to_a_unit_a_client(tiny_model: str, mechanism: Privacy) -> None:
+    options = PairwiseMasks(bits=60, range=4.0)
+    secure = parts_of(tiny_model, options, privacy=private(mechanism))
+    plain = parts_of(tiny_model, None, privacy=private(mechanism))
+    found, results = rounds(secure, 3)
+    expected, others = rounds(plain, 3)
+    assert sum_format(secure, options, 5).numbers.unit < 1e-12
+    for one, other in zip(found, expected, strict=True):
+        assert_states_close(one.adapter, other.adapter)
+        assert_states_close(one.privacy, other.privacy)
+    for result, without in zip(results, others, strict=True):
+        assert (result.epsilon, result.sum_epsilon, result.clip_norm) == (
+            without.epsilon,
+            without.sum_epsilon,
+            without.clip_norm,
+        )
+        assert result.clipped_fraction is None and result.aggregation_error is None and result.sum_phases == 4
+
+
+@given(seed=st.integers(0, 1000), bits=st.sampled_from([12, 16, 32]))
+@settings(max_examples=20, deadline=None)
+def test_rounding_toward_zero_makes_no_norm_larger(seed: int, bits: int) -> None:
+    """So that what one client adds to the sum is within the bound that the noise is for."""
+    numbers = np.random.default_rng(seed).normal(0, 1, 100)
+    numbers *= 0.05 / np.linalg.norm(numbers)
+    codec = FixedPoint.for_sum(bits, 0.05, 10)
+    toward_zero = dataclasses.replace(codec, rounding=np.trunc)
+    written = toward_zero.decode(toward_zero.encode(numbers))
+    assert (np.abs(written) <= np.abs(numbers)).all() and np.abs(written - numbers).max() < codec.unit
+
+
+def test_with_privacy_clients_send_numbers_rounded_toward_zero(tiny_model: str) -> None:
+    options = PairwiseMasks(bits=16, range=1.0)
+    parts = parts_of(tiny_model, options, privacy=private(Central(clip_norm=0.05, noise_multiplier=0.5)))
+    assert sum_format(parts, options, 5).numbers.rounding is np.trunc
+    assert sum_format(parts, options, 5).numbers.limit == 0.05
+    local = parts_of(tiny_model, options, privacy=private(Local(clip_norm=0.05, noise_multiplier=0.5)))
+    assert sum_format(local, options, 5).numbers.limit == 1.0
+
+
+def test_without_a_sum_a_private_round_steps_along_noise_alone(tiny_model: str) -> None:
+    mechanism = private(Central(clip_norm=0.05, noise_multiplier=0.5))
+    secure = parts_of(tiny_model, PairwiseMasks(dropout=(1.0, 0, 0, 0)), privacy=mechanism)
+    (start, found), (result,) = rounds(secure, 1)
+    like = tree.select(start.adapter, secure.roles.sent(start.adapter, 1))
+    noise = mechanism.mechanism.on_sum(like, 0.5 * 0.05, 1, lambda number: secure.rng.child("round", number, "privacy"))
+    assert result.num_failed_sums == 1 and result.epsilon == mechanism.epsilon(1)
+    assert_states_close(tree.subtract(found.adapter, start.adapter), tree.scale(noise, 1 / 5))
+
+
+def test_a_bound_that_adapts_is_refused(raw_config: dict[str, Any]) -> None:
+    privacy = {"name": "central", "clip_norm": "adaptive", "noise_multiplier": 1.0}
+    with pytest.raises(OptionError, match="privacy.clip_norm: expected a number with server.secure_sum"):
+        check_experiment(parse_config({**raw_config, "privacy": privacy, "server": {"secure_sum": "pairwise_masks"}}))

@@ -82,7 +82,8 @@ def sum_format(federation: Federation, secure_sum: SecureSum, num_asked: int) ->
     larger than its bound. Raises `UserError` if the ring is too small.
     """
     strategy, bits, private = federation.server.strategy, secure_sum.bits, federation.privacy
-    most, limit, rounding = 1.0, secure_sum.range, np.rint
+    most, limit = 1.0, secure_sum.range
+    rounding: np.ufunc = np.rint
     if private is None:
         most = max(strategy.weight(size) for size in set(federation.participation.sizes.tolist()))
     elif not private.mechanism.noises_at_clients:
