@@ -87,6 +87,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "server.text_rounds": {"server": {"text_rounds": {"descriptions": THINGS, "steps": 2}}},
     "server.distillation": {"server": {"distillation": {"data": "patterns", "num_images": 9, "steps": 2}}},
     "server.secure_sum": {"server": {"secure_sum": {"name": "pairwise_masks", "dropout": [0, 0, 0.1, 0.1]}}},
+    "privacy=distributed_discrete_gaussian": {
+        "privacy": {"name": "distributed_discrete_gaussian", "clip_norm": 0.1, "noise_multiplier": 1.0},
+        "server": {"secure_sum": "pairwise_masks"},
+    },
     "evaluation.fusion": {"evaluation": {"fusion": "entropy", "patches": {"alpha": 0.5}}},
     "clients.labelled_fraction": {"clients": {"labelled_fraction": 0.5}},
     "local.self_training": {

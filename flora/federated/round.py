@@ -204,7 +204,9 @@ def _say(federation: Federation, line: str) -> None:
 
 def _instead(federation: Federation) -> str:
     """What the server does where no update came."""
-    return "the adapter stays as it was" if federation.privacy is None else "the server steps along noise alone"
+    if federation.privacy is None:
+        return "the adapter stays as it was"
+    return f"the server steps along {'zeros' if federation.privacy.mechanism.noises_in_sum else 'noise alone'}"
 
 
 def _learning_rate(federation: Federation, round: int) -> float:

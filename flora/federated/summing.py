@@ -13,9 +13,12 @@ import torch
 from flora.core import tree
 from flora.core.contracts import called
 from flora.core.errors import UserError
+from flora.core.rng import Rng
 from flora.core.states import ClientUpdate
 from flora.core.tree import State, StateLike
 from flora.federated.federation import Federation, RoundPlan
+from flora.privacy.discrete import discrete_gaussian
+from flora.privacy.distributed import noisy_format
 from flora.privacy.fixed_point import FixedPoint, Ring, Words
 from flora.privacy.secure_sums import SecureSum
 from flora.privacy.traffic import SumOutcome
@@ -23,16 +26,23 @@ from flora.privacy.traffic import SumOutcome
 
 @dataclass(frozen=True)
 class SumFormat:
-    """How a client's numbers are written: each of its delta, at most `range`, times its weight, and then the weight."""
+    """How a client's numbers are written: each of its delta, at most `range`, times its weight, and then the weight.
+
+    `noise_variance` is that of the discrete Gaussian noise that a client adds to each number, in squared units.
+    """
 
     range: float
     numbers: FixedPoint
     weight: FixedPoint
+    noise_variance: int = 0
 
-    def encode(self, delta: StateLike, weight: float) -> Words:
-        """Return the words `(P + 1,)` of a delta of P numbers."""
-        within = vector_of(delta).clip(-self.range, self.range)
-        return np.concatenate([self.numbers.encode(within * weight), self.weight.encode(np.array([weight]))])
+    def encode(self, delta: StateLike, weight: float, rng: Rng) -> Words:
+        """Return the words `(P + 1,)` of a delta of P numbers, with noise where clients add some."""
+        ring, vector = Ring(self.numbers.bits, 0), vector_of(delta).clip(-self.range, self.range)
+        words = self.numbers.encode(vector * weight)
+        if self.noise_variance:
+            words = ring.reduced(words + ring.reduced(discrete_gaussian(self.noise_variance, len(words), rng.numpy())))
+        return np.concatenate([words, self.weight.encode(np.array([weight]))])
 
     def decode(self, words: Words) -> tuple[np.ndarray, float]:
         """Return the sum `(P,)` of weighted deltas, and the sum of the weights."""
@@ -96,6 +106,10 @@ def sum_format(federation: Federation, secure_sum: SecureSum, num_asked: int) ->
             f"server.secure_sum.bits: {bits} bits can't hold {num_asked:,} clients' weights of up to {most:g}: "
             "expected more bits, or weighting uniform"
         )
+    if private is not None and private.mechanism.noises_in_sum:
+        share = private.noise_multiplier * private.fixed_norm / math.sqrt(secure_sum.smallest_sum(num_asked))
+        noisy = noisy_format(bits, limit, num_asked, share)
+        return SumFormat(limit, noisy.numbers, weight, noisy.variance)
     numbers = replace(FixedPoint.for_sum(bits, limit * most, num_asked), rounding=rounding)
     return SumFormat(limit, numbers, weight)
 
@@ -135,7 +149,9 @@ def sum_securely(federation: Federation, plan: RoundPlan, accepted: Sequence[Cli
     )
     like = tree.select(plan.view.adapter, federation.roles.sent(plan.view.adapter, plan.round))
     ring = Ring(secure_sum.bits, tree.count(like) + 1)
-    inputs = {client: fmt.encode(delta, weights[client]) for client, delta in deltas.items()}
+    inputs = {
+        client: fmt.encode(delta, weights[client], rng.child("noise", client)) for client, delta in deltas.items()
+    }
     added = secure_sum.add_up(inputs, attendance, ring, rng)
     words = np.zeros(ring.num_words, ring.dtype) if added.words is None else added.words
     total, weight = fmt.decode(words)

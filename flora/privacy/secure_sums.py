@@ -66,6 +66,10 @@ class SecureSum(Component):
         )
 
     @abstractmethod
+    def smallest_sum(self, num_asked: int) -> int:
+        """Return of how many of the clients asked the input must come, for there to be a sum."""
+
+    @abstractmethod
     def add_up(self, inputs: Mapping[int, Words], attendance: Attendance, ring: Ring, rng: Rng) -> SumOutcome:
         """Return the sum of the words `(P,)` of the clients whose input comes, or why there is none."""
 
@@ -110,7 +114,7 @@ class PairwiseMasks(SecureSum):
             )
 
     def smallest_sum(self, num_asked: int) -> int:
-        """Return how many of the clients asked must stay: at least two, since a sum of one is no secret."""
+        # Two at least, since a sum of one is no secret.
         return max(2, math.ceil(part_of(self.threshold, num_asked)))
 
     def share_threshold(self, num_asked: int) -> int:

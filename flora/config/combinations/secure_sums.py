@@ -82,4 +82,11 @@ SECURE_SUMS: tuple[Rule, ...] = (
         lambda c: _is_secure(c) and c.clients.centralized,
         "expected none where clients.centralized leaves one client: its sum would be its update",
     ),
+    Rule(
+        "privacy",
+        "noise that clients share (distributed_discrete_gaussian) needs a secure sum",
+        lambda c: c.privacy is not None and c.privacy.noises_in_sum and not _is_secure(c),
+        "expected server.secure_sum with distributed_discrete_gaussian: without one the server sees each client's "
+        "share of the noise",
+    ),
 )
