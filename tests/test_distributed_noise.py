@@ -73,8 +73,8 @@ def test_the_units_of_a_share_by_hand() -> None:
     made = noisy_format(16, 1.0, 10, 0.5)
     assert made.numbers.fraction_bits == 9 and made.variance == 256**2
     with pytest.raises(UserError) as caught:
-        noisy_format(12, 1.0, 10, 0.5)
-    message = "server.secure_sum.bits: in 12 bits a client's noise is 8 units, expected at least 16"
+        noisy_format(11, 1.0, 10, 0.5)
+    message = "server.secure_sum.bits: in 11 bits a client's noise is 8 units, expected at least 16"
     assert str(caught.value) == f"{message}: more bits are needed, or more noise"
 
 
