@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -40,6 +41,7 @@ from flora.data.splits import Splitter
 from flora.evaluation.metrics import METRICS
 from flora.experiment.build import build_experiment
 from flora.federated.round import run_round
+from flora.privacy.mechanisms import Privacy
 from flora.runs.measure import measure, measure_local_only
 from flora.server.aggregators import Aggregator
 from flora.server.optimizers import ServerOptimizer
@@ -53,6 +55,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "scaffold": {"local": {"optimizer": "sgd"}},
     "feddyn": {"local": {"optimizer": "sgd"}},
     "few_shot_chunks": {"clients": {"number": 3}},
+    "poisson": {"clients": {"cohort": {"fraction": 0.7}}},
+    **{name: {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5}} for name in ("central", "local", "tree")},
 }
 KINDS: dict[str, type[Component]] = {
     "adapter": Adapter,
@@ -72,6 +76,7 @@ KINDS: dict[str, type[Component]] = {
     "server.optimizer": ServerOptimizer,
     "communication.upload": Compressor,
     "communication.broadcast": Compressor,
+    "privacy": Privacy,
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "local.optimizer_state=kept": {"local": {"optimizer_state": "kept"}},
@@ -79,6 +84,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "local.clip_norm": {"local": {"clip_norm": 0.5}},
     "adapter.start": {"adapter": {"name": "lora", "start": str(START)}},
     "evaluation.auroc": {"evaluation": {"auroc": True}},
+    "privacy.clip_norm=adaptive": {
+        "privacy": {"name": "central", "clip_norm": {"name": "adaptive"}, "noise_multiplier": 0.5}
+    },
+    "privacy.publish=false": {
+        "privacy": {"name": "central", "clip_norm": 0.1, "noise_multiplier": 0.5, "publish": False},
+        "evaluation": {"num_local_only": 0},
+    },
     "local.steps": {"local": {"steps": 2}},
     "server.screening=clip": {"server": {"screening": {"policy": "clip", "max_norm_ratio": 1.5}}},
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},
@@ -136,6 +148,7 @@ def is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return "name" not in one or "name" not in other or one["name"] == other["name"]
 
 
+@functools.cache
 def settings() -> dict[str, tuple[str, dict[str, Any]]]:
     """Each choice that is not the default: the setting that it is of, and what to write."""
     default = parse_config({"data": "patterns", "partition": "iid"})
@@ -237,6 +250,8 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "prompts can be drawn where classes have several",  # the pairs have descriptions then
         "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
         "self-training needs images without a label",  # all pairs here have some
+        "and no run that one client's update ends",  # all pairs here skip or clip
+        "figures that are left out (privacy.publish: false) are not to be asked for",  # no pair here does
     ]
 
 
