@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -16,7 +17,9 @@ from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
 from flora.core import tree
 from flora.core.errors import UserError
+from flora.core.hooks import Hooks
 from flora.core.registry import OptionError
+from flora.core.states import ClientUpdate
 from flora.federated.summing import sum_format, vector_of
 from flora.privacy.accounting import Attendance
 from flora.privacy.bounds import bounded
@@ -122,6 +125,20 @@ def test_a_round_is_the_sum_of_what_clients_bound_round_and_noise(tiny_model: st
     mean = tree.unflatten(torch.from_numpy(total / 5), start.adapter)
     assert_states_close(tree.subtract(found.adapter, start.adapter), mean, atol=2 * fmt.numbers.unit)
     assert fmt.numbers.unit < 1e-5 and result.epsilon == private().epsilon(1)
+
+
+def test_a_client_whose_update_is_of_no_use_sends_noise_alone(tiny_model: str) -> None:
+    """Else the server would see that, and the sum would have less noise."""
+
+    def broken(round: int, update: ClientUpdate) -> ClientUpdate:
+        lost = dataclasses.replace(update, delta=tree.scale(update.delta, float("nan")))
+        return lost if update.client == 2 else update
+
+    parts = variant(federation(adapt(tiny_model, Lora(rank=2)), LOCAL), secure_sum=PairwiseMasks(), privacy=private())
+    _, (whole,) = rounds(parts, 1)
+    _, (result,) = rounds(variant(parts, hooks=Hooks(update=broken)), 1)
+    assert [each.client for each in result.rejected_clients] == [2]
+    assert result.sum_bytes == whole.sum_bytes and result.num_dropped == 0
 
 
 def test_a_failed_sum_releases_nothing(tiny_model: str) -> None:

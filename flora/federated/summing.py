@@ -138,16 +138,18 @@ def sum_securely(federation: Federation, plan: RoundPlan, accepted: Sequence[Cli
     fit = {update.client: update for update in accepted}
     deltas = {client: update.delta for client, update in fit.items()}
     weights = {client: federation.server.strategy.weight(update.num_examples) for client, update in fit.items()}
-    if private is not None:
-        deltas, weights = {client: private.within(delta) for client, delta in deltas.items()}, dict.fromkeys(fit, 1.0)
-    attendance = secure_sum.attendance(
-        outcome.asked,
-        dropped=outcome.dropped.tolist(),
-        late=outcome.late.tolist(),
-        silent=[client for client in outcome.clients.tolist() if client not in fit],
-        rng=rng,
-    )
+    silent = [client for client in outcome.clients.tolist() if client not in fit]
     like = tree.select(plan.view.adapter, federation.roles.sent(plan.view.adapter, plan.round))
+    if private is not None:
+        deltas = {client: private.within(delta) for client, delta in deltas.items()}
+        if (
+            private.mechanism.noises_in_sum
+        ):  # that a client has nothing to send is not to be seen, nor to cost its noise
+            deltas, silent = deltas | {client: tree.scale(like, 0.0) for client in silent}, []
+        weights = dict.fromkeys(deltas, 1.0)
+    attendance = secure_sum.attendance(
+        outcome.asked, dropped=outcome.dropped.tolist(), late=outcome.late.tolist(), silent=silent, rng=rng
+    )
     ring = Ring(secure_sum.bits, tree.count(like) + 1)
     inputs = {
         client: fmt.encode(delta, weights[client], rng.child("noise", client)) for client, delta in deltas.items()
@@ -157,7 +159,7 @@ def sum_securely(federation: Federation, plan: RoundPlan, accepted: Sequence[Cli
     total, weight = fmt.decode(words)
     beyond = sum(int((np.abs(vector_of(delta)) > fmt.range).sum()) for delta in deltas.values())
     return Summed(
-        updates=tuple(fit[client] for client in added.summed),
+        updates=tuple(fit[client] for client in added.summed if client in fit),
         total=tree.unflatten(torch.from_numpy(total), like),
         weight=weight,
         outcome=added,
