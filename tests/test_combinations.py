@@ -57,6 +57,14 @@ NEEDS: dict[str, dict[str, Any]] = {
     "few_shot_chunks": {"clients": {"number": 3}},
     "poisson": {"clients": {"cohort": {"fraction": 0.7}}},
     **{name: {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5}} for name in ("central", "local", "tree")},
+    "distributed_discrete_gaussian": {
+        "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5},
+        "server": {"secure_sum": "pairwise_masks"},
+    },
+    "leave_domain_out": {"split": {"domain": "x"}},
+    "given_sizes": {"partition": {"sizes": [5, 6, 7, 8]}},
+    "within_groups": {"partition": {"of": "iid"}},
+    "fedper": {"server": {"strategy": {"stay": ["*.lora_B", "*.weight"]}}},
 }
 KINDS: dict[str, type[Component]] = {
     "adapter": Adapter,
@@ -91,6 +99,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "privacy": {"name": "central", "clip_norm": 0.1, "noise_multiplier": 0.5, "publish": False},
         "evaluation": {"num_local_only": 0},
     },
+    "evaluation.also": {"evaluation": {"also": ["digits"]}},
     "local.steps": {"local": {"steps": 2}},
     "server.screening=clip": {"server": {"screening": {"policy": "clip", "max_norm_ratio": 1.5}}},
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},
@@ -99,10 +108,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "server.text_rounds": {"server": {"text_rounds": {"descriptions": THINGS, "steps": 2}}},
     "server.distillation": {"server": {"distillation": {"data": "patterns", "num_images": 9, "steps": 2}}},
     "server.secure_sum": {"server": {"secure_sum": {"name": "pairwise_masks", "dropout": [0, 0, 0.1, 0.1]}}},
-    "privacy=distributed_discrete_gaussian": {
-        "privacy": {"name": "distributed_discrete_gaussian", "clip_norm": 0.1, "noise_multiplier": 1.0},
-        "server": {"secure_sum": "pairwise_masks"},
-    },
     "evaluation.fusion": {"evaluation": {"fusion": "entropy", "patches": {"alpha": 0.5}}},
     "clients.labelled_fraction": {"clients": {"labelled_fraction": 0.5}},
     "local.self_training": {
