@@ -282,7 +282,7 @@ def test_other_inputs_give_masked_words_of_the_same_distribution() -> None:
 
 def added(options: PairwiseMasks, ring: Ring, words: dict[int, Words], num_phases: dict[int, int]) -> SumOutcome:
     return options.add_up(
-        {client: words[client] for client, number in num_phases.items() if number >= 3},
+        {client: words[client] for client, number in num_phases.items() if number >= 3 and client in words},
         Attendance(num_phases),
         ring,
         Rng(5),
@@ -454,6 +454,12 @@ def test_options_that_can_not_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError) as caught:
         PairwiseMasks(**options)
     assert str(caught.value) == message
+
+
+def test_more_clients_than_the_field_has_points_are_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        added(PairwiseMasks(neighbours=2), Ring(32, 1), {}, dict.fromkeys(range(65_521), 4))
+    assert str(caught.value) == "server.secure_sum: expected at most 65,520 clients in a round, got 65,521"
 
 
 def test_thresholds_by_hand() -> None:

@@ -16,6 +16,7 @@ from flora.core.registry import Component, OptionError, name_of, option, registe
 from flora.core.rng import Rng
 from flora.privacy.fixed_point import Ring, Words
 from flora.privacy.phases import MaskedRound, client_traffic
+from flora.privacy.shamir import MOST_SHARES
 from flora.privacy.traffic import PHASES, Attendance, SumOutcome, Traffic
 
 
@@ -123,6 +124,8 @@ class PairwiseMasks(SecureSum):
 
     def add_up(self, inputs: Mapping[int, Words], attendance: Attendance, ring: Ring, rng: Rng) -> SumOutcome:
         asked = len(attendance.num_phases)
+        if asked > MOST_SHARES:
+            raise UserError(f"server.secure_sum: expected at most {MOST_SHARES:,} clients in a round, got {asked:,}")
         thresholds = self.smallest_sum(asked), self.share_threshold(asked)
         return MaskedRound(attendance, ring, self.neighbours, thresholds, rng).run(inputs)
 
