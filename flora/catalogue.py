@@ -33,7 +33,9 @@ import flora.data.splits
 import flora.federated.buffered
 import flora.federated.synchronous
 import flora.privacy.bounds
+import flora.privacy.distributed
 import flora.privacy.mechanisms
+import flora.privacy.secure_sums
 import flora.server.aggregators
 import flora.server.optimizers
 import flora.server.strategies.averaging

@@ -239,6 +239,7 @@ def benchmark_parser() -> Parser:
     parser.add_argument(
         "--processes", metavar="CONFIG", help="compare a process on each core with one process on all of them instead"
     )
+    parser.add_argument("--secure-sums", metavar="N,N,...", help="time secure sums over so many clients instead")
     parser.add_argument("--planning", action="store_true", help="plan rounds of a million virtual clients instead")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of the experiment that CONFIG names; --sweep's grid"

@@ -210,3 +210,14 @@ def test_a_sweep_timed_both_ways(
     assert not list(tmp_path.rglob("summary.json"))
     assert benchmark.main(["--sweep", str(path), "local.learning_rate=1e30", "rounds=1"]) == 2
     assert "learning_rate" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_secure_sums_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--secure-sums", "3,50"]) == 0
+    head, _, *rows, _, below = capsys.readouterr().out.splitlines()
+    assert head.startswith("| clients | neighbours | pairs of keys | CPU seconds")
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:3] for row in cells] == [["3", "all", "6"], ["50", "all", "2,447"], ["50", "40", "1,998"]]
+    assert below == "16,384 numbers in 32 bits; uploads without a secure sum: 65.5 KB"
+    assert benchmark.main(["--secure-sums", "3,x"]) == 2
+    assert "--secure-sums: expected whole numbers of clients from 2, got 'x'" in capsys.readouterr().err

@@ -58,6 +58,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "few_shot_chunks": {"clients": {"number": 3}},
     "poisson": {"clients": {"cohort": {"fraction": 0.7}}},
     **{name: {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5}} for name in ("central", "local", "tree")},
+    "distributed_discrete_gaussian": {
+        "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5},
+        "server": {"secure_sum": "pairwise_masks"},
+    },
     "leave_domain_out": {"split": {"domain": "x"}},
     "given_sizes": {"partition": {"sizes": [5, 6, 7, 8]}},
     "within_groups": {"partition": {"of": "iid"}},
@@ -106,6 +110,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "server.synthetic": {"server": {"synthetic": {"data": "patterns", "steps": 2}}},
     "server.text_rounds": {"server": {"text_rounds": {"descriptions": THINGS, "steps": 2}}},
     "server.distillation": {"server": {"distillation": {"data": "patterns", "num_images": 9, "steps": 2}}},
+    "server.secure_sum": {"server": {"secure_sum": {"name": "pairwise_masks", "dropout": [0, 0, 0.1, 0.1]}}},
     "evaluation.fusion": {"evaluation": {"fusion": "entropy", "patches": {"alpha": 0.5}}},
     "clients.labelled_fraction": {"clients": {"labelled_fraction": 0.5}},
     "local.self_training": {
@@ -261,6 +266,7 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "and no run that one client's update ends",  # all pairs here skip or clip
         "figures that are left out (privacy.publish: false) are not to be asked for",  # no pair here does
         "and no dropout",  # no adapter here has any
+        "noise that clients share (distributed_discrete_gaussian) needs a secure sum",  # its pairs have one
     ]
 
 

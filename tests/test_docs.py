@@ -135,6 +135,7 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(benchmark, "profile_round", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_processes", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_sweeps", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(benchmark, "compare_secure_sums", lambda numbers: seen.append(numbers) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_planning", lambda setting: seen.append(setting) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(
         benchmark, "compare_images", lambda settings, *arguments, **options: seen.append(settings) or []

@@ -55,6 +55,11 @@ LABELS = {
     "cache": {"views": 2, "folder": None},
 }
 
+SECURE = {
+    "threads": 1,
+    "clients": {"number": 7, "cohort": {"name": "uniform", "number": 5}, "per_block": 2},
+    "server": {"secure_sum": {"name": "pairwise_masks", "threshold": 0.51, "dropout": [0.1, 0.1, 0.2, 0.1]}},
+}
 PRIVATE = {
     "threads": 1,
     "rounds": 2,
@@ -138,6 +143,12 @@ def test_trackers_and_the_page_on_its_way_are_told_by_the_first_process_alone(co
     assert [point.step for point in client.get_metric_history(tracked.info.run_id, "accuracy")] == rounds
     assert tracked.info.status == "FINISHED"
     assert "On its way" not in (directory / "report.html").read_text()
+
+
+@pytest.mark.stress
+def test_processes_add_up_under_the_same_masks(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    config = write(tmp_path, raw_config, SECURE)
+    assert whole(tmp_path / "of 2", config, 2) == whole(tmp_path / "one", config)
 
 
 def test_private_rounds_are_the_same_by_two(raw_config: dict[str, Any], tmp_path: Path) -> None:

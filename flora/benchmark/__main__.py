@@ -32,6 +32,7 @@ from flora.benchmark.images import MODELS, ImageSettings, compare_images
 from flora.benchmark.planning import COHORT, NUM_CLIENTS, measure_planning
 from flora.benchmark.processes import compare_processes, measure_rounds
 from flora.benchmark.profile import profile_round
+from flora.benchmark.secure_sums import compare_secure_sums
 from flora.benchmark.timing import matrix_rate, timed
 from flora.benchmark.tokens import compare_tokens
 from flora.benchmark.variants import ROUND_STEPS, VARIANTS, Setting
@@ -206,6 +207,9 @@ def _main(options: argparse.Namespace) -> int:
         return 0
     if options.overrides:
         raise UserError(f"{options.overrides[0]}: belongs to a CONFIG (--profile, --sweep, --processes); see --help")
+    if options.secure_sums:
+        print("\n".join(compare_secure_sums(options.secure_sums)))
+        return 0
     if options.planning:
         print("\n".join(compare_planning(setting)))
         return 0

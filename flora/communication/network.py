@@ -254,26 +254,32 @@ class CohortOutcome:
 
 @dataclass(frozen=True)
 class ClientLoad:
-    """What a client does in a round, by its id: local steps, bytes that it gets, bytes that it sends."""
+    """What a client does in a round, by its id: local steps, bytes that it gets, bytes that it sends.
+
+    A secure sum has `num_trips` messages to the server and back, and bytes of its own, the same for all clients.
+    """
 
     num_steps: Callable[[int], int]
     downlink_bytes: Callable[[int], int]
     uplink_bytes: Callable[[int], int]
+    num_trips: int = 1
+    sum_downlink_bytes: int = 0
+    sum_uplink_bytes: int = 0
 
 
 def durations(network: Network, profiles: Profiles, clients: np.ndarray, load: ClientLoad) -> np.ndarray:
     """Return how many seconds each of `clients` takes from being asked to having delivered.
 
-    A client takes its download, its steps and its upload one after the other, and the latency twice.
+    A client takes its download, its steps and its upload one after the other, and the latency twice for each trip.
     """
     num_steps, downlink_bytes, uplink_bytes = (
         np.array([of(client) for client in clients.tolist()], dtype=np.int64)
         for of in (load.num_steps, load.downlink_bytes, load.uplink_bytes)
     )
-    down = downlink_bytes * 8e-6 / profiles.download_mbps[clients]
-    up = uplink_bytes * 8e-6 / profiles.upload_mbps[clients]
+    down = (downlink_bytes + load.sum_downlink_bytes) * 8e-6 / profiles.download_mbps[clients]
+    up = (uplink_bytes + load.sum_uplink_bytes) * 8e-6 / profiles.upload_mbps[clients]
     work = num_steps * network.step_seconds / profiles.compute_speed[clients]
-    return 2 * profiles.latency_seconds[clients] + down + work + up
+    return 2 * load.num_trips * profiles.latency_seconds[clients] + down + work + up
 
 
 def cohort_outcome(

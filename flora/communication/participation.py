@@ -42,6 +42,11 @@ class Participation:
             refuse("clients.cohort", self.sampler, f"a cohort of {size} in round {round}, expected 1 to {most}")
         return size
 
+    def most_asked(self, round: int) -> int:
+        """Return how many clients are asked in a round, counted from 1, if enough of them can be."""
+        size = self.cohort_size(round)
+        return min(math.ceil(part_of(self.stragglers.over_selection, size)), len(self.sizes))
+
     def expected_size(self, round: int) -> float:
         """Return how many clients take part in a round, counted from 1, in the mean."""
         return self.sampler.expected_size(round, len(self.sizes))

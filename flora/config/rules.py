@@ -85,6 +85,8 @@ def check_clients(config: ExperimentConfig, number: int, names: Sequence[str] | 
     for option, count in counts.items():
         if count > number:
             raise OptionError(option, f"expected at most {number}, the clients there are, got {count}")
+    if config.server.secure_sum is not None and config.clients.cohort.size_in(1, number) < 2:
+        raise OptionError("clients.cohort", "expected at least 2 clients in a round: a secure sum of one is no secret")
     ranks = config.clients.ranks
     if isinstance(ranks, tuple) and len(ranks) != number:
         raise OptionError("clients.ranks", f"expected {number} numbers, one for each client, got {len(ranks)}")

@@ -32,6 +32,7 @@ from flora.features.cache import CacheOptions
 from flora.federated.federation import RoundSchedule
 from flora.federated.synchronous import Synchronous
 from flora.privacy.mechanisms import Privacy
+from flora.privacy.secure_sums import SecureSum
 from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
 from flora.server.screening import Screening
@@ -80,6 +81,9 @@ class ServerOptions(Options):
 
     strategy: Strategy = option("what of an adapter clients train and send", FedAvg())
     aggregator: Aggregator = option("how the cohort's deltas become one", Mean())
+    secure_sum: SecureSum | None = option(
+        "how the deltas are added up so that the server sees none of them; none: it sees them all", None
+    )
     optimizer: ServerOptimizer = option("how the server steps along that delta", ServerSgd())
     schedule: RoundSchedule = option("for whose updates the server waits before it steps", Synchronous())
     synthetic: SyntheticImages | None = option("labelled images that the server trains on before round 1", None)

@@ -23,8 +23,12 @@ class Rng:
 
     def seed64(self) -> int:
         """This node's 64-bit seed: the first eight bytes of SHA-256 over the root seed and the path."""
+        return int.from_bytes(self.key()[:8], "little")
+
+    def key(self) -> bytes:
+        """This node's 32 bytes for a cipher: SHA-256 over the root seed and the path. Whoever has the seed has it."""
         text = repr((self.seed, self.path))
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        return hashlib.sha256(text.encode()).digest()
 
     def numpy(self) -> np.random.Generator:
         """A fresh NumPy generator (PCG64) for this node."""

@@ -77,6 +77,38 @@ declare(
 )
 of_total("num_dropped", "clients that dropped out on the way", "count", "traffic", figure="num_dropped")
 of_total("num_late", "clients that delivered when the round was over", "count", "traffic", figure="num_late")
+declare(
+    Metric(
+        "sum_phases",
+        "phases of messages of the secure sum, each up and down; 4: all of them",
+        "count",
+        "traffic",
+    )
+)
+of_total("sum_messages", "messages of the secure sum", "count", "traffic", figure="sum_messages")
+declare(
+    Metric(
+        "sum_bytes",
+        "bytes of the secure sum by phase, up and down; `uplink_bytes` and `downlink_bytes` have them, too",
+        "by name",
+        "traffic",
+    )
+)
+of_total(
+    "num_failed_sums",
+    "rounds in which too few clients stayed for the secure sum, so that the adapter stayed as it was",
+    "count",
+    "traffic",
+    figure="num_failed_sums",
+)
+declare(
+    Metric(
+        "saturated_fraction",
+        "share of the deltas' numbers that were beyond `server.secure_sum.range`, and were set to it",
+        "fraction",
+        "traffic",
+    )
+)
 declare(Metric("mean_staleness", "how many rounds old the updates were, in the mean", "number", "traffic"))
 of_last(
     "pseudo_label_coverage",

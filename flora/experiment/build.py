@@ -44,6 +44,7 @@ from flora.experiment.start import starting_adapter
 from flora.features.features import Features, images_digest
 from flora.features.views import move_if_they_fit
 from flora.federated.federation import Federation, ServerParts
+from flora.federated.summing import check_sums
 from flora.privacy.rounds import PrivateRounds
 
 
@@ -128,6 +129,8 @@ def build_experiment(
     file.
     """
     check_experiment(config)
+    if config.server.secure_sum is not None:
+        config.server.secure_sum.require()
     rng, tell = Rng(config.seed), Tell(progress, log)
     known = shared or Shared()
     with processes.one_first(if_needed=getattr(config.data, "download", False)):
@@ -319,7 +322,7 @@ def _federation(
     """The federation of these clients, as the configuration says."""
     server = config.server
     sizes = np.array([len(client.train) for client in clients])
-    return Federation(
+    federation = Federation(
         engine=engine,
         clients=clients,
         participation=Participation(config.clients.cohort, sizes, config.network, roster.profiles, server.stragglers),
@@ -327,12 +330,14 @@ def _federation(
         schedule=server.schedule,
         num_rounds=config.rounds,
         rng=rng.child("federation"),
-        server=ServerParts(server.strategy, server.aggregator, server.optimizer, server.screening),
+        server=ServerParts(server.strategy, server.aggregator, server.optimizer, server.screening, server.secure_sum),
         personal=config.personal,
         communication=config.communication,
         ranks=ranks_of(config, len(clients), rng.child("ranks")),
         privacy=_private_rounds(config, len(clients), engine.log),
     )
+    check_sums(federation)
+    return federation
 
 
 def _private_rounds(config: ExperimentConfig, num_clients: int, log: Callable[[str], object]) -> PrivateRounds | None:

@@ -16,6 +16,7 @@ from flora.core.low_rank import aggregation_error, layers, rank_padded, with_any
 from flora.core.states import ClientUpdate, ServerState
 from flora.core.tree import State, StateLike
 from flora.federated.federation import Federation
+from flora.federated.summing import Summed
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +36,16 @@ class Step:
 
 
 def step(
-    federation: Federation, state: ServerState, updates: Sequence[ClientUpdate], starts: Mapping[int, StateLike]
+    federation: Federation,
+    state: ServerState,
+    updates: Sequence[ClientUpdate],
+    starts: Mapping[int, StateLike],
+    summed: Summed | None = None,
 ) -> Step:
     """Step from `state` along the updates' deltas; `starts` are the adapters that their clients trained from, by id.
 
-    Raises `UserError` naming the component that returns what it must not, `DivergedError` for what is not finite.
+    With a secure sum, `summed`, the server has nothing but that of the deltas. Raises `UserError` naming the
+    component that returns what it must not, `DivergedError` for what is not finite.
     """
     strategy, aggregator, round = federation.server.strategy, federation.server.aggregator, state.round + 1
     weights = checked_weights("server.strategy", strategy, strategy.weights(updates), len(updates))
@@ -47,7 +53,10 @@ def step(
     deltas = [update.delta for update in updates]
     if federation.ranks is not None:
         deltas = [{name: end[name] - shared[name] for name in updates[0].delta} for end in ends]
-    combined = checked_state("server.aggregator", aggregator, aggregator.combine(deltas, weights), deltas[0])
+    if summed is None:
+        combined = checked_state("server.aggregator", aggregator, aggregator.combine(deltas, weights), deltas[0])
+    else:
+        combined = summed.mean(deltas[0])
     require_finite(combined, f"round {round}: what server.aggregator {called(aggregator)} made of finite updates")
     delta, correction = _corrected(federation, combined, state.correction, updates, weights)
     adapter, optimizer = stepped(federation, state, delta)
@@ -55,7 +64,7 @@ def step(
     adapter = checked_state("server.strategy", strategy, finalized, with_any_residual(state.adapter))
     require_finite(adapter, f"round {round}: what server.strategy {called(strategy)} made of a finite adapter")
     error = None
-    if not strategy.has_personal:  # else no product is the server's alone
+    if not strategy.has_personal and summed is None:  # else no product is the server's alone
         averaged = adapter
         if not strategy.replaces_mean and layers(adapter):
             mean = combined if aggregator.is_mean else tree.weighted_mean(deltas, weights)

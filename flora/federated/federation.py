@@ -29,7 +29,10 @@ from flora.engine.engine import Engine
 from flora.engine.tasks import ClientTask, TrainingSetup
 from flora.federated.roles import TensorRoles
 from flora.federated.server_training import ServerTraining
+from flora.privacy.fixed_point import Ring
 from flora.privacy.rounds import PrivateRounds
+from flora.privacy.secure_sums import SecureSum
+from flora.privacy.traffic import PHASES
 from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
 from flora.server.screening import Screening
@@ -45,6 +48,7 @@ class ServerParts:
     aggregator: Aggregator = field(default_factory=Mean)
     optimizer: ServerOptimizer = field(default_factory=ServerSgd)
     screening: Screening = field(default_factory=Screening)
+    secure_sum: SecureSum | None = None
 
 
 class Awaited(NamedTuple):
@@ -199,11 +203,21 @@ class Federation:
         sent = tree.select(adapter, self.roles.sent(adapter, round))
         fresh = self.local.correction.memory(tree.vector_like(tree.select(adapter, self.roles.trained(adapter, round))))
         extra = self.local.correction.sent(fresh, fresh) if fresh else {}
+        secure_sum, in_sum = self.server.secure_sum, {}
+        if secure_sum is not None:
+            payload = Ring(secure_sum.bits, tree.count(sent) + 1).payload_bytes
+            traffic = secure_sum.client_traffic(self.participation.most_asked(round), payload)
+            in_sum = {
+                "num_trips": len(PHASES),
+                "sum_downlink_bytes": sum(traffic.downlink_bytes.values()),
+                "sum_uplink_bytes": sum(traffic.uplink_bytes.values()),
+            }
         locals = [each for each in (self.local, self.personal.in_round(self.local)) if each is not None]
         return ClientLoad(
             num_steps=lambda client: sum(each.num_steps(len(self.clients[client].train)) for each in locals),
             downlink_bytes=lambda client: self.link.downlink_bytes(broadcast, client),
-            uplink_bytes=lambda client: self.link.uplink_bytes(sent, extra, client, round),
+            uplink_bytes=lambda client: 0 if in_sum else self.link.uplink_bytes(sent, extra, client, round),
+            **in_sum,
         )
 
     def setup(self, round: int, trained: Iterable[str], local: LocalTraining | None = None) -> TrainingSetup:

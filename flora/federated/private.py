@@ -7,30 +7,36 @@ from collections.abc import Sequence
 from flora.core import tree
 from flora.core.contracts import checked_state
 from flora.core.low_rank import aggregation_error, layers, with_any_residual
+from flora.core.rng import Rng
 from flora.core.states import ClientUpdate, ServerState
 from flora.federated.aggregation import Step, in_server_terms, require_finite, stepped
 from flora.federated.federation import Federation
+from flora.federated.summing import Summed
 from flora.privacy.mechanisms import Local
 from flora.privacy.rounds import PrivateRounds
 
 
-def private_step(federation: Federation, state: ServerState, updates: Sequence[ClientUpdate]) -> Step:
+def private_step(
+    federation: Federation, state: ServerState, updates: Sequence[ClientUpdate], summed: Summed | None = None
+) -> Step:
     """Step from `state` along what a mechanism releases of the updates, of which there may be none.
 
-    Bound, sum, noise, divide by the expected cohort; every client counts the same. Raises as `aggregation.step`.
+    Bound, sum, noise, divide by the expected cohort; every client counts the same. With a secure sum, `summed`, clients
+    have bounded their updates, and the server adds noise to the sum. Raises as `aggregation.step`.
     """
     private, round, strategy = federation.privacy, state.round + 1, federation.server.strategy
     assert private is not None
     sent = tree.select(state.adapter, federation.roles.sent(state.adapter, round))
     expected = federation.participation.expected_size(round)
-    release = private.release(
-        [update.delta for update in updates],
-        sent,
-        state.privacy,
-        round,
-        lambda number: federation.rng.child("round", number, "privacy"),
-        expected,
-    )
+
+    def streams(number: int) -> Rng:
+        return federation.rng.child("round", number, "privacy")
+
+    if summed is None:
+        deltas = [update.delta for update in updates]
+        release = private.release(deltas, sent, state.privacy, round, streams, expected)
+    else:
+        release = private.release_sum(summed.total, len(updates), state.privacy, round, streams)
     delta = tree.in_types_of(sent, tree.scale(release.total, 1 / expected))
     require_finite(delta, f"round {round}: the noisy sum of finite updates")
     adapter, optimizer = stepped(federation, state, delta)
@@ -43,7 +49,7 @@ def private_step(federation: Federation, state: ServerState, updates: Sequence[C
         "clip_norm": release.clip_norm,
         "clipped_fraction": release.clipped_fraction,
     }
-    error = _averaging_error(federation, state, updates)
+    error = None if summed is not None else _averaging_error(federation, state, updates)
     return Step(adapter, optimizer, state.correction, error, release.state, figures)
 
 

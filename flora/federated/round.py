@@ -20,6 +20,7 @@ from flora.federated.federation import Federation, Received, RoundPlan
 from flora.federated.movement import movement_of
 from flora.federated.private import private_step
 from flora.federated.receiving import personal_states, send_updates
+from flora.federated.summing import Summed, sum_securely
 from flora.server.screening import refusal, screen
 
 
@@ -52,6 +53,11 @@ class RoundResult:
     distillation_loss: float | None = None
     text_loss: float | None = None
     example_epsilon: float | None = None
+    sum_phases: int | None = None
+    sum_messages: int = 0
+    sum_bytes: dict[str, int] | None = None
+    num_failed_sums: int = 0
+    saturated_fraction: float | None = None
     epsilon: float | None = None
     sum_epsilon: float | None = None
     clip_norm: float | None = None
@@ -86,15 +92,18 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     results = _noted(engine.train(plan.tasks), reports)
     received = schedule.receive(plan, send_updates(federation, plan, results))
     received, accepted, rejections = _screened(federation, plan, received)
+    summed = sum_securely(federation, plan, accepted)
+    if summed is not None:
+        received, accepted = _without_lost(federation, plan, received, accepted, summed), list(summed.updates)
     clients = dict(received.clients)
     for client, own in personal_states(federation, plan, engine.train(plan.personal_tasks)):
         clients[client] = dataclasses.replace(clients.get(client, FRESH), own=own)
     carried = count_releases(federation, plan, clients)
     after = Step(state.adapter, state.optimizer, state.correction, None, state.privacy)
     if federation.privacy is not None:
-        after = private_step(federation, state, accepted)
+        after = private_step(federation, state, accepted, summed)
     elif accepted:
-        after = step(federation, state, accepted, {task.client: task.adapter for task in plan.tasks})
+        after = step(federation, state, accepted, {task.client: task.adapter for task in plan.tasks}, summed)
     adapter, server_losses = after.adapter, ServerLosses()
     if accepted or federation.privacy is not None:
         adapter, server_losses = _trained_by_server(federation, plan, state.adapter, accepted, adapter)
@@ -104,6 +113,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     result = _result(federation, plan, received, accepted, rejections)
     result = dataclasses.replace(
         result,
+        **({} if summed is None else summed.figures(result.num_dropped, result.downlink_bytes)),
         **_pseudo_label_figures(reports),
         distillation_loss=server_losses.distillation,
         text_loss=server_losses.texts,
@@ -180,10 +190,30 @@ def _screened(
     return dataclasses.replace(received, updates=updates, clients=clients), accepted, rejections
 
 
+def _without_lost(
+    federation: Federation, plan: RoundPlan, received: Received, accepted: Sequence[ClientUpdate], summed: Summed
+) -> Received:
+    """Return what was received without the updates that are in no sum; their clients carry on what they had before."""
+    if summed.outcome.failure is not None:
+        _say(federation, f"round {plan.round}: no sum: {summed.outcome.failure}: {_instead(federation)}")
+    lost = {update.client for update in accepted} - {update.client for update in summed.updates}
+    clients = {client: each for client, each in received.clients.items() if client not in lost}
+    clients |= {client: received.before[client] for client in lost & received.before.keys()}
+    updates = [update for update in received.updates if update.client not in lost]
+    return dataclasses.replace(received, updates=updates, clients=clients)
+
+
 def _say(federation: Federation, line: str) -> None:
     """Log what tells of single clients, unless that is not to be known."""
     if federation.privacy is None or federation.privacy.mechanism.publish:
         federation.engine.log(line)
+
+
+def _instead(federation: Federation) -> str:
+    """What the server does where no update came."""
+    if federation.privacy is None:
+        return "the adapter stays as it was"
+    return f"the server steps along {'zeros' if federation.privacy.mechanism.noises_in_sum else 'noise alone'}"
 
 
 def _learning_rate(federation: Federation, round: int) -> float:
@@ -199,15 +229,15 @@ def _result(
 ) -> RoundResult:
     """Return what the round did, but for its `aggregation_error` and its `train_seconds`."""
     outcome, updates, staleness = plan.outcome, received.updates, received.staleness
-    if not updates:
-        after = "the adapter stays as it was" if federation.privacy is None else "the server steps along noise alone"
+    if not updates and (federation.server.secure_sum is None or not outcome.asked):
         _say(
             federation,
             f"round {plan.round}: nobody delivered ({len(outcome.asked)} asked, {len(outcome.dropped)} dropped out, "
-            f"{len(outcome.late)} too late): {after}",
+            f"{len(outcome.late)} too late): {_instead(federation)}",
         )
     weights = np.array([update.num_examples for update in accepted])
     losses = np.array([update.loss for update in accepted])
+    read = accepted if federation.server.secure_sum is None else ()  # of a secure sum nobody reads a single one
     personal_steps = sum(task.num_steps for task in plan.personal_tasks)
     return RoundResult(
         num_clients=len(updates),
@@ -215,7 +245,7 @@ def _result(
         num_examples=sum(update.num_examples for update in updates),
         train_loss=float((losses * weights).sum() / weights.sum()) if accepted else None,
         aggregation_error=None,
-        **dataclasses.asdict(movement_of([update.delta for update in accepted])),
+        **dataclasses.asdict(movement_of([update.delta for update in read])),
         learning_rate=_learning_rate(federation, plan.round),
         uplink_bytes=sum(update.num_bytes for update in updates) + plan.late_uplink_bytes,
         downlink_bytes=plan.downlink_bytes,

@@ -30,6 +30,8 @@ class Privacy(Component):
 
     noises_at_clients: ClassVar[bool] = False
     """Whether clients bound and noise their updates before they send them."""
+    noises_in_sum: ClassVar[bool] = False
+    """Whether clients add their shares of the noise to the words of a secure sum."""
     same_tensors: ClassVar[bool] = False
     """Whether the same tensors must be sent in each round."""
 
@@ -79,7 +81,9 @@ class Central(Privacy):
 
 
 @dataclass(frozen=True)
-class _FixedNorm(Privacy):
+class FixedNorm(Privacy):
+    """A mechanism whose bound is the same in each round."""
+
     def check(self) -> None:
         super().check()
         if not isinstance(self.clip_norm, float | int):
@@ -88,7 +92,7 @@ class _FixedNorm(Privacy):
 
 @register("local")
 @dataclass(frozen=True)
-class Local(_FixedNorm):
+class Local(FixedNorm):
     """Each client bounds its update and adds Gaussian noise to it before it sends it (NbAFL, arXiv:1911.00222).
 
     Against the server, too: `epsilon` is that of all that a client sends. Who sees nothing but sums has their noise
@@ -118,7 +122,7 @@ class Local(_FixedNorm):
 
 @register("tree")
 @dataclass(frozen=True)
-class Tree(_FixedNorm):
+class Tree(FixedNorm):
     """The sums of all rounds so far get the noise of a binary tree's nodes (DP-FTRL, arXiv:2103.00039).
 
     For cohorts that are not sampled. A round's noise is what its sum of all rounds has more than the one before, so

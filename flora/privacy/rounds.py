@@ -105,6 +105,25 @@ class PrivateRounds:
             return delta
         return self.mechanism.at_client(delta, float(state["noise_multiplier"]), rng)
 
+    @property
+    def fixed_norm(self) -> float:
+        """The bound of updates, where it is the same in each round."""
+        assert isinstance(self.mechanism.clip_norm, float | int)  # as the rules see to with a secure sum
+        return float(self.mechanism.clip_norm)
+
+    def within(self, delta: StateLike) -> State:
+        """Return what a client puts into a secure sum: its delta within the bound, or as it has noised it."""
+        return dict(delta) if self.mechanism.noises_at_clients else bounded(delta, self.fixed_norm)[0]
+
+    def release_sum(self, total: State, number: int, state: State, round: int, streams: Streams) -> Release:
+        """Add noise to a secure sum of `number` deltas, which clients have bounded by themselves; see `release`."""
+        if isinstance(self.mechanism, Local):
+            after = {**state, "precision": state["precision"] + (1 / number if number else 0.0)}
+            return Release(total, after, self.fixed_norm, None)
+        deviation = float(state["noise_multiplier"]) * self.fixed_norm
+        total = tree.add(total, self.mechanism.on_sum(total, deviation, round, streams))
+        return Release(total, state, self.fixed_norm, None)
+
     def release(
         self, deltas: Sequence[StateLike], like: StateLike, state: State, round: int, streams: Streams, expected: float
     ) -> Release:

@@ -12,12 +12,21 @@ from flora.config.combinations.example_privacy import EXAMPLE_PRIVACY
 from flora.config.combinations.privacy import PRIVACY
 from flora.config.combinations.rounds import ROUNDS
 from flora.config.combinations.rule import Rule
+from flora.config.combinations.secure_sums import SECURE_SUMS
 from flora.config.combinations.server_training import SERVER_TRAINING
 from flora.config.combinations.training import TRAINING
 from flora.config.schema import ExperimentConfig
 from flora.core.registry import Component, OptionError, name_of
 
-RULES: tuple[Rule, ...] = (*AVERAGING, *ROUNDS, *SERVER_TRAINING, *TRAINING, *PRIVACY, *EXAMPLE_PRIVACY)
+RULES: tuple[Rule, ...] = (
+    *AVERAGING,
+    *ROUNDS,
+    *SERVER_TRAINING,
+    *TRAINING,
+    *PRIVACY,
+    *EXAMPLE_PRIVACY,
+    *SECURE_SUMS,
+)
 """A rule that begins with "and" or "nor" goes on with the one before it."""
 
 
