@@ -27,6 +27,7 @@ import flora.data.partition
 import flora.data.splits
 import flora.federated.buffered
 import flora.federated.synchronous
+import flora.privacy.canaries
 import flora.server.aggregators
 import flora.server.optimizers
 import flora.server.strategies.averaging

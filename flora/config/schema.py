@@ -31,6 +31,7 @@ from flora.data.splits import Official, Splitter
 from flora.features.cache import CacheOptions
 from flora.federated.federation import RoundSchedule
 from flora.federated.synchronous import Synchronous
+from flora.privacy.canaries import Canaries
 from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
 from flora.server.screening import Screening
@@ -173,6 +174,9 @@ class ExperimentConfig(Options):
     server: ServerOptions = option("what the server does with the updates", ServerOptions())
     network: Network | None = option("lines, machines and hours of the clients; none: all at once, always", None)
     communication: CommunicationOptions = option("how what travels is written", CommunicationOptions())
+    canaries: Canaries | None = option(
+        "what is in or out of the run by fair coins, for `flora audit`; none: nothing, as in any other run", None
+    )
     cache: CacheOptions = option("where image features are kept between runs", CacheOptions())
     speed: SpeedOptions = option("exact ways to be faster", SpeedOptions())
     evaluation: EvaluationOptions = option("when and how results are measured", EvaluationOptions())

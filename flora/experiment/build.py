@@ -28,6 +28,7 @@ from flora.core.tree import State, state_digest
 from flora.data.datasets.base import ImageData
 from flora.engine.capacity import choose_clients_per_block
 from flora.engine.engine import Engine
+from flora.experiment.canaries import PlantedCanaries, planted
 from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of, without_training_images
 from flora.experiment.images import (
     Images,
@@ -74,6 +75,7 @@ class Experiment:
     test_domains: np.ndarray | None = None
     data: ImageData | None = None
     by_template: Mapping[str, AdaptedClip] = field(default_factory=dict)
+    canaries: PlantedCanaries | None = None
 
     @cached_property
     def held_classes(self) -> np.ndarray:
@@ -143,7 +145,12 @@ def build_experiment(
     )
     if new:
         log(f"{len(new[0]):,} more test images, of {len(images.new_class_names)} new classes")
-    engine = Engine(model, train, clients_per_block, hooks or Hooks(), log, processes)
+    hooks = hooks or Hooks()
+    canaries, clients = planted(config.canaries, clients, rng.child("canaries"))
+    if canaries is not None:
+        train, hooks = canaries.relabelled(train, len(images.class_names)), canaries.hooks.then(hooks)
+        log(f"{config.canaries.number} canaries, each in or out by a fair coin: this run is to be audited")
+    engine = Engine(model, train, clients_per_block, hooks, log, processes)
     federation = replace(_federation(config, engine, clients, roster, rng), server_training=training)
     return Experiment(
         config=config,
@@ -162,6 +169,7 @@ def build_experiment(
         test_domains=None if data.test.groups is None else data.test.groups[test.split_indices],
         data=data,
         by_template=prepared.by_template,
+        canaries=canaries,
     )
 
 
