@@ -108,8 +108,8 @@ class ClientCanaries(Canaries):
 class Directions(ClientCanaries):
     """Clients that send a direction drawn at random, the same in each round: what a mechanism can hide least.
 
-    The attack is the inner product of the direction with what became of the adapter: directions drawn in many dimensions
-    hardly disturb each other. Source: arXiv:2302.03098, algorithm 2 (the canaries, not its estimate of epsilon).
+    The attack is the inner product of the direction with what became of the adapter: directions drawn in many
+    dimensions hardly disturb each other. Source: arXiv:2302.03098, algorithm 2 (the canaries, not its estimate).
     """
 
     norm: float | None = option(
@@ -190,8 +190,8 @@ def client_scores(clients: np.ndarray, evidence: Evidence) -> np.ndarray:
 def _direction(like: StateLike, client: int, rng: Rng) -> State:
     """A canary client's direction: numbers drawn from a normal distribution, of the shapes of `like`."""
     return {
-        name: torch.randn(
-            tensor.shape, generator=rng.child("direction", client, name).torch(), dtype=torch.float64
-        ).to(tensor.dtype)
+        name: torch.randn(tensor.shape, generator=rng.child("direction", client, name).torch(), dtype=torch.float64).to(
+            tensor.dtype
+        )
         for name, tensor in like.items()
     }
