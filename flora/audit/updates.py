@@ -57,7 +57,8 @@ def class_presence(subject: Subject, rounds: Sequence[int]) -> dict[str, Any]:
     """Guess the classes that each client of a round holds from its update alone; return what came out, as JSON types.
 
     A class's score is by how much an update raises its mean log-probability on public images (the test images, whatever
-    they show): training with cross-entropy lowers those classes most of which a client has no example.
+    they show), less what the round's updates do to it on average: training with cross-entropy lowers those classes most
+    of which a client has no example.
     `rounds` count from 1; the state before each must be known.
     """
     return {"rounds": [_of_round(subject, round) for round in rounds]}
@@ -78,6 +79,7 @@ def _of_round(subject: Subject, round: int) -> dict[str, Any]:
         rows.append(then - before)
         clients.append(update.client)
     holds = experiment.held_classes[clients]
-    scores = np.array(rows).reshape(holds.shape)
+    effects = np.array(rows).reshape(holds.shape)
+    scores = effects - effects.mean(axis=0) if len(effects) else effects
     found = success(scores[holds], scores[~holds], subject.rng.child("classes", round))
     return {"round": round, "num_clients": len(clients)} | as_json(found)
