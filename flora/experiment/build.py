@@ -149,7 +149,7 @@ def build_experiment(
     canaries, clients = planted(config.canaries, clients, rng.child("canaries"))
     if canaries is not None:
         train, hooks = canaries.relabelled(train, len(images.class_names)), canaries.hooks.then(hooks)
-        log(f"{config.canaries.number} canaries, each in or out by a fair coin: this run is to be audited")
+        log(f"{canaries.canaries.number} canaries, each in or out by a fair coin: this run is to be audited")
     engine = Engine(model, train, clients_per_block, hooks, log, processes)
     federation = replace(_federation(config, engine, clients, roster, rng), server_training=training)
     return Experiment(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class PlantedCanaries:
     def relabelled(self, features: Features, num_classes: int) -> Features:
         """Return the training examples with the labels that they are trained with."""
         labels = self.canaries.labels(features.labels.numpy(), num_classes, self.coins)
-        return replace(features, labels=torch.from_numpy(labels))  # type: ignore[type-var]
+        return features.with_labels(torch.from_numpy(labels))
 
     def to_dict(self) -> dict[str, Any]:
         """Which canaries there are and which of them are in, as JSON types."""
