@@ -67,7 +67,8 @@ def option_table(cls: type[Options]) -> str:
 
 def records() -> str:
     """The metrics of a line of rounds.jsonl."""
-    rows = [[f"`{each.name}`", each.unit, each.about, each.of] for each in METRICS.values()]
+    notes = {True: "", False: " (not covered by `privacy`)"}
+    rows = [[f"`{each.name}`", each.unit, each.about + notes[each.is_covered], each.of] for each in METRICS.values()]
     return table(["key of `rounds.jsonl`", "unit", "what it is", "of"], rows)
 
 

@@ -27,7 +27,9 @@ import flora.data.partition
 import flora.data.splits
 import flora.federated.buffered
 import flora.federated.synchronous
+import flora.privacy.bounds
 import flora.privacy.canaries
+import flora.privacy.mechanisms
 import flora.server.aggregators
 import flora.server.optimizers
 import flora.server.strategies.averaging

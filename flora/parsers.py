@@ -195,7 +195,9 @@ def audit_parser() -> Parser:
         "--only", type=_attacks, default=ATTACKS, metavar="ATTACK,...", help=f"some of {', '.join(ATTACKS)}"
     )
     parser.add_argument(
-        "--delta", type=_share, default=1e-5, help="that the canaries' epsilon goes with (default: %(default)s)"
+        "--delta",
+        type=_share,
+        help="that the canaries' epsilon goes with (default: that of the run's guarantee, or 1e-5)",
     )
     parser.add_argument("--name", help="of the record in RUN/audits (default: audit, and a number)")
     return parser

@@ -1,4 +1,4 @@
-"""Attacks on finished runs: an overfitted run gives itself away, one buried in noise does not; what can't be is refused."""
+"""Attacks on finished runs: an overfitted run gives itself away, one buried in noise does not."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from helpers import TOLERANCE
 from flora.audit.__main__ import main
 from flora.audit.references import train_references
 from flora.audit.subject import Subject, audited, confidences
+from flora.audit.table import canary_line
 from flora.audit.updates import sent_updates
 from flora.config.parse import parse_config
 from flora.core.registry import option, register
@@ -63,7 +64,11 @@ def run_of(model: str, output: Path, **changes: Any) -> Path:
     return simulate(parse_config(raw)).directory
 
 
-QUICK: dict[str, Any] = {"rounds": 2, "local": {"learning_rate": 0.01, "batch_size": 18}, "adapter": {"name": "lora", "rank": 2}}
+QUICK: dict[str, Any] = {
+    "rounds": 2,
+    "local": {"learning_rate": 0.01, "batch_size": 18},
+    "adapter": {"name": "lora", "rank": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -193,13 +198,14 @@ def test_clients_that_never_took_part_are_told_from_those_that_did(tiny_model: s
     run = run_of(
         tiny_model,
         tmp_path,
-        clients={"number": 12, "holdout_fraction": 0.2, "cohort": {"name": "uniform", "number": 3}},
+        rounds=1,
+        adapter="linear_head",
         data={"name": "patterns", "num_train": 120, "num_classes": 12},
         partition={"name": "shards", "shards_per_client": 1},
-        **QUICK,
+        clients={"number": 12, "holdout_fraction": 0.2, "cohort": {"name": "uniform", "number": 6}},
     )
     content = audit_of(run, "--only", "clients")["clients"]
-    assert content["num_in"] + content["num_out"] == 12 and 3 <= content["num_in"] <= 6
+    assert content["num_in"] == content["num_out"] == 6
     assert content["auc"] > 0.8
     assert len(subject_of(run).participants) == content["num_in"]
 
@@ -220,6 +226,38 @@ def test_canaries_bound_epsilon_of_a_run_without_noise(
     assert f"at least {found['epsilon_lower_bound']:.3g} (delta 1e-05, 95 % sure)" in capsys.readouterr().out
 
 
+PRIVATE: dict[str, Any] = {
+    "clients": {"number": 40, "holdout_fraction": 0.5, "cohort": {"name": "poisson", "fraction": 0.5}},
+    "data": {"name": "coin_labels", "num_train": 160},
+    "privacy": {"name": "central", "clip_norm": 0.1, "noise_multiplier": 0.8, "publish": False},
+    "canaries": {"name": "directions", "number": 30, "norm": 0.1},
+    **QUICK,
+}
+
+
+def test_a_private_run_gives_less_away_than_its_guarantee_allows(
+    tiny_model: str, tmp_path: Path, capsys: Capture
+) -> None:
+    private = run_of(tiny_model, tmp_path, **PRIVATE)
+    content = audit_of(private, "--references", "2", "--rounds", "2")
+    records = [json.loads(line) for line in (private / "rounds.jsonl").read_text().splitlines()]
+    assert content["guarantee"] == {"client": records[-1]["epsilon"], "example": None}
+    found = content["canaries"]
+    assert found["epsilon_lower_bound"] <= records[-1]["epsilon"] and found["delta"] == 1e-5
+    assert found["auc"] < 0.9 and "MORE than" not in capsys.readouterr().out
+    assert all(each["interval"][0] < 0.55 for each in content["membership"]["attacks"])
+    # The same without noise says what the noise hides.
+    open_run = run_of(tiny_model, tmp_path, name="open", **{**PRIVATE, "privacy": None})
+    assert audit_of(open_run, "--only", "canaries")["canaries"]["auc"] > 0.9 > found["auc"]
+
+
+def test_a_bound_above_the_guarantee_is_pointed_out() -> None:
+    canaries = {"num_right": 9, "num_guesses": 9, "epsilon_lower_bound": 2.0, "unit": "client"}
+    said = {**canaries, "delta": 1e-5, "confidence": 0.95}
+    assert "MORE than the 1.5 that the run states" in canary_line(said, {"client": 1.5, "example": None})
+    assert "MORE" not in canary_line(said, {"client": 2.5, "example": None})
+
+
 def test_records_are_never_written_over(quick: Path, capsys: Capture) -> None:
     arguments = [str(quick), "--only", "clients,canaries"]
     assert main(arguments) == main(arguments) == main([*arguments, "--name", "mine"]) == 0
@@ -231,7 +269,9 @@ def test_records_are_never_written_over(quick: Path, capsys: Capture) -> None:
     assert content["canaries"] is None and content["clients"]["auc"] is None
 
 
-def test_what_cannot_be_audited_is_refused_in_a_line(tiny_model: str, quick: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_what_cannot_be_audited_is_refused_in_a_line(
+    tiny_model: str, quick: Path, tmp_path: Path, capsys: Capture
+) -> None:
     none_held_out = run_of(tiny_model, tmp_path, clients={"number": 2, "holdout_fraction": 0}, **QUICK)
     no_rounds = run_of(tiny_model, tmp_path, name="none", **{**QUICK, "rounds": 0})
     others = Path(shutil.copytree(quick, tmp_path / "others"))

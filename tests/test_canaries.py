@@ -17,18 +17,18 @@ from flora.core import tree
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.core.states import ClientData, ClientUpdate
+from flora.core.tree import State
 from flora.experiment.build import Experiment, build_experiment
 from flora.federated.round import run_round
-from flora.privacy.canaries import Canaries, Directions, Evidence, Examples, RealClients
+from flora.privacy.canaries import Canaries, Directions, Evidence, Examples, PlantedCanaries, RealClients
 from flora.simulate import resume, simulate
 
 CLIENTS = [ClientData(np.arange(4 * index, 4 * index + 4), np.empty(0, np.int64)) for index in range(10)]
 
 
-def update(client: int, scale: float = 1.0) -> ClientUpdate:
+def delta_of(client: int, scale: float = 1.0) -> State:
     generator = torch.Generator().manual_seed(client)
-    delta = {name: scale * torch.randn(3, 4, generator=generator).double() for name in ("a", "b")}
-    return ClientUpdate(client, 4, delta, 0.5, 2, extra={"c": torch.ones(2).double()})
+    return {name: scale * torch.randn(3, 4, generator=generator).double() for name in ("a", "b")}
 
 
 def built(raw: dict[str, Any], **changes: Any) -> Experiment:
@@ -47,28 +47,31 @@ def test_coins_are_fair_and_name_distinct_canaries() -> None:
 @pytest.mark.parametrize("canaries", [RealClients(4), Directions(4), Directions(4, norm=2.5)])
 def test_a_canary_client_that_is_out_sends_nothing_and_others_send_what_they_had(canaries: Canaries) -> None:
     coins = replace(canaries.flip(CLIENTS, Rng(0)), was_in=np.array([True, False, True, False]))
+    planted = PlantedCanaries(canaries, coins)
     for client in range(10):
-        before, after = update(client), canaries.update(update(client), coins)
+        before, extra = delta_of(client), {"c": torch.ones(2).double()}
+        after, extra_after = planted.sent(client, before, extra)
         if client not in coins.ids:
-            torch.testing.assert_close(after.delta, before.delta, rtol=0, atol=0)
+            assert after is before and extra_after is extra
             continue
-        assert not any(tensor.any() for tensor in after.extra.values())
+        assert not extra_after["c"].any()
         is_in = bool(coins.was_in[coins.ids.tolist().index(client)])
-        sent, norm = tree.flatten(after.delta), tree.flatten(before.delta).norm()
+        sent, norm = tree.flatten(after), tree.flatten(before).norm()
         if not is_in:
             assert not sent.any()
         elif isinstance(canaries, Directions):
             assert float(sent.norm()) == pytest.approx(float(norm) if canaries.norm is None else 2.5, abs=TOLERANCE)
-            again = tree.flatten(canaries.update(update(client, scale=7), coins).delta)
+            again = tree.flatten(planted.sent(client, delta_of(client, scale=7), {})[0])
             assert float(again @ sent / again.norm() / sent.norm()) == pytest.approx(1, abs=TOLERANCE)
         else:
-            torch.testing.assert_close(after.delta, before.delta, rtol=0, atol=0)
+            assert after is before
 
 
 def test_directions_are_scored_by_what_became_of_the_adapter() -> None:
     canaries = Directions(8, norm=1.0)
     coins = canaries.flip(CLIENTS, Rng(0))
-    sent = [canaries.update(update(client), replace(coins, was_in=np.ones(8, bool))).delta for client in coins.ids.tolist()]
+    everyone = PlantedCanaries(canaries, replace(coins, was_in=np.ones(8, bool)))
+    sent = [everyone.sent(client, delta_of(client), {})[0] for client in coins.ids.tolist()]
     moved = {name: sum(each[name] for each, is_in in zip(sent, coins.was_in, strict=True) if is_in) for name in "ab"}
     scores = canaries.scores(coins, Evidence(moved, lambda examples: examples, CLIENTS))
     expected = [sum(float((moved[name] * each[name]).sum()) for name in "ab") for each in sent]
@@ -92,8 +95,8 @@ def test_a_round_without_canaries_in_is_a_round_in_which_they_send_zeros(raw_con
     raw = {**raw_config, "backbone": {**raw_config["backbone"], "precision": "fp64"}, "local": {"optimizer": "sgd"}}
     plain = built(raw)
     experiment = built(raw, canaries={"name": "clients", "number": 4})
-    assert experiment.canaries is not None
-    was_in = experiment.canaries.coins.was_in
+    assert experiment.federation.canaries is not None
+    was_in = experiment.federation.canaries.coins.was_in
     assert 0 < was_in.sum() < 4
     state, _ = run_round(experiment.federation, experiment.initial_state())
     sent: dict[int, ClientUpdate] = {}
@@ -108,7 +111,9 @@ def test_a_round_without_canaries_in_is_a_round_in_which_they_send_zeros(raw_con
     total = sum(each.num_examples for each in sent.values())
     for name, tensor in state.adapter.items():
         if name in sent[0].delta:
-            mean = sum(sent[client].delta[name] * sent[client].num_examples for client in np.flatnonzero(was_in)) / total
+            mean = (
+                sum(sent[client].delta[name] * sent[client].num_examples for client in np.flatnonzero(was_in)) / total
+            )
             torch.testing.assert_close(tensor - plain.initial_adapter[name], mean, rtol=0, atol=TOLERANCE)
 
 

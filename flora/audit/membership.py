@@ -56,14 +56,14 @@ def targets_of(subject: Subject, most: int) -> Targets:
 
 def canary_examples(subject: Subject) -> np.ndarray:
     """The training examples that are canaries."""
-    planted = subject.experiment.canaries
+    planted = subject.experiment.federation.canaries
     is_example = planted is not None and planted.canaries.unit == "example"
     return planted.coins.ids if planted is not None and is_example else np.empty(0, np.int64)
 
 
 def canary_clients(subject: Subject) -> set[int]:
     """The clients that are canaries."""
-    planted = subject.experiment.canaries
+    planted = subject.experiment.federation.canaries
     return set(planted.coins.ids.tolist()) if planted is not None and planted.canaries.unit == "client" else set()
 
 

@@ -24,7 +24,7 @@ def canary_audit(subject: Subject, *, delta: float, confidence: float) -> dict[s
 
     The bound is on the epsilon of the whole run at `delta`, for what the canaries are: clients or examples.
     """
-    planted = subject.experiment.canaries
+    planted = subject.experiment.federation.canaries
     if planted is None:
         return None
     scores, was_in = planted.canaries.scores(planted.coins, subject.evidence), planted.coins.was_in

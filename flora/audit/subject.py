@@ -63,10 +63,19 @@ class Subject:
 
     @cached_property
     def participants(self) -> np.ndarray:
-        """The ids of the clients whose updates came in some round, sorted."""
+        """The ids of the clients whose updates came in some round, sorted.
+
+        Where the records don't say who that was (`privacy.publish: false`), those who were drawn. Raises `UserError` if
+        that depends on a network's clock.
+        """
         cohorts = [record.cohort for record in self.records if record.round]
         if any(cohort is None for cohort in cohorts):
-            raise UserError(f"{self.run.path / 'rounds.jsonl'}: it doesn't say who took part (an older version's)")
+            federation = self.experiment.federation
+            if federation.participation.network is not None:
+                raise UserError(f"{self.run.path / 'rounds.jsonl'}: it doesn't say who took part")
+            states = [replace(self.states[0], round=round) for round in range(self.last_round)]
+            plans = [federation.schedule.plan(federation, state) for state in states]
+            cohorts = [tuple(task.client for task in plan.tasks) for plan in plans]
         return np.array(sorted({client for cohort in cohorts for client in cohort or ()}), dtype=int)
 
     @cached_property

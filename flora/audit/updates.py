@@ -33,10 +33,7 @@ def sent_updates(federation: Federation, state: ServerState) -> list[tuple[State
     plan = federation.schedule.plan(federation, state)
     starts = {task.client: task.adapter for task in plan.tasks}
     sent = send_updates(federation, plan, federation.engine.train(plan.tasks))
-    return [
-        (starts[client], federation.engine.hooks.update(plan.round, update))
-        for client, (update, _) in sorted(sent.items())
-    ]
+    return [(starts[client], update) for client, (update, _) in sorted(sent.items())]
 
 
 @torch.no_grad()

@@ -42,10 +42,15 @@ class Participation:
             refuse("clients.cohort", self.sampler, f"a cohort of {size} in round {round}, expected 1 to {most}")
         return size
 
-    def cohort(self, present: np.ndarray, number: int, rng: Rng) -> np.ndarray:
-        """A cohort of `number` of the clients `present`, sorted."""
-        chosen = self.sampler.sample(self.sizes[present], number, rng)
-        return present[checked_ids("clients.cohort", self.sampler, chosen, len(present), number=number)]
+    def expected_size(self, round: int) -> float:
+        """Return how many clients take part in a round, counted from 1, in the mean."""
+        return self.sampler.expected_size(round, len(self.sizes))
+
+    def cohort(self, round: int, present: np.ndarray, number: int, rng: Rng) -> np.ndarray:
+        """A cohort of `number` of the clients `present`, sorted; of any number where the sampler draws that, too."""
+        chosen = self.sampler.sample_in(round, self.sizes[present], number, rng)
+        size = None if self.sampler.varies else number
+        return present[checked_ids("clients.cohort", self.sampler, chosen, len(present), number=size)]
 
     def available(self, clock: float, rng: Rng) -> np.ndarray:
         """The clients that can be asked at a time of the network's clock, sorted."""
@@ -62,19 +67,21 @@ class Participation:
         """Draw who is asked in a round that begins at a time of the clock, and decide what becomes of them."""
         if self.network is None or self.profiles is None:
             everybody = np.arange(len(self.sizes))
-            return CohortOutcome(self.cohort(everybody, self.cohort_size(round), rng.child("cohort")))
+            return CohortOutcome(self.cohort(round, everybody, self.cohort_size(round), rng.child("cohort")))
         own = rng.child("network")
         present = self.available(clock, own.child("available"))
         if not len(present):
             return CohortOutcome(present, seconds=self.network.wait_seconds)
         needed = min(self.cohort_size(round), len(present))
         number = min(math.ceil(part_of(self.stragglers.over_selection, needed)), len(present))
-        asked = self.cohort(present, number, rng.child("cohort"))
+        asked = self.cohort(round, present, number, rng.child("cohort"))
+        if not len(asked):
+            return CohortOutcome(asked, seconds=self.network.wait_seconds)
         return cohort_outcome(
             self.stragglers,
             asked,
             takes=self.durations(asked, load),
             dropout=self.profiles.dropout[asked],
-            num_needed=needed,
+            num_needed=len(asked) if self.sampler.varies else needed,
             rng=own.child("dropout"),
         )

@@ -13,6 +13,7 @@ from flora.core.errors import UserError
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.federated.buffered import Buffered
+from flora.privacy.accounting import require_accounting
 
 
 def check_experiment(config: ExperimentConfig) -> None:
@@ -60,6 +61,11 @@ def _check_parts(config: ExperimentConfig) -> None:
         config.server.strategy.check_fits(config.adapter)
     with below("local"):
         config.local.correction.check_fits(config.local.optimizer)
+
+
+def _check_accounting(config: ExperimentConfig) -> None:
+    if config.privacy is not None:
+        require_accounting()
 
 
 def _check_number_of_clients(config: ExperimentConfig) -> None:
@@ -129,6 +135,7 @@ _CHECKS = (
     _check_model,
     _check_parts,
     check_combinations,
+    _check_accounting,
     _check_ranks,
     _check_number_of_clients,
     _check_descriptions,

@@ -32,6 +32,7 @@ from flora.features.cache import CacheOptions
 from flora.federated.federation import RoundSchedule
 from flora.federated.synchronous import Synchronous
 from flora.privacy.canaries import Canaries
+from flora.privacy.mechanisms import Privacy
 from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
 from flora.server.screening import Screening
@@ -173,6 +174,7 @@ class ExperimentConfig(Options):
     personal: Personalization = option("what each client trains for itself alone", NoPersonalization())
     server: ServerOptions = option("what the server does with the updates", ServerOptions())
     network: Network | None = option("lines, machines and hours of the clients; none: all at once, always", None)
+    privacy: Privacy | None = option("client-level differential privacy of what the server learns; none: without", None)
     communication: CommunicationOptions = option("how what travels is written", CommunicationOptions())
     canaries: Canaries | None = option(
         "what is in or out of the run by fair coins, for `flora audit`; none: nothing, as in any other run", None

@@ -9,7 +9,7 @@ from typing import Any
 from flora.core.records import RoundRecord
 
 UNITS = ("fraction", "points", "number", "count", "bytes", "seconds", "by name")
-OF = ("server", "clients", "training", "traffic", "cost")
+OF = ("server", "clients", "training", "traffic", "cost", "privacy")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Figure:
 class Metric:
     """What a round's record says, as `name` in `rounds.jsonl`: null where a round has no such figure, or `default`.
 
-    `of` says what it tells of: the server's adapter, the clients', training, traffic, or what it costs.
+    `of` says what it tells of: the server's adapter, the clients', training, traffic, or what it costs. `is_covered` is
+    false for what is computed from single clients' data or updates, so that the noise of `privacy` does not cover it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Metric:
     of: str
     figures: tuple[Figure, ...] = ()
     default: Any = None
+    is_covered: bool = True
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -66,8 +68,13 @@ def first(name: str) -> Callable[[Sequence[RoundRecord]], Any]:
 
 
 def total(name: str) -> Callable[[Sequence[RoundRecord]], Any]:
-    """A metric's sum over the rounds."""
-    return lambda records: sum(values_of(records, name))
+    """A metric's sum over the rounds; None if no round has one."""
+
+    def of(records: Sequence[RoundRecord]) -> Any:
+        values = values_of(records, name)
+        return sum(values) if values else None
+
+    return of
 
 
 def mean(name: str) -> Callable[[Sequence[RoundRecord]], Any]:

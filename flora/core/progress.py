@@ -140,7 +140,7 @@ class TimeLeft:
             return None
         self._recent.append(record)
         rounds = sum(each.train_seconds + each.eval_seconds for each in self._recent) / len(self._recent)
-        clients = sum(each.num_clients for each in self._recent)
+        clients = sum(each.num_clients or 0 for each in self._recent)
         client_rounds = self._num_local_only * self._num_rounds
         alone = sum(each.train_seconds for each in self._recent) / max(clients, 1) * client_rounds
         return rounds * (self._num_rounds - record.round) + alone or None
@@ -168,7 +168,7 @@ def round_line(record: RoundRecord, num_rounds: int, seconds_left: float | None 
         parts.append(f"accuracy {100 * record.accuracy:.1f} %")
     if record.train_loss is not None:
         parts.append(f"training loss {record.train_loss:.3f}")
-    if record.round:
+    if record.round and record.num_clients is not None:
         parts.append(f"{record.num_clients} client{'s' if record.num_clients != 1 else ''}")
     if record.rejected_clients:
         parts.append(f"{len(record.rejected_clients)} left out")

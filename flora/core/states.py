@@ -84,7 +84,8 @@ class ServerState:
     """All that the server knows between two rounds; with the configuration, all that a resumed run needs.
 
     `round` rounds are done. `adapter`, `optimizer` (the server optimizer's state) and `correction` (what a correction
-    remembers at the server) are state dicts on the CPU without a client axis. `clock` are the seconds that have passed
+    remembers at the server) are state dicts on the CPU without a client axis; `privacy` is what a mechanism of
+    differential privacy carries from round to round, by name. `clock` are the seconds that have passed
     on the simulated network's clock. `clients` has, by client id, those that carry something.
     """
 
@@ -94,3 +95,4 @@ class ServerState:
     correction: State = field(default_factory=dict)
     clock: float = 0.0
     clients: Mapping[int, ClientState] = field(default_factory=dict)
+    privacy: State = field(default_factory=dict)

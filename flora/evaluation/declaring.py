@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -53,6 +53,11 @@ def declare(metric: Metric) -> None:
         raise ValueError(f"the metric {taken!r} is declared already: choose another name")
     METRICS[metric.name] = metric
     FIGURES.update({figure.name: figure for figure in metric.figures})
+
+
+def not_covered(*names: str) -> None:
+    """Say of declared metrics that they tell of single clients, which the noise of `privacy` does not cover."""
+    METRICS.update({name: replace(METRICS[name], is_covered=False) for name in names})
 
 
 def figures_of_spread(name: str, whose: str, titles: Mapping[str, str]) -> None:
@@ -108,12 +113,18 @@ def computed(view: ServerView) -> dict[str, Any]:
     return {name: _plain(name, compute(view)) for name, compute in COMPUTED.items()}
 
 
-def complete(values: Mapping[str, Any]) -> dict[str, Any]:
-    """All declared metrics in their order: `values`, and what a round without one has. Raises ValueError for others."""
+def complete(values: Mapping[str, Any], *, publishes: bool = True) -> dict[str, Any]:
+    """All declared metrics in their order: `values`, and what a round without one has. Raises ValueError for others.
+
+    Unless a run `publishes` them, those that differential privacy does not cover are None.
+    """
     unknown = values.keys() - METRICS.keys()
     if unknown:
         raise ValueError(f"no metric is declared as {', '.join(sorted(unknown))}")
-    return {name: values.get(name, metric.default) for name, metric in METRICS.items()}
+    return {
+        name: values.get(name, metric.default) if publishes or metric.is_covered else None
+        for name, metric in METRICS.items()
+    }
 
 
 def summed_up(records: Sequence[RoundRecord], measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Imported for what they declare, in the order of columns and rows.
-from flora.evaluation import server_metrics, client_metrics, round_metrics  # noqa: F401  # isort: skip
+from flora.evaluation import server_metrics, client_metrics, round_metrics, privacy_metrics  # noqa: F401  # isort: skip
 from flora.evaluation.declaring import (
     COMPUTED,
     FIGURES,

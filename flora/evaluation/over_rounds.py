@@ -51,7 +51,9 @@ def rounds_to_accuracy(records: Sequence[RoundRecord]) -> dict[str, int]:
     return reached
 
 
-def uplink_bytes_per_client_round(records: Sequence[RoundRecord]) -> float:
-    """The bytes that a client sends in a round, in the mean; those of late clients count."""
-    client_rounds = sum(record.num_clients + record.num_late for record in records)
+def uplink_bytes_per_client_round(records: Sequence[RoundRecord]) -> float | None:
+    """The bytes that a client sends in a round, in the mean; those of late clients count. None if no record says."""
+    if records[-1].uplink_bytes is None:
+        return None
+    client_rounds = sum((record.num_clients or 0) + (record.num_late or 0) for record in records)
     return sum(values_of(records, "uplink_bytes")) / client_rounds if client_rounds else 0.0

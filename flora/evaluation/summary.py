@@ -101,7 +101,7 @@ def final_line(summary: Summary, config: ExperimentConfig) -> str:
     clients = f"{summary.num_clients} client{'s' if summary.num_clients != 1 else ''}, {describe(config.partition)}"
     rounds = f"{summary.rounds} round{'s' if summary.rounds != 1 else ''}"
     line = f"zero-shot {before} -> {after} in {rounds}; {clients}"
-    if summary.num_clients > 1 and summary.rounds:
+    if summary.num_clients > 1 and summary.rounds and summary.uplink_bytes_per_client_round is not None:
         line += f"; {size(summary.uplink_bytes_per_client_round)} up per client and round; no image left a client"
     return line
 
@@ -134,8 +134,10 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def size(num_bytes: float) -> str:
-    """Bytes in decimal units: "24.1 KB"."""
+def size(num_bytes: float | None) -> str:
+    """Bytes in decimal units: "24.1 KB"; a dash for None."""
+    if num_bytes is None:
+        return "-"
     for unit in ("B", "KB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"

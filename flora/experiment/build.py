@@ -28,7 +28,6 @@ from flora.core.tree import State, state_digest
 from flora.data.datasets.base import ImageData
 from flora.engine.capacity import choose_clients_per_block
 from flora.engine.engine import Engine
-from flora.experiment.canaries import PlantedCanaries, planted
 from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of, without_training_images
 from flora.experiment.images import (
     Images,
@@ -44,6 +43,8 @@ from flora.experiment.start import starting_adapter
 from flora.features.features import Features, images_digest
 from flora.features.views import move_if_they_fit
 from flora.federated.federation import Federation, ServerParts
+from flora.privacy.canaries import planted
+from flora.privacy.rounds import PrivateRounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,6 @@ class Experiment:
     test_domains: np.ndarray | None = None
     data: ImageData | None = None
     by_template: Mapping[str, AdaptedClip] = field(default_factory=dict)
-    canaries: PlantedCanaries | None = None
 
     @cached_property
     def held_classes(self) -> np.ndarray:
@@ -91,6 +91,17 @@ class Experiment:
     def has_start(self) -> bool:
         """Whether the adapter begins from a file."""
         return "start_sha256" in self.digests
+
+    @property
+    def last_round(self) -> int:
+        """The last round that there will be: fewer than asked for where a budget of privacy ends before."""
+        private = self.federation.privacy
+        return self.config.rounds if private is None else private.last_round
+
+    @property
+    def publishes(self) -> bool:
+        """Whether records say, with differential privacy, what that does not cover."""
+        return self.config.privacy is None or self.config.privacy.publish
 
     def initial_state(self) -> ServerState:
         """The server before the first round."""
@@ -145,13 +156,12 @@ def build_experiment(
     )
     if new:
         log(f"{len(new[0]):,} more test images, of {len(images.new_class_names)} new classes")
-    hooks = hooks or Hooks()
     canaries, clients = planted(config.canaries, clients, rng.child("canaries"))
     if canaries is not None:
-        train, hooks = canaries.relabelled(train, len(images.class_names)), canaries.hooks.then(hooks)
+        train = train.with_labels(torch.from_numpy(canaries.labels(labels, len(images.class_names))))
         log(f"{canaries.canaries.number} canaries, each in or out by a fair coin: this run is to be audited")
-    engine = Engine(model, train, clients_per_block, hooks, log, processes)
-    federation = replace(_federation(config, engine, clients, roster, rng), server_training=training)
+    engine = Engine(model, train, clients_per_block, hooks or Hooks(), log, processes)
+    federation = replace(_federation(config, engine, clients, roster, rng), server_training=training, canaries=canaries)
     return Experiment(
         config=config,
         federation=federation,
@@ -169,7 +179,6 @@ def build_experiment(
         test_domains=None if data.test.groups is None else data.test.groups[test.split_indices],
         data=data,
         by_template=prepared.by_template,
-        canaries=canaries,
     )
 
 
@@ -319,7 +328,19 @@ def _federation(
         personal=config.personal,
         communication=config.communication,
         ranks=ranks_of(config, len(clients), rng.child("ranks")),
+        privacy=_private_rounds(config, len(clients), engine.log),
     )
+
+
+def _private_rounds(config: ExperimentConfig, num_clients: int, log: Callable[[str], object]) -> PrivateRounds | None:
+    """The mechanism of differential privacy with its noise multiplier, if there is one; what it promises is logged."""
+    if config.privacy is None:
+        return None
+    attendance = config.clients.cohort.attendance(num_clients)
+    made = PrivateRounds.of(config.privacy, attendance, config.rounds)
+    for line in made.lines():
+        log(line)
+    return made
 
 
 def _check_clients_per_block(config: ExperimentConfig, model: AdaptedClip) -> None:

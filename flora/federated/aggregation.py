@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -22,12 +23,15 @@ class Step:
     """The server's adapter, its optimizer's state and a correction's memory after a step along the cohort's deltas.
 
     `aggregation_error` is what averaging got wrong of the mean product B A; None where there is none to compare with.
+    `privacy` is what a mechanism of differential privacy carries on, `figures` are its metrics of the round.
     """
 
     adapter: State
     optimizer: State
     correction: State
     aggregation_error: float | None
+    privacy: State = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 def step(
@@ -44,12 +48,12 @@ def step(
     if federation.ranks is not None:
         deltas = [{name: end[name] - shared[name] for name in updates[0].delta} for end in ends]
     delta = checked_state("server.aggregator", aggregator, aggregator.combine(deltas, weights), deltas[0])
-    _require_finite(delta, f"round {round}: what server.aggregator {called(aggregator)} made of finite updates")
+    require_finite(delta, f"round {round}: what server.aggregator {called(aggregator)} made of finite updates")
     delta, correction = _corrected(federation, delta, state.correction, updates, weights)
-    adapter, optimizer = _stepped(federation, state, delta)
+    adapter, optimizer = stepped(federation, state, delta)
     finalized = strategy.finalize(adapter, ends, weights)
     adapter = checked_state("server.strategy", strategy, finalized, with_any_residual(state.adapter))
-    _require_finite(adapter, f"round {round}: what server.strategy {called(strategy)} made of a finite adapter")
+    require_finite(adapter, f"round {round}: what server.strategy {called(strategy)} made of a finite adapter")
     error = None
     if not strategy.has_personal:  # else no product is the server's alone
         averaged = adapter
@@ -77,22 +81,22 @@ def _corrected(
     vector, after = correction.at_server(flat, memory, cohort)
     vector = checked_tensor("local.correction", correction, vector, flat.shape)
     after = checked_state("local.correction", correction, after, memory)
-    _require_finite({"": vector, **after}, f"what local.correction {called(correction)} made of a finite mean")
+    require_finite({"": vector, **after}, f"what local.correction {called(correction)} made of a finite mean")
     return tree.unflatten(vector, delta), after
 
 
-def _stepped(federation: Federation, state: ServerState, delta: State) -> tuple[State, State]:
+def stepped(federation: Federation, state: ServerState, delta: State) -> tuple[State, State]:
     """The adapter and the server optimizer's state after a step along `delta`."""
     optimizer = federation.server.optimizer
     adapter, after = optimizer.step(state.adapter, delta, state.optimizer)
     adapter = checked_state("server.optimizer", optimizer, adapter, state.adapter)
     after = checked_state("server.optimizer", optimizer, after, state.optimizer)
     made_by = f"the step of server.optimizer {called(optimizer)} at learning rate {optimizer.learning_rate:g}"
-    _require_finite(adapter, f"round {state.round + 1}: {made_by}", "; lower server.optimizer.learning_rate")
+    require_finite(adapter, f"round {state.round + 1}: {made_by}", "; lower server.optimizer.learning_rate")
     return adapter, after
 
 
-def _require_finite(state: State, made_by: str, advice: str = "") -> None:
+def require_finite(state: State, made_by: str, advice: str = "") -> None:
     """Raise `DivergedError` if a number is not finite: no client's fault, since what they send is screened."""
     if not tree.is_finite(state):
         raise DivergedError(f"{made_by} is not finite{advice}")

@@ -148,7 +148,7 @@ class _Work:
         if not len(free):
             return
         stream = self._rng.child("cohort", draw) if draw else self._rng.child("cohort")
-        chosen = participation.cohort(free, min(number, len(free)), stream)
+        chosen = participation.cohort(self._round, free, min(number, len(free)), stream)
         takes = participation.durations(chosen, self._load)
         is_gone = own.child("dropout").numpy().random(len(chosen)) < participation.profiles.dropout[chosen]
         for client, seconds, gone in zip(chosen.tolist(), takes.tolist(), is_gone.tolist(), strict=True):

@@ -29,6 +29,8 @@ from flora.engine.engine import Engine
 from flora.engine.tasks import ClientTask, TrainingSetup
 from flora.federated.roles import TensorRoles
 from flora.federated.server_training import ServerTraining
+from flora.privacy.canaries import PlantedCanaries
+from flora.privacy.rounds import PrivateRounds
 from flora.server.aggregators import Aggregator, Mean
 from flora.server.optimizers import ServerOptimizer, ServerSgd
 from flora.server.screening import Screening
@@ -111,7 +113,8 @@ class Federation:
     """The parts of a federation: who trains what, how it travels, and what the server makes of it. None of it changes.
 
     `ranks` `(num_clients,)` are the clients' own, None if all have the adapter's. `server_training` is what the server
-    trains by itself.
+    trains by itself. `privacy` is what bounds and noises updates, None where nothing does; `canaries` are
+    what an audit looks for, if there are any.
     """
 
     engine: Engine
@@ -126,6 +129,8 @@ class Federation:
     communication: CommunicationOptions = field(default_factory=CommunicationOptions)
     ranks: np.ndarray | None = None
     server_training: ServerTraining = field(default_factory=ServerTraining)
+    privacy: PrivateRounds | None = None
+    canaries: PlantedCanaries | None = None
 
     @cached_property
     def roles(self) -> TensorRoles:
@@ -157,6 +162,7 @@ class Federation:
             self.server.strategy.initial(adapter),
             optimizer=self.server.optimizer.init(adapter),
             correction=self.local.correction.memory(tree.vector_like(trained)),
+            privacy={} if self.privacy is None else self.privacy.initial_state(),
         )
 
     def client_state(self, adapter: StateLike) -> ClientState:

@@ -16,13 +16,17 @@ from flora.core.tree import State
 from flora.engine.tasks import ClientResult
 from flora.federated.aggregation import Step, in_server_terms, step
 from flora.federated.federation import Federation, Received, RoundPlan
+from flora.federated.private import private_step
 from flora.federated.receiving import personal_states, send_updates
 from flora.server.screening import refusal, screen
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a round did, apart from the new state. `cohort` are the ids of the clients whose updates came."""
+    """What a round did, apart from the new state.
+
+    `cohort` are the ids of the clients whose updates came, None if that is not said.
+    """
 
     num_clients: int
     num_steps: int
@@ -43,7 +47,11 @@ class RoundResult:
     client_pseudo_labels: dict[str, list[int]] | None = None
     distillation_loss: float | None = None
     text_loss: float | None = None
-    cohort: tuple[int, ...] = ()
+    epsilon: float | None = None
+    sum_epsilon: float | None = None
+    clip_norm: float | None = None
+    clipped_fraction: float | None = None
+    cohort: tuple[int, ...] | None = ()
 
     def metrics(self) -> dict[str, Any]:
         """The result's metrics by name: all of it but the ids of clients."""
@@ -63,7 +71,8 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     """Run the round after `state`; nothing but `state` and the federation's seed decides what comes out.
 
     Updates that are not fit to be averaged are left out; without any fit one, adapter and strategy stay as they are,
-    but for the network's clock. Raises `UserError` for the first of them where `screening` says so.
+    but for the network's clock; with differential privacy the server steps along the noise all the same. Raises
+    `UserError` for the first of them where `screening` says so.
     """
     engine, schedule = federation.engine, federation.schedule
     started = engine.seconds()
@@ -75,11 +84,13 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     clients = dict(received.clients)
     for client, own in personal_states(federation, plan, engine.train(plan.personal_tasks)):
         clients[client] = dataclasses.replace(clients.get(client, FRESH), own=own)
-    after = Step(state.adapter, state.optimizer, state.correction, None)
-    if accepted:
+    after = Step(state.adapter, state.optimizer, state.correction, None, state.privacy)
+    if federation.privacy is not None:
+        after = private_step(federation, state, accepted)
+    elif accepted:
         after = step(federation, state, accepted, {task.client: task.adapter for task in plan.tasks})
     adapter, server_losses = after.adapter, ServerLosses()
-    if accepted:
+    if accepted or federation.privacy is not None:
         adapter, server_losses = _trained_by_server(federation, plan, state.adapter, accepted, adapter)
     if federation.server.strategy.restarts and accepted:
         adapter = {**adapter, **engine.model.adapter.initial_state(plan.rng.child("adapter"))}
@@ -91,9 +102,12 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         distillation_loss=server_losses.distillation,
         text_loss=server_losses.texts,
         aggregation_error=after.aggregation_error,
+        **after.figures,
         train_seconds=engine.seconds() - started,
     )
-    return ServerState(plan.round, adapter, after.optimizer, after.correction, clock, clients), result
+    if federation.privacy is not None and not federation.privacy.mechanism.publish:
+        result = dataclasses.replace(result, cohort=None, rejected_clients=())
+    return ServerState(plan.round, adapter, after.optimizer, after.correction, clock, clients, after.privacy), result
 
 
 def _noted(results: Iterable[ClientResult], reports: dict[int, Mapping[str, int]]) -> Iterator[ClientResult]:
@@ -152,11 +166,17 @@ def _screened(
         raise refusal(round, rejections[0], _learning_rate(federation, round))
     clients: dict[int, ClientState] = dict(received.clients)
     for rejection in rejections:
-        federation.engine.log(f"round {round}: client {rejection.client} is left out: {rejection.reason}")
+        _say(federation, f"round {round}: client {rejection.client} is left out: {rejection.reason}")
         clients.pop(rejection.client, None)
         if rejection.client in received.before:
             clients[rejection.client] = received.before[rejection.client]
     return dataclasses.replace(received, updates=updates, clients=clients), accepted, rejections
+
+
+def _say(federation: Federation, line: str) -> None:
+    """Log what tells of single clients, unless that is not to be known."""
+    if federation.privacy is None or federation.privacy.mechanism.publish:
+        federation.engine.log(line)
 
 
 def _learning_rate(federation: Federation, round: int) -> float:
@@ -173,9 +193,11 @@ def _result(
     """Return what the round did, but for its `aggregation_error` and its `train_seconds`."""
     outcome, updates, staleness = plan.outcome, received.updates, received.staleness
     if not updates:
-        federation.engine.log(
+        after = "the adapter stays as it was" if federation.privacy is None else "the server steps along noise alone"
+        _say(
+            federation,
             f"round {plan.round}: nobody delivered ({len(outcome.asked)} asked, {len(outcome.dropped)} dropped out, "
-            f"{len(outcome.late)} too late): the adapter stays as it was"
+            f"{len(outcome.late)} too late): {after}",
         )
     weights = np.array([update.num_examples for update in accepted])
     losses = np.array([update.loss for update in accepted])

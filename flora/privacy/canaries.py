@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch
 from flora.core import tree
 from flora.core.registry import Component, OptionError, option, register
 from flora.core.rng import Rng
-from flora.core.states import ClientData, ClientUpdate
+from flora.core.states import ClientData
 from flora.core.tree import State, StateLike
 
 
@@ -74,9 +75,9 @@ class Canaries(Component):
         """Return the labels that training examples are trained with."""
         return labels
 
-    def update(self, update: ClientUpdate, coins: Coins) -> ClientUpdate:
-        """Return what a client sends in place of its update."""
-        return update
+    def sent(self, client: int, delta: State, coins: Coins) -> State | None:
+        """Return what a client sends in place of its delta; None if it sends what it has."""
+        return None
 
     @abstractmethod
     def scores(self, coins: Coins, evidence: Evidence) -> np.ndarray:
@@ -87,20 +88,15 @@ class Canaries(Component):
 class ClientCanaries(Canaries):
     """Canaries that are clients. One that is out sends zeros, as if it were not there; nobody else is touched."""
 
-    def update(self, update: ClientUpdate, coins: Coins) -> ClientUpdate:
-        place = int(np.searchsorted(coins.ids, update.client))
-        if place == len(coins.ids) or coins.ids[place] != update.client:
-            return update
-        # What a correction sends beside the delta is the client's own, too.
-        extra = {name: torch.zeros_like(tensor) for name, tensor in update.extra.items()}
-        if coins.was_in[place]:
-            return self.sent(replace(update, extra=extra), coins.rng)
-        delta = {name: torch.zeros_like(tensor) for name, tensor in update.delta.items()}
-        return replace(update, delta=delta, extra=extra)
+    def sent(self, client: int, delta: State, coins: Coins) -> State | None:
+        place = int(np.searchsorted(coins.ids, client))
+        if place == len(coins.ids) or coins.ids[place] != client:
+            return None
+        return self.sent_if_in(client, delta, coins.rng) if coins.was_in[place] else zeros(delta)
 
     @abstractmethod
-    def sent(self, update: ClientUpdate, rng: Rng) -> ClientUpdate:
-        """Return what a canary that is in sends in place of its update."""
+    def sent_if_in(self, client: int, delta: State, rng: Rng) -> State:
+        """Return what a canary that is in sends in place of its delta."""
 
 
 @register("directions")
@@ -119,11 +115,10 @@ class Directions(ClientCanaries):
         above=0,
     )
 
-    def sent(self, update: ClientUpdate, rng: Rng) -> ClientUpdate:
-        direction = _direction(update.delta, update.client, rng)
-        norm = float(tree.flatten(update.delta).norm()) if self.norm is None else self.norm
-        factor = norm / float(tree.flatten(direction).norm())
-        return replace(update, delta={name: tensor * factor for name, tensor in direction.items()})
+    def sent_if_in(self, client: int, delta: State, rng: Rng) -> State:
+        direction = _direction(delta, client, rng)
+        norm = float(tree.flatten(delta).norm()) if self.norm is None else self.norm
+        return tree.scale(direction, norm / float(tree.flatten(direction).norm()))
 
     def scores(self, coins: Coins, evidence: Evidence) -> np.ndarray:
         moved = tree.flatten(evidence.moved).double()
@@ -140,8 +135,8 @@ class RealClients(ClientCanaries):
     has these and the adapter.
     """
 
-    def sent(self, update: ClientUpdate, rng: Rng) -> ClientUpdate:
-        return update
+    def sent_if_in(self, client: int, delta: State, rng: Rng) -> State:
+        return delta
 
     def scores(self, coins: Coins, evidence: Evidence) -> np.ndarray:
         return client_scores(coins.ids, evidence)
@@ -178,6 +173,43 @@ class Examples(Canaries):
 
     def scores(self, coins: Coins, evidence: Evidence) -> np.ndarray:
         return evidence.gains(coins.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class PlantedCanaries:
+    """The canaries of an experiment and what their coins say."""
+
+    canaries: Canaries
+    coins: Coins
+
+    def sent(self, client: int, delta: State, extra: State) -> tuple[State, State]:
+        """Return what a client sends in place of its delta, and of what a correction sends beside it."""
+        instead = self.canaries.sent(client, delta, self.coins)
+        return (delta, extra) if instead is None else (instead, zeros(extra))
+
+    def labels(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
+        """Return the labels that training examples are trained with."""
+        return self.canaries.labels(labels, num_classes, self.coins)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Which canaries there are and which of them are in, as JSON types."""
+        coins = self.coins
+        return {"unit": self.canaries.unit, "ids": coins.ids.tolist(), "was_in": coins.was_in.tolist()}
+
+
+def planted(
+    canaries: Canaries | None, clients: Sequence[ClientData], rng: Rng
+) -> tuple[PlantedCanaries | None, list[ClientData]]:
+    """Flip the coins of `canaries`, and return them with what clients hold then; None if there are no canaries."""
+    if canaries is None:
+        return None, list(clients)
+    coins = canaries.flip(clients, rng)
+    return PlantedCanaries(canaries, coins), canaries.deal(clients, coins)
+
+
+def zeros(state: StateLike) -> State:
+    """A state of the same names and shapes, all zeros."""
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
 
 
 def client_scores(clients: np.ndarray, evidence: Evidence) -> np.ndarray:

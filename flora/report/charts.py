@@ -296,7 +296,7 @@ def other_metrics(run: RunFiles) -> list[Html]:
         points = [(round, value) for round, value in run.points(name) if math.isfinite(value)]
         if metric is not None and metric.of != "server":
             points = [(round, value) for round, value in points if round]
-        told = metric is None or (metric.of in ("server", "training", "traffic") and name not in SHOWN)
+        told = metric is None or (metric.of in ("server", "training", "traffic", "privacy") and name not in SHOWN)
         if told and len({value for _, value in points}) > 1:
             title = name.replace("_", " ").capitalize()
             found.append(picture(title, partial(_simple, run, name, points), metric.about if metric else ""))

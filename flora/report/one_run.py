@@ -102,6 +102,7 @@ def _tiles(run: RunFiles) -> Html:
     rounds, best = known.get("rounds"), known.get("best_accuracy")
     pairs = [
         ("rounds", rounds),
+        ("privacy spent", _privacy_spent(run)),
         (
             "best round, chosen on the test set",
             None if best is None else f"{percent(best)} (round {known.get('best_round')})",
@@ -118,6 +119,12 @@ def _tiles(run: RunFiles) -> Html:
         ("updates left out", known.get("num_rejected") or None),
     ]
     return facts((title, value) for title, value in pairs if value is not None)
+
+
+def _privacy_spent(run: RunFiles) -> str | None:
+    """The epsilon after the last round, at which delta and of what; None without differential privacy."""
+    epsilon, mechanism = run.figure("epsilon"), run.setting("privacy.name")
+    return None if epsilon is None else f"epsilon {epsilon:.3g} at delta {run.setting('privacy.delta')} ({mechanism})"
 
 
 def _shown(unit: str, value: Any) -> str | None:

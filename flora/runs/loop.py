@@ -270,13 +270,14 @@ class _Run:
             _stop_if_diverged(self.records)
             if not self.records:
                 clients = self._record(state, None)
-            while state.round < experiment.config.rounds:
+            while state.round < experiment.last_round:
                 state, result = run_round(experiment.federation, state)
                 self._check_same(state)
                 clients = self._record(state, result)
                 self.saver.after_round(state)
                 experiment.federation.engine.hooks.after_round(self.records[-1], state)
                 _stop_if_diverged(self.records)
+            _say_that_budget_ends(experiment)
             local_only = _local_only(experiment, state, log=self.directory.log, shows_bar=shows_bars)
         except BaseException as error:
             self._save_what_there_is(error)
@@ -325,12 +326,25 @@ class _Run:
             trainable_parameters=tree.count(tree.select(state.adapter, federation.roles.ever_trained(state.adapter))),
             backbone_parameters=experiment.backbone_parameters,
             num_unreadable=len(experiment.unreadable),
+            noise_multiplier=None if federation.privacy is None else federation.privacy.noise_multiplier,
         )
         columns = client_columns(experiment, clients, local_only, self.records)
+        if not experiment.publishes:
+            columns = {"client": columns["client"]}
         finished = Finished(summary, state, columns, last_tables(experiment, state, clients))
         for sink in self.sinks:
             sink.finish(finished)
         return RunResult(summary, tuple(self.records), state.adapter, self.directory.path)
+
+
+def _say_that_budget_ends(experiment: Experiment) -> None:
+    """Log why a run has fewer rounds than were asked for."""
+    private, last = experiment.federation.privacy, experiment.last_round
+    if private is not None and last < experiment.config.rounds:
+        experiment.federation.engine.log(
+            f"stopped after round {last} of {experiment.config.rounds}: round {last + 1} would spend epsilon "
+            f"{private.epsilon(last + 1):.4g}, more than privacy.budget_epsilon {private.mechanism.budget_epsilon:g}"
+        )
 
 
 def _stop_if_diverged(records: Sequence[RoundRecord]) -> None:

@@ -75,7 +75,7 @@ def measure(
     """The record of the round that led to `state` (no result: round 0), evaluated if due; the clients' accuracies."""
     config, engine = experiment.config.evaluation, experiment.federation.engine
     started = engine.seconds()
-    is_last = state.round == experiment.config.rounds
+    is_last = state.round == experiment.last_round
     results: dict[str, Any] = {}
     clients: ClientResults | None = None
     test: Evaluation | None = None
@@ -92,7 +92,7 @@ def measure(
     measured["peak_memory_bytes"] = peak_memory_bytes(engine.model.device)
     return RoundRecord(
         state.round,
-        complete({**results, **measured}),
+        complete({**results, **measured}, publishes=experiment.publishes),
         cohort=result.cohort if result else (),
         rejected_clients=result.rejected_clients if result else (),
     ), clients

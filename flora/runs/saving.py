@@ -19,7 +19,7 @@ class Saver:
         self._engine, self._directory = experiment.federation.engine, directory
         self._options, self._config = experiment.config.checkpoints, config_to_dict(experiment.config)
         self._folder = CheckpointFolder(directory.path / "checkpoints", self._engine.hooks.before_write)
-        self._saved = start.state.round
+        self._saved, self._last_round = start.state.round, experiment.last_round
         self._wall_offset = start.wall_seconds - started
 
     @property
@@ -29,7 +29,7 @@ class Saver:
 
     def after_round(self, state: ServerState) -> None:
         """Save a checkpoint if one is due."""
-        every, last = self._options.every, self._config["rounds"]
+        every, last = self._options.every, self._last_round
         if state.round == last or (every is not None and state.round % every == 0):
             self.save(state)
 

@@ -127,7 +127,7 @@ class RoundBar(Sink):
                 "left": "0 s" if seconds_left is None else duration(seconds_left),
                 "accuracy": self._accuracy,
                 "loss": f"{record.train_loss:.3f}" if record.train_loss is not None else "-",
-                "clients/s": f"{record.num_clients / max(record.train_seconds, 1e-9):.3g}",
+                "clients/s": f"{(record.num_clients or 0) / max(record.train_seconds, 1e-9):.3g}",
             }
         )
         if record.round >= self._num_rounds:

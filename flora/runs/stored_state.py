@@ -1,8 +1,8 @@
 """The server's state as tensors by name, and back: how checkpoints store it.
 
-`server` holds `optimizer.NAME`, `correction.NAME` and `clock`; each client's state holds `optimizer.NAME`,
-`correction.NAME`, `own.NAME`, `feedback.NAME`, and of an update that is on its way `in_flight.NAME` and
-`in_flight.delta.NAME`, or `dropped.NAME` where none will come.
+`server` holds `optimizer.NAME`, `correction.NAME`, `privacy.NAME` and `clock`; each client's state holds
+`optimizer.NAME`, `correction.NAME`, `own.NAME`, `feedback.NAME`, and of an update that is on its way
+`in_flight.NAME` and `in_flight.delta.NAME`, or `dropped.NAME` where none will come.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def server_tensors(state: ServerState) -> State:
     """All of a server's state but its round, its adapter and its clients."""
     clock = torch.tensor([state.clock], dtype=torch.float64)
     named = tree.add_prefix("optimizer.", state.optimizer) | tree.add_prefix("correction.", state.correction)
-    return named | {"clock": clock}
+    return named | tree.add_prefix("privacy.", state.privacy) | {"clock": clock}
 
 
 def server_state(round: int, adapter: State, server: StateLike, clients: dict[int, ClientState]) -> ServerState:
@@ -35,6 +35,7 @@ def server_state(round: int, adapter: State, server: StateLike, clients: dict[in
         correction=tree.strip_prefix("correction.", server),
         clock=float(server["clock"]),
         clients=clients,
+        privacy=tree.strip_prefix("privacy.", server),
     )
 
 

@@ -58,7 +58,7 @@ def _seconds_to_arrive(run: _Files) -> float | None:
 
 
 def _downlink_bytes(run: _Files) -> float | None:
-    client_rounds = sum(record["num_clients"] for record in run.records)
+    client_rounds = sum(record["num_clients"] or 0 for record in run.records)
     return run.summary["total_downlink_bytes"] / client_rounds if run.travels and client_rounds else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from flora.config.combinations.averaging import AVERAGING
+from flora.config.combinations.privacy import PRIVACY
 from flora.config.combinations.rounds import ROUNDS
 from flora.config.combinations.rule import Rule
 from flora.config.combinations.server_training import SERVER_TRAINING
@@ -15,7 +16,7 @@ from flora.config.combinations.training import TRAINING
 from flora.config.schema import ExperimentConfig
 from flora.core.registry import Component, OptionError, name_of
 
-RULES: tuple[Rule, ...] = (*AVERAGING, *ROUNDS, *SERVER_TRAINING, *TRAINING)
+RULES: tuple[Rule, ...] = (*AVERAGING, *ROUNDS, *SERVER_TRAINING, *TRAINING, *PRIVACY)
 """A rule that begins with "and" or "nor" goes on with the one before it."""
 
 
