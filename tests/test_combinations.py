@@ -40,6 +40,7 @@ from flora.data.splits import Splitter
 from flora.evaluation.metrics import METRICS
 from flora.experiment.build import build_experiment
 from flora.federated.round import run_round
+from flora.privacy.canaries import Canaries
 from flora.runs.measure import measure, measure_local_only
 from flora.server.aggregators import Aggregator
 from flora.server.optimizers import ServerOptimizer
@@ -53,6 +54,9 @@ NEEDS: dict[str, dict[str, Any]] = {
     "scaffold": {"local": {"optimizer": "sgd"}},
     "feddyn": {"local": {"optimizer": "sgd"}},
     "few_shot_chunks": {"clients": {"number": 3}},
+    "directions": {"canaries": {"number": 3}},
+    "clients": {"canaries": {"number": 3}},
+    "examples": {"canaries": {"number": 6}},
 }
 KINDS: dict[str, type[Component]] = {
     "adapter": Adapter,
@@ -72,6 +76,7 @@ KINDS: dict[str, type[Component]] = {
     "server.optimizer": ServerOptimizer,
     "communication.upload": Compressor,
     "communication.broadcast": Compressor,
+    "canaries": Canaries,
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "local.optimizer_state=kept": {"local": {"optimizer_state": "kept"}},

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flora.audit.membership import as_json
+from flora.audit.membership import as_json, canary_clients
 from flora.audit.subject import Subject
 from flora.clip.prediction import bound
 from flora.clip.towers.towers import AdaptedClip
@@ -56,7 +56,7 @@ def class_presence(subject: Subject, rounds: Sequence[int]) -> dict[str, Any]:
     A class's score is by how much an update raises its mean log-probability on public images (the test images, whatever
     they show), less what the round's updates do to it on average: training with cross-entropy lowers those classes most
     of which a client has no example.
-    `rounds` count from 1; the state before each must be known.
+    `rounds` count from 1; the state before each must be known. Canaries that are clients are left out.
     """
     return {"rounds": [_of_round(subject, round) for round in rounds]}
 
@@ -69,7 +69,7 @@ def _of_round(subject: Subject, round: int) -> dict[str, Any]:
     public, model = experiment.test.subset(np.sort(drawn)), federation.engine.model
     rows, clients = [], []
     for start, update in sent_updates(federation, state):
-        if update.failed_step is not None:
+        if update.failed_step is not None or update.client in canary_clients(subject):
             continue
         after = {**start, **{name: start[name] + tensor for name, tensor in update.delta.items()}}
         before, then = (mean_log_probabilities(model, each, public, batch_size=batch_size) for each in (start, after))
