@@ -17,13 +17,14 @@ from helpers import TOLERANCE
 from flora.audit.__main__ import main
 from flora.audit.references import train_references
 from flora.audit.subject import Subject, audited, confidences
-from flora.audit.table import canary_line
 from flora.audit.updates import sent_updates
 from flora.config.parse import parse_config
 from flora.core.registry import option, register
 from flora.core.rng import Rng
 from flora.data.datasets.base import Dataset, ImageArrays, ImageData, Split
 from flora.evaluation.accuracy import evaluate
+from flora.report import __main__ as report
+from flora.report.audits import canary_line
 from flora.runs.run_directory import RunDirectory
 from flora.simulate import simulate
 
@@ -256,6 +257,22 @@ def test_a_bound_above_the_guarantee_is_pointed_out() -> None:
     said = {**canaries, "delta": 1e-5, "confidence": 0.95}
     assert "MORE than the 1.5 that the run states" in canary_line(said, {"client": 1.5, "example": None})
     assert "MORE" not in canary_line(said, {"client": 2.5, "example": None})
+
+
+def test_the_page_of_a_run_shows_its_audits(quick: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = Path(shutil.copytree(quick, tmp_path / "shown", ignore=shutil.ignore_patterns("audits")))
+    assert "Privacy audits" not in page_of(run)
+    assert main([str(run), "--only", "updates", "--name", "mine"]) == 0
+    (run / "audits" / "damaged.json").write_text('{"guarantee": 3}')
+    shown = page_of(run)
+    assert "Privacy audits" in shown and "mine" in shown and "classes that a client holds" in shown
+    assert "guarantee for a client: none" in shown and "damaged" not in shown
+
+
+def page_of(run: Path) -> str:
+    assert report.main([str(run)]) == 0
+    return (run / "report.html").read_text()
 
 
 def test_records_are_never_written_over(quick: Path, capsys: Capture) -> None:

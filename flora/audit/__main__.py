@@ -15,13 +15,13 @@ from flora import catalogue  # noqa: F401  (registers the components)
 from flora.audit.membership import client_membership, example_membership
 from flora.audit.one_run import canary_audit, guarantees
 from flora.audit.subject import Subject, audited
-from flora.audit.table import lines
 from flora.audit.updates import class_presence
 from flora.core.command_line import run_program
 from flora.core.errors import UserError
 from flora.core.progress import bar, image_progress
 from flora.core.tree import state_digest
 from flora.parsers import audit_parser
+from flora.report.audits import lines
 from flora.runs.environment import environment
 from flora.runs.finished import check_overrides
 from flora.runs.resume import CHANGEABLE

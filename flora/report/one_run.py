@@ -11,6 +11,7 @@ import numpy as np
 
 from flora.evaluation.summary import describe, percent, shown, size
 from flora.report import charts
+from flora.report.audits import audits
 from flora.report.charts import picture
 from flora.report.elements import Cell, Html, bars, element, facts, folded, joined, section, table
 from flora.report.reading import Absent, RunFiles, confusion_of, numbers
@@ -28,6 +29,7 @@ def sections(run: RunFiles) -> dict[str, Html]:
         "Clients": _clients(run),
         "Classes": _classes(run),
         "Inside the rounds": (grid(*charts.other_metrics(run), kind="grid small"),),
+        "Privacy audits": (audits(run),),
         "Settings": (settings(run), _environment(run)),
         "Go on": (commands(run),),
     }

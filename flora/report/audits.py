@@ -1,17 +1,37 @@
-"""The short table that an audit prints: the guarantee, and how well each attack does."""
+"""What an audit found: as the lines that it prints, and as a section of a run's page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from flora.report.elements import Html, element, joined, table
+from flora.report.reading import RunFiles
+from flora.runs.run_directory import read_json
+
 HEADER = ("attack", "on", "AUC (95 %)", "TPR at 1 % FPR")
 UNITS = {"client": "a client", "example": "an example"}
 
 
+def audits(run: RunFiles) -> Html:
+    """Return what the audits of a run found, one after the other; nothing if there are none that can be read."""
+    parts = []
+    for path in sorted((run.path / "audits").glob("*.json")):
+        content = read_json(path)
+        try:
+            said = list(guarantee_lines(content))
+            if content.get("canaries") is not None:
+                said.append(canary_line(content["canaries"], content["guarantee"]))
+            shown = [element("h3", path.stem), table(HEADER, rows_of(content)), *(element("p", line) for line in said)]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue  # damaged, or another version's
+        parts.append(element("div", *shown))
+    return joined(parts)
+
+
 def lines(content: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines that say what an audit found, from its record."""
-    yield from _guarantee(content)
+    yield from guarantee_lines(content)
     rows = [HEADER, *rows_of(content)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     for row in rows:
@@ -21,7 +41,8 @@ def lines(content: Mapping[str, Any]) -> Iterator[str]:
         yield canary_line(canaries, content["guarantee"])
 
 
-def _guarantee(content: Mapping[str, Any]) -> Iterator[str]:
+def guarantee_lines(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the run guarantees, a line for a client and one for an example."""
     for unit, epsilon in content["guarantee"].items():
         yield f"guarantee for {UNITS[unit]}: " + ("none" if epsilon is None else f"epsilon {epsilon:.3g}")
 
