@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -41,6 +42,7 @@ from flora.evaluation.metrics import METRICS
 from flora.experiment.build import build_experiment
 from flora.federated.round import run_round
 from flora.privacy.canaries import Canaries
+from flora.privacy.mechanisms import Privacy
 from flora.runs.measure import measure, measure_local_only
 from flora.server.aggregators import Aggregator
 from flora.server.optimizers import ServerOptimizer
@@ -61,6 +63,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "given_sizes": {"partition": {"sizes": [5, 6, 7, 8]}},
     "within_groups": {"partition": {"of": "iid"}},
     "fedper": {"server": {"strategy": {"stay": ["*.lora_B", "*.weight"]}}},
+    "poisson": {"clients": {"cohort": {"fraction": 0.7}}},
+    **{name: {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5}} for name in ("central", "local", "tree")},
 }
 KINDS: dict[str, type[Component]] = {
     "adapter": Adapter,
@@ -81,6 +85,7 @@ KINDS: dict[str, type[Component]] = {
     "communication.upload": Compressor,
     "communication.broadcast": Compressor,
     "canaries": Canaries,
+    "privacy": Privacy,
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "local.optimizer_state=kept": {"local": {"optimizer_state": "kept"}},
@@ -89,6 +94,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "adapter.start": {"adapter": {"name": "lora", "start": str(START)}},
     "evaluation.auroc": {"evaluation": {"auroc": True}},
     "evaluation.also": {"evaluation": {"also": ["digits"]}},
+    "privacy.clip_norm=adaptive": {
+        "privacy": {"name": "central", "clip_norm": {"name": "adaptive"}, "noise_multiplier": 0.5}
+    },
+    "privacy.publish=false": {
+        "privacy": {"name": "central", "clip_norm": 0.1, "noise_multiplier": 0.5, "publish": False},
+        "evaluation": {"num_local_only": 0},
+    },
     "local.steps": {"local": {"steps": 2}},
     "server.screening=clip": {"server": {"screening": {"policy": "clip", "max_norm_ratio": 1.5}}},
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},
@@ -141,6 +153,7 @@ def is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return "name" not in one or "name" not in other or one["name"] == other["name"]
 
 
+@functools.cache
 def settings() -> dict[str, tuple[str, dict[str, Any]]]:
     """Each choice that is not the default: the setting that it is of, and what to write."""
     default = parse_config({"data": "patterns", "partition": "iid"})
@@ -192,7 +205,8 @@ def two_rounds(raw: Mapping[str, Any]) -> str | None:
         assert record.metrics.keys() == METRICS.keys()
         assert tree.is_finite(state.adapter) and math.isfinite(record.accuracy)
         assert not result.rejected_clients
-    measure_local_only(experiment, state, advance=lambda done: None)
+    if config.evaluation.num_local_only:
+        measure_local_only(experiment, state, advance=lambda done: None)
     return None
 
 
@@ -242,6 +256,8 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "prompts can be drawn where classes have several",  # the pairs have descriptions then
         "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
         "self-training needs images without a label",  # all pairs here have some
+        "and no run that one client's update ends",  # all pairs here skip or clip
+        "figures that are left out (privacy.publish: false) are not to be asked for",  # no pair here does
     ]
 
 

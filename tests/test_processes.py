@@ -53,6 +53,14 @@ LABELS = {
     "cache": {"views": 2, "folder": None},
 }
 
+PRIVATE = {
+    "threads": 1,
+    "rounds": 2,
+    "clients": {"number": 5, "per_block": 2, "cohort": {"name": "poisson", "fraction": 0.7}},
+    "local": {"batch_size": 4},
+    "privacy": {"name": "central", "clip_norm": {"name": "adaptive"}, "noise_multiplier": 2.0, "accountant": "rdp"},
+}
+
 
 @pytest.fixture
 def config(tmp_path: Path, raw_config: dict[str, Any]) -> str:
@@ -102,6 +110,11 @@ def test_any_number_of_processes_leaves_the_same_bytes(
         assert whole(tmp_path / f"of {number}", config, number) == one
     said = json.loads((tmp_path / "of 3/run/environment.json").read_text())
     assert said["num_processes"] == 3
+
+
+def test_private_rounds_are_the_same_by_two(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    config = write(tmp_path, raw_config, PRIVATE)
+    assert whole(tmp_path / "two", config, 2) == whole(tmp_path / "one", config)
 
 
 def test_memory_that_runs_out_in_one_process_lowers_the_blocks_of_all(config: str, tmp_path: Path) -> None:

@@ -54,7 +54,9 @@ def spent_epsilon(
     if fraction == 1.0:
         # Sums with the same noise reveal as much as one with less of it.
         return _gaussian_epsilon(noise_multiplier / math.sqrt(num_rounds), delta)
-    composed: Any = _sampled_release(noise_multiplier, fraction).self_compose(num_rounds)
+    composed: Any = _sampled_release(noise_multiplier, fraction, _grid(noise_multiplier, num_rounds)).self_compose(
+        num_rounds
+    )
     return float(composed.get_epsilon_for_delta(delta))
 
 
@@ -146,6 +148,15 @@ def _gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
 
 
 def _renyi_epsilon(noise_multiplier: float, num_rounds: int, fraction: float, delta: float) -> float:
+    from dp_accounting.rdp import compute_epsilon
+
+    orders, divergences = _renyi_divergences(noise_multiplier, fraction)
+    return float(compute_epsilon(orders, num_rounds * divergences, delta)[0])
+
+
+@functools.lru_cache(maxsize=256)
+def _renyi_divergences(noise_multiplier: float, fraction: float) -> tuple[Any, Any]:
+    """Orders, and the Renyi divergences at these of one sum over a Poisson sample."""
     from absl import logging as absl_logging
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
@@ -155,19 +166,25 @@ def _renyi_epsilon(noise_multiplier: float, num_rounds: int, fraction: float, de
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
-        accountant = RdpAccountant().compose(
-            event if fraction == 1 else PoissonSampledDpEvent(fraction, event), num_rounds
-        )
-        return float(accountant.get_epsilon(delta))
+        accountant = RdpAccountant().compose(event if fraction == 1 else PoissonSampledDpEvent(fraction, event))
+        return accountant.orders, accountant.rdp
     finally:
         absl_logging.set_verbosity(verbosity)
 
 
+def _grid(noise_multiplier: float, num_rounds: int) -> float:
+    """Return how far apart the losses lie that a distribution is computed at.
+
+    Its error grows with the number of rounds and the square of this, and is always upwards: less than 1 in 500 of
+    epsilon as it is chosen here, mostly 1 in 100,000. Steps of 4 times the rounds let rounds share a distribution.
+    """
+    steps = 4 ** max(0, math.ceil(math.log(num_rounds / 100, 4)))
+    return 1e-3 / math.sqrt(steps) * max(1.0, (0.5 / noise_multiplier) ** 2)
+
+
 @functools.lru_cache(maxsize=16)
-def _sampled_release(noise_multiplier: float, fraction: float) -> Any:
-    """The privacy loss distribution of one sum over a Poisson sample."""
+def _sampled_release(noise_multiplier: float, fraction: float, interval: float) -> Any:
+    """The privacy loss distribution of one sum over a Poisson sample, at losses `interval` apart."""
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
-    # Losses go with 1 / noise_multiplier**2; a coarser grid only makes the bound looser, here by less than 1 in 100.
-    interval = max(1e-4, 2e-4 / noise_multiplier**2)
     return from_gaussian_mechanism(noise_multiplier, sampling_prob=fraction, value_discretization_interval=interval)

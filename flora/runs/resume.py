@@ -232,6 +232,8 @@ def _refuse_changes(path: Path, before: ExperimentConfig, now: ExperimentConfig)
         changes.append(f"rounds: {before.rounds} then, {now.rounds} now; they can only become more")
     if now.rounds > before.rounds and now.local.schedule.needs_num_rounds:
         changes.append("rounds: they can't become more, because the learning rates of local.schedule depend on them")
+    if now.rounds > before.rounds and now.privacy is not None and now.privacy.target_epsilon is not None:
+        changes.append("rounds: they can't become more, because privacy.target_epsilon is for as many as there were")
     if changes:
         raise UserError(f"{path}: a run goes on as it began; what differs: {'; '.join(changes)}")
 
