@@ -30,8 +30,6 @@ from flora.runs.run_directory import check_free_name, write_json_beside
 # What may be different from the run: where things are, and how it is computed.
 ALLOWED = (*CHANGEABLE, "device")
 CONFIDENCE = 0.95
-# Where a run states no guarantee, and none is asked for.
-DELTA = 1e-5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +67,7 @@ def audit(subject: Subject, options: Any) -> dict[str, Any]:
         asked = options.rounds or [round + 1 for round in subject.states if round < subject.last_round]
         found["updates"] = class_presence(subject, [round for round in asked if round - 1 in subject.states])
     if "canaries" in options.only:
-        found["canaries"] = canary_audit(subject, delta=delta_of(subject, options.delta), confidence=CONFIDENCE)
+        found["canaries"] = canary_audit(subject, delta=options.delta, confidence=CONFIDENCE)
     engine, config = subject.experiment.federation.engine, subject.run.config
     return {
         "run": str(subject.run.path),
@@ -79,12 +77,6 @@ def audit(subject: Subject, options: Any) -> dict[str, Any]:
         **found,
         "environment": environment(engine.model.device, config.seed, engine.clients_per_block),
     }
-
-
-def delta_of(subject: Subject, asked: float | None) -> float:
-    """Return the delta that the canaries' epsilon goes with: what is asked for, or that of the run's guarantee."""
-    privacy = subject.run.config.privacy
-    return asked if asked is not None else DELTA if privacy is None else privacy.delta
 
 
 def adapters_asked_for(subject: Subject, rounds: Sequence[int] | None) -> list[int]:

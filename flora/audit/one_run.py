@@ -11,6 +11,8 @@ from flora.privacy.one_run import lower_bound
 
 # The metric of the records in which a mechanism states its epsilon, by whose privacy it is.
 GUARANTEES = {"client": "epsilon", "example": "example_epsilon"}
+# Where a run states no guarantee.
+DELTA = 1e-5
 
 
 def guarantees(subject: Subject) -> dict[str, float | None]:
@@ -19,15 +21,24 @@ def guarantees(subject: Subject) -> dict[str, float | None]:
     return {unit: last.get(metric) for unit, metric in GUARANTEES.items()}
 
 
-def canary_audit(subject: Subject, *, delta: float, confidence: float) -> dict[str, Any] | None:
+def stated_delta(subject: Subject, unit: str) -> float:
+    """Return the delta of the run's guarantee for its clients or their examples; without one, the usual."""
+    config = subject.run.config
+    privacy = config.privacy if unit == "client" else getattr(config.local, "privacy", None)
+    return DELTA if privacy is None else float(privacy.delta)
+
+
+def canary_audit(subject: Subject, *, delta: float | None, confidence: float) -> dict[str, Any] | None:
     """Guess which canaries were in from the last adapter, and return the bound on epsilon; None without canaries.
 
-    The bound is on the epsilon of the whole run at `delta`, for what the canaries are: clients or examples.
+    The bound is on the epsilon of the whole run, for what the canaries are: clients or examples. Without `delta` it is
+    at that of the run's guarantee.
     """
     planted = subject.experiment.federation.canaries
     if planted is None:
         return None
     scores, was_in = planted.canaries.scores(planted.coins, subject.evidence), planted.coins.was_in
+    delta = stated_delta(subject, planted.canaries.unit) if delta is None else delta
     found = lower_bound(scores, was_in, delta=delta, confidence=confidence)
     return {
         "unit": planted.canaries.unit,
