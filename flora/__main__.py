@@ -18,6 +18,7 @@ PROGRAMS = {
     "report": ("flora.report.__main__", "show a run, or several side by side, as a page"),
     "predict": ("flora.predict", "say what a run's model makes of images"),
     "evaluate": ("flora.evaluate", "evaluate a run's model on another data set"),
+    "audit": ("flora.audit.__main__", "attack a run: what it gives away of its clients and their examples"),
     "export": ("flora.export", "merge a run's adapter into its backbone, as a model that OpenCLIP loads"),
     "benchmark": ("flora.benchmark.__main__", "time a local step against the loops that others write"),
 }

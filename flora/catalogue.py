@@ -33,6 +33,7 @@ import flora.data.splits
 import flora.federated.buffered
 import flora.federated.synchronous
 import flora.privacy.bounds
+import flora.privacy.canaries
 import flora.privacy.distributed
 import flora.privacy.mechanisms
 import flora.privacy.secure_sums

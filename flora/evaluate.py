@@ -7,7 +7,6 @@ from flora.parsers import first_look
 if __name__ == "__main__":
     first_look("evaluate")  # what is imported from here on takes seconds
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +15,6 @@ from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.parse import config_to_dict
 from flora.core.command_line import run_program
-from flora.core.errors import UserError
 from flora.core.progress import Tell, image_progress
 from flora.core.records import Evaluation
 from flora.core.registry import name_of
@@ -31,7 +29,7 @@ from flora.features.features import Features, images_digest
 from flora.parsers import evaluate_parser
 from flora.runs.environment import environment
 from flora.runs.finished import Classes, FinishedRun, check_overrides, read_run
-from flora.runs.run_directory import write_json_beside
+from flora.runs.run_directory import check_free_name, write_json_beside
 from flora.runs.using import AdaptedRun, adapted_run
 
 # What may be different from the run: the data, the texts, how predictions are made, and where things are.
@@ -47,11 +45,8 @@ def _main(argv: Sequence[str] | None) -> int:
     options = evaluate_parser().parse(argv)
     check_overrides(options.overrides, CHANGEABLE)
     name = options.name
-    if name is not None and not re.fullmatch(r"[\w][\w .-]*", name):
-        raise UserError(f"--name: expected a plain file name, got {name!r}")
     folder = options.run / "evaluations"
-    if name is not None and (folder / f"{name}.json").exists():
-        raise UserError(f"{folder / f'{name}.json'}: exists already; choose another --name")
+    check_free_name(folder, name)
     run = read_run(options.run, options.overrides)
     content = evaluated(run, options.client)
     path = write_json_beside(folder, f"{name or name_of(run.config.data)}.json", content, numbered=name is None)

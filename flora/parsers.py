@@ -30,6 +30,10 @@ EVALUATE = (
     "Evaluate a finished run's model on another data set, or again on its own: on the test images, with the prompts of "
     "that data set's classes. The record is written to RUN/evaluations."
 )
+AUDIT = (
+    "Attack a finished run: which examples its adapters were trained on, which clients took part, which classes a "
+    "client holds, and what its canaries say of epsilon. The record is written to RUN/audits."
+)
 REPORT = (
     "Write one page of a finished run, or of several side by side: a file that opens from the disk in any browser. A "
     "folder of runs, such as a sweep's, stands for all finished ones in it."
@@ -160,6 +164,77 @@ def evaluate_parser() -> Parser:
     return parser
 
 
+ATTACKS = ("membership", "clients", "updates", "canaries")
+
+
+def audit_parser() -> Parser:
+    """Return what `flora audit` takes."""
+    parser = Parser(
+        prog="python -m flora.audit", description=AUDIT, epilog="example: python -m flora.audit runs/quickstart"
+    )
+    parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/quickstart")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="where data and backbone are now")
+    parser.add_argument(
+        "--references",
+        type=_even,
+        default=8,
+        metavar="N",
+        help="runs with half of the examples that the likelihood ratio attack compares with: an even number; 0: no "
+        "such attack (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=_counts,
+        metavar="N,N,...",
+        help="the rounds whose adapters and updates are attacked (default: the last, and all that checkpoints have)",
+    )
+    parser.add_argument(
+        "--examples", type=_count, default=10_000, help="of clients that are attacked at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", type=_attacks, default=ATTACKS, metavar="ATTACK,...", help=f"some of {', '.join(ATTACKS)}"
+    )
+    parser.add_argument(
+        "--delta",
+        type=_share,
+        help="that the canaries' epsilon goes with (default: that of the run's guarantee, or 1e-5)",
+    )
+    parser.add_argument("--name", help="of the record in RUN/audits (default: audit, and a number)")
+    return parser
+
+
+def _attacks(text: str) -> tuple[str, ...]:
+    """Names of attacks, with commas between them. Raises `ArgumentTypeError` for another text."""
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in ATTACKS:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(ATTACKS)}, got {name!r}")
+    return names
+
+
+def _even(text: str) -> int:
+    """An even number, 0 included. Raises `ArgumentTypeError` for another text."""
+    if not text.isdecimal() or int(text) % 2:
+        raise argparse.ArgumentTypeError(f"expected an even number, got {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    """Whole numbers above 0, with commas between them. Raises `ArgumentTypeError` for another text."""
+    return sorted({_count(part) for part in text.split(",")})
+
+
+def _share(text: str) -> float:
+    """A number of at least 0 and below 1. Raises `ArgumentTypeError` for another text."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number at least 0 and below 1, got {text!r}")
+    return number
+
+
 def _count(text: str) -> int:
     """A whole number above 0. Raises `ArgumentTypeError` for another text."""
     if not text.isdecimal() or not int(text):
@@ -280,6 +355,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "sweep": sweep_parser,
     "predict": predict_parser,
     "evaluate": evaluate_parser,
+    "audit": audit_parser,
     "report": report_parser,
     "export": export_parser,
     "benchmark": benchmark_parser,

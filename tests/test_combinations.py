@@ -42,6 +42,7 @@ from flora.data.splits import Splitter
 from flora.evaluation.metrics import METRICS
 from flora.experiment.build import build_experiment
 from flora.federated.round import run_round
+from flora.privacy.canaries import Canaries
 from flora.privacy.mechanisms import Privacy
 from flora.runs.measure import measure, measure_centralized, measure_local_only
 from flora.server.aggregators import Aggregator
@@ -62,6 +63,9 @@ NEEDS: dict[str, dict[str, Any]] = {
         "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5},
         "server": {"secure_sum": "pairwise_masks"},
     },
+    "directions": {"canaries": {"number": 3}},
+    "clients": {"canaries": {"number": 3}},
+    "examples": {"canaries": {"number": 6}},
     "leave_domain_out": {"split": {"domain": "x"}},
     "given_sizes": {"partition": {"sizes": [5, 6, 7, 8]}},
     "within_groups": {"partition": {"of": "iid"}},
@@ -85,6 +89,7 @@ KINDS: dict[str, type[Component]] = {
     "server.optimizer": ServerOptimizer,
     "communication.upload": Compressor,
     "communication.broadcast": Compressor,
+    "canaries": Canaries,
     "privacy": Privacy,
 }
 OTHERS: dict[str, dict[str, Any]] = {

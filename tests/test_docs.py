@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from flora import evaluate, export, new, predict, simulate
+from flora.audit import __main__ as audit
 from flora.benchmark import __main__ as benchmark
 from flora.config.parse import load_config
 from flora.core import command_line
@@ -122,6 +123,9 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(predict, "_answers", lambda *arguments: seen.append(arguments) or iter(()))  # type: ignore[func-returns-value]
     monkeypatch.setattr(evaluate, "evaluated", evaluated)
     monkeypatch.setattr(evaluate, "write_json_beside", lambda folder, name, *arguments, **options: folder / name)
+    monkeypatch.setattr(audit, "audited", lambda *arguments, **options: seen.append(arguments))
+    monkeypatch.setattr(audit, "audit", lambda *arguments: {"guarantee": {}})
+    monkeypatch.setattr(audit, "write_json_beside", lambda folder, name, *arguments, **options: folder / name)
     monkeypatch.setattr(export, "peft_adapter", lambda *arguments: seen.append(arguments) or {})  # type: ignore[func-returns-value]
     monkeypatch.setattr(export, "huggingface_files", lambda *arguments: {})
     monkeypatch.setattr(new, "look", lambda path: seen.append(path))
@@ -146,7 +150,7 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def understand(command: str, seen: list[Any]) -> None:
     name, arguments = arguments_of(command)
-    programs = {"new": new, "predict": predict, "evaluate": evaluate, "export": export}
+    programs = {"new": new, "predict": predict, "evaluate": evaluate, "export": export, "audit": audit}
     programs |= {"simulate": simulate, "sweep": sweep, "benchmark": benchmark, "report": report}
     program = programs[name.split(".")[1]]
     with_placeholders = {"RUN": "runs/mine", "FOLDER": "adapted", "NAME": "7"}

@@ -43,6 +43,8 @@ USAGE_ERRORS = [
     ["predict", "runs/x"],
     ["predict", "runs/x", "a.jpg", "--top", "no"],
     ["evaluate"],
+    ["audit"],
+    ["audit", "runs/x", "--references", "3"],
     ["report"],
     ["simulate", "--list", "--live"],
     ["benchmark", "--batch", "many"],

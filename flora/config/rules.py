@@ -81,6 +81,7 @@ def check_clients(config: ExperimentConfig, number: int, names: Sequence[str] | 
     counts = {
         "evaluation.num_local_only": config.evaluation.num_local_only,
         "server.schedule.buffer": _buffer(config),
+        "canaries.number": 0 if config.canaries is None or config.canaries.unit != "client" else config.canaries.number,
     }
     for option, count in counts.items():
         if count > number:

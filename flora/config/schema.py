@@ -31,6 +31,7 @@ from flora.data.splits import Official, Splitter
 from flora.features.cache import CacheOptions
 from flora.federated.federation import RoundSchedule
 from flora.federated.synchronous import Synchronous
+from flora.privacy.canaries import Canaries
 from flora.privacy.mechanisms import Privacy
 from flora.privacy.secure_sums import SecureSum
 from flora.server.aggregators import Aggregator, Mean
@@ -189,6 +190,9 @@ class ExperimentConfig(Options):
     network: Network | None = option("lines, machines and hours of the clients; none: all at once, always", None)
     privacy: Privacy | None = option("client-level differential privacy of what the server learns; none: without", None)
     communication: CommunicationOptions = option("how what travels is written", CommunicationOptions())
+    canaries: Canaries | None = option(
+        "what is in or out of the run by fair coins, for `flora audit`; none: nothing, as in any other run", None
+    )
     cache: CacheOptions = option("where image features are kept between runs", CacheOptions())
     speed: SpeedOptions = option("exact ways to be faster", SpeedOptions())
     evaluation: EvaluationOptions = option("when and how results are measured", EvaluationOptions())

@@ -45,6 +45,7 @@ from flora.features.features import Features, images_digest
 from flora.features.views import move_if_they_fit
 from flora.federated.federation import Federation, ServerParts
 from flora.federated.summing import check_sums
+from flora.privacy.canaries import planted
 from flora.privacy.rounds import PrivateRounds
 
 
@@ -163,8 +164,12 @@ def build_experiment(
     )
     if new:
         log(f"{len(new[0]):,} more test images, of {len(images.new_class_names)} new classes")
+    canaries, clients = planted(config.canaries, clients, rng.child("canaries"))
+    if canaries is not None:
+        train = train.with_labels(torch.from_numpy(canaries.labels(labels, len(images.class_names))))
+        log(f"{canaries.canaries.number} canaries, each in or out by a fair coin: this run is to be audited")
     engine = Engine(model, train, clients_per_block, hooks or Hooks(), log, processes)
-    federation = replace(_federation(config, engine, clients, roster, rng), server_training=training)
+    federation = replace(_federation(config, engine, clients, roster, rng), server_training=training, canaries=canaries)
     return Experiment(
         config=config,
         federation=federation,

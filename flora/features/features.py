@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -60,6 +60,10 @@ class Features(_Beside, ABC):
     def subset(self, indices: np.ndarray) -> Features:
         """The examples at `indices`, in that order; what is large is shared."""
 
+    def with_labels(self, labels: Tensor) -> Features:
+        """The same examples with other labels `(N,)`, on the CPU."""
+        return replace(self, labels=labels)  # type: ignore[call-arg]
+
 
 @dataclass(frozen=True, eq=False)
 class StoredFeatures(Features):
@@ -92,6 +96,9 @@ class StoredFeatures(Features):
             chosen_digests(self.digests, indices),
             computed_as=self.computed_as,
         )
+
+    def with_labels(self, labels: Tensor) -> StoredFeatures:
+        return replace(self, labels=labels)
 
 
 def chosen_digests(digests: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:

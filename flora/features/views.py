@@ -54,6 +54,9 @@ class ViewFeatures(Features):
         """The images at `indices`, as they are: what is held out is not changed at random."""
         return self.images.subset(indices)
 
+    def with_labels(self, labels: Tensor) -> Features:
+        return replace(self, images=self.images.with_labels(labels))
+
 
 def move_if_they_fit(features: Sequence[Features], device: torch.device) -> list[Features]:
     """Stored features on `device` if they fit into half of its free memory, else where they are."""

@@ -29,6 +29,7 @@ from flora.engine.engine import Engine
 from flora.engine.tasks import ClientTask, TrainingSetup
 from flora.federated.roles import TensorRoles
 from flora.federated.server_training import ServerTraining
+from flora.privacy.canaries import PlantedCanaries
 from flora.privacy.fixed_point import Ring
 from flora.privacy.rounds import PrivateRounds
 from flora.privacy.secure_sums import SecureSum
@@ -116,7 +117,8 @@ class Federation:
     """The parts of a federation: who trains what, how it travels, and what the server makes of it. None of it changes.
 
     `ranks` `(num_clients,)` are the clients' own, None if all have the adapter's. `server_training` is what the server
-    trains by itself. `privacy` is what bounds and noises updates, None where nothing does.
+    trains by itself. `privacy` is what bounds and noises updates, None where nothing does; `canaries` are
+    what an audit looks for, if there are any.
     """
 
     engine: Engine
@@ -132,6 +134,7 @@ class Federation:
     ranks: np.ndarray | None = None
     server_training: ServerTraining = field(default_factory=ServerTraining)
     privacy: PrivateRounds | None = None
+    canaries: PlantedCanaries | None = None
 
     @cached_property
     def roles(self) -> TensorRoles:

@@ -30,13 +30,14 @@ def _send(
     if failed_step is None and not tree.is_finite(own):
         failed_step = result.num_steps - 1
     delta = {name: tensor - task.adapter[name] for name, tensor in result.adapter.items() if name not in own}
+    extra = result.sent_correction
+    if federation.canaries is not None:
+        delta, extra = federation.canaries.sent(client, delta, extra)
     if federation.privacy is not None:
         rng = plan.rng.child("client", client, "privacy")
         delta = federation.privacy.sent(delta, plan.view.privacy, rng)
     feedback = plan.view.clients.get(client, FRESH).feedback
-    upload = federation.link.upload(
-        delta, feedback, result.sent_correction, client, plan.rng.child("client", client, "upload")
-    )
+    upload = federation.link.upload(delta, feedback, extra, client, plan.rng.child("client", client, "upload"))
     update = ClientUpdate(
         client=client,
         num_examples=len(task.examples),
@@ -44,7 +45,7 @@ def _send(
         num_bytes=upload.num_bytes,
         loss=result.loss,
         num_steps=result.num_steps,
-        extra=result.sent_correction,
+        extra=extra,
         failed_step=failed_step,
     )
     return update, dataclasses.replace(result.state, own=own, feedback=upload.feedback)

@@ -12,6 +12,7 @@ import numpy as np
 
 from flora.evaluation.summary import describe, percent, shown, size
 from flora.report import charts
+from flora.report.audits import audits
 from flora.report.charts import picture
 from flora.report.elements import Cell, Html, bars, element, facts, folded, joined, section, table
 from flora.report.reading import Absent, RunFiles, confusion_of, evaluations_of, numbers
@@ -30,6 +31,7 @@ def sections(run: RunFiles) -> dict[str, Html]:
         "Classes": _classes(run),
         "On other data": (evaluations(run),),
         "Inside the rounds": (grid(*charts.other_metrics(run), kind="grid small"),),
+        "Privacy audits": (audits(run),),
         "Settings": (settings(run), _environment(run)),
         "Go on": (commands(run),),
     }

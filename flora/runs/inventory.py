@@ -70,6 +70,8 @@ def partition_as_used(experiment: Experiment) -> dict[str, Any]:
         "num_test": len(experiment.test),
         "clients": rows,
     }
+    if federation.canaries is not None:
+        content["canaries"] = federation.canaries.to_dict()
     if any(client.name is not None for client in federation.clients):
         content["clients_without_training_images"] = list(experiment.left_out)
     return content

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -285,6 +286,16 @@ class RunDirectory:
             with suppress(OSError):
                 os.truncate(path, size)
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def check_free_name(folder: Path, name: str | None) -> None:
+    """Raise `UserError` if `--name` is given and is no plain file name, or a folder has a JSON file of that name."""
+    if name is None:
+        return
+    if not re.fullmatch(r"[\w][\w .-]*", name):
+        raise UserError(f"--name: expected a plain file name, got {name!r}")
+    if (folder / f"{name}.json").exists():
+        raise UserError(f"{folder / f'{name}.json'}: exists already; choose another --name")
 
 
 def write_json_beside(folder: Path, name: str, content: Any, *, numbered: bool) -> Path:
