@@ -209,8 +209,11 @@ class _SharedTexts:
         )
         # (M, U, C, embed_dim): each of the M passes is for one client of each adapter, or for none.
         places = self._alike.turn, self._alike.which
-        by_features = by_leaf.new_zeros((max(self._alike.turn) + 1, *self._features.shape))
-        by_features[places] = by_leaf
+        if len(self._alike.first) == 1:
+            by_features = by_leaf.unsqueeze(1)
+        else:
+            by_features = by_leaf.new_zeros((max(self._alike.turn) + 1, *self._features.shape))
+            by_features[places] = by_leaf
         through = torch.autograd.grad(
             self._features, self._leaves, by_features, is_grads_batched=True, allow_unused=True
         )
