@@ -216,7 +216,7 @@ def _parse_options(cls: type[Options], raw: Any, path: str) -> Options:
     for name, field in fields.items():
         if name not in raw and field.default is dataclasses.MISSING:
             mistakes.append(OptionError(f"{prefix}{name}", f"missing: {field.metadata['help']}"))
-    types_by_name = _types_of(cls)  # type: ignore[arg-type]  # mypy takes an instance's __hash__ for the class's
+    types_by_name = _types_of(cls)  # type: ignore[arg-type]  # mypy takes `__hash__` of its instances for its own
     values = {}
     for name in (name for name in raw if name in fields):
         value, default = raw[name], fields[name].default

@@ -223,8 +223,11 @@ class SharedTexts:
         )
         # (M, U, C, embed_dim): each of the M passes is for one row of each adapter, or for none.
         places = self._places
-        by_features = by_leaf.new_zeros((max(places[0]) + 1, *self._features.shape))
-        by_features[places] = by_leaf
+        if len(self._features) == 1:
+            by_features = by_leaf.unsqueeze(1)
+        else:
+            by_features = by_leaf.new_zeros((max(places[0]) + 1, *self._features.shape))
+            by_features[places] = by_leaf
         through = torch.autograd.grad(
             self._features, self._leaves, by_features, is_grads_batched=True, allow_unused=True, retain_graph=True
         )
