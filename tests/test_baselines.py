@@ -30,16 +30,16 @@ from flora.client.local_training import LocalTraining
 from flora.client.objectives import Contrastive
 from flora.client.optimizers import Sgd
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.full import FullFineTuning
-from flora.clip.adapters.heads_and_prompts import (
+from flora.clip.adapters.beside import (
     AttentionAdapter,
     ClipAdapter,
     LinearHead,
     Norm,
-    PromptContext,
     VisionAndHead,
 )
+from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import Lora
+from flora.clip.adapters.prompts import PromptContext
 from flora.communication.options import payload_bytes
 from flora.config.parse import parse_config
 from flora.core import tree
@@ -60,6 +60,7 @@ METHODS: dict[str, tuple[Adapter, int]] = {
     "clip_adapter": (ClipAdapter(), 2 * 16 * 4),
     "prompt_context": (PromptContext(), 4 * 32),
     "random context": (PromptContext(words=None, num_tokens=6), 6 * 32),
+    "context of each class": (PromptContext(class_specific=True, position="middle"), 3 * 4 * 32),
     "norm": (Norm(), 2 * 32),
 }
 SGD = LocalTraining(learning_rate=0.3, batch_size=4, optimizer=Sgd(momentum=0.9, weight_decay=0.01), epochs=2)
@@ -172,22 +173,45 @@ def test_the_clip_adapter_is_a_bottleneck_beside_the_feature(tiny_model: str) ->
         torch.testing.assert_close(found[client], F.normalize(expected, dim=-1), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("method", [PromptContext(), PromptContext(words=None, num_tokens=5)])
+@pytest.mark.parametrize("class_specific", [False, True])
+@pytest.mark.parametrize(
+    ("options", "num_before"),
+    [
+        ({}, 4),
+        ({"words": None, "num_tokens": 5}, 5),
+        ({"position": "middle"}, 2),
+        ({"position": "end", "words": None, "num_tokens": 3}, 0),
+    ],
+)
 @torch.no_grad()
-def test_a_prompt_context_replaces_the_words_embeddings(tiny_model: str, method: PromptContext) -> None:
+def test_a_prompt_context_replaces_the_words_embeddings(
+    tiny_model: str, options: dict[str, Any], num_before: int, class_specific: bool
+) -> None:
+    method = PromptContext(**options, class_specific=class_specific)
     model, plain = adapt(tiny_model, method, templates=method.templates(())), load_plain(tiny_model).model
     stack = moved(model, 2)
     model.release_stems()
     with model.adapter.bind(stack):
         found = model.class_features(2)
     tokens = load_clip(tiny_model).tokenize([method.templates(())[0].format(name) for name in CLASSES])
-    number = stack["context"].shape[1]
+    ends = tokens.argmax(dim=-1).tolist()
+    assert stack["context"].shape[-2:] == (options.get("num_tokens", 4), 32)
     for client in range(2):
         x: Any = plain.token_embedding(tokens)  # type: ignore[operator]
-        x[:, 1 : 1 + number] = stack["context"][client]
+        for place, end in enumerate(ends):
+            context = stack["context"][client, place] if class_specific else stack["context"][client]
+            num_behind = len(context) - num_before
+            x[place, 1 : 1 + num_before] = context[:num_before]
+            x[place, end - 1 - num_behind : end - 1] = context[num_before:]  # then a full stop, then the end
         x = plain.transformer(x + plain.positional_embedding, attn_mask=plain.attn_mask)  # type: ignore[operator]
-        x = plain.ln_final(x)[torch.arange(3), tokens.argmax(dim=-1)] @ plain.text_projection  # type: ignore[operator]
+        x = plain.ln_final(x)[torch.arange(3), ends] @ plain.text_projection  # type: ignore[operator]
         torch.testing.assert_close(found[client], F.normalize(x, dim=-1), atol=TOLERANCE, rtol=0)
+
+
+def test_a_context_behind_the_name_needs_room(tiny_model: str) -> None:
+    method = PromptContext(position="end")
+    with pytest.raises(UserError, match=r"adapter\.position: a class's name leaves no room for the context behind it"):
+        adapt(tiny_model, method, templates=method.templates(()), class_names=("very " * 80, "dog"))
 
 
 @torch.no_grad()

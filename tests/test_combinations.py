@@ -53,6 +53,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "scaffold": {"local": {"optimizer": "sgd"}},
     "feddyn": {"local": {"optimizer": "sgd"}},
     "few_shot_chunks": {"clients": {"number": 3}},
+    "leave_domain_out": {"split": {"domain": "x"}},
+    "given_sizes": {"partition": {"sizes": [5, 6, 7, 8]}},
+    "within_groups": {"partition": {"of": "iid"}},
+    "fedper": {"server": {"strategy": {"stay": ["*.lora_B", "*.weight"]}}},
 }
 KINDS: dict[str, type[Component]] = {
     "adapter": Adapter,
@@ -80,6 +84,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "adapter.start": {"adapter": {"name": "lora", "start": str(START)}},
     "evaluation.auroc": {"evaluation": {"auroc": True}},
     "evaluation.centralized": {"evaluation": {"centralized": True}},
+    "evaluation.also": {"evaluation": {"also": ["digits"]}},
     "local.steps": {"local": {"steps": 2}},
     "server.screening=clip": {"server": {"screening": {"policy": "clip", "max_norm_ratio": 1.5}}},
     "communication.error_feedback": {"communication": {"error_feedback": True, "upload": "top_k"}},

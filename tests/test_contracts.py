@@ -156,7 +156,7 @@ def test_what_a_step_minimises(raw_config: dict[str, Any]) -> None:
     own(Penalty, "loss", lambda view: view.images.sum())
     message = "local.penalty: mine returned float32 (), expected shape (4,)"
     assert fault(raw_config, local={**raw_config["local"], "penalty": "mine"}, name="b") == message
-    own(Schedule, "after_warmup", lambda progress: float("nan"))
+    own(Schedule, "after_warmup", lambda num_done, number: float("nan"))
     message = "local.schedule: mine returned a factor of nan in round 1"
     assert fault(raw_config, local={**raw_config["local"], "schedule": "mine"}, name="c") == message
 

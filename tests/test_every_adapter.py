@@ -30,7 +30,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "one block": {"vision": {"layers": 1}, "text": {"layers": 1}},
     "wide image": {"vision": {"image_size": [16, 24]}},
 }
-REFUSED = {("no pre-norm", "norm"): "adapter: norm trains the norm before the vision tower's blocks: "}
+REFUSED = {
+    ("no pre-norm", "norm"): "adapter: norm trains the norm before the vision tower's blocks: ",
+    (
+        "mean of patches",
+        "visual_prompt",
+    ): "adapter: visual_prompt needs a vision tower that is read at its class token: ",
+}
 
 
 @pytest.mark.parametrize("adapter", sorted(components(Adapter)))

@@ -16,8 +16,8 @@ from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
-from flora.clip.adapters.heads_and_prompts import PromptContext
 from flora.clip.adapters.lora import TARGETS, Lora
+from flora.clip.adapters.prompts import PromptContext
 from flora.clip.towers.speed import SpeedOptions
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.low_rank import layers

@@ -10,7 +10,17 @@ import torch
 from helpers import TOLERANCE
 
 from flora.client import optimizers
-from flora.client.optimizers import Adam, AdamW, Constant, Cosine, Optimizer, Sgd, clip_rows
+from flora.client.optimizers import (
+    Adam,
+    AdamW,
+    Constant,
+    Cosine,
+    ExponentialDecay,
+    Optimizer,
+    Sgd,
+    StepDecay,
+    clip_rows,
+)
 from flora.core.registry import OptionError
 
 CASES = [
@@ -87,3 +97,6 @@ def test_schedules() -> None:
     factors = [warm.factor(round, 12) for round in range(1, 13)]
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1])
     assert all(later < earlier for earlier, later in itertools.pairwise(factors[2:]))
+    step = StepDecay(every=2, gamma=0.5, warmup_rounds=1)
+    assert [step.factor(round, 9) for round in range(1, 8)] == [0.5, 1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert [ExponentialDecay(gamma=0.5).factor(round, 9) for round in (1, 2, 3, 4)] == [1, 0.5, 0.25, 0.125]

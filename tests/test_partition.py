@@ -10,16 +10,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import EXTREMES, LABELS, check_arrays, class_counts, label_arrays, same, sizes
 
 from flora.core.errors import UserError
 from flora.core.registry import OptionError, components
 from flora.core.rng import Rng
 from flora.data.few_shot import FewShot, FewShotChunks, FewShotOverlapping
-from flora.data.partition import Dirichlet, Iid, LongTailed, Natural, Partitioner, Pathological, Quantity, Shards
+from flora.data.partition import (
+    Dirichlet,
+    Iid,
+    LongTailed,
+    Natural,
+    Partitioner,
+    Pathological,
+    Quantity,
+    Shards,
+    log_dirichlet,
+)
 
-# Ten classes of 60 examples, with gaps in the labels and in no order.
-LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10) * 3, 60))
-EXTREMES = (1e-320, 1e-6, 1e-3, 0.1, 1.0, 100.0, 1e6, 1e308)
 COMPLETE = [Iid(), Dirichlet(), Dirichlet(cap=1.0), Pathological(), Shards(), Quantity(), LongTailed(order="own")]
 DRAWING = [
     *COMPLETE,
@@ -27,36 +35,6 @@ DRAWING = [
     FewShot(shots=3),
     FewShot(shots=3, mode="pathological", classes_per_client=2),
 ]
-
-
-def label_arrays(max_classes: int = 8) -> st.SearchStrategy[np.ndarray]:
-    """Up to 80 labels, of classes that may be missing or rare."""
-    return st.lists(st.integers(0, max_classes - 1), min_size=1, max_size=80).map(np.array)
-
-
-def check_arrays(parts: list[np.ndarray], num_clients: int, num_examples: int, *, disjoint: bool = True) -> None:
-    """What every partitioner promises: sorted int64 indices, none twice; if `disjoint`, no example at two clients."""
-    assert len(parts) == num_clients
-    for part in parts:
-        assert part.dtype == np.int64 and part.ndim == 1
-        assert np.all(np.diff(part) > 0)
-    dealt = np.concatenate(parts)
-    assert len(np.unique(dealt)) == len(dealt) or not disjoint
-    assert np.all((dealt >= 0) & (dealt < num_examples))
-
-
-def class_counts(parts: list[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """How many examples of each class each client has, `(clients, classes)`."""
-    _, index = np.unique(labels, return_inverse=True)
-    return np.array([np.bincount(index[part], minlength=index.max() + 1) for part in parts])
-
-
-def sizes(parts: list[np.ndarray]) -> np.ndarray:
-    return np.array([len(part) for part in parts])
-
-
-def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def test_registered_names() -> None:
@@ -185,7 +163,7 @@ def test_a_full_client_gets_nothing_and_the_others_share_in_proportion(seed: int
     assert sizes(parts).sum() == len(labels)
     held, num_full = [0, 0, 0, 0], 0
     for label in (2, 4, 5, 7, 9, 30):
-        log_weights = partitioner._log_weights(4, Rng(seed).child("draw", 0, "class", label))
+        log_weights = log_dirichlet(partitioner.concentration, 4, Rng(seed).child("draw", 0, "class", label))
         weights = [np.exp(log_weights[client]) if held[client] < cap * 360 / 4 else 0.0 for client in range(4)]
         for client in range(4):
             count = int((labels[parts[client]] == label).sum())

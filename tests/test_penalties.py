@@ -15,7 +15,7 @@ from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.client.optimizers import Sgd
 from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty, ReciprocalConsistency
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.heads_and_prompts import LinearHead
+from flora.clip.adapters.beside import LinearHead
 from flora.clip.adapters.lora import Lora
 from flora.clip.loss_terms import StepView
 from flora.core import tree

@@ -36,6 +36,7 @@ from flora.config.rules import check_experiment
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
+from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.core.states import ClientUpdate, ServerState
 from flora.core.tree import State
@@ -44,7 +45,7 @@ from flora.evaluation.accuracy import evaluate, own_accuracies
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters
 from flora.federated.federation import Federation
 from flora.federated.round import run_round
-from flora.server.strategies.averaging import FedAvg
+from flora.server.strategies.averaging import FedAvg, FedPer
 from flora.server.strategies.base import Strategy
 from flora.server.strategies.factors import FedSaLora, FfaLora, OneFactorStays, PLora, RoLora
 from flora.simulate import resume, simulate
@@ -97,7 +98,7 @@ def plain_training(
 # One factor stays
 
 
-@pytest.mark.parametrize("strategy", [FedSaLora(), PLora()])
+@pytest.mark.parametrize("strategy", [FedSaLora(), PLora(), FedPer(stay=("text.0.*",))])
 def test_one_factor_stays_as_in_a_plain_loop(tiny_model: str, strategy: OneFactorStays) -> None:
     parts = parts_of(adapt(tiny_model, Lora(rank=2)), strategy, cohort=3)
     states = rounds(parts, 3)
@@ -136,6 +137,27 @@ def test_the_factor_that_stays_is_never_sent(tiny_model: str, strategy: Strategy
     assert result.aggregation_error is None
     _, plain = run_round(parts_of(parts.engine.model), state)
     assert result.uplink_bytes == result.downlink_bytes < 0.6 * plain.uplink_bytes
+
+
+def test_what_matches_a_pattern_stays_as_a_factor_does(tiny_model: str) -> None:
+    """`fedper` with the names of all B is `fedsa_lora`, and a run that names nothing there is refused."""
+    model = adapt(tiny_model, Lora(rank=2))
+    one, other = (rounds(parts_of(model, strategy), 2)[-1] for strategy in (FedPer(stay=("*.lora_B",)), FedSaLora()))
+    assert_states_close(one.adapter, other.adapter, atol=0)
+    for client in one.clients:
+        assert_states_close(own(one, client), own(other, client), atol=0)
+    with pytest.raises(OptionError, match=r"strategy\.stay: 'head\.\*' matches no tensor; there are text\.0"):
+        FedPer().check_names(tuple(one.adapter))
+    with pytest.raises(OptionError, match=r"strategy\.stay: all tensors would stay, and none travel"):
+        FedPer(stay=("*",)).check_names(tuple(one.adapter))
+    with pytest.raises(OptionError, match="stay: expected at least one pattern"):
+        FedPer(stay=())
+
+
+def test_a_pattern_that_matches_nothing_is_one_line(raw_config: dict[str, Any]) -> None:
+    raw = raw_config | {"server": {"strategy": {"name": "fedper", "stay": ["head.*"]}}}
+    with pytest.raises(OptionError, match=r"server\.strategy\.stay: 'head\.\*' matches no tensor; there are text"):
+        simulate(parse_config(raw))
 
 
 def test_a_client_that_is_left_out_keeps_what_it_had(tiny_model: str) -> None:
@@ -328,6 +350,7 @@ def test_fine_tuning_as_in_a_plain_loop(tiny_model: str, strategy: Strategy) -> 
 
 WHOLE: dict[str, dict[str, Any]] = {
     "fedsa_lora": {"server": {"strategy": "fedsa_lora"}},
+    "fedper": {"server": {"strategy": {"name": "fedper", "stay": ["*.lora_A"]}}},
     "plora, kept optimiser": {"server": {"strategy": "plora"}, "local": {"optimizer_state": "kept"}},
     "ditto": {"personal": {"name": "ditto", "weight": 0.5}},
     "dual_lora": {"adapter": {"name": "dual_lora", "rank": 2, "local_rank": 4, "layers": None}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from flora.core.errors import UserError
 from flora.core.rng import Rng
 from flora.data.datasets.base import ImageArrays, ImageData, ImageFiles, Split
-from flora.data.splits import Merged, Official, Sample, Validation
+from flora.data.splits import LeaveDomainOut, Merged, Official, Sample, Validation
 
 
 def arrays(size: int, start: int, groups: bool = False) -> Split:
@@ -122,3 +123,17 @@ def test_a_split_without_images_is_refused() -> None:
         Merged(test_fraction=0.1).split(tiny, Rng(0))
     with pytest.raises(UserError, match=r"split\.fraction: of 1 images none would be left to test on"):
         Validation(fraction=0.1).split(tiny, Rng(0))
+
+
+def test_leave_domain_out_tests_on_all_images_of_one_domain() -> None:
+    train, test = arrays(12, 0), arrays(8, 12)
+    domains = [np.array(["photo", "sketch", "art"])[np.arange(size) % 3] for size in (12, 8)]
+    data = ImageData(replace(train, groups=domains[0]), replace(test, groups=domains[1]), ("a", "b", "c", "d"))
+    left_out = LeaveDomainOut(domain="sketch").split(data, Rng(0))
+    assert numbers(left_out.train) == [number for number in range(12) if number % 3 != 1]
+    assert numbers(left_out.test) == [1, 4, 7, 10, 13, 16, 19]
+    assert set(left_out.test.groups.tolist()) == {"sketch"}
+    with pytest.raises(UserError, match=r"split\.domain: unknown domain 'scetch'; did you mean 'sketch'\?"):
+        LeaveDomainOut(domain="scetch").split(data, Rng(0))
+    with pytest.raises(UserError, match="the data name no domains"):
+        LeaveDomainOut(domain="sketch").split(ImageData(train, test, data.class_names), Rng(0))

@@ -138,15 +138,15 @@ class Schedule(Component):
     warmup_rounds: int = option("rounds over which the rate rises linearly to its full value", 0, at_least=0)
 
     @abstractmethod
-    def after_warmup(self, progress: float) -> float:
-        """The factor at `progress` (0 to 1) of the rounds behind the warm-up."""
+    def after_warmup(self, num_done: int, number: int) -> float:
+        """The factor in a round behind the warm-up, when `num_done` of the `number` such rounds are done."""
 
     def factor(self, round: int, num_rounds: int) -> float:
         """The factor on the learning rate in `round`, counted from 1."""
         if round <= self.warmup_rounds:
             return round / (self.warmup_rounds + 1)
         rest = max(num_rounds - self.warmup_rounds, 1)
-        return self.after_warmup((round - self.warmup_rounds - 1) / rest)
+        return self.after_warmup(round - self.warmup_rounds - 1, rest)
 
 
 @register("constant")
@@ -154,7 +154,7 @@ class Schedule(Component):
 class Constant(Schedule):
     """One learning rate for all rounds."""
 
-    def after_warmup(self, progress: float) -> float:
+    def after_warmup(self, num_done: int, number: int) -> float:
         return 1.0
 
 
@@ -166,8 +166,31 @@ class Cosine(Schedule):
     needs_num_rounds: ClassVar[bool] = True
     final_fraction: float = option("share of the rate that it ends near", 0.0, at_least=0, at_most=1)
 
-    def after_warmup(self, progress: float) -> float:
-        return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+    def after_warmup(self, num_done: int, number: int) -> float:
+        return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * (num_done / number))) / 2
+
+
+@register("step")
+@dataclass(frozen=True)
+class StepDecay(Schedule):
+    """The rate falls to a share of itself after every so many rounds."""
+
+    every: int = option("rounds between two falls", 10, at_least=1)
+    gamma: float = option("what the rate is multiplied by at each", 0.1, above=0, at_most=1)
+
+    def after_warmup(self, num_done: int, number: int) -> float:
+        return self.gamma ** (num_done // self.every)
+
+
+@register("exponential")
+@dataclass(frozen=True)
+class ExponentialDecay(Schedule):
+    """The rate falls to a share of itself after each round."""
+
+    gamma: float = option("what the rate is multiplied by after a round", 0.99, above=0, at_most=1)
+
+    def after_warmup(self, num_done: int, number: int) -> float:
+        return self.gamma**num_done
 
 
 def clip_rows(gradients: Tensor, clip_norm: float) -> Tensor:

@@ -233,6 +233,8 @@ def _architecture(name: str, config: dict[str, Any]) -> Architecture:
         image_size=pair(vision.image_size),
         context_length=text.context_length,
         has_vision_pre_norm=not vision.no_ln_pre,
+        reads_class_token=vision.pool_type == "tok",
+        reads_text_end=text.pool_type in ("argmax", "eos"),
     )
 
 

@@ -34,6 +34,10 @@ class Architecture:
     image_size: tuple[int, int]
     context_length: int
     has_vision_pre_norm: bool = True
+    reads_class_token: bool = True
+    """Whether the vision tower is read at its class token, not at the mean of all."""
+    reads_text_end: bool = True
+    """Whether the text tower is read at a prompt's end-of-text token."""
 
     def tower(self, name: str) -> TowerShape:
         """The shape of the tower called `name`: "vision" or "text"."""

@@ -114,7 +114,11 @@ class EvaluationOptions(Options):
         "alone",
         (),
     )
-
+    also: tuple[Dataset, ...] = option(
+        "other data sets whose test images, told apart by their own classes, the frozen model and the last round's "
+        "adapter are evaluated on",
+        (),
+    )
     auroc: bool = option(
         "compute the area under the ROC curve, too; takes memory for a probability of each test image and class", False
     )
@@ -128,6 +132,9 @@ class EvaluationOptions(Options):
         check_templates(self.templates)
         if len(set(self.templates)) != len(self.templates):
             raise OptionError("templates", "expected each template once")
+        names = [name_of(dataset) for dataset in self.also]
+        if len(set(names)) != len(names):
+            raise OptionError("also", f"expected each once, got {', '.join(names)}")
 
     @property
     def prediction(self) -> Prediction:

@@ -12,7 +12,7 @@ import numpy as np
 
 from flora.core.counts import part_of
 from flora.core.errors import UserError
-from flora.core.registry import Component, option, register
+from flora.core.registry import Component, name_of, option, register
 from flora.core.rng import Rng
 
 MAX_DRAWS = 10
@@ -23,7 +23,14 @@ class Partitioner(Component):
     """How the training examples are dealt out to the clients."""
 
     names_clients: ClassVar[bool] = False
-    """Whether the clients are those that the data name: `group_names`, in that order."""
+    """Whether the data name the clients: `client_names`, in that order."""
+
+    def client_names(self, groups: np.ndarray | None, number: int | None = None) -> tuple[str, ...]:
+        """The names of the clients that have one of these examples; none where the data don't name them.
+
+        Raises `UserError` if they should and don't, or are not `number` where that is given.
+        """
+        return ()
 
     @abstractmethod
     def split(
@@ -31,19 +38,22 @@ class Partitioner(Component):
     ) -> list[np.ndarray]:
         """Return `num_clients` sorted int64 arrays of indices into `labels` `(N,)`.
 
-        `groups` `(N,)` names the client of each example where the data do so; only `natural` reads it.
+        `groups` `(N,)` names the client, or the domain, of each example where the data do so.
         Raises `UserError`, saying what would be possible, where the request can't be met.
         """
 
 
-def group_names(groups: np.ndarray | None, number: int | None = None) -> tuple[str, ...]:
-    """The names of the clients that have one of these examples, sorted.
-
-    Raises `UserError` if the data name none, or not `number` where that is given.
-    """
+def groups_of(partitioner: Partitioner, groups: np.ndarray | None) -> np.ndarray:
+    """`groups`, which a partitioner needs. Raises `UserError` if the data have none."""
     if groups is None:
-        raise UserError("partition: the data name no clients, which natural needs; choose another partitioner")
-    names = tuple(np.unique(groups).tolist())
+        raise UserError(
+            f"partition: the data name no clients, which {name_of(partitioner)} needs; choose another partitioner"
+        )
+    return groups
+
+
+def require_number(names: tuple[str, ...], number: int | None) -> tuple[str, ...]:
+    """Return `names`, those of the clients. Raises `UserError` if `number` is given and not theirs."""
     if number not in (None, len(names)):
         raise UserError(
             f"clients.number: the data name {len(names)} clients, got {number}; null takes them as they are"
@@ -78,7 +88,17 @@ def require_examples(labels: np.ndarray, num_clients: int, minimum: int = 1) -> 
         )
 
 
-def _deal(owner: np.ndarray, examples: np.ndarray, log_weights: np.ndarray, rng: Rng) -> None:
+def log_dirichlet(concentration: float, shape: int | tuple[int, int], rng: Rng) -> np.ndarray:
+    """Logarithms of Gamma(concentration) draws, which normalised (over the last axis) are a draw from the Dirichlet.
+
+    Gamma(c) is Gamma(c + 1) U^(1/c), whose logarithm is finite where a small c makes the number itself zero.
+    """
+    concentration = min(max(concentration, 1e-100), 1e100)
+    gamma = rng.child("gamma").numpy().standard_gamma(concentration + 1, shape)
+    return np.log(gamma) - rng.child("boost").numpy().standard_exponential(shape) / concentration
+
+
+def deal(owner: np.ndarray, examples: np.ndarray, log_weights: np.ndarray, rng: Rng) -> None:
     """Deal all of `examples`, shuffled, in proportion to exp(log_weights) `(K,)`; each share is off by less than one.
 
     The clients come in a random order, so that rounding favours none of them; equal weights give sizes that differ
@@ -90,7 +110,7 @@ def _deal(owner: np.ndarray, examples: np.ndarray, log_weights: np.ndarray, rng:
     owner[rng.child("examples").numpy().permutation(examples)] = np.repeat(order, np.diff(cuts, prepend=0))
 
 
-def _raise_to_minimum(owner: np.ndarray, num_clients: int, minimum: int, rng: Rng) -> None:
+def raise_to_minimum(owner: np.ndarray, num_clients: int, minimum: int, rng: Rng) -> None:
     """Move random examples from the largest clients to those with fewer than `minimum`, and no more than needed."""
     sizes = np.bincount(owner, minlength=num_clients)
     missing = np.maximum(minimum - sizes, 0)
@@ -128,6 +148,19 @@ def holders_of(num_classes: int, classes_per_client: int, num_clients: int, rng:
     return [places // classes_per_client for places in collect(cards, num_classes)]
 
 
+def covering_holders(num_classes: int, classes_per_client: int, num_clients: int, rng: Rng) -> list[np.ndarray]:
+    """The holders of each class as `holders_of` has them. Raises `UserError` if a class would have none."""
+    holders = holders_of(num_classes, classes_per_client, num_clients, rng)
+    least_clients = -(-num_classes // classes_per_client)
+    if num_clients < least_clients:
+        raise UserError(
+            f"partition.classes_per_client: {num_clients} clients with {classes_per_client} classes each don't cover "
+            f"the {num_classes} classes: expected at least {-(-num_classes // num_clients)} classes, or "
+            f"{least_clients} clients"
+        )
+    return holders
+
+
 @register("iid")
 @dataclass(frozen=True)
 class Iid(Partitioner):
@@ -141,7 +174,7 @@ class Iid(Partitioner):
     ) -> list[np.ndarray]:
         require_examples(labels, num_clients)
         owner = np.empty(len(labels), np.int64)
-        _deal(owner, np.arange(len(labels)), np.zeros(num_clients), rng)
+        deal(owner, np.arange(len(labels)), np.zeros(num_clients), rng)
         return collect(owner, num_clients)
 
 
@@ -179,24 +212,15 @@ class Dirichlet(Partitioner):
             sizes = np.zeros(num_clients, np.int64)
             for label, members in classes.items():
                 class_rng = rng.child("draw", draw, "class", label)
-                log_weights = self._log_weights(num_clients, class_rng)
+                log_weights = log_dirichlet(self.concentration, num_clients, class_rng)
                 # Never all clients: while examples are left, the smallest client has fewer than the mean.
                 log_weights[sizes * num_clients >= full] = -np.inf
-                _deal(owner, members, log_weights, class_rng)
+                deal(owner, members, log_weights, class_rng)
                 sizes += np.bincount(owner[members], minlength=num_clients)
             if sizes.min() >= self.minimum_examples:
                 break
-        _raise_to_minimum(owner, num_clients, self.minimum_examples, rng)
+        raise_to_minimum(owner, num_clients, self.minimum_examples, rng)
         return collect(owner, num_clients)
-
-    def _log_weights(self, num_clients: int, rng: Rng) -> np.ndarray:
-        """Logarithms `(K,)` of Gamma(concentration) draws, which normalised are a draw from the Dirichlet.
-
-        Gamma(c) is Gamma(c + 1) U^(1/c), whose logarithm is finite where a small c makes the number itself zero.
-        """
-        concentration = min(max(self.concentration, 1e-100), 1e100)
-        gamma = rng.child("gamma").numpy().standard_gamma(concentration + 1, num_clients)
-        return np.log(gamma) - rng.child("boost").numpy().standard_exponential(num_clients) / concentration
 
 
 @register("pathological")
@@ -216,20 +240,14 @@ class Pathological(Partitioner):
     ) -> list[np.ndarray]:
         require_examples(labels, num_clients)
         classes = classes_of(labels)
-        holders = holders_of(len(classes), self.classes_per_client, num_clients, rng)
-        least_clients = -(-len(classes) // self.classes_per_client)
-        if num_clients < least_clients:
-            raise UserError(
-                f"partition.classes_per_client: {num_clients} clients with {self.classes_per_client} classes each "
-                f"don't cover the {len(classes)} classes: expected at least {-(-len(classes) // num_clients)} classes, "
-                f"or {least_clients} clients"
-            )
+        holders = covering_holders(len(classes), self.classes_per_client, num_clients, rng)
         shuffled = [rng.child("class", label).numpy().permutation(members) for label, members in classes.items()]
         owner = np.empty(len(labels), np.int64)
         self._share(owner, shuffled, holders, num_clients)
         num_empty = num_clients - len(np.unique(owner))
         if num_empty:
             rarest = min(len(members) for members in shuffled)
+            least_clients = -(-len(classes) // self.classes_per_client)
             possible = max(least_clients, rarest * len(classes) // self.classes_per_client)
             raise UserError(
                 f"clients.number: {num_empty} of {num_clients} clients would get no example: "
@@ -305,8 +323,8 @@ class Quantity(Partitioner):
         require_examples(labels, num_clients, self.minimum_examples)
         owner = np.empty(len(labels), np.int64)
         log_sizes = min(self.sigma, 1e100) * rng.child("sizes").numpy().standard_normal(num_clients)
-        _deal(owner, np.arange(len(labels)), log_sizes, rng)
-        _raise_to_minimum(owner, num_clients, self.minimum_examples, rng)
+        deal(owner, np.arange(len(labels)), log_sizes, rng)
+        raise_to_minimum(owner, num_clients, self.minimum_examples, rng)
         return collect(owner, num_clients)
 
 
@@ -341,13 +359,13 @@ class LongTailed(Partitioner):
                 class_rng = rng.child("class", label)
                 count = max(1, round(most * math.exp(step)))
                 kept = class_rng.child("kept").numpy().permutation(members)[:count]
-                _deal(owner, kept, np.zeros(num_clients), class_rng)
+                deal(owner, kept, np.zeros(num_clients), class_rng)
         else:
             profiles = np.stack(
                 [steps[rng.child("order", client).numpy().permutation(len(classes))] for client in range(num_clients)]
             )
             for place, (label, members) in enumerate(classes.items()):
-                _deal(owner, members, profiles[:, place], rng.child("class", label))
+                deal(owner, members, profiles[:, place], rng.child("class", label))
         return collect(owner, num_clients)
 
 
@@ -362,9 +380,11 @@ class Natural(Partitioner):
 
     names_clients = True
 
+    def client_names(self, groups: np.ndarray | None, number: int | None = None) -> tuple[str, ...]:
+        return require_number(tuple(np.unique(groups_of(self, groups)).tolist()), number)
+
     def split(
         self, labels: np.ndarray, num_clients: int, rng: Rng, *, groups: np.ndarray | None = None
     ) -> list[np.ndarray]:
-        names = group_names(groups, num_clients)
-        assert groups is not None  # else there were no names
-        return collect(np.searchsorted(names, groups), num_clients)
+        names = self.client_names(groups, num_clients)
+        return collect(np.searchsorted(names, groups_of(self, groups)), num_clients)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from flora.core.counts import part_of
 from flora.core.errors import UserError
-from flora.core.registry import Component, OptionError, option, register
+from flora.core.registry import Component, OptionError, option, register, suggest
 from flora.core.rng import Rng
 from flora.data.datasets.base import ImageData, ImageSource, Split, stratified_split
 
@@ -124,6 +124,30 @@ class BaseToNew(Splitter):
             raise UserError("split: no test image is of a new class")
         new = replace(new, labels=new.labels - num_base)
         return ImageData(train, test, data.class_names[:num_base], new, data.class_names[num_base:])
+
+
+@register("leave_domain_out")
+@dataclass(frozen=True)
+class LeaveDomainOut(Splitter):
+    """All images of one domain are tested on, those of the others are trained on (leave one domain out).
+
+    The domains are the groups that the data name. What the data set has to test on of the other domains is not read
+    (arXiv:2007.01434, section 3, tests on all images of the domain, too).
+    """
+
+    domain: str = option("the domain that nobody trains on")
+
+    def split(self, data: ImageData, rng: Rng) -> ImageData:
+        if data.train.groups is None or data.test.groups is None:
+            raise UserError("split: the data name no domains, which leave_domain_out needs, such as data.groups=folder")
+        names = np.unique(np.concatenate([data.train.groups, data.test.groups])).tolist()
+        if self.domain not in names:
+            raise UserError(f"split.domain: unknown domain {self.domain!r}; {suggest(self.domain, names)}")
+        its_train, its_test = data.train.groups == self.domain, data.test.groups == self.domain
+        test = _together(data.train.subset(its_train), data.test.subset(its_test))
+        train = data.train.subset(~its_train)
+        _require("split.domain", len(train), len(test))
+        return replace(data, train=train, test=test)
 
 
 def _check_inner(of: Splitter) -> None:

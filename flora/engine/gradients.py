@@ -22,9 +22,13 @@ from flora.engine.recording import Recorder, is_recorded
 
 @dataclass(frozen=True)
 class Loss:
-    """What a step minimises: the sum of terms, each with the setting that it comes from."""
+    """What a step minimises: the sum of terms, each with the setting that it comes from.
+
+    It is of the models of a step from `first_model` on.
+    """
 
     terms: tuple[tuple[str, LossTerm], ...]
+    first_model: int = 0
 
     @classmethod
     def of(cls, local: LocalTraining, adapter: AttachedAdapter) -> Loss:
@@ -34,7 +38,7 @@ class Loss:
             terms.append(("local.penalty", local.penalty))
         if local.active_self_training is not None:
             terms.append(("local.self_training", SelfTrainingTerm(local.active_self_training)))
-        return cls((*terms, *(("adapter", term) for term in adapter.loss_terms)))
+        return cls((*terms, *(("adapter", term) for term in adapter.loss_terms)), adapter.first_loss_model)
 
     @property
     def in_batch(self) -> bool:
@@ -47,11 +51,11 @@ class Loss:
         return any(term.needs_frozen for _, term in self.terms)
 
     def total(self, views: Sequence[StepView]) -> Tensor:
-        """Each client's loss `(K,)`: the sum of all terms over the models that its adapter stands for."""
+        """Each client's loss `(K,)`: the sum of all terms over the models, of a step's `views`, that it is of."""
         labels = views[0].labels
         losses = torch.zeros(len(labels), device=labels.device)
         for setting, term in self.terms:
-            for view in views:
+            for view in views[self.first_model :]:
                 losses = losses + checked_tensor(setting, term, term.loss(view), losses.shape)
         return losses
 
@@ -212,7 +216,7 @@ def _step_views(
             frozen, frozen_classes = _images(model, batch, number), model.frozen_class_features(batch.drawn)
     features: list[ImagesAndClasses] = []
     more: list[dict[str, Tensor]] = []
-    for bound in model.adapter.models(stack):
+    for bound in model.adapter.models_of_step(stack):
         with model.adapter.bind(bound, generators):
             images = _images(model, batch, number)
             if texts is not None:

@@ -197,6 +197,43 @@ for _statistic, _about, _title in (
     ("mean", "mean of `template_accuracy` over the templates", "other templates"),
     ("std", "standard deviation (n) of `template_accuracy` over the templates", "std of these"),
 ):
-    _name, _last_about = f"template_accuracy_{_statistic}", f"{_about}, after the last round"
-    _shown = Figure(_name, _last_about, "fraction", last(_name), _title, _title)
-    declare(Metric(_name, _about, "fraction", "server", (_shown,)))
+    of_last(f"template_accuracy_{_statistic}", _about, "fraction", "server", _title, _title)
+declare(
+    Metric(
+        "other_accuracy",
+        "accuracy on each of the data sets of `evaluation.also`, in round 0 and the last one",
+        "by name",
+        "server",
+        (
+            Figure("zero_shot_other_accuracy", "the frozen model's on them", "by name", first("other_accuracy")),
+            Figure("other_accuracy", "after the last round", "by name", last("other_accuracy")),
+        ),
+    )
+)
+declare(
+    Metric(
+        "other_accuracy_mean",
+        "mean of `other_accuracy` over the data sets",
+        "fraction",
+        "server",
+        (
+            Figure(
+                "zero_shot_other_accuracy_mean",
+                "mean over the data sets of `evaluation.also`, the frozen model",
+                "fraction",
+                first("other_accuracy_mean"),
+                "other data, zero-shot",
+                "other data sets, zero-shot",
+            ),
+            Figure(
+                "other_accuracy_mean",
+                "mean over the data sets of `evaluation.also`, after the last round",
+                "fraction",
+                last("other_accuracy_mean"),
+                "other data",
+                "other data sets",
+            ),
+        ),
+    )
+)
+of_last("other_accuracy_std", "standard deviation (n) of `other_accuracy` over the data sets", "fraction", "server")

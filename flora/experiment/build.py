@@ -14,7 +14,7 @@ from flora.clip.frozen import FrozenClip, parameter_count
 from flora.clip.towers.text import with_classes
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.participation import Participation
-from flora.config.rules import check_experiment
+from flora.config.rules import below, check_experiment
 from flora.config.schema import ExperimentConfig
 from flora.core.devices import choose_device
 from flora.core.hooks import Hooks
@@ -38,6 +38,7 @@ from flora.experiment.images import (
     find_images,
     warn_of_untested_classes,
 )
+from flora.experiment.other_data import OtherData, find_other_data, other_data
 from flora.experiment.server_training import find_server_data, server_digests, server_training
 from flora.experiment.start import starting_adapter
 from flora.features.features import Features, images_digest
@@ -56,6 +57,7 @@ class Experiment:
     test image belongs to, empty where that is not known; None where the data have no groups. `data` are the images as
     they were split, unreadable ones included; None once they are written down, because the paths of a million images
     take memory. `by_template` is the same model and adapter with the prompts of each of `evaluation.templates`.
+    `other_data` are those of `evaluation.also`, by name.
     """
 
     config: ExperimentConfig
@@ -74,6 +76,7 @@ class Experiment:
     test_domains: np.ndarray | None = None
     data: ImageData | None = None
     by_template: Mapping[str, AdaptedClip] = field(default_factory=dict)
+    other_data: Mapping[str, OtherData] = field(default_factory=dict)
 
     @cached_property
     def held_classes(self) -> np.ndarray:
@@ -118,7 +121,9 @@ def build_experiment(
     with processes.one_first(if_needed=getattr(config.data, "download", False)):
         images = find_images(config, rng, tell, known)
         server_data = find_server_data(config, images.data, rng.child("server"), tell)
+        found = find_other_data(config, rng, tell)
     data, prepared = images.data, _prepared(config, images, rng, tell, processes, known)
+    others = other_data(config, found, prepared.models, tell, processes)
     model, (train, test, *new) = prepared.models[0], prepared.features
     chosen = _clients_per_block(config, model, clients_per_block, len(images.clients), processes.size)
     clients_per_block = processes.first(lambda: Message(chosen)).fields
@@ -158,10 +163,11 @@ def build_experiment(
         digests=digests,
         value_range=images.value_range,
         new=(prepared.models[1], new[0]) if new else None,
-        left_out=() if roster.names is None else without_training_images(images.whole, roster.names, log),
+        left_out=() if roster.names is None else without_training_images(images.whole, groups, log),
         test_domains=None if data.test.groups is None else data.test.groups[test.split_indices],
         data=data,
         by_template=prepared.by_template,
+        other_data=others,
     )
 
 
@@ -205,6 +211,8 @@ def _prepared(
 def _initial_adapter(federation: Federation, start: State, rng: Rng, log: Callable[[str], object]) -> State:
     """The adapter that the server starts from, `start` in it, after what it trains before round 1."""
     adapter = {**federation.engine.model.initial_adapter(rng.child("adapter")), **start}
+    with below("server"):
+        federation.server.strategy.check_names(tuple(adapter))
     synthetic = federation.server_training.synthetic
     if synthetic is None:
         return adapter

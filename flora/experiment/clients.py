@@ -17,7 +17,6 @@ from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.core.states import ClientData
 from flora.data.datasets.base import ImageData
-from flora.data.partition import group_names
 
 # Clients that a line of the log names.
 MAX_NAMED = 10
@@ -38,7 +37,7 @@ def roster_of(config: ExperimentConfig, groups: np.ndarray | None, rng: Rng) -> 
     """
     names = None
     if config.partition.names_clients and not config.clients.centralized:
-        names = group_names(groups, config.clients.number)
+        names = config.partition.client_names(groups, config.clients.number)
     number = config.clients.number_training if names is None else len(names)
     assert number is not None
     if names is not None:
@@ -51,9 +50,12 @@ def roster_of(config: ExperimentConfig, groups: np.ndarray | None, rng: Rng) -> 
     return Roster(names, profiles)
 
 
-def without_training_images(data: ImageData, names: Sequence[str], log: Callable[[str], object]) -> tuple[str, ...]:
-    """The clients that the data name and that are not among `names`, those with something to train on; logs them."""
+def without_training_images(
+    data: ImageData, trained: np.ndarray | None, log: Callable[[str], object]
+) -> tuple[str, ...]:
+    """The groups (clients, domains) that the data name and that are not among those `trained` on; logs them."""
     groups = [split.groups for split in (data.train, data.test) if split.groups is not None]
+    names = np.unique(groups[0] if trained is None else trained)
     left_out = np.setdiff1d(np.concatenate(groups), names).tolist()
     if left_out:
         shown = ", ".join(left_out[:MAX_NAMED]) + (", ..." if len(left_out) > MAX_NAMED else "")
@@ -116,7 +118,7 @@ def _check_unlabelled(config: ExperimentConfig, clients: Sequence[ClientData]) -
 
 def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | None, rng: Rng) -> list[ClientData]:
     """Each client's share of the training examples. Raises `UserError` if one would have nothing to train on."""
-    names = group_names(groups, config.clients.number) if config.partition.names_clients else ()
+    names = config.partition.client_names(groups, config.clients.number)
     number = config.clients.number or len(names)
     parts = config.partition.split(labels, number, rng.child("partition"), groups=groups)
     parts = checked_parts("partition", config.partition, parts, number, len(labels))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,7 +22,7 @@ from flora.core.rng import Rng
 from flora.core.shared import Shared
 from flora.core.states import ClientData
 from flora.data.augmentation import Augmentation, NoAugmentation
-from flora.data.datasets.base import ImageData, Split, checked_images, with_jpeg_side
+from flora.data.datasets.base import Dataset, ImageData, Split, checked_images, with_jpeg_side
 from flora.data.value_range import with_one_range
 from flora.data.views import views_of
 from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of
@@ -75,6 +77,23 @@ def find_test_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
     if not len(images.data.test):
         raise UserError("data: there are no test images")
     return _with_one_range(config, images, tell, Shared())
+
+
+def images_of(setting: str, dataset: Dataset, rng: Rng, tell: Tell) -> ImageData:
+    """The images of a data set that is not `data` but of another setting. Raises `UserError` naming that."""
+    with naming(setting):
+        found = checked_images(setting, dataset, dataset.load_with_progress(rng, tell.progress))
+        found = with_jpeg_side(found, dataset.jpeg_side)
+        return with_one_range(found, dataset.value_range, whole=found, progress=tell.progress, log=tell.log)[0]
+
+
+@contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """Let what is said of `data` be said of `setting`: messages of data sets name the section that most are in."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"(?<![\w./])data(?=[.:]\B|\.\w)", setting, str(error))) from None
 
 
 def _images_key(config: ExperimentConfig) -> Hashable:

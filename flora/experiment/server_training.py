@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,11 +19,10 @@ from flora.core.processes import ALONE, Processes
 from flora.core.progress import Tell
 from flora.core.registry import show, suggest
 from flora.core.rng import Rng
-from flora.data.datasets.base import Dataset, ImageData, Split, checked_images, with_jpeg_side
+from flora.data.datasets.base import Dataset, ImageData, Split
 from flora.data.prompts import PromptOptions
-from flora.data.value_range import with_one_range
 from flora.engine.engine import Engine
-from flora.experiment.images import Loader
+from flora.experiment.images import Loader, images_of, naming
 from flora.features.features import Features, StoredFeatures, images_digest
 from flora.federated.server_training import ServerExamples, ServerTraining
 
@@ -47,32 +44,16 @@ def find_server_data(config: ExperimentConfig, data: ImageData, rng: Rng, tell: 
     server, names = config.server, (*data.class_names, *data.new_class_names)
     synthetic = public = None
     if server.synthetic is not None:
-        found = _images("server.synthetic.data", server.synthetic.data, rng.child("synthetic"), tell)
+        found = images_of("server.synthetic.data", server.synthetic.data, rng.child("synthetic"), tell)
         split = _drawn(found.train, server.synthetic.num_images, rng.child("synthetic images"))
         with below("server.synthetic"):
             own_names = PromptOptions(class_names=server.synthetic.class_names).rename(found.class_names)
         synthetic = _relabelled(split, own_names, names)
     if server.distillation is not None:
-        found = _images("server.distillation.data", server.distillation.data, rng.child("public"), tell)
+        found = images_of("server.distillation.data", server.distillation.data, rng.child("public"), tell)
         public = _drawn(found.train, server.distillation.num_images, rng.child("public images"))
         public = replace(public, labels=np.zeros(len(public), np.int64))
     return ServerData(synthetic, public, _sentences(config, names))
-
-
-def _images(setting: str, dataset: Dataset, rng: Rng, tell: Tell) -> ImageData:
-    with _named(setting):
-        found = checked_images(setting, dataset, dataset.load_with_progress(rng, tell.progress))
-        found = with_jpeg_side(found, dataset.jpeg_side)
-        return with_one_range(found, dataset.value_range, whole=found, progress=tell.progress, log=tell.log)[0]
-
-
-@contextmanager
-def _named(setting: str) -> Iterator[None]:
-    """Let what is said of `data` be said of `setting`: messages of data sets name the section that most are in."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(re.sub(r"(?<![\w./])data(?=[.:]\B|\.\w)", setting, str(error))) from None
 
 
 def _drawn(split: Split, number: int | None, rng: Rng) -> Split:
@@ -159,7 +140,7 @@ def server_digests(training: ServerTraining, found: ServerData) -> dict[str, str
 def _features(name: str, dataset: Dataset, split: Split, loader: Loader) -> Features:
     """A split's features, of the data set of `server.NAME`."""
     loader = replace(loader, skip_unreadable=dataset.unreadable == "skip", problems=[])
-    with _named(f"server.{name}.data"):
+    with naming(f"server.{name}.data"):
         features = loader.load({name: split})[name]
     if loader.problems:
         number, first = len(loader.problems), loader.problems[0]

@@ -31,6 +31,7 @@ from flora.evaluation.shares import evaluate_in_shares
 from flora.experiment.build import Experiment
 from flora.features.features import Features
 from flora.federated.round import RoundResult
+from flora.runs.other_accuracies import by_template, on_other_data
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +136,10 @@ def _measure_server(experiment: Experiment, state: ServerState, evaluation: Eval
         begun = tree.expand(experiment.initial_adapter, 1)
         name = "warm_up_accuracy" if is_warm else "start_accuracy"
         results[name] = _evaluate(experiment, begun, experiment.test)[0].accuracy
-    if experiment.by_template:
-        results |= _by_template(experiment, stack)
+    accuracy_of = partial(_accuracy, experiment, stack)
+    results |= by_template(experiment, accuracy_of)
+    if state.round in (0, experiment.config.rounds):
+        results |= on_other_data(experiment, accuracy_of)
     if state.round and not experiment.federation.communication.broadcast.is_identity:
         _, view = experiment.federation.broadcast(state)
         accuracy = _evaluate(experiment, tree.expand(view.adapter, 1), experiment.test)[0].accuracy
@@ -148,18 +151,9 @@ def _measure_server(experiment: Experiment, state: ServerState, evaluation: Eval
     return results
 
 
-def _by_template(experiment: Experiment, stack: tree.State | None) -> dict[str, Any]:
-    """The accuracies of the server's adapter with each of the other templates alone, their mean and deviation (n)."""
-    accuracies = {
-        template: _evaluate(experiment, stack, experiment.test, model)[0].accuracy
-        for template, model in experiment.by_template.items()
-    }
-    values = list(accuracies.values())
-    return {
-        "template_accuracy": accuracies,
-        "template_accuracy_mean": float(np.mean(values)),
-        "template_accuracy_std": float(np.std(values)),
-    }
+def _accuracy(experiment: Experiment, stack: StateLike | None, model: AdaptedClip, features: Features) -> float:
+    """The accuracy of an adapter, or of the frozen model without one, in `model` on `features`."""
+    return _evaluate(experiment, stack, features, model)[0].accuracy
 
 
 def _evaluate(

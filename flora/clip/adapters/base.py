@@ -36,6 +36,12 @@ class AttachedAdapter(ABC):
     is_large = False
     mergeable = True
     num_models = 1
+    first_loss_model = 0
+    """From which of a step's models on the loss is of them; those before are there for the adapter's terms to read."""
+    adapt_block: Callable[[int, Tensor], Tensor] | None = None
+    """Changes what a block of the vision tower gets, `(K * B, T, width)`; its number is counted from 1."""
+    place_shares: tuple[float, ...] | None = None
+    """How much each of a class's T prompts counts in its mean; None: all alike."""
     loss_terms: tuple[LossTerm, ...] = ()
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
     learned_context: Mapping[str, Any] | None = None
@@ -65,6 +71,10 @@ class AttachedAdapter(ABC):
         """The models that an adapter stands for, each as what to `bind`: the server's first, the client's own last."""
         return [stack]
 
+    def models_of_step(self, stack: StateLike) -> list[StateLike]:
+        """Those of `models` that a local step computes."""
+        return self.models(stack)
+
     @abstractmethod
     def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
         """A new OpenCLIP state dict that computes what `state_dict` with `adapter` beside it does."""
@@ -73,8 +83,20 @@ class AttachedAdapter(ABC):
         """Change the vision stem's output `(K * B, ...)` before the trained part sees it."""
         return x
 
-    def adapt_tokens(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Change the text stem's output `(K * G, M, width)`; `positions` `(K * G, M)` are those in prompts."""
+    def learned_places(self, ends: Tensor, length: int, num_classes: int) -> Tensor | None:
+        """Which learned vector stands at each position of the prompts: `(P, length)` int64, -1 where a word's does.
+
+        The prompts, class-major, are read at the positions `ends` `(P,)`. None: words stand everywhere. Raises
+        `UserError` if a prompt has no room for the vectors.
+        """
+        return None
+
+    def adapt_tokens(self, x: Tensor, positions: Tensor, learned: Tensor | None) -> Tensor:
+        """Change the text stem's output `(K * G, M, width)`.
+
+        `positions` `(K * G, M)` are those in prompts, `learned` `(K * G, M)` says which learned vector stands there, as
+        `learned_places` does.
+        """
         return x
 
     def adapt_images(self, features: Tensor) -> Tensor:
@@ -92,10 +114,18 @@ class Adapter(Component):
 
     has_personal: ClassVar[bool] = False
     """Whether some of its tensors never leave their client."""
-    knows_classes: ClassVar[bool] = False
-    """Whether it has weights for each class, and so none for classes that it has not seen."""
     is_large: ClassVar[bool] = False
     """Whether it is about as large as the model."""
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether it has weights for each class, and so none for classes that it has not seen."""
+        return False
+
+    @property
+    def adds_image_tokens(self) -> bool:
+        """Whether the vision tower gets more tokens than those of the image."""
+        return False
 
     @property
     def changes_images(self) -> bool:

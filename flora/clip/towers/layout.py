@@ -56,7 +56,8 @@ class Prompts:
     another (column); None hides nothing. `ends` `(C * T,)` is the slot in the flattened `(G * M,)` at which each prompt
     is read. `parents` `(G * M,)` is the slot of the token before, or -1; None means that each prompt has a sequence of
     its own. `num_of_class` `(C,)` says how many prompts each class has where not all have T: its first one stands
-    in the places that it doesn't fill. None: all have T.
+    in the places that it doesn't fill. None: all have T. `learned` `(G, M)` says which learned vector stands in a slot,
+    -1 where a word's does; None: nowhere.
     """
 
     tokens: Tensor
@@ -66,6 +67,7 @@ class Prompts:
     parents: Tensor | None
     num_classes: int
     num_of_class: Tensor | None = None
+    learned: Tensor | None = None
 
     @property
     def num_places(self) -> int:

@@ -17,6 +17,9 @@ from flora.clip.towers.packing import one_by_one, pack
 from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
 from flora.core.errors import UserError
 
+LearnedPlaces = Callable[[Tensor, int, int], Tensor | None]
+"""Where vectors are learned in place of words: see `AttachedAdapter.learned_places`."""
+
 # Text tokens through the stem at once: at width 768 an MLP's inner layer then takes 200 MB.
 STEM_TOKENS = 2**14
 
@@ -43,11 +46,13 @@ class TextTower:
         class_names: Sequence[str],
         templates: Sequence[str],
         descriptions: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        learned_places: LearnedPlaces = lambda ends, length, num_classes: None,
     ) -> Prompts:
         """Tokenise every template for every class; cut and share what `speed` allows and the tower makes exact.
 
-        `descriptions` are more sentences of some classes, by name; `{}` in them stands for it, too. Raises `UserError`
-        if two classes have the same prompts, or if nothing of a class's name fits into one.
+        `descriptions` are more sentences of some classes, by name; `{}` in them stands for it, too. `learned_places`
+        says where vectors are learned, as `AttachedAdapter` does. Raises `UserError` if two classes have the same
+        prompts, or if nothing of a class's name fits into one.
         """
         of_class = [(*templates, *descriptions.get(name, ())) for name in class_names]
         pairs = [(name, template) for name, own in zip(class_names, of_class, strict=True) for template in own]
@@ -56,23 +61,29 @@ class TextTower:
         self.cut_prompts = self._cut_prompts(full, descriptions)
         numbers = [len(own) for own in of_class]
         _check_distinct(tokens, class_names, numbers)
-        prompts = self._packed_prompts(tokens, len(class_names))
+        learned = learned_places(self._ends(tokens), tokens.shape[1], len(class_names))
+        prompts = self._packed_prompts(tokens, len(class_names), learned)
         return prompts if len(set(numbers)) == 1 else _with_places(prompts, numbers)
 
     def texts(self, sentences: Sequence[str]) -> Prompts:
         """Tokenise sentences, each for itself: what goes into no class's prompt."""
         return self._packed_prompts(self._clip.tokenize(sentences), len(sentences))
 
-    def _packed_prompts(self, tokens: Tensor, num_classes: int) -> Prompts:
-        """The prompts `(P, L)` as this tower takes them."""
+    def _packed_prompts(self, tokens: Tensor, num_classes: int, learned: Tensor | None = None) -> Prompts:
+        """The prompts `(P, L)` as this tower takes them, with vectors that are `learned` `(P, L)` in some places."""
         ends = self._ends(tokens)
         if not (self.is_cut_at_end and self._speed.cut_prompts):
-            return self._padded_prompts(tokens, ends, num_classes)
-        sequences = [row[: end + 1] for row, end in zip(tokens.tolist(), ends.tolist(), strict=True)]
+            return replace(self._padded_prompts(tokens, ends, num_classes), learned=learned)
+        # A token and the vector in its place are one number, so that prompts with different vectors share nothing.
+        size = int(tokens.max()) + 1
+        numbered = tokens if learned is None else tokens + (learned + 1) * size
+        sequences = [row[: end + 1] for row, end in zip(numbered.tolist(), ends.tolist(), strict=True)]
         share = self._speed.share_prefixes and not self._has_dropout
         packing = pack(sequences, self._clip.architecture.text.width) if share else one_by_one(sequences)
+        found = torch.from_numpy(packing.tokens)
         return Prompts(
-            tokens=torch.from_numpy(packing.tokens),
+            tokens=found if learned is None else found % size,
+            learned=None if learned is None else found // size - 1,
             positions=torch.from_numpy(packing.positions),
             hidden=torch.from_numpy(~packing.visible),
             ends=torch.from_numpy(packing.ends),
@@ -146,7 +157,7 @@ class TextTower:
             return self._run(torch.cat(parts), layout, range(len(stages), self.cut))
 
     def suffix(
-        self, stem: Tensor, layout: Layout, adapt: Callable[[Tensor, Tensor], Tensor] = lambda x, positions: x
+        self, stem: Tensor, layout: Layout, adapt: Callable[[Tensor, Layout], Tensor] = lambda x, layout: x
     ) -> Tensor:
         """The rest, from the stem's output to the features of the layout's K clients, `(K * P, embed_dim)`.
 
@@ -158,7 +169,7 @@ class TextTower:
             stem = stem.repeat(layout.num_clients, *(1,) * (stem.dim() - 1))
         with self._clip.autocast():
             if self.trains_blocks:
-                stem = adapt(stem, layout.positions)
+                stem = adapt(stem, layout)
             return self._run(stem, layout, range(self.cut, self._num_stages))
 
     def release_stem(self) -> None:

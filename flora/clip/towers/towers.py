@@ -47,8 +47,9 @@ class AdaptedClip:
             clip.keep_matrices_in_bf16()
         self.vision = VisionTower(clip, adapter.trained_from["vision"], speed)
         self.text = TextTower(clip, adapter.trained_from["text"], speed, has_dropout=adapter.has_dropout)
-        self.prompts = self.text.prompts(class_names, templates, self.descriptions)
-        self._shares = _shares(self.prompts, clip.dtype, self.device)
+        self.prompts = self.text.prompts(class_names, templates, self.descriptions, adapter.learned_places)
+        self._learned = None if self.prompts.learned is None else self.prompts.learned.flatten().to(self.device)
+        self._shares = _shares(self.prompts, adapter.place_shares, clip.dtype, self.device)
         self._text_stem = self.text.stem(self.prompts)
         self._selects = speed.batch_classes and not adapter.has_dropout and self.text.trains_blocks
         # For all classes, each for more clients than the one before. None is dropped: recorded steps point into them.
@@ -79,7 +80,8 @@ class AdaptedClip:
         return F.normalize(self.adapter.adapt_images(features.unflatten(0, (num_clients, -1))), dim=-1)
 
     def _encode_images(self, stem: Tensor) -> Tensor:
-        return self.vision.suffix(self.adapter.adapt_patches(stem)).to(self.clip.dtype)
+        x = self.adapter.adapt_patches(stem)
+        return self.vision.suffix(x, self.adapter.adapt_block).to(self.clip.dtype)
 
     def class_features(self, num_clients: int, classes: Tensor | None = None) -> Tensor:
         """Unit text features, `(K, C, embed_dim)`: of all classes, or of each client's own `classes` `(K, C)`.
@@ -132,9 +134,15 @@ class AdaptedClip:
 
     def _encode_prompts(self, layout: Layout, num_places: int | None) -> Tensor:
         """Unit features `(K, C, T, embed_dim)` of a layout's prompts, `num_places` (None: T) of each class."""
-        features = self.text.suffix(self._text_stem, layout, self.adapter.adapt_tokens).to(self.clip.dtype)
+        features = self.text.suffix(self._text_stem, layout, self._adapt_tokens).to(self.clip.dtype)
         places = num_places or self.prompts.num_places
         return F.normalize(features, dim=-1).unflatten(0, (layout.num_clients, -1, places))
+
+    def _adapt_tokens(self, x: Tensor, layout: Layout) -> Tensor:
+        learned = self._learned
+        if learned is not None:
+            learned = learned.view_as(layout.positions) if layout.slots is None else learned[layout.slots]
+        return self.adapter.adapt_tokens(x, layout.positions, learned)
 
     def draw_places(self, rngs: Iterable[Rng]) -> Tensor | None:
         """Draw one prompt of each class for each of K clients, from its own stream: their places `(K, C)`, on the CPU.
@@ -186,11 +194,15 @@ def _picked(features: Tensor, places: Tensor) -> Tensor:
     return every[clients.unsqueeze(1), classes, places.to(features.device)]
 
 
-def _shares(prompts: Prompts, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """The part `(C, T)` that each place has of its class's mean: none if it only repeats another prompt.
+def _shares(
+    prompts: Prompts, given: tuple[float, ...] | None, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """The part `(C, T)` that each place has of its class's mean: what is `given`, none if it only repeats a prompt.
 
-    None where all classes have as many prompts: then it is the plain mean.
+    None where all classes have as many prompts, and none is given: then it is the plain mean.
     """
+    if given is not None:
+        return torch.tensor(given, dtype=dtype, device=device).expand(prompts.num_classes, -1)
     if prompts.num_of_class is None:
         return None
     counts = prompts.num_of_class.unsqueeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import PIL
@@ -43,10 +44,13 @@ class VisionTower:
         with self._clip.autocast():
             return self._run(pixels.to(self._clip.dtype), range(self.cut))
 
-    def suffix(self, x: Tensor) -> Tensor:
-        """The rest, from the stem's output to the features."""
+    def suffix(self, x: Tensor, before_block: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
+        """The rest, from the stem's output to the features.
+
+        `before_block(number, x)` changes what a block gets, counted from 1, where no tokens are merged.
+        """
         with self._clip.autocast():
-            return self._run(x, range(self.cut, self._num_stages))
+            return self._run(x, range(self.cut, self._num_stages), before_block)
 
     def stem_key(self) -> dict[str, Any]:
         """Everything but the images that the stem's output depends on, as JSON types."""
@@ -84,7 +88,7 @@ class VisionTower:
         if self.cut == self._num_stages:
             visual.proj = None
 
-    def _run(self, x: Tensor, stages: range) -> Tensor:
+    def _run(self, x: Tensor, stages: range, before_block: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
         sizes: Tensor | None = None
         if self._carries_sizes(stages.start):
             x, sizes = unpack_sizes(x, self.num_tokens - 1)
@@ -92,6 +96,7 @@ class VisionTower:
             if stage == 0:
                 x = self._visual._embeds(x)
             elif stage < self._num_stages - 1:
+                x = x if before_block is None else before_block(stage, x)
                 x, sizes = self._block(stage, x, sizes)
             elif self.reads_patches:
                 x = project(self._visual.ln_post(x), self._visual.proj)

@@ -49,6 +49,30 @@ TRAINING: tuple[Rule, ...] = (
         "expected none, because {adapter} does not read the experiment's prompts",
     ),
     Rule(
+        "evaluation.also",
+        "other data sets to evaluate on need an adapter without weights for each class",
+        lambda c: bool(c.evaluation.also) and c.adapter.knows_classes,
+        "expected none, because {adapter} has weights for each class of the run's own data",
+    ),
+    Rule(
+        "evaluation.also",
+        "and a reduction of tokens (backbone.tokens) that does not read the classes of the run",
+        lambda c: bool(c.evaluation.also) and not c.backbone.tokens.is_idle and c.backbone.tokens.reads_classes,
+        "expected none, because backbone.tokens reads the classes of the run's own data",
+    ),
+    Rule(
+        "backbone.tokens",
+        "fewer tokens of an image need an adapter that adds none (visual_prompt)",
+        lambda c: not c.backbone.tokens.is_idle and c.adapter.adds_image_tokens,
+        "expected all, because {adapter} adds tokens to those of the image",
+    ),
+    Rule(
+        "evaluation.patches",
+        "and so does what patches add to a similarity",
+        lambda c: c.evaluation.patches is not None and c.adapter.adds_image_tokens,
+        "expected none, because {adapter} adds tokens to those of the image",
+    ),
+    Rule(
         "cache.enabled",
         "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
         lambda c: bool(c.cache.enabled) and c.local.augmentation.changes_images and c.cache.views is None,

@@ -41,6 +41,9 @@ class Strategy(Component):
     def check_fits(self, adapter: Adapter) -> None:
         """Raise `OptionError` if the strategy is for other adapters."""
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise `OptionError` if the strategy does not fit an adapter with tensors of these names."""
+
     def trains(self, name: str, round: int) -> bool:
         """Whether clients train, and send, this tensor in a round, counted from 1. The others are frozen in it."""
         return True

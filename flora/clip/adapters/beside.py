@@ -1,6 +1,6 @@
-"""Adapters beside the towers: heads, feature adapters, prompts, norms (the rivals of arXiv:2404.15182).
+"""Adapters beside the towers: heads, feature adapters, norms (the rivals of arXiv:2404.15182).
 
-All but `prompt_context` and `norm` see nothing but final features, so a step costs next to nothing.
+All but `norm` see nothing but final features, so a step costs next to nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class FitsEveryModel(Adapter):
 class LinearHead(FitsEveryModel):
     """A linear classifier on the frozen image features that starts as the zero-shot one (FedLC, arXiv:2404.15182)."""
 
-    knows_classes = True
+    @property
+    def knows_classes(self) -> bool:
+        return True
 
     @property
     def changes_images(self) -> bool:
@@ -82,7 +84,9 @@ class AttachedHead(AttachedBeside):
 class VisionAndHead(FitsEveryModel):
     """A linear classifier as `linear_head`, and every weight of the vision tower (FedVM-LC, arXiv:2404.15182)."""
 
-    knows_classes = True
+    @property
+    def knows_classes(self) -> bool:
+        return True
 
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedVisionAndHead(clip)
@@ -132,7 +136,7 @@ class AttachedAttention(AttachedBeside):
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         return {
-            f"{layer}.{name}": _uniform(rng.child(layer, name), shape, self._width).to(self.dtype)
+            f"{layer}.{name}": uniform(rng.child(layer, name), shape, self._width).to(self.dtype)
             for layer in ("first", "second")
             for name, shape in (("weight", (self._width, self._width)), ("bias", (self._width,)))
         }
@@ -140,8 +144,8 @@ class AttachedAttention(AttachedBeside):
     def adapt_images(self, features: Tensor) -> Tensor:
         if self.stack is None:
             return features
-        hidden = torch.tanh(_linear(features, self.stack, "first"))
-        return features * _linear(hidden, self.stack, "second").softmax(dim=-1)
+        hidden = torch.tanh(linear(features, self.stack, "first"))
+        return features * linear(hidden, self.stack, "second").softmax(dim=-1)
 
 
 @register("clip_adapter")
@@ -171,80 +175,15 @@ class AttachedClipAdapter(AttachedBeside):
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         return {
-            "down.weight": _uniform(rng.child("down"), (self._inner, self._width), self._width).to(self.dtype),
-            "up.weight": _uniform(rng.child("up"), (self._width, self._inner), self._inner).to(self.dtype),
+            "down.weight": uniform(rng.child("down"), (self._inner, self._width), self._width).to(self.dtype),
+            "up.weight": uniform(rng.child("up"), (self._width, self._inner), self._inner).to(self.dtype),
         }
 
     def adapt_images(self, features: Tensor) -> Tensor:
         if self.stack is None:
             return features
-        adapted = _linear(_linear(features, self.stack, "down").relu(), self.stack, "up").relu()
+        adapted = linear(linear(features, self.stack, "down").relu(), self.stack, "up").relu()
         return self._ratio * adapted + (1 - self._ratio) * features
-
-
-@register("prompt_context")
-@dataclass(frozen=True)
-class PromptContext(FitsEveryModel):
-    """Learned vectors in place of the words before the class name (CoOp, arXiv:2109.01134; PromptFL, 2208.11625).
-
-    The data set's own prompts are not used: prompts are the context, the class name and a full stop.
-    """
-
-    words: str | None = option("what the context starts from; none: random vectors", "a photo of a")
-    num_tokens: int = option("vectors in the context, if there are no words", 16, at_least=1, at_most=64)
-
-    def check(self) -> None:
-        if self.words is not None and (not self.words.strip() or "{" in self.words or "}" in self.words):
-            raise OptionError("words", f"expected words without braces, or none, got {self.words!r}")
-
-    def check_fits(self, architecture: Architecture) -> None:
-        room = architecture.context_length - 3  # the first token, one of the class name, the last token
-        if self.words is None and self.num_tokens > room:
-            raise OptionError("num_tokens", f"expected at most {room} with {architecture.name}, got {self.num_tokens}")
-
-    def templates(self, given: Sequence[str]) -> tuple[str, ...]:
-        return (f"{self.words or ' '.join(['x'] * self.num_tokens)} {{}}.",)
-
-    def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
-        return ("[learned context] {}.",)
-
-    @property
-    def changes_images(self) -> bool:
-        return False
-
-    def attach(self, clip: FrozenClip) -> AttachedAdapter:
-        return AttachedContext(self, clip)
-
-
-class AttachedContext(AttachedBeside):
-    """Its state dict is `context` `(number of vectors, text width)`, for the positions 1, 2, ... of each prompt."""
-
-    def __init__(self, options: PromptContext, clip: FrozenClip) -> None:
-        super().__init__(clip)
-        self.trained_from["text"] = 1
-        text, words = clip.text, options.templates(())[0].removesuffix(" {}.")
-        tokens = clip.tokenize([words])[0].tolist()
-        number = len(tokens) - tokens[::-1].index(max(tokens)) - 2  # what stands between the first and the last
-        # Copies, because the embeddings leave memory with the stem.
-        self._positional = text.positional_embedding[1 : 1 + number].detach().clone()
-        ids = torch.tensor(tokens[1 : 1 + number], device=clip.device)
-        self._words = None if options.words is None else text.token_embedding(ids).detach().cpu().clone()
-        self._shape = number, clip.architecture.text.width
-        self.learned_context = {"num_vectors": number, "starts_from": options.words}
-
-    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
-        if self._words is not None:
-            return {"context": self._words.to(self.dtype, copy=True)}
-        return {"context": torch.empty(self._shape).normal_(0, 0.02, generator=rng.torch()).to(self.dtype)}
-
-    def adapt_tokens(self, x: Tensor, positions: Tensor) -> Tensor:
-        if self.stack is None:
-            return x
-        context = (self.stack["context"] + self._positional).to(x.dtype)
-        per_sequence = context.repeat_interleave(len(x) // len(context), dim=0)
-        index = (positions - 1).clamp(0, context.shape[1] - 1).unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        is_context = (positions >= 1) & (positions <= context.shape[1])
-        return torch.where(is_context.unsqueeze(-1), per_sequence.gather(1, index), x)
 
 
 @register("norm")
@@ -302,13 +241,13 @@ def _head(class_features: Tensor | None) -> Tensor:
     return class_features.cpu().clone()
 
 
-def _uniform(rng: Rng, shape: tuple[int, ...], fan_in: int) -> Tensor:
+def uniform(rng: Rng, shape: tuple[int, ...], fan_in: int) -> Tensor:
     """As `torch.nn.Linear` starts: uniform within 1/sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return torch.empty(shape).uniform_(-bound, bound, generator=rng.torch())
 
 
-def _linear(x: Tensor, stack: StateLike, layer: str) -> Tensor:
+def linear(x: Tensor, stack: StateLike, layer: str) -> Tensor:
     """Each client's linear layer on its own rows: `x` `(K, B, d_in)` to `(K, B, d_out)`."""
     product = torch.bmm(x, stack[f"{layer}.weight"].transpose(1, 2))
     return product + stack[f"{layer}.bias"].unsqueeze(1) if f"{layer}.bias" in stack else product

@@ -1,0 +1,149 @@
+"""Adapters that learn vectors in place of a prompt's words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.adapters.beside import AttachedBeside, FitsEveryModel
+from flora.clip.frozen import Architecture, FrozenClip
+from flora.core.errors import UserError
+from flora.core.registry import OptionError, option, register
+from flora.core.rng import Rng
+from flora.core.tree import State
+
+
+@register("prompt_context")
+@dataclass(frozen=True)
+class PromptContext(FitsEveryModel):
+    """Learned vectors in place of the words around the class name (CoOp, arXiv:2109.01134; PromptFL, 2208.11625).
+
+    The data set's own prompts are not used: prompts are the context, the class name and a full stop.
+    """
+
+    words: str | None = option("what the context starts from; none: random vectors", "a photo of a")
+    num_tokens: int = option("vectors in the context, if there are no words", 16, at_least=1, at_most=64)
+    position: str = option(
+        "where the context stands: before the class name, half of it on either side, or behind it",
+        "front",
+        choices=("front", "middle", "end"),
+    )
+    class_specific: bool = option("each class has a context of its own", False)
+
+    def check(self) -> None:
+        if self.words is not None and (not self.words.strip() or "{" in self.words or "}" in self.words):
+            raise OptionError("words", f"expected words without braces, or none, got {self.words!r}")
+
+    def check_fits(self, architecture: Architecture) -> None:
+        if self.position != "front" and not architecture.reads_text_end:
+            raise OptionError("position", f"expected front: {architecture.name} is not read at a prompt's end")
+        room = architecture.context_length - 3  # the first token, one of the class name, the last token
+        if self.words is None and self.num_tokens > room:
+            raise OptionError("num_tokens", f"expected at most {room} with {architecture.name}, got {self.num_tokens}")
+
+    @property
+    def knows_classes(self) -> bool:
+        return self.class_specific
+
+    @property
+    def changes_images(self) -> bool:
+        return False
+
+    @property
+    def halves(self) -> tuple[str, str]:
+        """The words before the class name and those behind it; random vectors have an x each."""
+        words = (self.words or " ".join(["x"] * self.num_tokens)).split()
+        num_before = {"front": len(words), "middle": len(words) // 2, "end": 0}[self.position]
+        return " ".join(words[:num_before]), " ".join(words[num_before:])
+
+    def templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        before, behind = self.halves
+        return (f"{before} {{}} {behind}".strip() + ".",)
+
+    def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        learned = "[learned context]"
+        return (
+            {"front": f"{learned} {{}}.", "middle": f"{learned} {{}} {learned}.", "end": f"{{}} {learned}."}[
+                self.position
+            ],
+        )
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedContext(self, clip)
+
+
+class AttachedContext(AttachedBeside):
+    """Its state dict is `context`: `(n, text width)` for n vectors, `(C, n, text width)` where classes have their own.
+
+    The first of them stand behind the prompt's first token, the others before its full stop.
+    """
+
+    def __init__(self, options: PromptContext, clip: FrozenClip) -> None:
+        super().__init__(clip)
+        self.trained_from["text"] = 1
+        self._is_class_specific, text = options.class_specific, clip.text
+        tokens = [_words_of(clip, half) for half in options.halves]
+        self._num_before, number = len(tokens[0]), len(tokens[0]) + len(tokens[1])
+        # Copies, because the embeddings leave memory with the stem.
+        self._positional = text.positional_embedding.detach().clone()
+        ids = torch.tensor([*tokens[0], *tokens[1]], device=clip.device)
+        self._words = None if options.words is None else text.token_embedding(ids).detach().cpu().clone()
+        self._shape = number, clip.architecture.text.width
+        self.learned_context = {"num_vectors": number, "starts_from": options.words}
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        shape: tuple[int, ...] = self._shape
+        if self._is_class_specific:
+            assert class_features is not None
+            shape = (len(class_features), *shape)
+        if self._words is not None:
+            return {"context": self._words.to(self.dtype).expand(shape).clone()}
+        return {"context": torch.empty(shape).normal_(0, 0.02, generator=rng.torch()).to(self.dtype)}
+
+    def learned_places(self, ends: Tensor, length: int, num_classes: int) -> Tensor:
+        number, num_before = self._shape[0], self._num_before
+        num_behind = number - num_before
+        if num_behind and int(ends.max()) == length - 1:
+            raise UserError(
+                f"adapter.position: a class's name leaves no room for the context behind it: the model reads {length} "
+                "tokens of a prompt; expected front, a shorter context, or shorter prompts.class_names"
+            )
+        places = torch.full((len(ends), length), -1)
+        places[:, 1 : 1 + num_before] = torch.arange(num_before)
+        # A full stop and the last token follow.
+        columns = ends.unsqueeze(1) - 1 - num_behind + torch.arange(num_behind)
+        places.scatter_(1, columns, torch.arange(num_before, number).expand(len(ends), -1))
+        prompts, num_places = torch.arange(len(ends)), len(ends) // num_classes
+        offsets = number * (prompts if self._is_class_specific else prompts % num_places)
+        return torch.where(places >= 0, places + offsets.unsqueeze(1), places)
+
+    def adapt_tokens(self, x: Tensor, positions: Tensor, learned: Tensor | None) -> Tensor:
+        if self.stack is None:
+            return x
+        assert learned is not None
+        return put_vectors(x, self.stack["context"].flatten(1, -2), self._positional[positions], learned)
+
+
+def put_vectors(x: Tensor, vectors: Tensor, positional: Tensor, learned: Tensor) -> Tensor:
+    """Put learned vectors `(K, V, width)` into embedded prompts `x` `(K * G, M, width)`, each client's into its own.
+
+    `learned` `(K * G, M)` says which stands where, -1 where none does; `positional` `(K * G, M, width)` is
+    added to them.
+    """
+    number = len(vectors)
+    clients = torch.arange(number, device=x.device).repeat_interleave(len(x) // number)
+    chosen = vectors[clients.unsqueeze(1), learned.clamp(min=0)]
+    return torch.where((learned >= 0).unsqueeze(-1), (chosen + positional).to(x.dtype), x)
+
+
+def _words_of(clip: FrozenClip, words: str) -> list[int]:
+    """The tokens of some words, without those that every text begins and ends with."""
+    if not words:
+        return []
+    tokens: list[int] = clip.tokenize([words])[0].tolist()
+    number = len(tokens) - tokens[::-1].index(max(tokens)) - 2  # what stands between the first and the last
+    return tokens[1 : 1 + number]

@@ -1,0 +1,114 @@
+"""Contexts of which a part stays with its client, against one client at a time on plain OpenCLIP."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import CLASSES, LABELS, SIZES, TOLERANCE, adapt, assert_states_close, federation, load_plain
+from helpers import rounds as several_rounds
+from torch import Tensor
+
+from flora.client.local_training import LocalTraining
+from flora.client.optimizers import Sgd
+from flora.clip.adapters.personal_prompts import FedPgp, PromptFolio
+from flora.clip.adapters.prompts import PromptContext
+from flora.core import tree
+from flora.core.rng import Rng
+from flora.core.tree import State
+
+PROMPTS = [f"a photo of a {name}." for name in CLASSES]
+PGP = FedPgp(bottleneck=2, contrast=0.7, temperature=0.4)
+FOLIO = PromptFolio(share=0.3)
+
+
+def class_features(plain: Any, tokenize: Callable[[list[str]], Tensor], context: Tensor | None) -> Tensor:
+    """Unit features of the classes with `context` in place of "a photo of a", through plain OpenCLIP."""
+    tokens, model = tokenize(PROMPTS), plain
+    x = model.token_embedding(tokens)
+    if context is not None:
+        x = torch.cat([x[:, :1], context.expand(len(x), -1, -1), x[:, 5:]], dim=1)
+    x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
+    x = model.ln_final(x)[torch.arange(len(x)), tokens.argmax(dim=-1)] @ model.text_projection
+    return F.normalize(x, dim=-1)
+
+
+def pgp_loss(leaves: State, encode: Callable[[Tensor | None], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    own = encode(leaves["context"] + leaves["local_U"] @ leaves["local_V"])
+    shared, frozen = encode(leaves["context"]), encode(None)
+    near, far = ((shared * each).sum(dim=-1).div(0.4).exp() for each in (frozen, own))
+    contrast = -(near / (near + far)).log().mean()
+    return F.cross_entropy(images @ own.T, labels) + 0.7 * contrast
+
+
+def folio_loss(leaves: State, encode: Callable[[Tensor | None], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    mixed = 0.7 * encode(leaves["context"]) + 0.3 * encode(leaves["local_context"])
+    return F.cross_entropy(images @ F.normalize(mixed, dim=-1).T, labels)
+
+
+@pytest.mark.parametrize("per_block", [1, 2, 5])
+@pytest.mark.parametrize(("method", "loss"), [(PGP, pgp_loss), (FOLIO, folio_loss)], ids=["fedpgp", "promptfolio"])
+def test_rounds_equal_a_plain_loop(
+    tiny_model: str, method: PromptContext, loss: Callable[..., Tensor], per_block: int
+) -> None:
+    model, whole = adapt(tiny_model, method, templates=method.templates(())), load_plain(tiny_model)
+    whole.model.requires_grad_(False)
+
+    def encode(context: Tensor | None) -> Tensor:
+        return class_features(whole.model, whole.tokenize, context)
+
+    local = LocalTraining(learning_rate=1e-3, batch_size=100, epochs=3, optimizer=Sgd(momentum=0.9))
+    parts = federation(model, local, per_block=per_block)
+    states, results = several_rounds(parts, 2)
+    server, kept = states[0].adapter, {}
+    scale = whole.model.logit_scale.exp()  # type: ignore[operator]
+    for round in (1, 2):
+        ends = []
+        for client, data in enumerate(parts.clients):
+            leaves = {n: t.clone().requires_grad_() for n, t in {**server, **kept.get(client, {})}.items()}
+            optimizer = torch.optim.SGD(leaves.values(), lr=1e-3, momentum=0.9)
+            stem = parts.engine.features.take(torch.from_numpy(data.train), torch.device("cpu"))
+            images = scale * model.image_features(stem, 1)[0].detach()
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss(leaves, encode, images, LABELS[data.train]).backward()
+                optimizer.step()
+            ends.append({name: leaf.detach() for name, leaf in leaves.items()})
+            kept[client] = {name: tensor for name, tensor in ends[-1].items() if name.startswith("local_")}
+        mean = tree.weighted_mean(ends, SIZES)
+        server = {name: tensor if name.startswith("local_") else mean[name] for name, tensor in server.items()}
+        assert_states_close(states[round].adapter, server)
+        for client, expected in kept.items():
+            assert_states_close(states[round].clients[client].own, expected)
+    assert results[0].uplink_bytes == results[0].downlink_bytes
+    alone = adapt(tiny_model, PromptContext(), templates=PromptContext().templates(()))
+    plain_results = several_rounds(federation(alone, local), 1)[1]
+    assert results[0].uplink_bytes == plain_results[0].uplink_bytes  # what stays never travels
+
+
+@pytest.mark.parametrize("changes", [{}, {"class_specific": True, "position": "middle"}], ids=["one", "of each class"])
+@pytest.mark.parametrize("method", [PGP, FOLIO], ids=["fedpgp", "promptfolio"])
+def test_the_servers_model_has_the_shared_context_alone(
+    tiny_model: str, method: PromptContext, changes: dict[str, Any]
+) -> None:
+    method = dataclasses.replace(method, **changes)
+    model = adapt(tiny_model, method, templates=method.templates(()))
+    shared = PromptContext(class_specific=method.class_specific, position=method.position)
+    plain = adapt(tiny_model, shared, templates=shared.templates(()))
+    generator = torch.Generator().manual_seed(0)
+    stack = {
+        name: tensor + 0.1 * torch.randn((2, *tensor.shape), generator=generator, dtype=tensor.dtype)
+        for name, tensor in model.initial_adapter(Rng(0)).items()
+    }
+    server, own = model.adapter.models(stack)
+    with torch.no_grad():
+        with plain.adapter.bind({"context": stack["context"]}):
+            expected = plain.class_features(2)
+        with model.adapter.bind(server):
+            torch.testing.assert_close(model.class_features(2), expected, atol=TOLERANCE, rtol=0)
+        with model.adapter.bind(own):
+            assert (model.class_features(2) - expected).abs().max() > 1e-4
