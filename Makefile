@@ -8,7 +8,7 @@ CONFIG = $(if $(wildcard $(EXPERIMENT)),$(EXPERIMENT),experiments/$(EXPERIMENT).
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: docs help install experiment paper averaging communication neighbours check list benchmark test test-cpus stress lint types format clean
+.PHONY: docs help install experiment paper averaging communication privacy neighbours check list benchmark test test-cpus stress lint types format clean
 
 help: ## show this help
 	@echo "usage: make TARGET [EXPERIMENT=name] [ARGS=\"key=value ...\"]"
@@ -25,6 +25,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 
 $(VENV)/.installed-report: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[report,mat]'
+	@touch $@
+
+$(VENV)/.installed-privacy: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[report,privacy]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -65,6 +69,17 @@ communication_files = $(patsubst %,experiments/communication/%.yaml,$(subst $(co
 communication: $(VENV)/.installed-report ## run and tabulate experiments/communication: COMMUNICATION= DATASETS= SEEDS=
 	$(BIN)/python -m flora.sweep $(communication_files) data.name=$(call or_all,$(DATASETS),$(ALL_DATASETS)) \
 	  seed=$(SEEDS) --reference fedavg --output runs/communication $(ARGS)
+
+LEARNERS ?= all
+CLIENTS ?= 100,1000
+EPSILONS ?= 1,3,10
+privacy_files = $(patsubst %,experiments/privacy/%.yaml,$(subst $(comma), ,$(call or_all,$(LEARNERS),*)))
+
+privacy: $(VENV)/.installed-privacy ## run and tabulate experiments/privacy: LEARNERS= CLIENTS= EPSILONS= SEEDS= ARGS=
+	$(BIN)/python -m flora.sweep $(privacy_files) clients.number=$(CLIENTS) privacy.target_epsilon=$(EPSILONS) \
+	  seed=$(SEEDS) --output runs/privacy $(ARGS)
+	$(BIN)/python -m flora.sweep $(privacy_files) clients.number=$(CLIENTS) seed=$(SEEDS) --set privacy=null \
+	  --output runs/privacy_none $(ARGS)
 
 NEIGHBOUR ?= self_training
 
