@@ -22,8 +22,8 @@ from flora.evaluate import main as evaluate_main
 from flora.evaluation.summary import percent
 from flora.report import several_runs
 from flora.report.__main__ import main
-from flora.report.charts import gini
-from flora.report.elements import Cell, Html, bars, element, table
+from flora.report.charts import gini, other_metrics
+from flora.report.elements import Cell, Html, bars, element, joined, table
 from flora.report.live import LivePage
 from flora.report.one_run import evaluations, settings
 from flora.report.page import page
@@ -344,9 +344,9 @@ def test_a_metric_of_the_users_own_has_a_picture_though_nothing_declares_it(copi
     lines = [json.dumps({**record, "width_of_all": record["round"] / 7}) for record in records]
     (copied / "rounds.jsonl").write_text("\n".join(lines) + "\n")
     rejected = {**records[-1], "rejected_clients": [{"client": 1, "step": 2, "reason": "not finite"}]}
-    assert "<h3>Width of all</h3><svg" in page([read_files(copied)])
+    assert "<h3>Width of all</h3><svg" in joined(other_metrics(read_files(copied)))
     (copied / "rounds.jsonl").write_text("\n".join(map(json.dumps, [*records[:-1], rejected])) + "\n")
-    assert "<h3>Rejected updates</h3><svg" in page([read_files(copied)])
+    assert "<h3>Rejected updates</h3><svg" in joined(other_metrics(read_files(copied)))
 
 
 def test_the_command_line_writes_the_page_into_the_run(bare: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -381,7 +381,7 @@ def test_a_folder_of_runs_stands_for_the_finished_ones(
     assert "2 runs" in (tmp_path / "report.html").read_text()  # the same run twice is one
 
 
-def test_mistakes_are_one_line_and_nothing_is_written(copied: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_mistakes_are_one_line_and_nothing_is_written(bare: Path, tmp_path: Path, capsys: Capture) -> None:
     def refused(*arguments: Path | str) -> str:
         before = sorted(tmp_path.rglob("*"))
         assert main([*map(str, arguments)]) == 2
@@ -393,23 +393,23 @@ def test_mistakes_are_one_line_and_nothing_is_written(copied: Path, tmp_path: Pa
     assert "there is no such run directory" in refused(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "not a run directory" in refused(tmp_path / "empty")
-    assert "not a run directory" in refused(copied / "checkpoints")
+    assert "not a run directory" in refused(bare / "checkpoints")
     (tmp_path / "mine.html").write_text("<p>my own page</p>")
-    assert "is there already" in refused(copied, "--output", tmp_path / "mine.html")
-    assert "irectory" in refused(copied, "--output", tmp_path / "empty")
-    assert "can't be written" in refused(copied, "--output", tmp_path / "no" / "page.html")
-    records = (copied / "rounds.jsonl").read_bytes()
+    assert "is there already" in refused(bare, "--output", tmp_path / "mine.html")
+    assert "irectory" in refused(bare, "--output", tmp_path / "empty")
+    assert "can't be written" in refused(bare, "--output", tmp_path / "no" / "page.html")
+    records = (bare / "rounds.jsonl").read_bytes()
     for content, reason in (
         (b"", "no rounds yet"),
         (b"{}\n", "damaged"),
         (b"\xff\n", "damaged"),
         (b"[1]\n", "damaged"),
     ):
-        (copied / "rounds.jsonl").write_bytes(content)
-        assert reason in refused(copied)
-    (copied / "rounds.jsonl").write_bytes(records)
-    (copied / "summary.json").write_text('{"rounds"')
-    assert "this run is not finished" in refused(copied)
+        (bare / "rounds.jsonl").write_bytes(content)
+        assert reason in refused(bare)
+    (bare / "rounds.jsonl").write_bytes(records)
+    (bare / "summary.json").write_text('{"rounds"')
+    assert "this run is not finished" in refused(bare)
     assert (tmp_path / "mine.html").read_text() == "<p>my own page</p>"
 
 
