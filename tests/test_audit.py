@@ -127,6 +127,14 @@ def test_a_run_buried_in_noise_does_not(overfitted: Path, tmp_path: Path) -> Non
     assert loss["auc"] < 0.65 and loss["interval"][0] < 0.5
 
 
+def test_a_secure_sum_hides_single_updates(tiny_model: str, tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("cryptography")
+    run = run_of(tiny_model, tmp_path, **{**QUICK, "server": {"secure_sum": {"name": "pairwise_masks", "range": 1.0}}})
+    content = audit_of(run, "--only", "membership,updates", "--references", "0")
+    assert "updates" not in content and content["membership"]["attacks"]
+    assert "not attacked, because with server.secure_sum nobody sees them" in capsys.readouterr().err
+
+
 def test_confidences_are_those_of_the_losses(quick: Path) -> None:
     subject = subject_of(quick)
     engine = subject.experiment.federation.engine

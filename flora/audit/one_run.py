@@ -24,7 +24,7 @@ def guarantees(subject: Subject) -> dict[str, float | None]:
 def stated_delta(subject: Subject, unit: str) -> float:
     """Return the delta of the run's guarantee for its clients or their examples; without one, the usual."""
     config = subject.run.config
-    privacy = config.privacy if unit == "client" else getattr(config.local, "privacy", None)
+    privacy = config.privacy if unit == "client" else config.local.privacy
     return DELTA if privacy is None else float(privacy.delta)
 
 
