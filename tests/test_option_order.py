@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,8 @@ def test_export_takes_its_arguments_in_any_order(tmp_path: Path, monkeypatch: py
         return export.MergedModel("tiny", {"weight": torch.zeros(2)}, {}, {})
 
     monkeypatch.setattr(export, "merged_model", merged)
+    monkeypatch.setattr(export, "read_run", lambda path, overrides: SimpleNamespace(config=None))
+    monkeypatch.setattr(export, "left_out", lambda config: [])
     (before, after) = ("runs/mine", str(tmp_path / "x.safetensors"))  # the only two whose order tells them apart
     for arguments in orders(before, after, ("--client", "1"), ("--dtype", "fp16")):
         if arguments.index(before) < arguments.index(after):
