@@ -201,17 +201,19 @@ def _main(argv: Sequence[str] | None) -> int:
         raise UserError(f"{options.path}: exists already")
     if options.to != "openclip" and options.path.suffix == ".safetensors":
         raise UserError(f"{options.path}: --to {options.to} writes a folder, whose name can't end in .safetensors")
-    lines = WRITERS[options.to](options)
-    print("\n".join([*lines, *left_out(read_run(options.run, options.overrides).config)]))
+    notes = left_out(read_run(options.run, options.overrides).config)
+    print("\n".join([*WRITERS[options.to](options), *notes]))
     return 0
 
 
 def left_out(config: ExperimentConfig) -> list[str]:
     """Return the line about what a run predicts with besides its model, which no export has a place for, if it does."""
-    names = [name for name, is_idle in (("fusion", config.evaluation.fusion.is_idle),
-                                        ("patches", config.evaluation.patches is None)) if not is_idle]  # fmt: skip
-    named = " and ".join(f"evaluation.{name}" for name in names)
-    return [f"left out: {named} of the run, which is no part of a model: its predictions differ"] if names else []
+    is_used = {
+        "evaluation.fusion": not config.evaluation.fusion.is_idle,
+        "evaluation.patches": config.evaluation.patches is not None,
+    }
+    named = " and ".join(name for name, used in is_used.items() if used)
+    return [f"left out: {named} of the run, which is no part of a model: its predictions differ"] if named else []
 
 
 def _to_openclip(options: Namespace) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
 from flora.core.errors import UserError
 from flora.core.registry import OptionError
+from flora.core.shared import Shared
 from flora.evaluate import evaluated
+from flora.experiment.build import build_experiment
 from flora.runs.finished import read_run
 from flora.simulate import simulate
 
@@ -27,6 +30,22 @@ def test_other_data_are_evaluated_first_and_last_and_equal_what_evaluate_says(ra
     record = evaluated(read_run(result.directory, ["data=digits"]))
     assert record["zero_shot"]["accuracy"] == frozen["digits"]
     assert record["metrics"]["accuracy"] == adapted["digits"]
+    digests = json.loads((result.directory / "environment.json").read_text())
+    assert len(digests["other_images_sha256"]) == 64
+
+
+def test_experiments_of_one_process_share_other_data(raw_config: dict[str, Any]) -> None:
+    shared = Shared()
+    one, other = (
+        build_experiment(
+            parse_config(raw_config | {"evaluation": {"also": ["digits"]}, "local": {"learning_rate": rate}}),
+            progress=lambda title, total: lambda done: None,
+            log=lambda line: None,
+            shared=shared,
+        )
+        for rate in (0.01, 0.02)
+    )
+    assert one.other_data["digits"] is other.other_data["digits"]
 
 
 def test_what_can_not_be_evaluated_on_is_named(raw_config: dict[str, Any], tmp_path: Path) -> None:

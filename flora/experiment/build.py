@@ -38,7 +38,7 @@ from flora.experiment.images import (
     find_images,
     warn_of_untested_classes,
 )
-from flora.experiment.other_data import OtherData, find_other_data, other_data
+from flora.experiment.other_data import OtherData, load_other_data
 from flora.experiment.server_training import find_server_data, server_digests, server_training
 from flora.experiment.start import starting_adapter
 from flora.features.features import Features, images_digest
@@ -137,9 +137,7 @@ def build_experiment(
     with processes.one_first(if_needed=getattr(config.data, "download", False)):
         images = find_images(config, rng, tell, known)
         server_data = find_server_data(config, images.data, rng.child("server"), tell)
-        found = find_other_data(config, rng, tell)
     data, prepared = images.data, _prepared(config, images, rng, tell, processes, known)
-    others = other_data(config, found, prepared.models, tell, processes)
     model, (train, test, *new) = prepared.models[0], prepared.features
     chosen = _clients_per_block(config, model, clients_per_block, len(images.clients), processes.size)
     clients_per_block = processes.first(lambda: Message(chosen)).fields
@@ -187,7 +185,7 @@ def build_experiment(
         test_domains=None if data.test.groups is None else data.test.groups[test.split_indices],
         data=data,
         by_template=prepared.by_template,
-        other_data=others,
+        other_data=prepared.other_data,
     )
 
 
@@ -195,7 +193,8 @@ def build_experiment(
 class _Prepared:
     """What takes time to load or to compute: models, the adapter that a run starts from, the features of its images.
 
-    `by_template` and `digests` are as in `Experiment`; `unreadable` has a line for each image that can't be read.
+    `by_template`, `digests` and `other_data` are as in `Experiment`; `unreadable` has a line for each image that can't
+    be read.
     """
 
     models: list[AdaptedClip]
@@ -205,6 +204,7 @@ class _Prepared:
     features: list[Features]
     unreadable: list[str]
     digests: dict[str, str]
+    other_data: Mapping[str, OtherData]
 
 
 def _prepared(
@@ -224,8 +224,14 @@ def _prepared(
     features, unreadable, images_digests = known.of(
         features_key(config, images.data, model), lambda: _features(config, images.data, model, tell, processes)
     )
+    other_data = known.of(
+        ("other data", id(model), id(images.other), repr(config.cache)),
+        lambda: load_other_data(config, images.other, model, tell, processes),
+    )
     digests = models_digests | start_digest | images_digests
-    return _Prepared(models, backbone_parameters, by_template, start, features, unreadable, digests)
+    if other_data:
+        digests["other_images_sha256"] = images_digest([each.features for each in other_data.values()])
+    return _Prepared(models, backbone_parameters, by_template, start, features, unreadable, digests, other_data)
 
 
 def _initial_adapter(federation: Federation, start: State, rng: Rng, log: Callable[[str], object]) -> State:

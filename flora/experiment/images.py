@@ -18,6 +18,7 @@ from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.processes import ALONE, Processes
 from flora.core.progress import Tell
+from flora.core.registry import name_of
 from flora.core.rng import Rng
 from flora.core.shared import Shared
 from flora.core.states import ClientData
@@ -37,7 +38,7 @@ class Images:
     """The images before they were split and after it, how their classes are called, and whom the data name.
 
     `descriptions` are the sentences of `prompts.descriptions`, by what the classes are called in prompts. `clients` are
-    the clients' shares, if all images can be read.
+    the clients' shares, if all images can be read. `other` are the data sets of `evaluation.also`, by name.
     """
 
     whole: ImageData
@@ -48,6 +49,7 @@ class Images:
     value_range: tuple[float, float] | None
     descriptions: Mapping[str, tuple[str, ...]]
     clients: Sequence[ClientData] = ()
+    other: Mapping[str, ImageData] = field(default_factory=dict)
 
     @property
     def descriptions_digest(self) -> dict[str, str]:
@@ -62,7 +64,10 @@ def find_images(config: ExperimentConfig, rng: Rng, tell: Tell, shared: Shared) 
     """Find the images, split them, and check all that can be checked of them before the model is loaded."""
     images = _split_images(config, rng, tell, shared)
     clients = _dealt_out(config, images.data, images.class_names, rng)
-    images = replace(images, roster=roster_of(config, images.data.train.groups, rng), clients=clients)
+    also = config.seed, repr(config.evaluation.also)
+    other = shared.of(("other images", also), lambda: _other_images(config, rng, tell))
+    roster = roster_of(config, images.data.train.groups, rng)
+    images = replace(images, roster=roster, clients=clients, other=other)
     return _with_one_range(config, images, tell, shared)
 
 
@@ -77,6 +82,21 @@ def find_test_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> Images:
     if not len(images.data.test):
         raise UserError("data: there are no test images")
     return _with_one_range(config, images, tell, Shared())
+
+
+def _other_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> dict[str, ImageData]:
+    """Find the data sets of `evaluation.also` and return them by name, split as in runs of their own.
+
+    Raises `UserError` naming the setting if one is not there, or has no two classes or no test images.
+    """
+    images = {}
+    for dataset in config.evaluation.also:
+        setting = f"evaluation.also ({name_of(dataset)})"
+        data = images_of(setting, dataset, rng.child("data"), tell)
+        if len(data.class_names) < 2 or not len(data.test):
+            raise UserError(f"{setting}: expected test images of at least two classes")
+        images[name_of(dataset)] = data
+    return images
 
 
 def images_of(setting: str, dataset: Dataset, rng: Rng, tell: Tell) -> ImageData:

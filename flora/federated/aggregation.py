@@ -65,10 +65,9 @@ def step(
     require_finite(adapter, f"round {round}: what server.strategy {called(strategy)} made of a finite adapter")
     error = None
     if not strategy.has_personal and summed is None:  # else no product is the server's alone
-        averaged = adapter
+        averaged: StateLike = adapter
         if not strategy.replaces_mean and layers(adapter):
-            mean = combined if aggregator.is_mean else tree.weighted_mean(deltas, weights)
-            averaged = {**shared, **tree.add(tree.select(shared, mean), mean)}
+            averaged = moved_by(shared, combined if aggregator.is_mean else tree.weighted_mean(deltas, weights))
         error = aggregation_error(ends, weights, averaged, state.adapter, federation.engine.processes)
     return Step(adapter, optimizer, correction, error)
 
@@ -103,6 +102,11 @@ def stepped(federation: Federation, state: ServerState, delta: State) -> tuple[S
     made_by = f"the step of server.optimizer {called(optimizer)} at learning rate {optimizer.learning_rate:g}"
     require_finite(adapter, f"round {state.round + 1}: {made_by}", "; lower server.optimizer.learning_rate")
     return adapter, after
+
+
+def moved_by(adapter: StateLike, delta: StateLike) -> State:
+    """The adapter after a step of 1 along a delta, which may lack some of its tensors."""
+    return {**adapter, **tree.add(tree.select(adapter, delta), delta)}
 
 
 def require_finite(state: State, made_by: str, advice: str = "") -> None:

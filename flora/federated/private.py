@@ -9,7 +9,7 @@ from flora.core.contracts import checked_state
 from flora.core.low_rank import aggregation_error, layers, with_any_residual
 from flora.core.rng import Rng
 from flora.core.states import ClientUpdate, ServerState
-from flora.federated.aggregation import Step, in_server_terms, require_finite, stepped
+from flora.federated.aggregation import Step, in_server_terms, moved_by, require_finite, stepped
 from flora.federated.federation import Federation
 from flora.federated.summing import Summed
 from flora.privacy.mechanisms import Local
@@ -66,6 +66,5 @@ def _averaging_error(federation: Federation, state: ServerState, updates: Sequen
         return None
     _, ends = in_server_terms(federation, state.adapter, updates, {})
     weights = [1.0] * len(updates)
-    mean = tree.weighted_mean([update.delta for update in updates], weights)
-    averaged = {**state.adapter, **tree.add(tree.select(state.adapter, mean), mean)}
+    averaged = moved_by(state.adapter, tree.weighted_mean([update.delta for update in updates], weights))
     return aggregation_error(ends, weights, averaged, state.adapter, federation.engine.processes)

@@ -80,10 +80,10 @@ class TextTower:
         sequences = [row[: end + 1] for row, end in zip(numbered.tolist(), ends.tolist(), strict=True)]
         share = self._speed.share_prefixes and not self._has_dropout
         packing = pack(sequences, self._clip.architecture.text.width) if share else one_by_one(sequences)
-        found = torch.from_numpy(packing.tokens)
+        packed = torch.from_numpy(packing.tokens)
         return Prompts(
-            tokens=found if learned is None else found % size,
-            learned=None if learned is None else found // size - 1,
+            tokens=packed if learned is None else packed % size,
+            learned=None if learned is None else packed // size - 1,
             positions=torch.from_numpy(packing.positions),
             hidden=torch.from_numpy(~packing.visible),
             ends=torch.from_numpy(packing.ends),

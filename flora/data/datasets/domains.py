@@ -75,11 +75,11 @@ class DomainSet(Dataset):
 
     def _examples(self, folder: Path) -> list[Example]:
         examples: list[Example] = []
-        there = {_plain(path.name): path for path in subfolders(folder)}
+        by_name = {_plain(path.name): path for path in subfolders(folder)}
         for domain in self.domains or self.known_domains:
-            if _plain(domain) not in there:
+            if _plain(domain) not in by_name:
                 raise self._error(f"it is not complete; expected {folder / domain}; {self.source}")
-            for path in self._class_folders(there[_plain(domain)]):
+            for path in self._class_folders(by_name[_plain(domain)]):
                 paths = image_paths(path)
                 if not paths:
                     raise self._error(f"no images in {path}")
@@ -87,17 +87,17 @@ class DomainSet(Dataset):
         return examples
 
     def _class_folders(self, folder: Path) -> Sequence[Path]:
-        """The class folders of a domain. Raises `UserError` unless those that are asked for, or all, are there."""
-        found = subfolders(folder)
-        names = [path.name for path in found]
+        """Return a domain's class folders. Raises `UserError` unless those that are asked for, or all, are there."""
+        folders = subfolders(folder)
+        names = [path.name for path in folders]
         for name in self.classes:
             if name not in names:
                 raise UserError(f"data.classes: no folder {name!r} in {folder}; {suggest(name, names)}")
-        if not self.classes and len(found) != self.num_classes:
+        if not self.classes and len(folders) != self.num_classes:
             raise self._error(
-                f"it is not complete; expected {self.num_classes} class folders in {folder}, got {len(found)}"
+                f"it is not complete; expected {self.num_classes} class folders in {folder}, got {len(folders)}"
             )
-        return [path for path in found if not self.classes or path.name in self.classes]
+        return [path for path in folders if not self.classes or path.name in self.classes]
 
     def _name(self, folder: str) -> str:
         return self.renamed.get(folder, folder.replace("_", " "))
@@ -169,7 +169,7 @@ class DomainNet(DomainSet):
         return ImageData(to_split(train, class_names), to_split(test, class_names), class_names)
 
     def _listed(self, folder: Path, part: str) -> list[Example]:
-        """The images of one part of all domains, by domain and path. Raises `UserError` for a line that is no image."""
+        """Return one part's images of all domains, by domain and path. Raises `UserError` for a line that is none."""
         examples: list[Example] = []
         for domain in self.domains or self.known_domains:
             path = folder / f"{domain}_{part}.txt"
@@ -192,5 +192,5 @@ class DomainNet(DomainSet):
 
 
 def _plain(name: str) -> str:
-    """A folder's name without what its spellings differ in."""
+    """Return a folder's name in small letters and digits alone, as its spellings have in common."""
     return "".join(each for each in name.casefold() if each.isalnum())
