@@ -99,6 +99,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "adapter.start": {"adapter": {"name": "lora", "start": str(START)}},
     "evaluation.auroc": {"evaluation": {"auroc": True}},
     "evaluation.also": {"evaluation": {"also": ["digits"]}},
+    "evaluation.held_classes": {"evaluation": {"held_classes": True}},
+    "clients.held_out_fraction": {"clients": {"held_out_fraction": 0.3}},
     "evaluation.centralized": {"evaluation": {"centralized": True}},
     "local.privacy": {"local": {"privacy": {"accountant": "rdp"}}},
     "privacy.clip_norm=adaptive": {

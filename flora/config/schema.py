@@ -18,6 +18,7 @@ from flora.communication.options import CommunicationOptions
 from flora.communication.ranks import Ranks
 from flora.communication.sampling import Sampler, Uniform
 from flora.config.presets import DEFAULT, PRESETS
+from flora.core.counts import part_of
 from flora.core.registry import (
     OptionError,
     Options,
@@ -56,6 +57,13 @@ class ClientOptions(Options):
     centralized: bool = option("one client trains on what all of them would have: centralised training", False)
     cohort: Sampler = option("which of them take part in a round", Uniform())
     holdout_fraction: float = option("share of a client's examples kept for its own test", 0.2, at_least=0, below=1)
+    held_out_fraction: float = option(
+        "share of the clients that never train, drawn at random: what the last adapter gives them, and one pass of "
+        "fine-tuning from it, on their own test images",
+        0.0,
+        at_least=0,
+        below=1,
+    )
     labelled_fraction: float = option(
         "share of a client's training images of which it knows the label, at least one; the others wait for "
         "local.self_training",
@@ -70,10 +78,29 @@ class ClientOptions(Options):
         "clients trained in one step; changes the speed only; none: automatic", None, at_least=1
     )
 
+    def check(self) -> None:
+        if self.held_out_fraction and not self.holdout_fraction:
+            raise OptionError(
+                "held_out_fraction", "expected 0 without holdout_fraction: there are no images to test such clients on"
+            )
+
     @property
     def number_training(self) -> int | None:
         """How many clients train: one where training is centralised, None if that is for the data to say."""
-        return 1 if self.centralized else self.number
+        if self.centralized or self.number is None:
+            return 1 if self.centralized else None
+        return self.number - self.num_unseen(self.number)
+
+    def num_unseen(self, number: int) -> int:
+        """How many of `number` clients never train: the share of them, but at least one, where that is asked for.
+
+        Raises `OptionError` if none would be left to train.
+        """
+        if not self.held_out_fraction:
+            return 0
+        if number < 2:
+            raise OptionError("clients.held_out_fraction", f"expected at least two clients, one to train, got {number}")
+        return min(max(round(part_of(self.held_out_fraction, number)), 1), number - 1)
 
 
 @dataclass(frozen=True)
@@ -124,6 +151,11 @@ class EvaluationOptions(Options):
         "other data sets whose test images, told apart by their own classes, the frozen model and the last round's "
         "adapter are evaluated on",
         (),
+    )
+    held_classes: bool = option(
+        "evaluate each client's adapter (the server's, where it has none of its own) on the test images of the classes "
+        "that it holds, told apart among these, and on the others', told apart among those",
+        False,
     )
     auroc: bool = option(
         "compute the area under the ROC curve, too; takes memory for a probability of each test image and class", False

@@ -20,7 +20,8 @@ from flora.evaluation.classification import NUM_BINS, confusion, macro_f1, relia
 from flora.evaluation.predicting import most_probable, predict
 from flora.experiment.build import Experiment
 from flora.features.features import Features
-from flora.runs.measure import ClientResults, evaluate_test_images, server_stack
+from flora.runs.evaluating import server_stack
+from flora.runs.measure import ClientResults, evaluate_test_images
 
 # What `predictions.csv` says of a held-out image with its client's own adapter, where clients have one.
 OWN_COLUMNS = ("own_predicted", "own_probability")
