@@ -17,7 +17,7 @@ from flora.communication.network import Network, StragglerPolicy
 from flora.communication.options import CommunicationOptions
 from flora.communication.ranks import Ranks
 from flora.communication.sampling import Sampler, Uniform
-from flora.config.presets import DEFAULT, PRESETS
+from flora.config.presets import DEFAULT, NO_SCENARIO, PRESETS, SCENARIOS, read_scenario
 from flora.core.counts import part_of
 from flora.core.registry import (
     OptionError,
@@ -199,6 +199,9 @@ class ExperimentConfig(Options):
     data: Dataset = option("where the images come from")
     partition: Partitioner = option("how the training examples are dealt out to the clients")
     preset: str = option("the set of values below this file's own", DEFAULT, choices=PRESETS)
+    scenario: str = option(
+        "the set of values of a benchmark's scenario, above the preset's", NO_SCENARIO, choices=(NO_SCENARIO, *SCENARIOS)
+    )
     name: str = option("the run's name, and its folder's below `output`; none: the file's name", "")
     seed: int = option("root of all random numbers", 0, at_least=0)
     rounds: int = option("rounds of federated training; 0: zero-shot only", 20, at_least=0)
@@ -237,6 +240,11 @@ class ExperimentConfig(Options):
         names = [name_of(tracker) for tracker in self.trackers]
         if len(set(names)) != len(names):
             raise OptionError("trackers", f"expected each once, got {', '.join(names)}")
+        needs = () if self.scenario == NO_SCENARIO else read_scenario(self.scenario).needs
+        for key in needs:
+            section, _, name = key.rpartition(".")
+            if not getattr(getattr(self, section), name, None):
+                raise OptionError(key, f"missing: the scenario {self.scenario} needs it")
         if self.clients.number is None and not self.partition.names_clients:
             raise OptionError(
                 "clients.number", f"expected a number: {name_of(self.partition)} takes none from the data"
