@@ -95,7 +95,7 @@ CHOSEN ?= experiments/flip/$(PRESET).json
 FLIP := runs/flip
 flip_files = $(patsubst %,experiments/flip/%.yaml,$(subst $(comma), ,$(call or_all,$(METHODS),*)))
 flip_data = {name: $(1), root: $(DATA_ROOT)$(if $(DOWNLOAD),$(comma) download: $(DOWNLOAD))}
-flip_also = $(foreach name,$(subst $(comma), ,$(ALSO)),--set 'evaluation.also=[$(call flip_data,$(name))]')
+flip_also = --set 'evaluation.also=[$(foreach name,$(subst $(comma), ,$(ALSO)),$(call flip_data,$(name))$(comma))]'
 flip_set = --set preset=$(PRESET) --set data.root=$(DATA_ROOT) $(if $(DOWNLOAD),--set data.download=$(DOWNLOAD))
 flip_axis_few_shot = partition.shots=$(SHOTS)
 flip_axis_cross_domain = split.domain=$(DOMAINS)
@@ -108,7 +108,7 @@ flip: $(VENV)/.installed-report ## run and tabulate experiments/flip: DATASETS= 
 
 flip-rates: $(VENV)/.installed-report ## choose the learning rates of experiments/flip on validation images: RATES= PRESET=
 	$(BIN)/python -m flora.sweep $(flip_files) data=$(DATASETS) local.learning_rate=$(RATES) seed=0 $(flip_set) \
-	  --set split=validation --choose local.learning_rate --output $(FLIP)/rates_$(PRESET) $(ARGS)
+	  --set scenario=dual --set split.of=validation --choose local.learning_rate --output $(FLIP)/rates_$(PRESET) $(ARGS)
 	cp $(FLIP)/rates_$(PRESET)/chosen.json $(CHOSEN)
 
 NEIGHBOUR ?= self_training

@@ -11,8 +11,8 @@ from pathlib import Path
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.files import read_text
-from flora.data.splits import Validation
-from flora.sweep.outcomes import read_outcome
+from flora.data.splits import Splitter, Validation
+from flora.sweep.outcomes import Outcome, read_outcome
 
 Run = tuple[Path | None, str, dict[str, str]]
 """A finished run's directory (None: it isn't finished), its config file, and the values of the swept keys."""
@@ -22,7 +22,7 @@ Run = tuple[Path | None, str, dict[str, str]]
 class Choice:
     """What was chosen for the runs that have the labels `where`: a config file's stem and the other swept values.
 
-    `tried` is the mean accuracy on validation images after the last round with each value that was tried.
+    `tried` is the mean accuracy after the last round with each value that was tried, none of it on test images.
     """
 
     where: Mapping[str, str]
@@ -53,21 +53,27 @@ def check_search(key: str, axes: Sequence[str], configs: Sequence[ExperimentConf
     """Raise `UserError` unless `key` is swept and all runs are evaluated on validation images."""
     if key not in axes:
         raise UserError(f"--choose: {key} is not swept; write {key}=value,value")
-    if not all(isinstance(config.split, Validation) for config in configs):
-        raise UserError("--choose: expected split=validation in all runs: what is chosen on test images is no result")
+    if not all(_reads_no_test_images(config.split) for config in configs):
+        raise UserError("--choose: expected split validation, or one of it: what is chosen on test images is no result")
+
+
+def _reads_no_test_images(split: Splitter) -> bool:
+    inner = getattr(split, "of", None)
+    return isinstance(split, Validation) or (inner is not None and _reads_no_test_images(inner))
 
 
 def choose(key: str, runs: Sequence[Run]) -> Choices:
     """Return, for the runs that differ in `key` and in seeds alone, the value with the best mean accuracy.
 
-    That is the accuracy after the last round. Of equal ones the first is taken. Only values that all seeds have finished
-    with count, and runs without any are left out.
+    That is the accuracy after the last round: of clients' own adapters on their held-out images, where clients have
+    some, else of the server's. Of equal ones the first is taken. Only values that all seeds have finished with count,
+    and runs without any are left out.
     """
     groups: dict[tuple[tuple[str, str], ...], dict[str, list[float | None]]] = {}
     for directory, config, values in runs:
         labels = labels_of(config, values)
         value = labels.pop(key)
-        accuracy = None if directory is None else read_outcome(directory).figures["last_accuracy"]
+        accuracy = None if directory is None else _accuracy(read_outcome(directory))
         groups.setdefault(tuple(labels.items()), {}).setdefault(value, []).append(accuracy)
     choices = []
     for where, by_value in groups.items():
@@ -75,6 +81,11 @@ def choose(key: str, runs: Sequence[Run]) -> Choices:
         if tried:
             choices.append(Choice(dict(where), max(tried, key=lambda value: tried[value]), tried))
     return Choices(key, tuple(choices))
+
+
+def _accuracy(outcome: Outcome) -> float | None:
+    personal = outcome.figures["personal_accuracy_mean"]
+    return outcome.figures["last_accuracy"] if personal is None else personal
 
 
 def _all_known(values: Sequence[float | None]) -> list[float]:
