@@ -100,11 +100,15 @@ flip_set = --set preset=$(PRESET) --set data.root=$(DATA_ROOT) $(if $(DOWNLOAD),
 flip_axis_few_shot = partition.shots=$(SHOTS)
 flip_axis_cross_domain = split.domain=$(DOMAINS)
 
+define flip_sweep
+	$(BIN)/python -m flora.sweep $(flip_files) data=$(DATASETS) $(flip_axis_$(1)) seed=$(SEEDS) $(flip_set) \
+	  --set scenario=$(1) $(if $(filter cross_data_set,$(1)),$(flip_also)) --skip-refused \
+	  $(if $(wildcard $(CHOSEN)),--chosen $(CHOSEN)) --output $(FLIP)/$(1) $(ARGS)
+
+endef
+
 flip: $(VENV)/.installed-report ## run and tabulate experiments/flip: DATASETS= METHODS= SCENARIOS= SEEDS= PRESET= ARGS=
-	set -e; $(foreach scenario,$(subst $(comma), ,$(SCENARIOS)),echo; echo "scenario $(scenario)"; $\
-	  $(BIN)/python -m flora.sweep $(flip_files) data=$(DATASETS) $(flip_axis_$(scenario)) seed=$(SEEDS) $(flip_set) $\
-	  --set scenario=$(scenario) $(if $(filter cross_data_set,$(scenario)),$(flip_also)) --skip-refused $\
-	  $(if $(wildcard $(CHOSEN)),--chosen $(CHOSEN)) --output $(FLIP)/$(scenario) $(ARGS);)
+	$(foreach scenario,$(subst $(comma), ,$(SCENARIOS)),$(call flip_sweep,$(scenario)))
 
 flip-rates: $(VENV)/.installed-report ## choose the learning rates of experiments/flip on validation images: RATES= PRESET=
 	$(BIN)/python -m flora.sweep $(flip_files) data=$(DATASETS) local.learning_rate=$(RATES) seed=0 $(flip_set) \

@@ -13,8 +13,8 @@ from PIL import Image
 
 from flora.core.errors import UserError
 from flora.report.dots import Dot, draw_dots
-from flora.report.reading import read_runs
-from flora.report.several_runs import _domains_of, groups_of
+from flora.report.reading import read_files, runs_below
+from flora.report.several_runs import _means, groups_of
 from flora.sweep import __main__ as sweep
 from flora.sweep.choosing import Choice, Choices, choose, read_choices, to_json
 from flora.sweep.outcomes import Outcome, Point, columns
@@ -229,5 +229,5 @@ def test_a_sweep_over_domains_has_their_mean_in_table_and_page(tmp_path: Path, r
     assert (mean["split.domain"], mean["runs"]) == ("mean of 3", "2")
     assert float(mean["last_accuracy"]) == pytest.approx(sum(float(row["last_accuracy"]) for row in rows) / 3)
     assert "domain mean of 3" in (folder / "table.md").read_text()
-    groups = groups_of(read_runs([folder]))
-    assert [len(some) for some in _domains_of(groups)] == [3]
+    page = str(_means(groups_of([read_files(path) for path in runs_below(folder)])))
+    assert "mean of 3 domains" in page and f"{100 * float(mean['last_accuracy']):.1f} %" in page
