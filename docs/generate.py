@@ -100,7 +100,9 @@ def scenarios() -> str:
         scenario = read_scenario(name)
         needed = [f"`{key}` (to be given)" for key in scenario.needs]
         settings = [*needed, *(f"`{line}`" for line in lines(scenario))]
-        rows.append([f"`{name}`", scenario.about, "<br>".join(settings), ", ".join(f"`{key}`" for key in scenario.results)])
+        rows.append(
+            [f"`{name}`", scenario.about, "<br>".join(settings), ", ".join(f"`{key}`" for key in scenario.results)]
+        )
     return table(["`scenario:`", "what it is", "settings", "results"], rows)
 
 

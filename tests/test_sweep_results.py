@@ -69,7 +69,9 @@ def test_results_are_one_table_with_what_they_cost() -> None:
         row("head", "digits", 0.3, trainable_parameters=200),
         Row({"experiment": "norm", "data": "digits"}, ()),
     ]
-    table = [line.strip("| ").split(" | ") for line in to_results(rows, ("last_accuracy", "harmonic_mean")).splitlines()]
+    table = [
+        line.strip("| ").split(" | ") for line in to_results(rows, ("last_accuracy", "harmonic_mean")).splitlines()
+    ]
     assert table[0] == [
         "method", "eurosat: last round", "eurosat: harmonic mean", "digits: last round", "digits: harmonic mean",
         "trained", "up per client and round", "ms per client step",
@@ -161,11 +163,15 @@ def test_the_best_value_is_chosen_for_each_method_and_data_set(tmp_path: Path) -
     assert again.override("b/norm.yaml", {"data": "digits"}) is None
 
 
-def test_a_search_is_written_down_and_used(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_is_written_down_and_used(
+    config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     axis, search = "local.learning_rate=0.00001,0.05", tmp_path / "search"
     assert run(config_file, search, axis, "--choose", "local.learning_rate", "--set", "split=validation") == 0
     choices = read_choices(search / "chosen.json")
-    rows = {row["local.learning_rate"]: float(row["last_accuracy"]) for row in csv.DictReader((search / "table.csv").open())}
+    rows = {
+        row["local.learning_rate"]: float(row["last_accuracy"]) for row in csv.DictReader((search / "table.csv").open())
+    }
     (choice,) = choices.choices
     assert choice.value == max(rows, key=lambda value: rows[value])
     assert dict(choice.tried) == pytest.approx(rows, abs=1e-4)

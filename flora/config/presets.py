@@ -5,7 +5,7 @@ the one named: `adapter=full: {local: {learning_rate: 1.0e-3}}`. One rule merges
 above what `where` adds, and that above the preset's other values. A component of another name takes nothing from the
 one below.
 
-A scenario (`flora/presets/scenarios`) is a set of values, too: it lies between the preset and the experiment's own file.
+A scenario (`flora/presets/scenarios`) is a set of values, too: it lies between the preset and the experiment's file.
 """
 
 from __future__ import annotations

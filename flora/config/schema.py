@@ -200,7 +200,9 @@ class ExperimentConfig(Options):
     partition: Partitioner = option("how the training examples are dealt out to the clients")
     preset: str = option("the set of values below this file's own", DEFAULT, choices=PRESETS)
     scenario: str = option(
-        "the set of values of a benchmark's scenario, above the preset's", NO_SCENARIO, choices=(NO_SCENARIO, *SCENARIOS)
+        "the set of values of a benchmark's scenario, above the preset's",
+        NO_SCENARIO,
+        choices=(NO_SCENARIO, *SCENARIOS),
     )
     name: str = option("the run's name, and its folder's below `output`; none: the file's name", "")
     seed: int = option("root of all random numbers", 0, at_least=0)

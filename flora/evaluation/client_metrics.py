@@ -23,8 +23,8 @@ of_last(
 )
 of_first_and_last(
     "unseen_accuracy",
-    "mean over the clients that never train (`clients.held_out_fraction`) of the accuracy of the server's adapter on the "
-    "examples that each holds out",
+    "mean over the clients that never train (`clients.held_out_fraction`) of the accuracy of the server's adapter on "
+    "the examples that each holds out",
     ("clients not seen", "clients not seen"),
 )
 of_first_and_last(
@@ -35,8 +35,8 @@ of_first_and_last(
 )
 of_first_and_last(
     "held_class_accuracy",
-    "mean over clients of the accuracy of each one's adapter on the test images of the classes that it holds, told apart "
-    "among these, with `evaluation.held_classes`",
+    "mean over clients of the accuracy of each one's adapter on the test images of the classes that it holds, told "
+    "apart among these, with `evaluation.held_classes`",
     ("held classes", "held classes"),
 )
 of_first_and_last(

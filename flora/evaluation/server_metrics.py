@@ -10,7 +10,6 @@ from flora.evaluation.declaring import COMPUTED, declare, figure, of_last
 from flora.evaluation.over_rounds import best, rounds_to_accuracy
 
 
-
 def _mean_over_domains(by_domain: dict[str, float] | None) -> float | None:
     return sum(by_domain.values()) / len(by_domain) if by_domain else None
 

@@ -21,9 +21,9 @@ from flora.report.reading import Absent, RunFiles, numbers
 # Settings by which runs of one line may differ: their names, their seeds, and what decides no result, such as what else
 # is measured. Where weights and data lie is compared: others may lie there.
 NOT_COMPARED = ("name", "output", "seed", "preset", "scenario", "device", "threads", "clients.per_block", "cache",
-                "checkpoints", "trackers", "data.download", "evaluation.every", "evaluation.clients_every", "evaluation.batch_size",
-                "evaluation.num_local_only", "evaluation.centralized", "evaluation.templates", "evaluation.also",
-                "evaluation.held_classes", "evaluation.auroc", "evaluation.predictions")  # fmt: skip
+                "checkpoints", "trackers", "data.download", "evaluation.every", "evaluation.clients_every",
+                "evaluation.batch_size", "evaluation.num_local_only", "evaluation.centralized", "evaluation.templates",
+                "evaluation.also", "evaluation.held_classes", "evaluation.auroc", "evaluation.predictions")  # fmt: skip
 # Settings that a line is named by, lines of a picture, bars of the headline, groups whose clients are shown.
 MAX_NAMED, MAX_LINES, MAX_BARS, MAX_SHOWN = 4, 35, 20, 8
 NONE = "–"

@@ -87,15 +87,16 @@ def client_columns(
         columns["example_epsilon"] = _cells(np.array(epsilons))
     by_holding = None if results.scenarios is None else results.scenarios.by_holding
     if by_holding is not None:
-        columns["held_class_accuracy"], columns["other_class_accuracy"] = _cells(by_holding[:, 0]), _cells(by_holding[:, 1])
+        columns["held_class_accuracy"], columns["other_class_accuracy"] = (
+            _cells(by_holding[:, 0]),
+            _cells(by_holding[:, 1]),
+        )
     if experiment.unseen:
         columns = _with_unseen(columns, experiment, results)
     return {name: columns[name] for name, _ in CLIENT_COLUMNS if name in columns}
 
 
-def _with_unseen(
-    columns: dict[str, list[Any]], experiment: Experiment, results: ClientResults
-) -> dict[str, list[Any]]:
+def _with_unseen(columns: dict[str, list[Any]], experiment: Experiment, results: ClientResults) -> dict[str, list[Any]]:
     """The columns with a row for each client that never trains below those that do; what it doesn't have is empty."""
     unseen, first = experiment.unseen, len(experiment.federation.clients)
     theirs: dict[str, list[Any]] = {
@@ -110,9 +111,7 @@ def _with_unseen(
     if found is not None:
         theirs |= {"unseen_accuracy": _cells(found.server), "unseen_tuned_accuracy": _cells(found.tuned)}
     new = {name: [""] * first for name in theirs if name.startswith("unseen")}
-    return {
-        name: column + theirs.get(name, [""] * len(unseen)) for name, column in (columns | new).items()
-    }
+    return {name: column + theirs.get(name, [""] * len(unseen)) for name, column in (columns | new).items()}
 
 
 def _pseudo_label_columns(records: Sequence[RoundRecord], numbers: list[int]) -> dict[str, list[Any]]:

@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -161,24 +160,13 @@ def _in_processes(options: argparse.Namespace) -> int:
 def _main(options: argparse.Namespace, processes: Processes) -> int:
     configs, axes = split_arguments(options.arguments)
     grid = combinations(configs, axes)
-    if not configs:
-        raise UserError("expected a config file; see --help")
-    names = {name for each in grid for name in (Path(each.config).stem, *dict(each.values).values())}
-    if options.reference not in (None, *names):
-        raise UserError(f"--reference: no run is called {options.reference!r}; {suggest(options.reference, names)}")
-    if not re.fullmatch("[1-9][0-9]{0,3}", options.jobs):
-        raise UserError(f"--jobs: expected a whole number of at least 1, got {options.jobs!r}")
+    _check_options(options, grid)
     fold = _most_together(options.fold)
-    choices = None if options.chosen is None else read_choices(options.chosen)
-    if choices is not None and processes.is_first:
-        _say_what_was_not_searched(grid, choices, options.chosen)
     outcomes: Outcomes = {}
     stopped: Interrupted | None = None
     try:
         with Interrupts() as interrupts:
-            tell = partial(print, file=sys.stderr) if processes.is_first else _say_nothing
-            skip = tell if options.skip_refused else None
-            runs = configurations(grid, options.output, options.set, choices, skip=skip)
+            runs = _configurations(options, grid, processes)
             if options.choose is not None:
                 check_search(options.choose, [axis.partition("=")[0].strip() for axis in axes], runs)
             with _locked(options.output) if processes.is_first else nullcontext():
@@ -215,6 +203,34 @@ def _main(options: argparse.Namespace, processes: Processes) -> int:
     return 2 if failures else 0
 
 
+def _check_options(options: argparse.Namespace, grid: Sequence[Combination]) -> None:
+    """Raise `UserError` for options that are wrong whatever the runs are, and where there are no runs."""
+    if not grid:
+        raise UserError("expected a config file; see --help")
+    names = {name for each in grid for name in (Path(each.config).stem, *dict(each.values).values())}
+    if options.reference not in (None, *names):
+        raise UserError(f"--reference: no run is called {options.reference!r}; {suggest(options.reference, names)}")
+    if not re.fullmatch("[1-9][0-9]{0,3}", options.jobs):
+        raise UserError(f"--jobs: expected a whole number of at least 1, got {options.jobs!r}")
+
+
+def _configurations(
+    options: argparse.Namespace, grid: Sequence[Combination], processes: Processes
+) -> list[ExperimentConfig]:
+    """The checked configurations; process 0 says what is left out of them, and what a search has nothing for."""
+
+    def tell(line: str) -> None:
+        if processes.is_first:
+            print(line, file=sys.stderr)
+
+    choices = None if options.chosen is None else read_choices(options.chosen)
+    if choices is not None:
+        names = choices.without([(each.config, dict(each.values)) for each in grid])
+        if names:
+            tell(f"{options.chosen}: has no {choices.key} for {', '.join(names)}: their files' stays")
+    return configurations(grid, options.output, options.set, choices, skip=tell if options.skip_refused else None)
+
+
 def _most_together(text: str) -> int:
     """How many runs train together at most. Raises `UserError` for what --fold does not take."""
     if text in ("auto", "off"):
@@ -240,18 +256,6 @@ def _locked(folder: Path) -> Iterator[None]:
             lock.close()
         with suppress(OSError):  # there is something in it
             folder.rmdir()
-
-
-def _say_nothing(line: str) -> None:
-    """Leave talking to process 0."""
-
-
-def _say_what_was_not_searched(grid: Sequence[Combination], choices: Choices, path: Path) -> None:
-    """Say which config files have runs that the search has chosen nothing for."""
-    searched = [each for each in grid if choices.key not in dict(each.values)]
-    names = {Path(each.config).stem for each in searched if choices.override(each.config, dict(each.values)) is None}
-    if names:
-        print(f"{path}: has no {choices.key} for {', '.join(sorted(names))}: their files' stays", file=sys.stderr)
 
 
 def _results(runs: Sequence[ExperimentConfig]) -> tuple[str, ...]:

@@ -43,6 +43,16 @@ class Choices:
         value = next((each.value for each in self.choices if each.where.items() <= labels.items()), None)
         return None if value is None or self.key in values else f"{self.key}={value}"
 
+    def without(self, runs: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
+        """Return the stems of the config files of which a run, with these swept values, was not searched for."""
+        return sorted(
+            {
+                Path(config).stem
+                for config, values in runs
+                if self.key not in values and self.override(config, values) is None
+            }
+        )
+
 
 def labels_of(config: str, values: Mapping[str, str]) -> dict[str, str]:
     """What a run is called by: its config file and its swept values, but for the seed."""

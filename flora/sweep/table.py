@@ -185,7 +185,9 @@ def to_overview(rows: Sequence[Row]) -> str:
         return ""
     place = {panel_and_method(row): row for row in rows if row.outcomes}
     methods = dict.fromkeys(panel_and_method(row)[1] for row in rows)
-    frozen = [next((row for row in rows if row.outcomes and panel_and_method(row)[0] == panel), None) for panel in panels]
+    frozen = [
+        next((row for row in rows if row.outcomes and panel_and_method(row)[0] == panel), None) for panel in panels
+    ]
     lines = [["zero-shot", *(accuracy_cell(row, "zero_shot_accuracy") if row else "-" for row in frozen)]]
     for method in methods:
         found = [place.get((panel, method)) for panel in panels]
