@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import TOLERANCE
 
-from flora.clip.prediction import bound
+from flora.clip.prediction import PLAIN, bound
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
 from flora.core import tree
@@ -98,7 +98,7 @@ def test_a_client_that_never_trains_fine_tunes_the_servers_adapter_as_any_client
                 with bound(model, stack):
                     classes = model.class_features(1)
                 stem = features.take(torch.from_numpy(client.held_out), model.device)
-                predicted = model.logits(stack, stem, classes)[0].argmax(dim=-1)
+                predicted = PLAIN.logits(model, stack, stem, classes)[0].argmax(dim=-1)
             right = predicted == features.labels[client.held_out]
             assert found == pytest.approx(right.double().mean().item())
 
@@ -141,14 +141,14 @@ HELD = {
 }
 
 
-def by_hand(experiment: Experiment, adapter: tree.StateLike | None, holds: np.ndarray) -> list[float]:
+def by_hand(experiment: Experiment, adapter: tree.State, holds: np.ndarray) -> list[float]:
     """One client's accuracies, image by image: on its classes among these, on the others among those."""
     model, test = experiment.federation.engine.model, experiment.test
-    stack = {} if adapter is None else tree.expand(adapter, 1)
+    stack = model.adapter.models(tree.expand(adapter, 1))[-1]
     with torch.no_grad():
         with bound(model, stack):
             classes = model.class_features(1)
-        logits = model.logits(stack, test.take(torch.arange(len(test)), model.device), classes)[0].numpy()
+        logits = PLAIN.logits(model, stack, test.take(torch.arange(len(test)), model.device), classes)[0].numpy()
     found = []
     for part in (np.flatnonzero(holds), np.flatnonzero(~holds)):
         right = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import pytest
 import yaml
 from PIL import Image
 
+from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.report.dots import Dot, draw_dots
 from flora.report.reading import read_files, runs_below
 from flora.report.several_runs import _means, groups_of
+from flora.simulate import simulate
 from flora.sweep import __main__ as sweep
 from flora.sweep.choosing import Choice, Choices, choose, read_choices, to_json
 from flora.sweep.outcomes import Outcome, Point, columns
 from flora.sweep.results import dots_of, to_results, with_domain_means
+from flora.sweep.runs import Outcomes
 from flora.sweep.table import Row, to_csv, to_curves
 
 
@@ -110,6 +114,19 @@ def config_file(tmp_path: Path, raw_config: dict[str, Any]) -> str:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({**raw_config, "rounds": 1}))
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs one after the other, without a process for each, which takes seconds to begin."""
+
+    def run_all(runs: Sequence[ExperimentConfig], outcomes: Outcomes, **options: Any) -> None:
+        for config in runs:
+            simulate(config)
+            outcomes[config.name] = None
+
+    monkeypatch.setattr(sweep, "run_all", run_all)
+    monkeypatch.setattr(sweep, "draw_curves", lambda curves, folder: [])
 
 
 def run(config_file: str, folder: Path, *arguments: str) -> int:

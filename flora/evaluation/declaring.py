@@ -87,7 +87,7 @@ def of_first_and_last(name: str, about: str, titles: tuple[str, str], *, has_fro
 
     `titles` are those of its column and its row. With `has_frozen` the summary has round 0's as `zero_shot_NAME`.
     """
-    figures = (Figure(name, f"{about}, after the last round", "fraction", last(name), *titles),)
+    figures: tuple[Figure, ...] = (Figure(name, f"{about}, after the last round", "fraction", last(name), *titles),)
     if has_frozen:
         figures = (Figure(f"zero_shot_{name}", f"{about}, the frozen model", "fraction", first(name)), *figures)
     declare(Metric(name, about, "fraction", "clients", figures))
