@@ -80,9 +80,10 @@ def test_results_are_one_table_with_what_they_cost() -> None:
         "method", "eurosat: last round", "eurosat: harmonic mean", "digits: last round", "digits: harmonic mean",
         "trained", "up per client and round", "ms per client step",
     ]  # fmt: skip
-    assert table[2] == ["lora", "60.0 ± 14.1 %", "30.0 ± 7.1 %", "90.0 ± 0.0 %", "45.0 ± 0.0 %", "100", "4.0 KB", "2"]
-    assert table[3] == ["head", "40.0 ± 0.0 %", "20.0 ± 0.0 %", "30.0 %", "15.0 %", "100 to 200", "4.0 KB", "2"]
-    assert table[4] == ["norm"] + ["-"] * 7
+    assert table[2] == ["zero-shot", "25.0 ± 0.0 %", "-", "25.0 ± 0.0 %", *["-"] * 4]
+    assert table[3] == ["lora", "60.0 ± 14.1 %", "30.0 ± 7.1 %", "90.0 ± 0.0 %", "45.0 ± 0.0 %", "100", "4.0 KB", "2"]
+    assert table[4] == ["head", "40.0 ± 0.0 %", "20.0 ± 0.0 %", "30.0 %", "15.0 %", "100 to 200", "4.0 KB", "2"]
+    assert table[5] == ["norm"] + ["-"] * 7
     one = to_results([row("lora", "eurosat", 0.5)], ("last_accuracy",)).splitlines()
     assert one[0].startswith("| method | last round | trained |")
     assert dots_of(rows[:1], ("last_accuracy",)) == [
@@ -230,7 +231,7 @@ def test_what_the_rules_refuse_is_left_out_and_named(
     assert "left out: " in capsys.readouterr().err
     lines = [line.strip("| ").split(" | ") for line in (folder / "table.md").read_text().splitlines()]
     assert lines[0][:4] == ["method", "last round", "classes set aside", "harmonic mean"]
-    assert lines[3] == ["linear_head"] + ["-"] * (len(lines[0]) - 1)
+    assert lines[4] == ["linear_head"] + ["-"] * (len(lines[0]) - 1)
     assert (folder / "results.png").exists()
 
 

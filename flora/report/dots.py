@@ -46,9 +46,11 @@ def draw_dots(dots: Sequence[Dot], path: Path) -> list[Path]:
     size = 1.8 + 2.6 * num_columns, num_rows * (0.9 + 0.24 * len(methods)) + 0.5
     with style.context(["default", STYLE]):
         figure = Figure(figsize=size, dpi=150, layout="constrained")
-        grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flatten()
+        grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flatten()
         for axes, panel in zip(grid, panels, strict=False):
-            axes.set_title(textwrap.fill(panel, 30))
+            if len(panels) > 1:
+                axes.set_title(textwrap.fill(panel, 30))
+            axes.tick_params(labelbottom=True)  # above a place without a panel, too
             for order, name in enumerate(figures):
                 some = [dot for dot in dots if dot.panel == panel and dot.figure == name]
                 # Dots of one method lie a little below each other, so that none hides another.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from flora.core.metrics import Figure
 from flora.evaluation.metrics import FIGURES
 from flora.report.dots import Dot
-from flora.sweep.outcomes import IMPLIED, Outcome
+from flora.sweep.outcomes import IMPLIED, Outcome, frozen
 from flora.sweep.table import Row, accuracy_cell, figure_cell, markdown, panel_and_method
 
 DOMAIN = "split.domain"
@@ -80,7 +80,7 @@ def _figure(name: str) -> Figure:
 def to_results(rows: Sequence[Row], figures: Sequence[str]) -> str:
     """A scenario's results in Markdown: a line for each method, columns for each panel and figure, then the costs.
 
-    Each is the mean over seeds, with the deviation (n - 1). A cost that is not the same in all panels is given from its
+    The first line is the frozen model, where it has such a figure. Each is the mean over seeds, with the deviation (n - 1). A cost that is not the same in all panels is given from its
     least to its most.
     """
     panels = list(dict.fromkeys(panel_and_method(row)[0] for row in rows))
@@ -88,7 +88,12 @@ def to_results(rows: Sequence[Row], figures: Sequence[str]) -> str:
     place = {panel_and_method(row): row for row in rows if row.outcomes}
     columns = [(panel, name) for panel in panels for name in figures]
     head = ["method", *(_head(panel, name, len(panels), len(figures)) for panel, name in columns)]
-    lines = [[*head, *(title_of(name) for name in COSTS)]]
+    first = {panel: row for row in reversed(rows) if row.outcomes for panel in [panel_and_method(row)[0]]}
+    zero_shot = [
+        accuracy_cell(first[panel], of) if panel in first and (of := frozen(name)) is not None else "-"
+        for panel, name in columns
+    ]
+    lines = [[*head, *(title_of(name) for name in COSTS)], ["zero-shot", *zero_shot, *["-"] * len(COSTS)]]
     for method in methods:
         own = {panel: row for panel in panels if (row := place.get((panel, method))) is not None}
         cells = [accuracy_cell(own[panel], name) if panel in own else "-" for panel, name in columns]
