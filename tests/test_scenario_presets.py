@@ -63,7 +63,7 @@ def test_scenarios_are_what_the_benchmark_has() -> None:
     assert multi.partition == WithinGroups(of=Dirichlet(concentration=0.1), clients_per_group=4)
     assert multi.clients.number is None
     assert (scenario("dual").clients.holdout_fraction, scenario("global").clients.holdout_fraction) == (0.2, 0.0)
-    assert scenario("unseen_clients").clients.held_out_fraction == 0.2
+    assert scenario("unseen_clients").clients.number_training == 15
 
 
 def test_what_a_file_or_the_command_line_says_wins(tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ def _figure(name: str) -> Figure:
 def to_results(rows: Sequence[Row], figures: Sequence[str]) -> str:
     """A scenario's results in Markdown: a line for each method, columns for each panel and figure, then the costs.
 
-    The first line is the frozen model, where it has such a figure. Each is the mean over seeds, with the deviation (n - 1). A cost that is not the same in all panels is given from its
-    least to its most.
+    The first line is the frozen model, where it has such a figure. Each is the mean over seeds, with the deviation
+    (n - 1). A cost that is not the same in all panels is given from its least to its most.
     """
     panels = list(dict.fromkeys(panel_and_method(row)[0] for row in rows))
     methods = list(dict.fromkeys(panel_and_method(row)[1] for row in rows))
