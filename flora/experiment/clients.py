@@ -52,8 +52,9 @@ def roster_of(config: ExperimentConfig, groups: np.ndarray | None, rng: Rng) -> 
     names = None
     if config.partition.names_clients and not config.clients.centralized:
         names = config.partition.client_names(groups, config.clients.number)
-        away = _never_train(config, len(names), rng)
-        names = tuple(name for name, is_away in zip(names, away, strict=True) if not is_away)
+        if config.clients.held_out_fraction:
+            away = _never_train(config, len(names), rng)
+            names = tuple(name for name, is_away in zip(names, away, strict=True) if not is_away)
     number = config.clients.number_training if names is None else len(names)
     assert number is not None
     if names is not None:
@@ -156,10 +157,12 @@ def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | 
     labelled = config.clients.labelled_fraction
     if labelled < 1:
         clients = [hide_labels(each, labelled, rng.child("labelled", index)) for index, each in enumerate(clients)]
-    away = np.zeros(1, bool) if config.clients.centralized else _never_train(config, number, rng)
-    shares = Shares(
-        [client for client, is_away in zip(clients, away, strict=True) if not is_away],
-        [client for client, is_away in zip(clients, away, strict=True) if is_away],
-    )
+    shares = Shares(clients)
+    if config.clients.held_out_fraction:
+        away = _never_train(config, number, rng)
+        shares = Shares(
+            [client for client, is_away in zip(clients, away, strict=True) if not is_away],
+            [client for client, is_away in zip(clients, away, strict=True) if is_away],
+        )
     _check_unlabelled(config, shares.clients)
     return shares
