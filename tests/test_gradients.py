@@ -13,6 +13,7 @@ from helpers import ALL_ON, TOLERANCE, adapt, random_adapters, random_pixels
 from torch import Tensor
 
 from flora.client.objectives import Contrastive, CrossEntropy, Objective
+from flora.client.penalties import ProGrad
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
@@ -91,19 +92,27 @@ def test_clients_go_through_the_model_in_parts(
 
 
 @needs_cuda
-@pytest.mark.parametrize("objective", [CrossEntropy(), Contrastive()])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        loss_of(CrossEntropy()),
+        loss_of(Contrastive()),
+        dataclasses.replace(loss_of(CrossEntropy()), guide=ProGrad()),
+    ],
+    ids=["cross entropy", "contrastive", "guided"],
+)
 @pytest.mark.parametrize("adapter", [Lora(), Lora(towers=("text", "vision"), targets=TARGETS)])
-def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora, objective: Objective) -> None:
+def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora, loss: Loss) -> None:
     model = adapt(tiny_model, adapter, device="cuda")
     plain = adapt(tiny_model, adapter, device="cuda", speed=SpeedOptions(cuda_graphs=False))
     flat = FlatStack(random_adapters(model, 2), model.device)
     for seed in range(recording.STEPS_BEFORE_RECORDING + 4):
         batch = batch_of(model, seed)
-        expected = gradient_function(plain, loss_of(objective), flat, None, batch_size=4)(flat.matrix, batch)
+        expected = gradient_function(plain, loss, flat, None, batch_size=4)(flat.matrix, batch)
         for new_block in (False, True):  # a later block finds what was recorded
             stack = FlatStack(random_adapters(model, 2), model.device) if new_block else flat
             stack.matrix.copy_(flat.matrix)
-            found = gradient_function(model, loss_of(objective), stack, None, batch_size=4)(stack.matrix, batch)
+            found = gradient_function(model, loss, stack, None, batch_size=4)(stack.matrix, batch)
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
         flat.matrix.add_(0.01)

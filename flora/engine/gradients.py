@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flora.client.local_training import LocalTraining
+from flora.client.penalties import Guide
 from flora.client.self_training import SelfTrainingTerm
 from flora.clip.adapters.base import AttachedAdapter
 from flora.clip.loss_terms import ImagesAndClasses, LossTerm, StepView
@@ -24,37 +26,59 @@ from flora.engine.recording import Recorder, is_recorded
 class Loss:
     """What a step minimises: the sum of terms, each with the setting that it comes from.
 
-    It is of the models of a step from `first_model` on.
+    It is of the models of a step from `first_model` on. The gradient of a `guide`, if there is one, is not added to
+    that of the terms but changes it.
     """
 
     terms: tuple[tuple[str, LossTerm], ...]
     first_model: int = 0
+    guide: Guide | None = None
 
     @classmethod
     def of(cls, local: LocalTraining, adapter: AttachedAdapter) -> Loss:
         """The objective, the penalty unless it is idle, self-training if it is on, and the adapter's own terms."""
         terms: list[tuple[str, LossTerm]] = [("local.objective", local.objective)]
-        if not local.penalty.is_idle:
+        guide = local.penalty if isinstance(local.penalty, Guide) else None
+        if guide is None and not local.penalty.is_idle:
             terms.append(("local.penalty", local.penalty))
         if local.active_self_training is not None:
             terms.append(("local.self_training", SelfTrainingTerm(local.active_self_training)))
-        return cls((*terms, *(("adapter", term) for term in adapter.loss_terms)), adapter.first_loss_model)
+        return cls((*terms, *(("adapter", term) for term in adapter.loss_terms)), adapter.first_loss_model, guide)
 
     @property
     def in_batch(self) -> bool:
         """Whether no class matters but those of the batch."""
-        return all(term.in_batch for _, term in self.terms)
+        return all(term.in_batch for _, term in (*self.terms, *self._guides))
 
     @property
     def needs_frozen(self) -> bool:
         """Whether a term compares with the frozen model's features."""
-        return any(term.needs_frozen for _, term in self.terms)
+        return any(term.needs_frozen for _, term in (*self.terms, *self._guides))
+
+    @property
+    def _guides(self) -> tuple[tuple[str, LossTerm], ...]:
+        return () if self.guide is None else (("local.penalty", self.guide),)
 
     def total(self, views: Sequence[StepView]) -> Tensor:
         """Each client's loss `(K,)`: the sum of all terms over the models, of a step's `views`, that it is of."""
+        return self._sum(self.terms, views)
+
+    def gradients(self, views: Sequence[StepView], rows: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        """Return each client's loss `(K,)`, detached, and the gradient `(K, P)` that a step goes along.
+
+        `rows(losses)` are the gradients of losses `(K,)`; with `keep_graph=True` it can be called once more.
+        """
+        losses = self.total(views)
+        if self.guide is None:
+            return losses.detach(), rows(losses)
+        own = rows(self._sum(self._guides, views), keep_graph=True)
+        gradients = self.guide.guided(rows(losses), own)
+        return losses.detach(), checked_tensor("local.penalty", self.guide, gradients, own.shape)
+
+    def _sum(self, terms: Sequence[tuple[str, LossTerm]], views: Sequence[StepView]) -> Tensor:
         labels = views[0].labels
         losses = torch.zeros(len(labels), device=labels.device)
-        for setting, term in self.terms:
+        for setting, term in terms:
             for view in views[self.first_model :]:
                 losses = losses + checked_tensor(setting, term, term.loss(view), losses.shape)
         return losses
@@ -131,8 +155,9 @@ def gradient_function(
         alike = _Alike.of(parameters) if shares else None
         texts = None if alike is None else SharedTexts(model, flat.leaves(parameters[alike.first]), residual)
         leaf = None if texts is None or alike is None else texts.leaf(alike.which, alike.turn)
-        losses = loss.total(step_views(model, loss, {**state, **residual}, batch, generators, leaf))
-        return losses.detach(), rows_of(losses, leaves) if texts is None else texts.rows(losses, leaves)
+        views = step_views(model, loss, {**state, **residual}, batch, generators, leaf)
+        rows = functools.partial(rows_of if texts is None else texts.rows, leaves=leaves)
+        return loss.gradients(views, rows)
 
     def compute_in_parts(parameters: Tensor, batch: Batch, residual: StateLike) -> tuple[Tensor, Tensor]:
         nonlocal is_first
@@ -216,10 +241,10 @@ class SharedTexts:
         self._leaf = self._features.detach()[which].requires_grad_()
         return self._leaf
 
-    def rows(self, losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    def rows(self, losses: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = False) -> Tensor:
         """As `rows_of`: through the last `leaf`, and what reaches the rows' `leaves` in other ways."""
         *direct, by_leaf = torch.autograd.grad(
-            losses.sum(), [*leaves, self._leaf], allow_unused=True, materialize_grads=True
+            losses.sum(), [*leaves, self._leaf], allow_unused=True, materialize_grads=True, retain_graph=keep_graph
         )
         # (M, U, C, embed_dim): each of the M passes is for one row of each adapter, or for none.
         places = self._places
@@ -298,7 +323,9 @@ def _images(model: AdaptedClip, batch: Batch, number: int) -> dict[str, Tensor]:
     return {name: model.image_features(stem, number) for name, stem in stems.items()}
 
 
-def rows_of(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+def rows_of(losses: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = False) -> Tensor:
     """The gradient of the summed losses with respect to all leaves, as rows; zero for those that the loss ignores."""
-    gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        losses.sum(), leaves, allow_unused=True, materialize_grads=True, retain_graph=keep_graph
+    )
     return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
