@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from helpers import (
     load_clip,
     load_plain,
     random_pixels,
+    rounds,
     run,
     start,
     train,
@@ -34,7 +36,9 @@ from flora.clip.adapters.beside import (
     AttentionAdapter,
     ClipAdapter,
     LinearHead,
+    LpPlusPlus,
     Norm,
+    TaskRes,
     VisionAndHead,
 )
 from flora.clip.adapters.full import FullFineTuning
@@ -56,6 +60,8 @@ from flora.simulate import simulate
 # Sizes of the tiny model: embed_dim 16, widths 32, three classes; "a photo of a" is four tokens.
 METHODS: dict[str, tuple[Adapter, int]] = {
     "linear_head": (LinearHead(), 3 * 16),
+    "taskres": (TaskRes(), 3 * 16),
+    "lp_plus_plus": (LpPlusPlus(), 3 * 16 + 3),
     "attention_adapter": (AttentionAdapter(), 2 * (16 * 16 + 16)),
     "clip_adapter": (ClipAdapter(), 2 * 16 * 4),
     "prompt_context": (PromptContext(), 4 * 32),
@@ -112,7 +118,7 @@ def test_without_an_adapter_bound_the_model_is_openclips(tiny_model: str, method
 
 @pytest.mark.parametrize(
     "method",
-    [LinearHead(), PromptContext(), Norm(), VisionAndHead(), Lora(), FullFineTuning()],
+    [LinearHead(), TaskRes(), LpPlusPlus(), PromptContext(), Norm(), VisionAndHead(), Lora(), FullFineTuning()],
     ids=lambda m: type(m).__name__,
 )
 def test_it_starts_as_the_zero_shot_classifier(tiny_model: str, method: Adapter) -> None:
@@ -141,6 +147,47 @@ def test_a_linear_heads_gradient_is_that_of_softmax_regression(tiny_model: str) 
             len(client.train) / sum(SIZES) * (head - 0.5 * scale * errors.T @ images / len(client.train)).detach()
         )
     torch.testing.assert_close(after.adapter["head.weight"], expected, atol=TOLERANCE, rtol=0)
+
+
+def taskres_rows(leaves: State, texts: torch.Tensor) -> torch.Tensor:
+    return F.normalize(texts + 0.7 * leaves["head.difference"], dim=-1)
+
+
+def lp_plus_plus_rows(leaves: State, texts: torch.Tensor) -> torch.Tensor:
+    return leaves["head.weight"] + torch.diag(leaves["head.alpha"]) @ texts
+
+
+@pytest.mark.parametrize("per_block", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [(TaskRes(alpha=0.7), taskres_rows), (LpPlusPlus(alpha=1.5), lp_plus_plus_rows)],
+    ids=["taskres", "lp_plus_plus"],
+)
+def test_rounds_of_heads_on_frozen_texts_equal_a_plain_loop(
+    tiny_model: str, method: Adapter, rows: Callable[[State, torch.Tensor], torch.Tensor], per_block: int
+) -> None:
+    model = adapt(tiny_model, method)
+    local = LocalTraining(learning_rate=0.3, batch_size=20, epochs=3, optimizer=Sgd(momentum=0.9))
+    states, _ = rounds(federation(model, local, per_block=per_block), 2)
+    texts = model.frozen_class_features()
+    server = {name: torch.zeros_like(texts) for name in states[0].adapter if name != "head.alpha"}
+    if "head.alpha" in states[0].adapter:
+        server["head.alpha"] = torch.full((3,), 1.5, dtype=torch.float64)
+    assert_states_close(states[0].adapter, server, atol=0)
+    stem = model.vision.suffix(model.vision.stem(PIXELS)).detach()
+    images = model.logit_scale() * F.normalize(stem, dim=-1)
+    for state in states[1:]:
+        ends = []
+        for data in federation(model, local).clients:
+            leaves = {name: tensor.clone().requires_grad_() for name, tensor in server.items()}
+            optimizer = torch.optim.SGD(leaves.values(), lr=0.3, momentum=0.9)
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(images[data.train] @ rows(leaves, texts).T, LABELS[data.train]).backward()
+                optimizer.step()
+            ends.append({name: leaf.detach() for name, leaf in leaves.items()})
+        server = tree.weighted_mean(ends, SIZES)
+        assert_states_close(state.adapter, server)
 
 
 @torch.no_grad()
@@ -252,7 +299,8 @@ def test_vision_tower_and_head_equal_plain_pytorch(tiny_model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["linear_head", "attention_adapter", "clip_adapter", "prompt_context", "norm", "vision_and_head"]
+    "name",
+    ["linear_head", "lp_plus_plus", "attention_adapter", "clip_adapter", "prompt_context", "norm", "vision_and_head"],
 )
 def test_a_whole_run(raw_config: dict[str, Any], name: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     plain = simulate(parse_config(raw_config), numbered=True)

@@ -27,7 +27,15 @@ from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty
 from flora.client.personalization import Ditto, FineTuning
 from flora.client.sampling import LocalExamples, Poisson
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.beside import AttentionAdapter, ClipAdapter, LinearHead, Norm, VisionAndHead
+from flora.clip.adapters.beside import (
+    AttentionAdapter,
+    ClipAdapter,
+    LinearHead,
+    LpPlusPlus,
+    Norm,
+    TaskRes,
+    VisionAndHead,
+)
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
@@ -70,6 +78,8 @@ ADAPTERS: dict[str, Adapter] = {
     "prompts that stay": PromptFolio(),
     "visual prompts": VisualPrompt(num_tokens=2, depth=2),
     "head": LinearHead(),
+    "residual of texts": TaskRes(),
+    "head beside texts": LpPlusPlus(),
     "feature adapter": ClipAdapter(),
     "attention": AttentionAdapter(),
     "norm": Norm(),

@@ -52,10 +52,9 @@ class FitsEveryModel(Adapter):
         """It fits every model."""
 
 
-@register("linear_head")
 @dataclass(frozen=True)
-class LinearHead(FitsEveryModel):
-    """A linear classifier on the frozen image features that starts as the zero-shot one (FedLC, arXiv:2404.15182)."""
+class Head(FitsEveryModel):
+    """A classifier on the frozen image features: it has weights for each class, and changes no image's features."""
 
     @property
     def knows_classes(self) -> bool:
@@ -64,6 +63,12 @@ class LinearHead(FitsEveryModel):
     @property
     def changes_images(self) -> bool:
         return False
+
+
+@register("linear_head")
+@dataclass(frozen=True)
+class LinearHead(Head):
+    """A linear classifier on the frozen image features that starts as the zero-shot one (FedLC, arXiv:2404.15182)."""
 
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedHead(clip)
@@ -77,6 +82,73 @@ class AttachedHead(AttachedBeside):
 
     def adapt_classes(self, features: Tensor) -> Tensor:
         return features if self.stack is None else self.stack["head.weight"]
+
+
+@register("taskres")
+@dataclass(frozen=True)
+class TaskRes(Head):
+    """t_c + alpha x_c in place of a class's feature t_c, normalised, with a learned x_c that starts at zero.
+
+    Source: TaskRes, arXiv:2211.10277, where alpha is 0.5, for Flowers-102 1. Differs from the released code: t_c is of
+    unit length, where that takes the mean of the text tower's outputs as long as they are, so that an x_c turns a class
+    by more here.
+    """
+
+    alpha: float = option("what the learned residuals are multiplied with", 0.5, above=0)
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedTaskRes(self, clip)
+
+
+class AttachedTaskRes(AttachedBeside):
+    """Its state dict is `head.difference` `(C, embed_dim)`, the x_c."""
+
+    def __init__(self, options: TaskRes, clip: FrozenClip) -> None:
+        super().__init__(clip)
+        self._alpha = options.alpha
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        return {"head.difference": torch.zeros_like(_head(class_features))}
+
+    def adapt_classes(self, features: Tensor) -> Tensor:
+        if self.stack is None:
+            return features
+        return F.normalize(features + self._alpha * self.stack["head.difference"], dim=-1)
+
+
+@register("lp_plus_plus")
+@dataclass(frozen=True)
+class LpPlusPlus(Head):
+    """Logits s f (w_c + alpha_c t_c): a learned row for each class, and how much its text feature t_c counts.
+
+    Source: LP++, arXiv:2404.02285. Differs from the paper: s, the model's logit scale, is 1 there; w_c starts at zero
+    and alpha_c at a number that is given, where the paper computes both from the features of all images, which clients
+    do not share; and both are trained by the local optimizer at its rate, where the paper derives a step size for each
+    from these features. The released code has a learned bias for each class, too, and a step of alpha after every ten
+    of w.
+    """
+
+    alpha: float = option("how much the text features count at first; 1: as in the zero-shot classifier", 1.0, above=0)
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedLpPlusPlus(self, clip)
+
+
+class AttachedLpPlusPlus(AttachedBeside):
+    """Its state dict is `head.weight` `(C, embed_dim)`, the w_c, and `head.alpha` `(C,)`."""
+
+    def __init__(self, options: LpPlusPlus, clip: FrozenClip) -> None:
+        super().__init__(clip)
+        self._alpha = options.alpha
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        weight = torch.zeros_like(_head(class_features))
+        return {"head.weight": weight, "head.alpha": torch.full(weight.shape[:1], self._alpha, dtype=weight.dtype)}
+
+    def adapt_classes(self, features: Tensor) -> Tensor:
+        if self.stack is None:
+            return features
+        return self.stack["head.weight"] + self.stack["head.alpha"].unsqueeze(-1) * features
 
 
 @register("vision_and_head")
