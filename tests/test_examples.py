@@ -39,7 +39,7 @@ from flora.clip.adapters.beside import (
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
-from flora.clip.adapters.personal_prompts import FedPgp, PromptFolio
+from flora.clip.adapters.personal_prompts import DpFpl, FedPgp, PromptFolio
 from flora.clip.adapters.prompts import PromptContext
 from flora.clip.adapters.visual_prompts import VisualPrompt
 from flora.clip.loss_terms import divergence
@@ -76,6 +76,7 @@ ADAPTERS: dict[str, Adapter] = {
     "prompts of classes": PromptContext(class_specific=True, position="middle"),
     "a change that stays": FedPgp(bottleneck=2),
     "prompts that stay": PromptFolio(),
+    "prompts that move by low ranks": DpFpl(num_tokens=4),
     "visual prompts": VisualPrompt(num_tokens=2, depth=2),
     "head": LinearHead(),
     "residual of texts": TaskRes(),

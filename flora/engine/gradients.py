@@ -105,10 +105,18 @@ class FlatStack:
 
     def state(self, matrix: Tensor) -> State:
         """The rows of a matrix `(K, P)` as a state dict of tensors `(K, ...)`."""
-        parts = matrix.split([shape.numel() for shape in self._shapes.values()], dim=1)
+        return self._split(list(self._shapes), matrix)
+
+    def gradients(self, matrix: Tensor) -> State:
+        """The rows of gradients `(K, num_trained)` as a state dict of the trained tensors alone, `(K, ...)`."""
+        return self._split(self._trained, matrix)
+
+    def _split(self, names: Sequence[str], matrix: Tensor) -> State:
+        shapes = [self._shapes[name] for name in names]
+        parts = matrix.split([shape.numel() for shape in shapes], dim=1)
         return {
             name: part.unflatten(1, shape) if shape else part.squeeze(1)
-            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+            for name, shape, part in zip(names, shapes, parts, strict=True)
         }
 
     def trained_part(self, matrix: Tensor) -> State:

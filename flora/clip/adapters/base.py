@@ -28,6 +28,8 @@ class AttachedAdapter(ABC):
     `num_models` is how many models it stands for: see `models`. `loss_terms` are terms of its own that are added to a
     client's loss. `after_step(stack, learning_rate)`, if there is one, changes the trained tensors `(K, ...)` in place
     after each local step; the learning rate is a number, or `(K, 1)` where clients differ in it.
+    `project(stack, gradients, generators)`, if there is one, returns what a step goes along in place of the gradients
+    of the trained tensors `(K, ...)`, any noise of privacy included; each client and step has a generator.
     """
 
     trained_from: dict[str, int]
@@ -44,6 +46,7 @@ class AttachedAdapter(ABC):
     """How much each of a class's T prompts counts in its mean; None: all alike."""
     loss_terms: tuple[LossTerm, ...] = ()
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
+    project: Callable[[StateLike, StateLike, Sequence[torch.Generator]], StateLike] | None = None
     learned_context: Mapping[str, Any] | None = None
     """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
 
