@@ -111,14 +111,10 @@ class PromptFolio(PromptContext):
         return AttachedPromptFolio(self, clip)
 
 
-class AttachedPromptFolio(AttachedContext):
-    """Beside `context`, which travels, `local_context` of the same shape, which stays."""
+class AttachedTwoContexts(AttachedContext):
+    """Beside `context`, which travels, `local_context` of the same shape, which stays: one for each of two prompts."""
 
     num_models = 2
-
-    def __init__(self, options: PromptFolio, clip: FrozenClip) -> None:
-        super().__init__(options, clip)
-        self.place_shares = (1 - options.share, options.share)
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         own = super().initial_state(rng.child("local"), class_features)["context"]
@@ -136,3 +132,11 @@ class AttachedPromptFolio(AttachedContext):
 
     def models_of_step(self, stack: StateLike) -> list[StateLike]:
         return self.models(stack)[1:]
+
+
+class AttachedPromptFolio(AttachedTwoContexts):
+    """Two contexts, as there, whose class features are mixed."""
+
+    def __init__(self, options: PromptFolio, clip: FrozenClip) -> None:
+        super().__init__(options, clip)
+        self.place_shares = (1 - options.share, options.share)
