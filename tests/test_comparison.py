@@ -93,8 +93,7 @@ OPTIONS = {"by image": ShiftedContext(), "patches and prompts": TwoContexts()}
 
 
 def adapt(path: str, kind: str) -> AdaptedClip:
-    options, clip = OPTIONS[kind], load_clip(path, reads_patches=OPTIONS[kind].comparison.reads_patches)
-    return AdaptedClip(clip, options.attach(clip), class_names=CLASSES, templates=options.templates(()))
+    return adapt_with(path, OPTIONS[kind], templates=OPTIONS[kind].templates(()))
 
 
 def random_stack(model: AdaptedClip, number: int) -> State:

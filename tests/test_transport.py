@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CLASSES, LABELS, PIXELS, SIZES, TOLERANCE, assert_states_close, federation, load_clip, load_plain
+from helpers import adapt as adapt_with
 from helpers import rounds as several_rounds
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,8 +36,7 @@ PROMPTS = [f"a photo of a {name}." for name in CLASSES]
 
 
 def adapt(path: str, method: TransportedContexts, names: tuple[str, ...] = CLASSES) -> AdaptedClip:
-    clip = load_clip(path, reads_patches=True)
-    return AdaptedClip(clip, method.attach(clip), class_names=names, templates=method.templates(()))
+    return adapt_with(path, method, class_names=names, templates=method.templates(()))
 
 
 # Plans
