@@ -95,9 +95,7 @@ def write_model(
     return str(path)
 
 
-def load_clip(
-    model: str, device: str = "cpu", precision: str = "fp64", *, reads_patches: bool = False
-) -> FrozenClip:
+def load_clip(model: str, device: str = "cpu", precision: str = "fp64", *, reads_patches: bool = False) -> FrozenClip:
     """A fresh copy of a model with random weights, the same at each call.
 
     In fp64, so that what is equal by mathematics is equal to 1e-9 on every machine: see `TOLERANCE`.

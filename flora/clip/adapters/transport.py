@@ -139,7 +139,7 @@ class TransportedContexts(PromptContext):
     def check_fits(self, architecture: Architecture) -> None:
         super().check_fits(architecture)
         if not architecture.reads_class_token:
-            needs = "patches of a vision tower that is read at its class token"
+            needs = "a vision tower that is read at its class token"
             raise OptionError("", f"transport needs {needs}: {architecture.name} is read at the mean of all")
 
     def templates(self, given: Sequence[str]) -> tuple[str, ...]:
