@@ -13,6 +13,7 @@ import flora.clip.adapters.full
 import flora.clip.adapters.lora
 import flora.clip.adapters.personal_prompts
 import flora.clip.adapters.prompts
+import flora.clip.adapters.transport
 import flora.clip.adapters.visual_prompts
 import flora.clip.towers.tokens
 import flora.communication.compressors

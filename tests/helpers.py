@@ -95,12 +95,13 @@ def write_model(
     return str(path)
 
 
-def load_clip(model: str, device: str = "cpu", precision: str = "fp64") -> FrozenClip:
+def load_clip(model: str, device: str = "cpu", precision: str = "fp64", *, reads_patches: bool = False) -> FrozenClip:
     """A fresh copy of a model with random weights, the same at each call.
 
     In fp64, so that what is equal by mathematics is equal to 1e-9 on every machine: see `TOLERANCE`.
     """
-    return Backbone(model=model, weights="random", precision=precision).load(torch.device(device), Rng(0))
+    clip = Backbone(model=model, weights="random", precision=precision).load(torch.device(device), Rng(0))
+    return dataclasses.replace(clip, reads_patches=reads_patches)
 
 
 def load_plain(model: str, precision: str = "fp64") -> FrozenClip:
@@ -123,8 +124,9 @@ def adapt(
     precision: str = "fp64",
 ) -> AdaptedClip:
     """A fresh tiny model with an adapter attached."""
-    clip = load_clip(model, device, precision)
-    attached = (adapter or Lora()).attach(clip)
+    adapter = adapter or Lora()
+    clip = load_clip(model, device, precision, reads_patches=adapter.comparison.reads_patches)
+    attached = adapter.attach(clip)
     return AdaptedClip(clip, attached, class_names=class_names, templates=templates, speed=speed)
 
 

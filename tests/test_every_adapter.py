@@ -36,6 +36,8 @@ REFUSED = {
         "mean of patches",
         "visual_prompt",
     ): "adapter: visual_prompt needs a vision tower that is read at its class token: ",
+    ("mean of patches", "plot"): "adapter: transport needs a vision tower that is read at its class token: ",
+    ("mean of patches", "fedotp"): "adapter: transport needs a vision tower that is read at its class token: ",
 }
 
 

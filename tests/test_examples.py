@@ -41,6 +41,7 @@ from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.adapters.personal_prompts import DpFpl, FedPgp, PromptFolio
 from flora.clip.adapters.prompts import PromptContext
+from flora.clip.adapters.transport import FedOtp, Plot
 from flora.clip.adapters.visual_prompts import VisualPrompt
 from flora.clip.loss_terms import divergence
 from flora.clip.towers.towers import AdaptedClip
@@ -77,6 +78,8 @@ ADAPTERS: dict[str, Adapter] = {
     "a change that stays": FedPgp(bottleneck=2),
     "prompts that stay": PromptFolio(),
     "prompts that move by low ranks": DpFpl(num_tokens=4),
+    "transport": Plot(num_prompts=2),
+    "transport that stays": FedOtp(),
     "visual prompts": VisualPrompt(num_tokens=2, depth=2),
     "head": LinearHead(),
     "residual of texts": TaskRes(),
@@ -120,8 +123,8 @@ def plain_gradient(model: AdaptedClip, state: State, stem: Tensor, label: int) -
     target, logits = torch.tensor([label]), []
     for bound in model.adapter.models_of_step(leaves):
         with model.adapter.bind(bound):
-            images, classes = model.image_features(stem.unsqueeze(0), 1)[0], model.class_features(1)[0]
-            logits.append((model.logit_scale() * images @ classes.T, classes))
+            classes = model.class_features(1)
+            logits.append((model.logits(stem.unsqueeze(0), classes)[0], classes[0]))
     loss = sum(F.cross_entropy(each, target) for each, _ in logits[model.adapter.first_loss_model :])
     if model.adapter.first_loss_model:  # FedPGP: towards the frozen classes, away from the client's own
         (_, shared), (_, own) = logits
@@ -148,7 +151,7 @@ def test_bounded_gradients_are_those_of_a_loop_over_examples(
     tiny_model: str, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For any number of clients, and however the examples are cut into parts."""
-    model = adapt(tiny_model, ADAPTERS[adapter])
+    model = adapt(tiny_model, ADAPTERS[adapter], templates=ADAPTERS[adapter].templates(("a photo of a {}.",)))
     number = 1 if adapter in LARGE else 5
     mask = torch.tensor(
         [[True, True, True], [True, False, False], [False, False, False], [True, True, False], [True] * 3]

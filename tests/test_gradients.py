@@ -19,6 +19,7 @@ from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.adapters.prompts import PromptContext
+from flora.clip.adapters.transport import Plot
 from flora.clip.towers.speed import SpeedOptions
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.low_rank import layers
@@ -271,7 +272,7 @@ def test_the_recordings_of_a_model_are_bounded(tiny_model: str, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     "adapter",
-    [Lora(), Lora(towers=("text", "vision"), targets=TARGETS), PromptContext(), DualLora()],
+    [Lora(), Lora(towers=("text", "vision"), targets=TARGETS), PromptContext(), Plot(), DualLora()],
     ids=lambda adapter: type(adapter).__name__,
 )
 @pytest.mark.parametrize("at_once", [5, 2])

@@ -190,7 +190,9 @@ def _can_share_texts(model: AdaptedClip, flat: FlatStack) -> bool:
     """Whether clients that start from one adapter may encode the classes once. On CUDA steps are recorded instead."""
     if model.device.type != "cpu" or not model.speed.share_first_step or not model.text.trains_blocks:
         return False
-    return not model.adapter.is_large and len(model.adapter.models(flat.state(flat.matrix[:1]))) == 1
+    if model.adapter.is_large or model.adapter.comparison.by_image:
+        return False
+    return len(model.adapter.models(flat.state(flat.matrix[:1]))) == 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,6 +305,7 @@ def step_views(
                 classes = model.drawn_class_features(batch.drawn)
             else:
                 classes = model.class_features(number, batch.classes)
+            classes = model.classes_of(images[""], classes, batch.classes)
             features.append((images.pop(""), classes))
             more.append(images)
             scale = model.logit_scale()
@@ -317,6 +320,7 @@ def step_views(
             others=(*features[:place], *features[place + 1 :]),
             more=more[place],
             frozen_more=frozen,
+            comparison=model.adapter.comparison,
         )
         for place, (images, classes) in enumerate(features)
     ]

@@ -114,14 +114,10 @@ class PromptFolio(PromptContext):
         return AttachedPromptFolio(self, clip)
 
 
-class AttachedPromptFolio(AttachedContext):
-    """Beside `context`, which travels, `local_context` of the same shape, which stays."""
+class AttachedTwoContexts(AttachedContext):
+    """Beside `context`, which travels, `local_context` of the same shape, which stays: one for each of two prompts."""
 
     num_models = 2
-
-    def __init__(self, options: PromptFolio, clip: FrozenClip) -> None:
-        super().__init__(options, clip)
-        self.place_shares = (1 - options.share, options.share)
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         own = super().initial_state(rng.child("local"), class_features)["context"]
@@ -139,6 +135,14 @@ class AttachedPromptFolio(AttachedContext):
 
     def models_of_step(self, stack: StateLike) -> list[StateLike]:
         return self.models(stack)[1:]
+
+
+class AttachedPromptFolio(AttachedTwoContexts):
+    """Two contexts, as there, whose class features are mixed."""
+
+    def __init__(self, options: PromptFolio, clip: FrozenClip) -> None:
+        super().__init__(options, clip)
+        self.place_shares = (1 - options.share, options.share)
 
 
 @register("dp_fpl")
@@ -165,10 +169,8 @@ class DpFpl(PromptContext):
         return AttachedDpFpl(self, clip)
 
 
-class AttachedDpFpl(AttachedContext):
-    """Beside `context`, which travels, `local_context` of the same shape, which stays."""
-
-    num_models = 2
+class AttachedDpFpl(AttachedTwoContexts):
+    """Two contexts, as there, that are added."""
 
     def __init__(self, options: DpFpl, clip: FrozenClip) -> None:
         super().__init__(options, clip)
@@ -176,18 +178,12 @@ class AttachedDpFpl(AttachedContext):
         self.project = self._project
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
-        state = super().initial_state(rng, class_features)
+        state = AttachedContext.initial_state(self, rng, class_features)
         own = torch.empty(state["context"].shape).normal_(0, 0.02, generator=rng.child("local").torch())
         return {**state, "local_context": own.to(self.dtype)}
 
-    def stays(self, name: str) -> bool:
-        return name == "local_context"
-
     def models(self, stack: StateLike) -> list[StateLike]:
         return [{"context": stack["context"]}, {"context": stack["context"] + stack["local_context"]}]
-
-    def models_of_step(self, stack: StateLike) -> list[StateLike]:
-        return self.models(stack)[1:]
 
     def _project(self, stack: StateLike, gradients: StateLike, generators: Sequence[torch.Generator]) -> State:
         own, gradient = stack["local_context"], gradients["local_context"]
