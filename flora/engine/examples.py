@@ -29,7 +29,7 @@ def bounded_gradient_function(
     that are bound with every client's own.
     """
     at_once = examples_at_once(model, num_trained=flat.num_trained)
-    shares_texts = model.text.trains_blocks and model.adapter.num_models == 1 and not model.adapter.is_large
+    shares_texts = model.text.trains_blocks and model.adapter.num_models == 1 and model.adapter.can_share_texts
 
     def compute(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed losses and bounded gradients of clients whose examples go in at once, or of one in parts."""

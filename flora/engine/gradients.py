@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flora.client.local_training import LocalTraining
 from flora.client.self_training import SelfTrainingTerm
-from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.adapters.base import HELD_CLASSES, AttachedAdapter
 from flora.clip.loss_terms import ImagesAndClasses, LossTerm, StepView
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.contracts import checked_tensor
@@ -157,7 +157,7 @@ def _can_share_texts(model: AdaptedClip, flat: FlatStack) -> bool:
     """Whether clients that start from one adapter may encode the classes once. On CUDA steps are recorded instead."""
     if model.device.type != "cpu" or not model.speed.share_first_step or not model.text.trains_blocks:
         return False
-    return not model.adapter.is_large and len(model.adapter.models(flat.state(flat.matrix[:1]))) == 1
+    return model.adapter.can_share_texts and len(model.adapter.models(flat.state(flat.matrix[:1]))) == 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,13 +259,19 @@ def step_views(
     if loss.needs_frozen:
         with torch.no_grad():
             frozen, frozen_classes = _images(model, batch, number), model.frozen_class_features(batch.drawn)
+    if model.adapter.reads_held_classes:
+        stack = {**stack, HELD_CLASSES: batch.tensors[HELD_CLASSES]}
     features: list[ImagesAndClasses] = []
+    prompts: list[Tensor | None] = []
     more: list[dict[str, Tensor]] = []
     for bound in model.adapter.models_of_step(stack):
         with model.adapter.bind(bound, generators):
             images = _images(model, batch, number)
+            prompts.append(model.prompt_features(number) if model.adapter.reads_prompts else None)
             if texts is not None:
                 classes = texts
+            elif prompts[-1] is not None:
+                classes = model.mean_of_prompts(prompts[-1])
             elif batch.drawn is not None:
                 classes = model.drawn_class_features(batch.drawn)
             else:
@@ -284,6 +290,7 @@ def step_views(
             others=(*features[:place], *features[place + 1 :]),
             more=more[place],
             frozen_more=frozen,
+            prompts=prompts[place],
         )
         for place, (images, classes) in enumerate(features)
     ]

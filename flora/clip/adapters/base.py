@@ -17,6 +17,8 @@ from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 
 TOWERS = ("text", "vision")
+HELD_CLASSES = "held_classes"
+"""The name of what a local step binds an adapter with that `reads_held_classes`."""
 
 
 class AttachedAdapter(ABC):
@@ -42,10 +44,23 @@ class AttachedAdapter(ABC):
     """Changes what a block of the vision tower gets, `(K * B, T, width)`; its number is counted from 1."""
     place_shares: tuple[float, ...] | None = None
     """How much each of a class's T prompts counts in its mean; None: all alike."""
+    has_unit_means = True
+    """Whether the mean of the features of a class's prompts is normalised once more."""
+    reads_names = False
+    """Whether `adapt_tokens_by_names` takes the place of `adapt_tokens`."""
+    reads_held_classes = False
+    """Whether a local step binds it with `HELD_CLASSES` `(K, C)`, True for the classes of each client's examples."""
+    reads_prompts = False
+    """Whether its terms of the loss read the features of each prompt, `StepView.prompts`."""
     loss_terms: tuple[LossTerm, ...] = ()
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
     learned_context: Mapping[str, Any] | None = None
     """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
+
+    @property
+    def can_share_texts(self) -> bool:
+        """Whether all that a step needs of its texts are class features, the same for clients with one adapter."""
+        return not (self.is_large or self.reads_held_classes or self.reads_prompts)
 
     @abstractmethod
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
@@ -98,6 +113,10 @@ class AttachedAdapter(ABC):
         `learned_places` does.
         """
         return x
+
+    def adapt_tokens_by_names(self, x: Tensor, positions: Tensor, learned: Tensor | None, names: Tensor) -> Tensor:
+        """As `adapt_tokens`, with the frozen unit features `(C, embed_dim)` of the names of all classes."""
+        return self.adapt_tokens(x, positions, learned)
 
     def adapt_images(self, features: Tensor) -> Tensor:
         """Change image features `(K, B, embed_dim)`, before they are normalised."""

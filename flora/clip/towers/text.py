@@ -211,6 +211,12 @@ def with_classes(clip: FrozenClip, groups: Sequence[Sequence[str]], templates: S
     return replace(clip, token_classes=torch.cat(features))
 
 
+def features_of_names(clip: FrozenClip, class_names: Sequence[str]) -> Tensor:
+    """The frozen model's unit text features of classes' names alone, `(C, embed_dim)`. No adapter may be bound."""
+    tower = TextTower(clip, 2 + clip.architecture.text.num_layers)
+    return F.normalize(tower.stem(tower.prompts(class_names, ("{}",))).to(clip.dtype), dim=-1)
+
+
 def _with_places(prompts: Prompts, numbers: Sequence[int]) -> Prompts:
     """Give each class as many places as the class with most prompts has; those left over hold its first prompt again.
 

@@ -17,7 +17,7 @@ from flora.clip.adapters.base import AttachedAdapter
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.layout import Layout, Prompts
 from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
-from flora.clip.towers.text import TextTower
+from flora.clip.towers.text import TextTower, features_of_names
 from flora.clip.towers.vision import VisionTower
 from flora.core.rng import Rng
 from flora.core.tree import State
@@ -50,6 +50,7 @@ class AdaptedClip:
         self.prompts = self.text.prompts(class_names, templates, self.descriptions, adapter.learned_places)
         self._learned = None if self.prompts.learned is None else self.prompts.learned.flatten().to(self.device)
         self._shares = _shares(self.prompts, adapter.place_shares, clip.dtype, self.device)
+        self._names = features_of_names(clip, class_names) if adapter.reads_names else None
         self._text_stem = self.text.stem(self.prompts)
         self._selects = speed.batch_classes and not adapter.has_dropout and self.text.trains_blocks
         # For all classes, each for more clients than the one before. None is dropped: recorded steps point into them.
@@ -95,6 +96,10 @@ class AdaptedClip:
             return self._encode_classes(self.prompts.of_classes(classes).to(self.device), shares)
         return self._encode_classes(self._layout_of_all(num_clients), self._shares)
 
+    def prompt_features(self, num_clients: int) -> Tensor:
+        """Unit text features of each of the T prompts of all classes, `(K, C, T, embed_dim)`."""
+        return self._encode_prompts(self._layout_of_all(num_clients), None)
+
     def drawn_class_features(self, places: Tensor) -> Tensor:
         """Unit text features `(K, C, embed_dim)` of one prompt of each class, for each of K clients.
 
@@ -126,11 +131,16 @@ class AdaptedClip:
         return self._unadapted
 
     def _encode_classes(self, layout: Layout, shares: Tensor | None) -> Tensor:
-        """Unit features `(K, C, embed_dim)` of a layout's classes; `shares` as `_shares`, or `(K, C, T)`."""
-        ensembles = self._encode_prompts(layout, None)
-        if shares is None:
-            return F.normalize(ensembles.mean(dim=2), dim=-1)
-        return F.normalize((ensembles * shares.unsqueeze(-1)).sum(dim=2), dim=-1)
+        """Features `(K, C, embed_dim)` of a layout's classes; `shares` as `_shares`, or `(K, C, T)`."""
+        return self._mean(self._encode_prompts(layout, None), shares)
+
+    def mean_of_prompts(self, prompts: Tensor) -> Tensor:
+        """The classes' features `(K, C, embed_dim)` from those of their prompts, as `prompt_features` gives them."""
+        return self._mean(prompts, self._shares)
+
+    def _mean(self, prompts: Tensor, shares: Tensor | None) -> Tensor:
+        mean = prompts.mean(dim=2) if shares is None else (prompts * shares.unsqueeze(-1)).sum(dim=2)
+        return F.normalize(mean, dim=-1) if self.adapter.has_unit_means else mean
 
     def _encode_prompts(self, layout: Layout, num_places: int | None) -> Tensor:
         """Unit features `(K, C, T, embed_dim)` of a layout's prompts, `num_places` (None: T) of each class."""
@@ -142,7 +152,9 @@ class AdaptedClip:
         learned = self._learned
         if learned is not None:
             learned = learned.view_as(layout.positions) if layout.slots is None else learned[layout.slots]
-        return self.adapter.adapt_tokens(x, layout.positions, learned)
+        if self._names is None:
+            return self.adapter.adapt_tokens(x, layout.positions, learned)
+        return self.adapter.adapt_tokens_by_names(x, layout.positions, learned, self._names)
 
     def draw_places(self, rngs: Iterable[Rng]) -> Tensor | None:
         """Draw one prompt of each class for each of K clients, from its own stream: their places `(K, C)`, on the CPU.

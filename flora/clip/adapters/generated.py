@@ -1,0 +1,133 @@
+"""Contexts that are made anew: by what the classes are called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flora.clip.adapters.base import HELD_CLASSES, AttachedAdapter
+from flora.clip.adapters.beside import FitsEveryModel, linear, uniform
+from flora.clip.adapters.prompts import AttachedContext, PromptContext, put_vectors
+from flora.clip.frozen import Architecture, FrozenClip
+from flora.core.registry import OptionError, option, register
+from flora.core.rng import Rng
+from flora.core.tree import State, StateLike
+
+INNER_FACTOR = 4
+"""The inner width of the generator's feed-forward layer over the text width."""
+
+
+@register("fedtpg")
+@dataclass(frozen=True)
+class FedTpg(FitsEveryModel):
+    """A generator that makes the context of the classes' names (FedTPG, arXiv:2310.06123).
+
+    Learned queries attend to the frozen unit features of the names, and a feed-forward layer follows: a vector for each
+    query, in the places of the words before every class's name. The generator is what is trained and what travels. New
+    classes have a context, too: that of their own names. In training a client's generator reads the names of the
+    classes that it has examples of; at evaluation all.
+
+    Layers and sizes are those of the authors' code: norms before both layers, four heads, a residual beside the second
+    layer alone, which is gated by GELU, no layer of self-attention. Differs from the paper: a client there also chooses
+    among its own classes alone, here among all of the experiment, as with every adapter. Differs from the code: each of
+    the attention's matrices is drawn for itself, where there one draw of a wider range's bounds is for three.
+    """
+
+    words: str | None = option("words whose places the vectors take; the frozen model reads them. none: x's", "a photo of a")
+    num_tokens: int = option("vectors, if there are no words", 4, at_least=1, at_most=64)
+    heads: int = option("heads of the attention", 4, at_least=1)
+    names: str = option(
+        "which names a client's generator reads in training: of the classes that the client has, or of all",
+        "client",
+        choices=("client", "all"),
+    )
+
+    @property
+    def context(self) -> PromptContext:
+        """Where the vectors stand."""
+        return PromptContext(words=self.words, num_tokens=self.num_tokens)
+
+    def check(self) -> None:
+        self.context.check()
+
+    def check_fits(self, architecture: Architecture) -> None:
+        self.context.check_fits(architecture)
+        width = architecture.text.width
+        if width % self.heads:
+            raise OptionError("heads", f"expected a divisor of {width}, {architecture.name}'s text width")
+
+    @property
+    def changes_images(self) -> bool:
+        return False
+
+    def templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        return self.context.templates(given)
+
+    def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        return self.context.shown_templates(given)
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedFedTpg(self, clip)
+
+
+class AttachedFedTpg(AttachedContext):
+    """Its state dict is the generator's, with n queries, text width w and embed_dim d.
+
+    `queries` `(n, w)`; weights `query` and `out` `(w, w)`, `key` and `value` `(w, d)`, `up` `(8 w, w)`, `down`
+    `(w, 4 w)` and their biases; norms `norm_queries` `(w,)`, `norm_names` `(d,)`, `norm_mixed` `(w,)`.
+    """
+
+    reads_names = True
+
+    def __init__(self, options: FedTpg, clip: FrozenClip) -> None:
+        super().__init__(options.context, clip)
+        self.reads_held_classes = options.names == "client"
+        self._heads, self._embed_dim = options.heads, clip.architecture.embed_dim
+        self.learned_context = {"num_vectors": self._shape[0], "starts_from": None}
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        (number, width), embed_dim = self._shape, self._embed_dim
+        state = {"queries": torch.empty(number, width).normal_(0, 0.02, generator=rng.child("queries").torch())}
+        for name, size in (("norm_queries", width), ("norm_names", embed_dim), ("norm_mixed", width)):
+            state |= {f"{name}.weight": torch.ones(size), f"{name}.bias": torch.zeros(size)}
+        for name, size in (("query", width), ("key", embed_dim), ("value", embed_dim)):
+            bound = math.sqrt(6 / (width + size))
+            weight = torch.empty(width, size).uniform_(-bound, bound, generator=rng.child(name).torch())
+            state |= {f"{name}.weight": weight, f"{name}.bias": torch.zeros(width)}
+        inner = INNER_FACTOR * width
+        state["out.weight"], state["out.bias"] = uniform(rng.child("out"), (width, width), width), torch.zeros(width)
+        for name, d_out, d_in in (("up", 2 * inner, width), ("down", width, inner)):
+            state[f"{name}.weight"] = uniform(rng.child(name, "weight"), (d_out, d_in), d_in)
+            state[f"{name}.bias"] = uniform(rng.child(name, "bias"), (d_out,), d_in)
+        return {name: tensor.to(self.dtype) for name, tensor in state.items()}
+
+    def adapt_tokens_by_names(self, x: Tensor, positions: Tensor, learned: Tensor | None, names: Tensor) -> Tensor:
+        if self.stack is None:
+            return x
+        assert learned is not None
+        return put_vectors(x, self._generate(self.stack, names), self._positional[positions], learned)
+
+    def _generate(self, stack: StateLike, names: Tensor) -> Tensor:
+        """Each client's context `(K, n, text width)`, from the features of names `(C, embed_dim)`."""
+        queries = _norm(stack["queries"], stack, "norm_queries")
+        read = _norm(names.expand(len(queries), -1, -1), stack, "norm_names")
+        q, k, v = (
+            linear(each, stack, name).unflatten(-1, (self._heads, -1)).transpose(1, 2)
+            for name, each in (("query", queries), ("key", read), ("value", read))
+        )
+        held = stack[HELD_CLASSES][:, None, None] if HELD_CLASSES in stack else None
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=held).transpose(1, 2).flatten(2)
+        mixed = linear(mixed, stack, "out")
+        inner, gates = linear(_norm(mixed, stack, "norm_mixed"), stack, "up").chunk(2, dim=-1)
+        return mixed + linear(inner * F.gelu(gates), stack, "down")
+
+
+def _norm(x: Tensor, stack: StateLike, name: str) -> Tensor:
+    """Each client's layer norm of its own rows: `x` `(K, B, d)`."""
+    weight, bias = stack[f"{name}.weight"].unsqueeze(1), stack[f"{name}.bias"].unsqueeze(1)
+    return F.layer_norm(x, x.shape[-1:]) * weight + bias
