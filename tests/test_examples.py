@@ -30,11 +30,13 @@ from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.beside import AttentionAdapter, ClipAdapter, LinearHead, Norm, VisionAndHead
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
+from flora.clip.adapters.generated import FedTpg
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.adapters.personal_prompts import FedPgp, PromptFolio
+from flora.clip.adapters.prompt_distribution import ProDa
 from flora.clip.adapters.prompts import PromptContext
 from flora.clip.adapters.visual_prompts import VisualPrompt
-from flora.clip.loss_terms import divergence
+from flora.clip.loss_terms import StepView, divergence
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.network import CohortOutcome
 from flora.config.parse import parse_config
@@ -68,6 +70,8 @@ ADAPTERS: dict[str, Adapter] = {
     "prompts of classes": PromptContext(class_specific=True, position="middle"),
     "a change that stays": FedPgp(bottleneck=2),
     "prompts that stay": PromptFolio(),
+    "generated prompts": FedTpg(names="all"),
+    "a distribution of prompts": ProDa(),
     "visual prompts": VisualPrompt(num_tokens=2, depth=2),
     "head": LinearHead(),
     "feature adapter": ClipAdapter(),
@@ -116,6 +120,12 @@ def plain_gradient(model: AdaptedClip, state: State, stem: Tensor, label: int) -
         (_, shared), (_, own) = logits
         to_frozen, to_own = (shared * model.frozen_class_features()).sum(dim=1), (shared * own).sum(dim=1)
         loss = loss + F.softplus((to_own - to_frozen) / 0.5).mean()
+    elif model.adapter.reads_prompts:  # ProDA: its bound, and cosines of prompts without names
+        with model.adapter.bind(leaves):
+            prompts = model.prompt_features(1)
+        batch = {"labels": target.unsqueeze(0), "example_mask": torch.ones(1, 1, dtype=torch.bool)}
+        view = StepView(images.unsqueeze(0), classes.unsqueeze(0), model.logit_scale(), batch, prompts=prompts)
+        loss = loss + sum(term.loss(view).sum() for term in model.adapter.loss_terms)
     elif len(logits) == 2:  # both learn from the other's probabilities
         for (own, _), (other, _) in (logits, logits[::-1]):
             loss = loss + divergence(own.unsqueeze(0), other.detach().unsqueeze(0), 1.0).sum()
@@ -137,7 +147,8 @@ def test_bounded_gradients_are_those_of_a_loop_over_examples(
     tiny_model: str, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For any number of clients, and however the examples are cut into parts."""
-    model = adapt(tiny_model, ADAPTERS[adapter])
+    method = ADAPTERS[adapter]
+    model = adapt(tiny_model, method, templates=method.templates(("a photo of a {}.",)))
     number = 1 if adapter in LARGE else 5
     mask = torch.tensor(
         [[True, True, True], [True, False, False], [False, False, False], [True, True, False], [True] * 3]

@@ -127,8 +127,8 @@ def context_places(ends: Tensor, length: int, number: int, num_before: int) -> T
     num_behind = number - num_before
     if num_behind and int(ends.max()) == length - 1:
         raise UserError(
-            f"adapter.position: a class's name leaves no room for the context behind it: the model reads {length} "
-            "tokens of a prompt; expected front, a shorter context, or shorter prompts.class_names"
+            f"adapter: a class's name leaves no room for the context behind it: the model reads {length} tokens of a "
+            "prompt; expected a shorter context, shorter prompts.class_names, or all of it in front"
         )
     places = torch.full((len(ends), length), -1)
     places[:, 1 : 1 + num_before] = torch.arange(num_before)
