@@ -120,11 +120,11 @@ def plain_gradient(model: AdaptedClip, state: State, stem: Tensor, label: int) -
         (_, shared), (_, own) = logits
         to_frozen, to_own = (shared * model.frozen_class_features()).sum(dim=1), (shared * own).sum(dim=1)
         loss = loss + F.softplus((to_own - to_frozen) / 0.5).mean()
-    elif model.adapter.reads_prompts:  # ProDA: its bound, and cosines of prompts without names
-        with model.adapter.bind(leaves):
-            prompts = model.prompt_features(1)
+    elif model.adapter.comparison.reads_prompts:  # ProDA: its bound, and cosines of prompts without names
         batch = {"labels": target.unsqueeze(0), "example_mask": torch.ones(1, 1, dtype=torch.bool)}
-        view = StepView(images.unsqueeze(0), classes.unsqueeze(0), model.logit_scale(), batch, prompts=prompts)
+        view = StepView(
+            images.unsqueeze(0), classes.unsqueeze(0), model.logit_scale(), batch, comparison=model.adapter.comparison
+        )
         loss = loss + sum(term.loss(view).sum() for term in model.adapter.loss_terms)
     elif len(logits) == 2:  # both learn from the other's probabilities
         for (own, _), (other, _) in (logits, logits[::-1]):

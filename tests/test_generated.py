@@ -18,15 +18,16 @@ from helpers import (
     load_plain,
     plain_texts,
     random_adapters,
+    random_pixels,
 )
 from helpers import rounds as several_rounds
 from torch import Tensor
 
 from flora.client.local_training import LocalTraining
 from flora.client.optimizers import Sgd
-from flora.clip.adapters.generated import FedTpg
+from flora.clip.adapters.generated import CoCoOp, FedTpg
 from flora.clip.frozen import FrozenClip
-from flora.communication.payload import payload_bytes
+from flora.communication.options import payload_bytes
 from flora.core import tree
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
@@ -124,3 +125,84 @@ def test_heads_divide_the_width(tiny_model: str) -> None:
         FedTpg(heads=3).check_fits(adapt(tiny_model).clip.architecture)
     with pytest.raises(OptionError, match=r"words: expected words without braces, or none"):
         FedTpg(words="{}")
+
+
+COCOOP = CoCoOp(reduction=4)
+
+
+def logits_by_image(plain: FrozenClip, state: State, images: Tensor) -> Tensor:
+    """The cosines `(B, C)` of images, each with the classes' features that its own context gives."""
+    rows = []
+    for image in images:
+        hidden = F.linear(image, state["down.weight"], state["down.bias"]).relu()
+        context = state["context"] + F.linear(hidden, state["up.weight"], state["up.bias"])
+
+        def put(x: Tensor, ends: Tensor, context: Tensor = context) -> None:
+            x[:, 1:5] = context
+
+        rows.append(plain_texts(plain, [f"a photo of a {name}." for name in CLASSES], put) @ image)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("per_block", [1, 2, 5])
+def test_rounds_with_contexts_of_images_equal_a_plain_loop(tiny_model: str, per_block: int) -> None:
+    model, plain = adapt(tiny_model, COCOOP, templates=COCOOP.templates(())), load_plain(tiny_model)
+    plain.model.requires_grad_(False)
+    local = LocalTraining(learning_rate=1e-3, batch_size=100, epochs=2, optimizer=Sgd(momentum=0.9))
+    parts = federation(model, local, per_block=per_block)
+    states, results = several_rounds(parts, 2)
+    server = states[0].adapter
+    for round in (1, 2):
+        ends = []
+        for data in parts.clients:
+            leaves = {name: tensor.clone().requires_grad_() for name, tensor in server.items()}
+            optimizer = torch.optim.SGD(leaves.values(), lr=1e-3, momentum=0.9)
+            stem = parts.engine.features.take(torch.from_numpy(data.train), torch.device("cpu"))
+            images = model.image_features(stem, 1)[0].detach()
+            for _ in range(2):
+                optimizer.zero_grad()
+                logits = model.logit_scale() * logits_by_image(plain, leaves, images)
+                F.cross_entropy(logits, LABELS[data.train]).backward()
+                optimizer.step()
+            ends.append({name: leaf.detach() for name, leaf in leaves.items()})
+        server = tree.weighted_mean(ends, SIZES)
+        assert_states_close(states[round].adapter, server)
+    assert tree.count(server) == 4 * 32 + (16 + 1) * 4 + (4 + 1) * 32
+    assert results[0].uplink_bytes == results[0].downlink_bytes == len(SIZES) * payload_bytes(server)
+
+
+@torch.no_grad()
+def test_each_image_is_evaluated_with_its_own_context(tiny_model: str) -> None:
+    model, plain = adapt(tiny_model, COCOOP, templates=COCOOP.templates(())), load_plain(tiny_model)
+    stack, stem = random_adapters(model, 2), model.vision.stem(random_pixels(6))
+    images = model.image_features(stem, 2)
+    with model.adapter.bind(stack):
+        found = model.logits(stem, model.class_features(2))
+    for client in range(2):
+        own = {name: tensor[client] for name, tensor in stack.items()}
+        expected = model.logit_scale() * logits_by_image(plain, own, images[client])
+        torch.testing.assert_close(found[client], expected, atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_images_shift_the_contexts_of_all_classes_alike(tiny_model: str) -> None:
+    method = CoCoOp(class_specific=True, position="middle", words=None, num_tokens=3)
+    model = adapt(tiny_model, method, templates=method.templates(()))
+    stack = {"context": torch.zeros(2, 3, 3, 32).double(), **_layers(2)}
+    images = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).double()
+    with model.adapter.bind(stack):
+        context = model.adapter.for_images(images)["context"]
+    assert context.shape == (10, 3, 3, 32)
+    torch.testing.assert_close(context, context[:, :1, :1].expand_as(context), atol=0, rtol=0)
+    assert context[:, 0, 0].std(dim=0).min() > 0
+
+
+def _layers(number: int) -> State:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"down.weight": (1, 16), "down.bias": (1,), "up.weight": (32, 1), "up.bias": (32,)}
+    return {name: torch.rand((number, *shape), generator=generator).double() for name, shape in shapes.items()}
+
+
+def test_the_layers_are_no_narrower_than_one(tiny_model: str) -> None:
+    with pytest.raises(OptionError, match=r"reduction: expected at most embed_dim of .*, 16, got 17"):
+        CoCoOp(reduction=17).check_fits(adapt(tiny_model).clip.architecture)

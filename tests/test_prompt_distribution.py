@@ -16,16 +16,17 @@ from helpers import (
     load_plain,
     plain_texts,
     random_adapters,
+    random_pixels,
 )
 from helpers import rounds as several_rounds
 from torch import Tensor
 
 from flora.client.local_training import LocalTraining
 from flora.client.optimizers import Sgd
-from flora.clip.adapters.prompt_distribution import ProDa, UpperBound
+from flora.clip.adapters.prompt_distribution import MeanPrompts, ProDa, UpperBound
 from flora.clip.frozen import FrozenClip
 from flora.clip.loss_terms import StepView
-from flora.communication.payload import payload_bytes
+from flora.communication.options import payload_bytes
 from flora.core import tree
 
 METHOD = ProDa(words=None, num_tokens=3, orthogonality=0.3)
@@ -93,16 +94,18 @@ def test_rounds_equal_a_plain_loop(tiny_model: str, per_block: int) -> None:
 
 
 @torch.no_grad()
-def test_classes_are_the_mean_of_their_prompts(tiny_model: str) -> None:
+def test_images_are_compared_with_the_mean_of_prompts(tiny_model: str) -> None:
     """As it is: it is not normalised once more."""
     model, plain = adapt(tiny_model, METHOD, templates=METHOD.templates(())), load_plain(tiny_model)
-    stack = random_adapters(model, 2)
+    stack, stem = random_adapters(model, 2), model.vision.stem(random_pixels(6))
+    images = model.image_features(stem, 2)
     with model.adapter.bind(stack):
-        found = model.class_features(2)
+        found = model.logits(stem, model.class_features(2))
     for client in range(2):
-        expected = prompts_of(plain, stack["context"][client])[0].mean(dim=1)
+        mean = prompts_of(plain, stack["context"][client])[0].mean(dim=1)
+        expected = model.logit_scale() * images[client] @ mean.T
         torch.testing.assert_close(found[client], expected, atol=TOLERANCE, rtol=0)
-    assert found.norm(dim=-1).max() < 1 - 1e-6
+        assert mean.norm(dim=-1).max() < 1 - 1e-6
 
 
 def test_where_all_prompts_are_alike_the_bound_is_the_cross_entropy() -> None:
@@ -115,7 +118,7 @@ def test_where_all_prompts_are_alike_the_bound_is_the_cross_entropy() -> None:
 
     def excess(prompts: Tensor) -> Tensor:
         scale = torch.tensor(10.0, dtype=torch.float64)
-        return UpperBound(4).loss(StepView(images, prompts.mean(dim=2), scale, batch, prompts=prompts))
+        return UpperBound(4).loss(StepView(images, prompts, scale, batch, comparison=MeanPrompts(4)))
 
     assert (excess(prompts) > 0.1).all()
     assert excess(prompts[:, :, :1].expand(-1, -1, 4, -1)).abs().max() < TOLERANCE

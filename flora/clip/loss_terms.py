@@ -23,8 +23,7 @@ class StepView:
     tensors by name: `labels` `(K, B)` int64, `example_mask` `(K, B)`, True for real examples, of which each client has
     one, and where examples count differently `weights` `(K, B)`. `others` are the features that the clients' other
     models make of the same step, where an adapter stands for several. `more` are features of other images of the step,
-    by name, `(K, U, d)`: of those without labels; `frozen_more` the same without adapters. `prompts` `(K, C, T, d)` are
-    the features of each class's T prompts, where the adapter `reads_prompts`.
+    by name, `(K, U, d)`: of those without labels; `frozen_more` the same without adapters.
     """
 
     images: Tensor
@@ -36,7 +35,6 @@ class StepView:
     others: tuple[ImagesAndClasses, ...] = ()
     more: Mapping[str, Tensor] = field(default_factory=dict)
     frozen_more: Mapping[str, Tensor] = field(default_factory=dict)
-    prompts: Tensor | None = None
 
     @property
     def labels(self) -> Tensor:

@@ -262,16 +262,12 @@ def step_views(
     if model.adapter.reads_held_classes:
         stack = {**stack, HELD_CLASSES: batch.tensors[HELD_CLASSES]}
     features: list[ImagesAndClasses] = []
-    prompts: list[Tensor | None] = []
     more: list[dict[str, Tensor]] = []
     for bound in model.adapter.models_of_step(stack):
         with model.adapter.bind(bound, generators):
             images = _images(model, batch, number)
-            prompts.append(model.prompt_features(number) if model.adapter.reads_prompts else None)
             if texts is not None:
                 classes = texts
-            elif prompts[-1] is not None:
-                classes = model.mean_of_prompts(prompts[-1])
             elif batch.drawn is not None:
                 classes = model.drawn_class_features(batch.drawn)
             else:
@@ -290,7 +286,6 @@ def step_views(
             others=(*features[:place], *features[place + 1 :]),
             more=more[place],
             frozen_more=frozen,
-            prompts=prompts[place],
         )
         for place, (images, classes) in enumerate(features)
     ]

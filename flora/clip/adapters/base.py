@@ -44,14 +44,10 @@ class AttachedAdapter(ABC):
     """Changes what a block of the vision tower gets, `(K * B, T, width)`; its number is counted from 1."""
     place_shares: tuple[float, ...] | None = None
     """How much each of a class's T prompts counts in its mean; None: all alike."""
-    has_unit_means = True
-    """Whether the mean of the features of a class's prompts is normalised once more."""
     reads_names = False
     """Whether `adapt_tokens_by_names` takes the place of `adapt_tokens`."""
     reads_held_classes = False
     """Whether a local step binds it with `HELD_CLASSES` `(K, C)`, True for the classes of each client's examples."""
-    reads_prompts = False
-    """Whether its terms of the loss read the features of each prompt, `StepView.prompts`."""
     loss_terms: tuple[LossTerm, ...] = ()
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
     learned_context: Mapping[str, Any] | None = None
@@ -60,7 +56,7 @@ class AttachedAdapter(ABC):
     @property
     def can_share_texts(self) -> bool:
         """Whether all that a step needs of its texts are class features, the same for clients with one adapter."""
-        return not (self.is_large or self.reads_held_classes or self.reads_prompts)
+        return not (self.is_large or self.reads_held_classes)
 
     @abstractmethod
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:

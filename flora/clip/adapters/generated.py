@@ -1,4 +1,4 @@
-"""Contexts that are made anew: by what the classes are called."""
+"""Contexts that are made anew: of the classes' names, or for each image."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from flora.clip.adapters.base import HELD_CLASSES, AttachedAdapter
 from flora.clip.adapters.beside import FitsEveryModel, linear, uniform
 from flora.clip.adapters.prompts import AttachedContext, PromptContext, put_vectors
+from flora.clip.comparison import Comparison, CosinesByImage
 from flora.clip.frozen import Architecture, FrozenClip
 from flora.core.registry import OptionError, option, register
 from flora.core.rng import Rng
@@ -125,6 +126,57 @@ class AttachedFedTpg(AttachedContext):
         mixed = linear(mixed, stack, "out")
         inner, gates = linear(_norm(mixed, stack, "norm_mixed"), stack, "up").chunk(2, dim=-1)
         return mixed + linear(inner * F.gelu(gates), stack, "down")
+
+
+@register("cocoop")
+@dataclass(frozen=True)
+class CoCoOp(PromptContext):
+    """A context that each image shifts, by two layers on its feature (CoCoOp, arXiv:2203.05557).
+
+    Every vector of the context gets W2 relu(W1 f + b1) + b2 added, with f the image's unit feature. Context and layers
+    are what is trained and what travels. Costly: B images and C classes are B x C prompts through the text tower, in
+    each step and at evaluation, where other contexts need C. Differs from the authors' code: there a step has one image.
+    """
+
+    reduction: int = option("the image feature's width over that between the two layers", 16, at_least=1)
+
+    def check_fits(self, architecture: Architecture) -> None:
+        super().check_fits(architecture)
+        if self.reduction > architecture.embed_dim:
+            limit = f"at most embed_dim of {architecture.name}, {architecture.embed_dim}"
+            raise OptionError("reduction", f"expected {limit}, got {self.reduction}")
+
+    @property
+    def comparison(self) -> Comparison:
+        return CosinesByImage()
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedCoCoOp(self, clip)
+
+
+class AttachedCoCoOp(AttachedContext):
+    """Beside `context`, with d the width of image features and w the text width, `down.weight` `(d // reduction, d)`,
+    `up.weight` `(w, d // reduction)` and their biases."""
+
+    def __init__(self, options: CoCoOp, clip: FrozenClip) -> None:
+        super().__init__(options, clip)
+        self.comparison = options.comparison
+        self._embed_dim = clip.architecture.embed_dim
+        self._inner = self._embed_dim // options.reduction
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        state = super().initial_state(rng, class_features)
+        for name, d_out, d_in in (("down", self._inner, self._embed_dim), ("up", self._shape[1], self._inner)):
+            state[f"{name}.weight"] = uniform(rng.child(name, "weight"), (d_out, d_in), d_in).to(self.dtype)
+            state[f"{name}.bias"] = uniform(rng.child(name, "bias"), (d_out,), d_in).to(self.dtype)
+        return state
+
+    def for_images(self, images: Tensor) -> StateLike:
+        assert self.stack is not None
+        shifts = linear(linear(images, self.stack, "down").relu(), self.stack, "up")
+        context = self.stack["context"].unsqueeze(1)
+        between = (1,) * (context.dim() - 3)  # the vectors, and the classes where they have their own
+        return {"context": (context + shifts.unflatten(2, (*between, -1))).flatten(0, 1)}
 
 
 def _norm(x: Tensor, stack: StateLike, name: str) -> Tensor:

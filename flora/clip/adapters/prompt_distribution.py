@@ -12,6 +12,7 @@ from torch import Tensor
 from flora.clip.adapters.base import AttachedAdapter
 from flora.clip.adapters.beside import FitsEveryModel
 from flora.clip.adapters.prompts import AttachedContext, PromptContext, context_places, words_of
+from flora.clip.comparison import Comparison
 from flora.clip.frozen import Architecture, FrozenClip
 from flora.clip.loss_terms import StepView
 from flora.core.registry import OptionError, option, register
@@ -60,6 +61,10 @@ class ProDa(FitsEveryModel):
     def changes_images(self) -> bool:
         return False
 
+    @property
+    def comparison(self) -> Comparison:
+        return MeanPrompts(self.num_prompts)
+
     def templates(self, given: Sequence[str]) -> tuple[str, ...]:
         """P with the class's name, and the same contexts without it: those are the same for all classes."""
         named = [each.templates(given)[0] for each in self.contexts]
@@ -72,6 +77,20 @@ class ProDa(FitsEveryModel):
 
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedProDa(self, clip)
+
+
+@dataclass(frozen=True)
+class MeanPrompts(Comparison):
+    """An image's similarity to the mean of a class's first prompts, as it is: not normalised once more."""
+
+    num_prompts: int
+    reads_prompts: ClassVar[bool] = True
+
+    def similarities(self, images: Tensor, classes: Tensor) -> Tensor:
+        return torch.bmm(images, classes[:, :, : self.num_prompts].mean(dim=2).mT)
+
+    def means(self, classes: Tensor) -> Tensor:
+        return super().means(classes[:, :, : self.num_prompts])
 
 
 @dataclass(frozen=True)
@@ -88,8 +107,7 @@ class UpperBound:
 
     def loss(self, view: StepView) -> Tensor:
         """Each client's mean, `(K,)`."""
-        assert view.prompts is not None
-        named = view.prompts[:, :, : self.num_prompts]
+        named = view.classes[:, :, : self.num_prompts]
         centred, squares = named - named.mean(dim=2, keepdim=True), view.images.square()
         clients = torch.arange(len(named), device=named.device).unsqueeze(1)
         of_label = centred[clients, view.labels]  # (K, B, P, d)
@@ -113,8 +131,7 @@ class Orthogonality:
 
     def loss(self, view: StepView) -> Tensor:
         """Each client's term, `(K,)`."""
-        assert view.prompts is not None
-        features = view.prompts[:, 0, self.num_prompts :]  # the same for all classes
+        features = view.classes[:, 0, self.num_prompts :]  # the same for all classes
         cosines = (features @ features.mT).abs()
         others = ~torch.eye(self.num_prompts, dtype=torch.bool, device=cosines.device)
         return self.weight * cosines[:, others].mean(dim=-1)
@@ -123,13 +140,12 @@ class Orthogonality:
 class AttachedProDa(AttachedContext):
     """Its state dict is `context` `(P, n, text width)`: P prompts' n vectors, from random numbers."""
 
-    reads_prompts = True
-    has_unit_means = False
-
     def __init__(self, options: ProDa, clip: FrozenClip) -> None:
         contexts, number = options.contexts, options.num_prompts
         super().__init__(contexts[0], clip)
         self._nums_before = [len(words_of(clip, each.halves[0])) for each in contexts]
+        self.comparison = options.comparison
+        # For the frozen model, which is compared with unit means.
         self.place_shares = (1 / number,) * number + (0.0,) * number
         self.loss_terms = (UpperBound(number), Orthogonality(options.orthogonality, number))
         self.learned_context = {"num_vectors": self._shape[0], "starts_from": None}

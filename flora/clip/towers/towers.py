@@ -96,10 +96,6 @@ class AdaptedClip:
             return self._encode_classes(self.prompts.of_classes(classes).to(self.device), shares)
         return self._encode_classes(self._layout_of_all(num_clients), self._shares)
 
-    def prompt_features(self, num_clients: int) -> Tensor:
-        """Unit text features of each of the T prompts of all classes, `(K, C, T, embed_dim)`."""
-        return self._encode_prompts(self._layout_of_all(num_clients), None)
-
     def drawn_class_features(self, places: Tensor) -> Tensor:
         """Unit text features `(K, C, embed_dim)` of one prompt of each class, for each of K clients.
 
@@ -131,16 +127,11 @@ class AdaptedClip:
         return self._unadapted
 
     def _encode_classes(self, layout: Layout, shares: Tensor | None) -> Tensor:
-        """Features `(K, C, embed_dim)` of a layout's classes; `shares` as `_shares`, or `(K, C, T)`."""
-        return self._mean(self._encode_prompts(layout, None), shares)
-
-    def mean_of_prompts(self, prompts: Tensor) -> Tensor:
-        """The classes' features `(K, C, embed_dim)` from those of their prompts, as `prompt_features` gives them."""
-        return self._mean(prompts, self._shares)
-
-    def _mean(self, prompts: Tensor, shares: Tensor | None) -> Tensor:
-        mean = prompts.mean(dim=2) if shares is None else (prompts * shares.unsqueeze(-1)).sum(dim=2)
-        return F.normalize(mean, dim=-1) if self.adapter.has_unit_means else mean
+        """Unit features `(K, C, embed_dim)` of a layout's classes; `shares` as `_shares`, or `(K, C, T)`."""
+        ensembles = self._encode_prompts(layout, None)
+        if shares is None:
+            return F.normalize(ensembles.mean(dim=2), dim=-1)
+        return F.normalize((ensembles * shares.unsqueeze(-1)).sum(dim=2), dim=-1)
 
     def _encode_prompts(self, layout: Layout, num_places: int | None) -> Tensor:
         """Unit features `(K, C, T, embed_dim)` of a layout's prompts, `num_places` (None: T) of each class."""
