@@ -97,12 +97,15 @@ def write_model(
     return str(path)
 
 
-def load_clip(model: str, device: str = "cpu", precision: str = "fp64") -> FrozenClip:
+def load_clip(
+    model: str, device: str = "cpu", precision: str = "fp64", *, reads_patches: bool = False
+) -> FrozenClip:
     """A fresh copy of a model with random weights, the same at each call.
 
     In fp64, so that what is equal by mathematics is equal to 1e-9 on every machine: see `TOLERANCE`.
     """
-    return Backbone(model=model, weights="random", precision=precision).load(torch.device(device), Rng(0))
+    clip = Backbone(model=model, weights="random", precision=precision).load(torch.device(device), Rng(0))
+    return dataclasses.replace(clip, reads_patches=reads_patches)
 
 
 def load_plain(model: str, precision: str = "fp64") -> FrozenClip:

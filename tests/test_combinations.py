@@ -266,6 +266,8 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "and rounds enough to have one",  # every is 1
         "synthetic images, on which the server trains before round 1, need a round",  # all pairs here have two
         "prompts can be drawn where classes have several",  # the pairs have descriptions then
+        "an adapter that compares patches needs all tokens of an image",
+        "and no text rounds: descriptions have no patches",
         "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
         "self-training needs images without a label",  # all pairs here have some
         "and no run that one client's update ends",  # all pairs here skip or clip

@@ -23,6 +23,8 @@ class Penalty(Component):
     needs_frozen: ClassVar[bool] = True
     is_by_example: ClassVar[bool] = False
     """Whether it is a mean over examples, or the same for each, so that one example alone has a penalty, too."""
+    from_logits: ClassVar[bool] = False
+    """Whether it looks at logits alone, in whatever way these come about, and at no features."""
 
     @abstractmethod
     def loss(self, view: StepView) -> Tensor:
@@ -36,6 +38,7 @@ class NoPenalty(Penalty):
 
     is_idle = True
     is_by_example = True
+    from_logits = True
 
     def loss(self, view: StepView) -> Tensor:
         return torch.zeros(len(view.images), device=view.images.device)
@@ -64,6 +67,7 @@ class Distillation(Penalty):
     """weight * T^2 * KL(frozen model's probabilities || adapted one's), both at temperature T (arXiv:1503.02531)."""
 
     is_by_example = True
+    from_logits = True
     weight: float = option("weight beside the objective", 1.0, above=0)
     temperature: float = option("what logits are divided by: higher looks at all classes", 2.0, above=0)
 
@@ -85,6 +89,7 @@ class ReciprocalConsistency(Penalty):
     between CLIP's and a diffusion model's image features; here between the adapted and the frozen model's similarities.
     """
 
+    from_logits = True
     weight: float = option("weight beside the objective", 1.0, above=0)
     temperature: float = option("what logits are divided by: higher looks at all classes and images", 2.0, above=0)
 

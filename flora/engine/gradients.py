@@ -272,6 +272,7 @@ def step_views(
                 classes = model.drawn_class_features(batch.drawn)
             else:
                 classes = model.class_features(number, batch.classes)
+            classes = model.classes_of(images[""], classes, batch.classes)
             features.append((images.pop(""), classes))
             more.append(images)
             scale = model.logit_scale()
@@ -286,6 +287,7 @@ def step_views(
             others=(*features[:place], *features[place + 1 :]),
             more=more[place],
             frozen_more=frozen,
+            comparison=model.adapter.comparison,
         )
         for place, (images, classes) in enumerate(features)
     ]

@@ -292,7 +292,8 @@ def adapted_models(
     All share the adapter. `descriptions` are more sentences for some classes, by their names.
     """
     given = config.prompts.templates or config.data.templates
-    clip = replace(clip, reads_patches=config.evaluation.patches is not None)
+    reads_patches = config.evaluation.patches is not None or config.adapter.comparison.reads_patches
+    clip = replace(clip, reads_patches=reads_patches)
     clip = with_classes(clip, groups, given)
     adapter = config.adapter.attach(clip)
     templates = config.adapter.templates(given)

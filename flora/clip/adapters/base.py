@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from flora.clip.comparison import COSINES, Comparison
 from flora.clip.frozen import Architecture, FrozenClip
 from flora.clip.loss_terms import LossTerm
 from flora.core.registry import Component
@@ -52,11 +53,15 @@ class AttachedAdapter(ABC):
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
     learned_context: Mapping[str, Any] | None = None
     """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
+    comparison: Comparison = COSINES
+    """How images and classes become logits while adapters are bound; another one than by cosines needs `stack`."""
+    stack: StateLike | None = None
+    """The tensors `(K, ...)` that are bound, where it works beside the model."""
 
     @property
     def can_share_texts(self) -> bool:
         """Whether all that a step needs of its texts are class features, the same for clients with one adapter."""
-        return not (self.is_large or self.reads_held_classes)
+        return not (self.is_large or self.reads_held_classes or self.comparison.by_image)
 
     @abstractmethod
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
@@ -122,6 +127,13 @@ class AttachedAdapter(ABC):
         """Change the classes' unit features `(K, C, embed_dim)`."""
         return features
 
+    def for_images(self, images: Tensor) -> StateLike:
+        """What to bind for the class features of each of these images `(K, B, embed_dim)`: tensors `(K * B, ...)`.
+
+        It is asked for while adapters of K clients are bound, where `comparison` is `by_image`.
+        """
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Adapter(Component):
@@ -146,6 +158,11 @@ class Adapter(Component):
     def changes_images(self) -> bool:
         """Whether it changes the features of images."""
         return True
+
+    @property
+    def comparison(self) -> Comparison:
+        """How images and classes become logits."""
+        return COSINES
 
     @abstractmethod
     def check_fits(self, architecture: Architecture) -> None:

@@ -25,7 +25,6 @@ from flora.core.tree import State, StateLike
 class AttachedBeside(AttachedAdapter):
     """An adapter outside of the frozen model: `stack` is its tensors `(K, ...)` while they are bound, else None."""
 
-    stack: StateLike | None = None
     mergeable = False
 
     def __init__(self, clip: FrozenClip) -> None:
@@ -34,11 +33,11 @@ class AttachedBeside(AttachedAdapter):
 
     @contextmanager
     def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Iterator[None]:
-        self.stack = stack
+        before, self.stack = self.stack, stack
         try:
             yield
         finally:
-            self.stack = None
+            self.stack = before
 
     def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
         raise NotImplementedError

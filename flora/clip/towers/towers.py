@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.comparison import COSINES, Comparison
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.layout import Layout, Prompts
 from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
@@ -59,8 +60,23 @@ class AdaptedClip:
         self._unadapted: Tensor | None = None
         self._unadapted_prompts: Tensor | None = None
 
+    @property
+    def comparison(self) -> Comparison:
+        """How images and classes become logits: as the adapter says while one is bound, without one by cosines."""
+        return COSINES if self.adapter.stack is None else self.adapter.comparison
+
+    def logits(self, stem: Tensor, classes: Tensor) -> Tensor:
+        """The logits `(K, B, C)` of stem outputs `(K * B, ...)`; `classes` are as `class_features` gives them."""
+        images = self.image_features(stem, len(classes))
+        return self.logit_scale() * self.comparison.similarities(images, self.classes_of(images, classes))
+
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
-        """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major."""
+        """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major.
+
+        Of patches, `(K, B, P, embed_dim)`, where the comparison reads these.
+        """
+        if self.comparison.reads_patches:
+            return self.image_and_patch_features(stem, num_clients)[1]
         features = self._encode_images(stem)
         return self._adapted_images(features[:, 0] if self.vision.reads_patches else features, num_clients)
 
@@ -87,7 +103,8 @@ class AdaptedClip:
     def class_features(self, num_clients: int, classes: Tensor | None = None) -> Tensor:
         """Unit text features, `(K, C, embed_dim)`: of all classes, or of each client's own `classes` `(K, C)`.
 
-        An ensemble's mean is normalised once more.
+        An ensemble's mean is normalised once more. Where the comparison reads prompts they are those of each of a
+        class's T prompts, `(K, C, T, embed_dim)`.
         """
         if self._frozen_features is not None:
             return self.adapter.adapt_classes(self._frozen_features.expand(num_clients, -1, -1))
@@ -95,6 +112,18 @@ class AdaptedClip:
             shares = None if self._shares is None else self._shares[classes.to(self.device)]
             return self._encode_classes(self.prompts.of_classes(classes).to(self.device), shares)
         return self._encode_classes(self._layout_of_all(num_clients), self._shares)
+
+    def classes_of(self, images: Tensor, classes: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """What images `(K, B, d)` are compared with: `classes`, or where each image has its own, these `(K, B, C, d)`.
+
+        `chosen` `(K, C)` are the classes that `classes` are of, if these are not all.
+        """
+        if not self.comparison.by_image:
+            return classes
+        number, size = images.shape[:2]
+        chosen = None if chosen is None else chosen.repeat_interleave(size, dim=0)
+        with self.adapter.bind(self.adapter.for_images(images)):
+            return self.class_features(number * size, chosen).unflatten(0, (number, size))
 
     def drawn_class_features(self, places: Tensor) -> Tensor:
         """Unit text features `(K, C, embed_dim)` of one prompt of each class, for each of K clients.
@@ -127,8 +156,10 @@ class AdaptedClip:
         return self._unadapted
 
     def _encode_classes(self, layout: Layout, shares: Tensor | None) -> Tensor:
-        """Unit features `(K, C, embed_dim)` of a layout's classes; `shares` as `_shares`, or `(K, C, T)`."""
+        """Unit features of a layout's classes, as `class_features`; `shares` as `_shares`, or `(K, C, T)`."""
         ensembles = self._encode_prompts(layout, None)
+        if self.comparison.reads_prompts:
+            return ensembles
         if shares is None:
             return F.normalize(ensembles.mean(dim=2), dim=-1)
         return F.normalize((ensembles * shares.unsqueeze(-1)).sum(dim=2), dim=-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from flora.config.combinations.averaging import AVERAGING
+from flora.config.combinations.comparison import COMPARISON
 from flora.config.combinations.example_privacy import EXAMPLE_PRIVACY
 from flora.config.combinations.privacy import PRIVACY
 from flora.config.combinations.rounds import ROUNDS
@@ -23,6 +24,7 @@ RULES: tuple[Rule, ...] = (
     *ROUNDS,
     *SERVER_TRAINING,
     *TRAINING,
+    *COMPARISON,
     *PRIVACY,
     *EXAMPLE_PRIVACY,
     *SECURE_SUMS,
