@@ -97,9 +97,7 @@ def write_model(
     return str(path)
 
 
-def load_clip(
-    model: str, device: str = "cpu", precision: str = "fp64", *, reads_patches: bool = False
-) -> FrozenClip:
+def load_clip(model: str, device: str = "cpu", precision: str = "fp64", *, reads_patches: bool = False) -> FrozenClip:
     """A fresh copy of a model with random weights, the same at each call.
 
     In fp64, so that what is equal by mathematics is equal to 1e-9 on every machine: see `TOLERANCE`.
@@ -120,7 +118,7 @@ def load_plain(model: str, precision: str = "fp64") -> FrozenClip:
 def plain_texts(
     plain: FrozenClip, texts: Sequence[str], put: Callable[[torch.Tensor, torch.Tensor], object] = lambda x, ends: None
 ) -> torch.Tensor:
-    """Unit features of texts through OpenCLIP. `put` may write into their embeddings `(P, L, width)`; they end at `ends`."""
+    """Unit features of texts through OpenCLIP. `put` may write into their embeddings `(P, L, width)`, which have ends."""
     tokens, model = plain.tokenize(texts), cast(Any, plain.model)
     ends, x = tokens.argmax(dim=-1), model.token_embedding(tokens)
     put(x, ends)

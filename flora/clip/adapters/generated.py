@@ -39,7 +39,9 @@ class FedTpg(FitsEveryModel):
     the attention's matrices is drawn for itself, where there one draw of a wider range's bounds is for three.
     """
 
-    words: str | None = option("words whose places the vectors take; the frozen model reads them. none: x's", "a photo of a")
+    words: str | None = option(
+        "words whose places the vectors take; the frozen model reads them. none: x's", "a photo of a"
+    )
     num_tokens: int = option("vectors, if there are no words", 4, at_least=1, at_most=64)
     heads: int = option("heads of the attention", 4, at_least=1)
     names: str = option(
@@ -135,7 +137,7 @@ class CoCoOp(PromptContext):
 
     Every vector of the context gets W2 relu(W1 f + b1) + b2 added, with f the image's unit feature. Context and layers
     are what is trained and what travels. Costly: B images and C classes are B x C prompts through the text tower, in
-    each step and at evaluation, where other contexts need C. Differs from the authors' code: there a step has one image.
+    each step and at evaluation, where other contexts need C. The authors' runs have one image a step.
     """
 
     reduction: int = option("the image feature's width over that between the two layers", 16, at_least=1)

@@ -38,7 +38,9 @@ class ProDa(FitsEveryModel):
     """
 
     num_prompts: int = option("contexts, P", 4, at_least=2, at_most=64)
-    words: str | None = option("words whose places the vectors take; the frozen model reads them. none: x's", "a photo of a")
+    words: str | None = option(
+        "words whose places the vectors take; the frozen model reads them. none: x's", "a photo of a"
+    )
     num_tokens: int = option("vectors in a context, if there are no words", 16, at_least=1, at_most=64)
     orthogonality: float = option("weight of the cosines between prompts without a name, lambda", 0.1, at_least=0)
 
@@ -55,7 +57,9 @@ class ProDa(FitsEveryModel):
     def check_fits(self, architecture: Architecture) -> None:
         self.contexts[0].check_fits(architecture)
         if not architecture.reads_text_end:
-            raise OptionError("", f"proda needs a text tower that is read at a prompt's end: {architecture.name} is not")
+            raise OptionError(
+                "", f"proda needs a text tower that is read at a prompt's end: {architecture.name} is not"
+            )
 
     @property
     def changes_images(self) -> bool:
