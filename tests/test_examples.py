@@ -30,7 +30,7 @@ from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.beside import AttentionAdapter, ClipAdapter, LinearHead, Norm, VisionAndHead
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
-from flora.clip.adapters.generated import FedTpg
+from flora.clip.adapters.generated import CoCoOp, FedTpg
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.adapters.personal_prompts import FedPgp, PromptFolio
 from flora.clip.adapters.prompt_distribution import ProDa
@@ -71,6 +71,7 @@ ADAPTERS: dict[str, Adapter] = {
     "a change that stays": FedPgp(bottleneck=2),
     "prompts that stay": PromptFolio(),
     "generated prompts": FedTpg(names="all"),
+    "prompts of images": CoCoOp(reduction=4),
     "a distribution of prompts": ProDa(),
     "visual prompts": VisualPrompt(num_tokens=2, depth=2),
     "head": LinearHead(),
@@ -113,8 +114,8 @@ def plain_gradient(model: AdaptedClip, state: State, stem: Tensor, label: int) -
     target, logits = torch.tensor([label]), []
     for bound in model.adapter.models_of_step(leaves):
         with model.adapter.bind(bound):
-            images, classes = model.image_features(stem.unsqueeze(0), 1)[0], model.class_features(1)[0]
-            logits.append((model.logit_scale() * images @ classes.T, classes))
+            classes = model.class_features(1)
+            logits.append((model.logits(stem.unsqueeze(0), classes)[0], classes[0]))
     loss = sum(F.cross_entropy(each, target) for each, _ in logits[model.adapter.first_loss_model :])
     if model.adapter.first_loss_model:  # FedPGP: towards the frozen classes, away from the client's own
         (_, shared), (_, own) = logits
@@ -122,9 +123,8 @@ def plain_gradient(model: AdaptedClip, state: State, stem: Tensor, label: int) -
         loss = loss + F.softplus((to_own - to_frozen) / 0.5).mean()
     elif model.adapter.comparison.reads_prompts:  # ProDA: its bound, and cosines of prompts without names
         batch = {"labels": target.unsqueeze(0), "example_mask": torch.ones(1, 1, dtype=torch.bool)}
-        view = StepView(
-            images.unsqueeze(0), classes.unsqueeze(0), model.logit_scale(), batch, comparison=model.adapter.comparison
-        )
+        images = model.image_features(stem.unsqueeze(0), 1)
+        view = StepView(images, classes, model.logit_scale(), batch, comparison=model.adapter.comparison)
         loss = loss + sum(term.loss(view).sum() for term in model.adapter.loss_terms)
     elif len(logits) == 2:  # both learn from the other's probabilities
         for (own, _), (other, _) in (logits, logits[::-1]):
@@ -147,8 +147,7 @@ def test_bounded_gradients_are_those_of_a_loop_over_examples(
     tiny_model: str, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For any number of clients, and however the examples are cut into parts."""
-    method = ADAPTERS[adapter]
-    model = adapt(tiny_model, method, templates=method.templates(("a photo of a {}.",)))
+    model = adapt(tiny_model, ADAPTERS[adapter], templates=ADAPTERS[adapter].templates(("a photo of a {}.",)))
     number = 1 if adapter in LARGE else 5
     mask = torch.tensor(
         [[True, True, True], [True, False, False], [False, False, False], [True, True, False], [True] * 3]

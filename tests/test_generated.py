@@ -27,6 +27,7 @@ from flora.client.local_training import LocalTraining
 from flora.client.optimizers import Sgd
 from flora.clip.adapters.generated import CoCoOp, FedTpg
 from flora.clip.frozen import FrozenClip
+from flora.clip.towers import towers
 from flora.communication.options import payload_bytes
 from flora.core import tree
 from flora.core.registry import OptionError
@@ -176,8 +177,12 @@ def test_rounds_with_contexts_of_images_equal_a_plain_loop(tiny_model: str) -> N
 
 
 @torch.no_grad()
-def test_each_image_is_evaluated_with_its_own_context(tiny_model: str) -> None:
+@pytest.mark.parametrize("at_once", [1, 4, 6])
+def test_each_image_is_evaluated_with_its_own_context(
+    tiny_model: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, plain = adapt(tiny_model, COCOOP, templates=COCOOP.templates(())), load_plain(tiny_model)
+    monkeypatch.setattr(towers, "MAX_TEXT_TOKENS", at_once * model.prompts.tokens.numel())
     stack, stem = random_adapters(model, 2), model.vision.stem(random_pixels(6))
     images = model.image_features(stem, 2)
     with model.adapter.bind(stack):

@@ -20,8 +20,8 @@ from flora.core.errors import UserError
 LearnedPlaces = Callable[[Tensor, int, int], Tensor | None]
 """Where vectors are learned in place of words: see `AttachedAdapter.learned_places`."""
 
-# Text tokens through the stem at once: at width 768 an MLP's inner layer then takes 200 MB.
-STEM_TOKENS = 2**14
+# Text tokens at once where no gradient is wanted: at width 768 an MLP's inner layer then takes 200 MB.
+MAX_TEXT_TOKENS = 2**14
 
 
 class TextTower:
@@ -147,7 +147,7 @@ class TextTower:
         """The part that no adapter changes, for all prompts: `(G, M, ...)`, `(G, R, width)` if only the head is behind
         it, or `(P, embed_dim)` if it is everything."""
         layout, tokens = prompts.layout.to(self._clip.device), prompts.tokens.to(self._clip.device)
-        size = max(1, STEM_TOKENS // tokens.shape[1])
+        size = max(1, MAX_TEXT_TOKENS // tokens.shape[1])
         stages = range(min(self.cut, self._num_stages - 1))
         with self._clip.autocast():
             parts = [
