@@ -118,7 +118,7 @@ def load_plain(model: str, precision: str = "fp64") -> FrozenClip:
 def plain_texts(
     plain: FrozenClip, texts: Sequence[str], put: Callable[[torch.Tensor, torch.Tensor], object] = lambda x, ends: None
 ) -> torch.Tensor:
-    """Texts' unit features through OpenCLIP. `put` may write into their embeddings `(P, L, width)`; they have `ends`."""
+    """Unit features through OpenCLIP. `put` may write into their embeddings `(P, L, width)`; they have `ends`."""
     tokens, model = plain.tokenize(texts), cast(Any, plain.model)
     ends, x = tokens.argmax(dim=-1), model.token_embedding(tokens)
     put(x, ends)
