@@ -214,7 +214,6 @@ def two_rounds(raw: Mapping[str, Any]) -> str | None:
         assert record.metrics.keys() == METRICS.keys()
         assert tree.is_finite(state.adapter) and math.isfinite(record.accuracy)
         assert not result.rejected_clients
-    measure_local_only(experiment, state, advance=lambda done: None)
     if config.evaluation.centralized:
         measure_centralized(experiment, advance=lambda done: None)
     if config.evaluation.num_local_only:
@@ -266,10 +265,10 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "and rounds enough to have one",  # every is 1
         "synthetic images, on which the server trains before round 1, need a round",  # all pairs here have two
         "prompts can be drawn where classes have several",  # the pairs have descriptions then
-        "an adapter that compares patches needs all tokens of an image",
-        "and no text rounds: descriptions have no patches",
         "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
         "self-training needs images without a label",  # all pairs here have some
+        "an adapter that compares patches needs all tokens of an image",  # no shipped one does
+        "and no text rounds: descriptions have no patches",  # no shipped one reads them
         "and no run that one client's update ends",  # all pairs here skip or clip
         "figures that are left out (privacy.publish: false) are not to be asked for",  # no pair here does
         "and no dropout",  # no adapter here has any

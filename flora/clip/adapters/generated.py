@@ -35,8 +35,7 @@ class FedTpg(FitsEveryModel):
 
     Layers and sizes are those of the authors' code: norms before both layers, four heads, a residual beside the second
     layer alone, which is gated by GELU, no layer of self-attention. Differs from the paper: a client there also chooses
-    among its own classes alone, here among all of the experiment, as with every adapter. Differs from the code: each of
-    the attention's matrices is drawn for itself, where there one draw of a wider range's bounds is for three.
+    among its own classes alone, here among all of the experiment, as with every adapter.
     """
 
     words: str | None = option(
@@ -99,7 +98,7 @@ class AttachedFedTpg(AttachedContext):
         for name, size in (("norm_queries", width), ("norm_names", embed_dim), ("norm_mixed", width)):
             state |= {f"{name}.weight": torch.ones(size), f"{name}.bias": torch.zeros(size)}
         for name, size in (("query", width), ("key", embed_dim), ("value", embed_dim)):
-            bound = math.sqrt(6 / (width + size))
+            bound = math.sqrt(6 / (3 * width + size))  # as `nn.MultiheadAttention`, where the three are one matrix
             weight = torch.empty(width, size).uniform_(-bound, bound, generator=rng.child(name).torch())
             state |= {f"{name}.weight": weight, f"{name}.bias": torch.zeros(width)}
         inner = INNER_FACTOR * width

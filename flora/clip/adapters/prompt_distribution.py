@@ -26,15 +26,15 @@ class ProDa(FitsEveryModel):
     """Several contexts, whose features are a Gaussian distribution of each class's (ProDA, arXiv:2205.03340).
 
     Half of the prompts have the class's name at the end, a quarter each in the middle and in front. Classes are
-    predicted with the mean over prompts of their unit features. The loss is an upper bound of what a class's
-    cross-entropy is on average over that distribution, plus a weight times the mean |cosine| of the features of two
-    prompts without a name. The contexts are what is trained and what travels; new classes have them, too. With an
-    objective other than cross_entropy, what the bound adds to the cross-entropy is added to it.
+    predicted with the mean over prompts of their unit features. The loss is an upper bound of the expected
+    cross-entropy over that distribution, plus a weight times the mean |cosine| of the features of two prompts without a
+    name. The contexts are what is trained and what travels; new classes have them, too. With an objective other than
+    cross_entropy, what the bound adds to the cross-entropy is added to it.
 
     The covariance is that over prompts, of the same dimension of two classes' features: dimensions are taken as
-    independent, as in FLiP's code; the authors' is not public. Differs from the paper: a step sees all prompts, where
-    there 4 of 32 are drawn for it. Differs from FLiP's code: it divides covariances by the number of prompts plus one,
-    and its prompts all have the name at the end.
+    independent, as in FLiP's code (the authors' repository has none). Differs from the paper: a step sees all prompts,
+    where there 4 of 32 are drawn for it. Differs from FLiP's code: that divides covariances by the number of prompts
+    plus one, weighs the cosines by 1, and has the name at the end of all prompts.
     """
 
     num_prompts: int = option("contexts, P", 4, at_least=2, at_most=64)
