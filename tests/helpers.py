@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import open_clip
 import torch
+import torch.nn.functional as F
 
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.client.local_training import LocalTraining
@@ -111,6 +113,17 @@ def load_plain(model: str, precision: str = "fp64") -> FrozenClip:
     plain = plain_class(**config).eval().to(clip.dtype)
     plain.load_state_dict(clip.model.state_dict())
     return dataclasses.replace(clip, model=plain)
+
+
+def plain_texts(
+    plain: FrozenClip, texts: Sequence[str], put: Callable[[torch.Tensor, torch.Tensor], object] = lambda x, ends: None
+) -> torch.Tensor:
+    """Unit features through OpenCLIP. `put` may write into their embeddings `(P, L, width)`; they have `ends`."""
+    tokens, model = plain.tokenize(texts), cast(Any, plain.model)
+    ends, x = tokens.argmax(dim=-1), model.token_embedding(tokens)
+    put(x, ends)
+    x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
+    return F.normalize(model.ln_final(x)[torch.arange(len(x)), ends] @ model.text_projection, dim=-1)
 
 
 def adapt(

@@ -90,7 +90,9 @@ def test_heads_know_no_new_classes(raw_config: dict[str, Any], adapter: str) -> 
     assert str(caught.value) == f"split: base_to_new needs an adapter without weights for each class, got {adapter}"
 
 
-@pytest.mark.parametrize("adapter", ["full", "clip_adapter", "prompt_context", "norm", "attention_adapter"])
+@pytest.mark.parametrize(
+    "adapter", ["full", "clip_adapter", "prompt_context", "norm", "attention_adapter", "fedtpg", "proda", "cocoop"]
+)
 def test_other_adapters_do(raw_config: dict[str, Any], adapter: str) -> None:
     raw = {**raw_config, "data": {"name": "patterns", "num_classes": 4}, "split": "base_to_new", "rounds": 1}
     assert simulate(parse_config({**raw, "adapter": adapter})).summary.new_accuracy is not None

@@ -257,7 +257,7 @@ def test_a_prompt_context_replaces_the_words_embeddings(
 
 def test_a_context_behind_the_name_needs_room(tiny_model: str) -> None:
     method = PromptContext(position="end")
-    with pytest.raises(UserError, match=r"adapter\.position: a class's name leaves no room for the context behind it"):
+    with pytest.raises(UserError, match=r"adapter: a class's name leaves no room for the context behind it"):
         adapt(tiny_model, method, templates=method.templates(()), class_names=("very " * 80, "dog"))
 
 

@@ -267,7 +267,6 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "prompts can be drawn where classes have several",  # the pairs have descriptions then
         "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
         "self-training needs images without a label",  # all pairs here have some
-        "an adapter that makes class features of each image needs images with labels alone",  # no shipped one does
         "and no run that one client's update ends",  # all pairs here skip or clip
         "figures that are left out (privacy.publish: false) are not to be asked for",  # no pair here does
         "and no dropout",  # no adapter here has any

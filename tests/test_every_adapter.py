@@ -32,6 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 REFUSED = {
     ("no pre-norm", "norm"): "adapter: norm trains the norm before the vision tower's blocks: ",
+    ("not causal", "proda"): "adapter: proda needs a text tower that is read at a prompt's end: ",
     (
         "mean of patches",
         "visual_prompt",

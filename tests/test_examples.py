@@ -38,12 +38,14 @@ from flora.clip.adapters.beside import (
 )
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
+from flora.clip.adapters.generated import CoCoOp, FedTpg
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.adapters.personal_prompts import DpFpl, FedPgp, PromptFolio
+from flora.clip.adapters.prompt_distribution import ProDa
 from flora.clip.adapters.prompts import PromptContext
 from flora.clip.adapters.transport import FedOtp, Plot
 from flora.clip.adapters.visual_prompts import VisualPrompt
-from flora.clip.loss_terms import divergence
+from flora.clip.loss_terms import StepView, divergence
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.network import CohortOutcome
 from flora.config.parse import parse_config
@@ -80,6 +82,9 @@ ADAPTERS: dict[str, Adapter] = {
     "prompts that move by low ranks": DpFpl(num_tokens=4),
     "transport": Plot(num_prompts=2),
     "transport that stays": FedOtp(),
+    "generated prompts": FedTpg(names="all"),
+    "prompts of images": CoCoOp(reduction=4),
+    "a distribution of prompts": ProDa(),
     "visual prompts": VisualPrompt(num_tokens=2, depth=2),
     "head": LinearHead(),
     "residual of texts": TaskRes(),
@@ -130,6 +135,11 @@ def plain_gradient(model: AdaptedClip, state: State, stem: Tensor, label: int) -
         (_, shared), (_, own) = logits
         to_frozen, to_own = (shared * model.frozen_class_features()).sum(dim=1), (shared * own).sum(dim=1)
         loss = loss + F.softplus((to_own - to_frozen) / 0.5).mean()
+    elif model.adapter.comparison.reads_prompts:  # ProDA: its bound, and cosines of prompts without names
+        batch = {"labels": target.unsqueeze(0), "example_mask": torch.ones(1, 1, dtype=torch.bool)}
+        images = model.image_features(stem.unsqueeze(0), 1)
+        view = StepView(images, classes, model.logit_scale(), batch, comparison=model.adapter.comparison)
+        loss = loss + sum(term.loss(view).sum() for term in model.adapter.loss_terms)
     elif len(logits) == 2:  # both learn from the other's probabilities
         for (own, _), (other, _) in (logits, logits[::-1]):
             loss = loss + divergence(own.unsqueeze(0), other.detach().unsqueeze(0), 1.0).sum()

@@ -29,9 +29,7 @@ def bounded_gradient_function(
     that are bound with every client's own.
     """
     at_once = examples_at_once(model, num_trained=flat.num_trained)
-    adapter = model.adapter
-    is_shared = adapter.num_models == 1 and not adapter.is_large and not adapter.comparison.by_image
-    shares_texts = model.text.trains_blocks and is_shared
+    shares_texts = model.text.trains_blocks and model.adapter.num_models == 1 and model.adapter.can_share_texts
 
     def compute(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed losses and bounded gradients of clients whose examples go in at once, or of one in parts."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from flora.client.local_training import LocalTraining
 from flora.client.penalties import Guide
 from flora.client.self_training import SelfTrainingTerm
-from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.adapters.base import HELD_CLASSES, AttachedAdapter
 from flora.clip.loss_terms import ImagesAndClasses, LossTerm, StepView
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.contracts import checked_tensor
@@ -190,9 +190,7 @@ def _can_share_texts(model: AdaptedClip, flat: FlatStack) -> bool:
     """Whether clients that start from one adapter may encode the classes once. On CUDA steps are recorded instead."""
     if model.device.type != "cpu" or not model.speed.share_first_step or not model.text.trains_blocks:
         return False
-    if model.adapter.is_large or model.adapter.comparison.by_image:
-        return False
-    return len(model.adapter.models(flat.state(flat.matrix[:1]))) == 1
+    return model.adapter.can_share_texts and len(model.adapter.models(flat.state(flat.matrix[:1]))) == 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,6 +292,8 @@ def step_views(
     if loss.needs_frozen:
         with torch.no_grad():
             frozen, frozen_classes = _images(model, batch, number), model.frozen_class_features(batch.drawn)
+    if model.adapter.reads_held_classes:
+        stack = {**stack, HELD_CLASSES: batch.tensors[HELD_CLASSES]}
     features: list[ImagesAndClasses] = []
     more: list[dict[str, Tensor]] = []
     for bound in model.adapter.models_of_step(stack):

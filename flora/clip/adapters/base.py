@@ -18,6 +18,8 @@ from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 
 TOWERS = ("text", "vision")
+HELD_CLASSES = "held_classes"
+"""The name of what a local step binds an adapter with that `reads_held_classes`."""
 
 
 class AttachedAdapter(ABC):
@@ -45,6 +47,10 @@ class AttachedAdapter(ABC):
     """Changes what a block of the vision tower gets, `(K * B, T, width)`; its number is counted from 1."""
     place_shares: tuple[float, ...] | None = None
     """How much each of a class's T prompts counts in its mean; None: all alike."""
+    reads_names = False
+    """Whether `adapt_tokens_by_names` takes the place of `adapt_tokens`."""
+    reads_held_classes = False
+    """Whether a local step binds it with `HELD_CLASSES` `(K, C)`, True for the classes of each client's examples."""
     loss_terms: tuple[LossTerm, ...] = ()
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
     project: Callable[[StateLike, StateLike, Sequence[torch.Generator]], StateLike] | None = None
@@ -54,6 +60,11 @@ class AttachedAdapter(ABC):
     """How images and classes become logits while adapters are bound; another one than by cosines needs `stack`."""
     stack: StateLike | None = None
     """The tensors `(K, ...)` that are bound, where it works beside the model."""
+
+    @property
+    def can_share_texts(self) -> bool:
+        """Whether all that a step needs of its texts are class features, the same for clients with one adapter."""
+        return not (self.is_large or self.reads_held_classes or self.comparison.by_image)
 
     @abstractmethod
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
@@ -106,6 +117,10 @@ class AttachedAdapter(ABC):
         `learned_places` does.
         """
         return x
+
+    def adapt_tokens_by_names(self, x: Tensor, positions: Tensor, learned: Tensor | None, names: Tensor) -> Tensor:
+        """As `adapt_tokens`, with the frozen unit features `(C, embed_dim)` of the names of all classes."""
+        return self.adapt_tokens(x, positions, learned)
 
     def adapt_images(self, features: Tensor) -> Tensor:
         """Change image features `(K, B, embed_dim)`, before they are normalised."""

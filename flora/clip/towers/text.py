@@ -20,8 +20,8 @@ from flora.core.errors import UserError
 LearnedPlaces = Callable[[Tensor, int, int], Tensor | None]
 """Where vectors are learned in place of words: see `AttachedAdapter.learned_places`."""
 
-# Text tokens through the stem at once: at width 768 an MLP's inner layer then takes 200 MB.
-STEM_TOKENS = 2**14
+# Text tokens at once where no gradient is wanted: at width 768 an MLP's inner layer then takes 200 MB.
+MAX_TEXT_TOKENS = 2**14
 
 
 class TextTower:
@@ -147,7 +147,7 @@ class TextTower:
         """The part that no adapter changes, for all prompts: `(G, M, ...)`, `(G, R, width)` if only the head is behind
         it, or `(P, embed_dim)` if it is everything."""
         layout, tokens = prompts.layout.to(self._clip.device), prompts.tokens.to(self._clip.device)
-        size = max(1, STEM_TOKENS // tokens.shape[1])
+        size = max(1, MAX_TEXT_TOKENS // tokens.shape[1])
         stages = range(min(self.cut, self._num_stages - 1))
         with self._clip.autocast():
             parts = [
@@ -209,6 +209,12 @@ def with_classes(clip: FrozenClip, groups: Sequence[Sequence[str]], templates: S
             prompts = F.normalize(tower.stem(tower.prompts(names, templates)).to(clip.dtype), dim=-1)
             features.append(F.normalize(prompts.unflatten(0, (len(names), -1)).mean(dim=1), dim=-1))
     return replace(clip, token_classes=torch.cat(features))
+
+
+def features_of_names(clip: FrozenClip, class_names: Sequence[str]) -> Tensor:
+    """The frozen model's unit text features of classes' names alone, `(C, embed_dim)`. No adapter may be bound."""
+    tower = TextTower(clip, 2 + clip.architecture.text.num_layers)
+    return F.normalize(tower.stem(tower.prompts(class_names, ("{}",))).to(clip.dtype), dim=-1)
 
 
 def _with_places(prompts: Prompts, numbers: Sequence[int]) -> Prompts:

@@ -18,7 +18,7 @@ from flora.clip.comparison import COSINES, Comparison
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.layout import Layout, Prompts
 from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
-from flora.clip.towers.text import TextTower
+from flora.clip.towers.text import MAX_TEXT_TOKENS, TextTower, features_of_names
 from flora.clip.towers.vision import VisionTower
 from flora.core.rng import Rng
 from flora.core.tree import State
@@ -51,6 +51,7 @@ class AdaptedClip:
         self.prompts = self.text.prompts(class_names, templates, self.descriptions, adapter.learned_places)
         self._learned = None if self.prompts.learned is None else self.prompts.learned.flatten().to(self.device)
         self._shares = _shares(self.prompts, adapter.place_shares, clip.dtype, self.device)
+        self._names = features_of_names(clip, class_names) if adapter.reads_names else None
         self._text_stem = self.text.stem(self.prompts)
         self._selects = speed.batch_classes and not adapter.has_dropout and self.text.trains_blocks
         # For all classes, each for more clients than the one before. None is dropped: recorded steps point into them.
@@ -121,8 +122,17 @@ class AdaptedClip:
             return classes
         number, size = images.shape[:2]
         chosen = None if chosen is None else chosen.repeat_interleave(size, dim=0)
-        with self.adapter.bind(self.adapter.for_images(images)):
-            return self.class_features(number * size, chosen).unflatten(0, (number, size))
+        stack, parts = self.adapter.for_images(images), []
+        # Where nothing is kept for a gradient a few images at a time bound the memory.
+        at_once = number * size
+        if not torch.is_grad_enabled():
+            at_once = max(1, min(at_once, MAX_TEXT_TOKENS // self.prompts.tokens.numel()))
+        for start in range(0, number * size, at_once):
+            part = {name: tensor[start : start + at_once] for name, tensor in stack.items()}
+            with self.adapter.bind(part):
+                rows = None if chosen is None else chosen[start : start + at_once]
+                parts.append(self.class_features(min(at_once, number * size - start), rows))
+        return torch.cat(parts).unflatten(0, (number, size))
 
     def drawn_class_features(self, places: Tensor) -> Tensor:
         """Unit text features `(K, C, embed_dim)` of one prompt of each class, for each of K clients.
@@ -173,7 +183,9 @@ class AdaptedClip:
         learned = self._learned
         if learned is not None:
             learned = learned.view_as(layout.positions) if layout.slots is None else learned[layout.slots]
-        return self.adapter.adapt_tokens(x, layout.positions, learned)
+        if self._names is None:
+            return self.adapter.adapt_tokens(x, layout.positions, learned)
+        return self.adapter.adapt_tokens_by_names(x, layout.positions, learned, self._names)
 
     def draw_places(self, rngs: Iterable[Rng]) -> Tensor | None:
         """Draw one prompt of each class for each of K clients, from its own stream: their places `(K, C)`, on the CPU.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flora.client.sampling import Shuffled
+from flora.clip.adapters.generated import FedTpg
 from flora.clip.adapters.lora import Lora
 from flora.config.combinations.rule import Rule
 from flora.config.schema import ExperimentConfig
@@ -41,6 +42,12 @@ EXAMPLE_PRIVACY: tuple[Rule, ...] = (
         "and no dropout",
         lambda c: _is_private(c) and isinstance(c.adapter, Lora) and c.adapter.dropout > 0,
         "expected 0 with local.privacy: its masks are drawn for a whole batch, not for single examples",
+    ),
+    Rule(
+        "adapter.names",
+        "and no context that is made of the names of a client's own classes (fedtpg)",
+        lambda c: _is_private(c) and isinstance(c.adapter, FedTpg) and c.adapter.names == "client",
+        "expected all with local.privacy: which classes a client has would change every example's gradient",
     ),
     Rule(
         "clients.ranks",
