@@ -40,6 +40,11 @@ class AttachedAdapter(ABC):
     """From which of a step's models on the loss is of them; those before are there for the adapter's terms to read."""
     adapt_block: Callable[[int, Tensor], Tensor] | None = None
     """Changes what a block of the vision tower gets, `(K * B, T, width)`; its number is counted from 1."""
+    adapt_text_block: Callable[[Tensor | None, int, Tensor], Tensor] | None = None
+    """The same of the text tower, `(K * G, M, width)`; before the number, which learned vector stands in each slot."""
+    after_block: Callable[[str, int, Tensor, Tensor], Tensor] | None = None
+    """Changes what a block of a tower gives, from the tower's name, the block's number counted from 1, what it got and
+    what it gives, both `(N, R, width)` and client-major."""
     place_shares: tuple[float, ...] | None = None
     """How much each of a class's T prompts counts in its mean; None: all alike."""
     loss_terms: tuple[LossTerm, ...] = ()
@@ -128,6 +133,11 @@ class Adapter(Component):
         return False
 
     @property
+    def takes_fewer_tokens(self) -> bool:
+        """Whether the vision tower may go on with fewer tokens of an image."""
+        return not self.adds_image_tokens
+
+    @property
     def changes_images(self) -> bool:
         """Whether it changes the features of images."""
         return True
@@ -143,6 +153,10 @@ class Adapter(Component):
     def templates(self, given: Sequence[str]) -> tuple[str, ...]:
         """The prompts' templates; `given` are the experiment's."""
         return tuple(given)
+
+    def frozen_templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        """The templates of the frozen features that losses compare with; none: those of the prompts; `given` as above."""
+        return ()
 
     def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
         """The templates for a reader: `[learned context]` stands where vectors are learned in place of words."""

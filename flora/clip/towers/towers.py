@@ -6,7 +6,8 @@ gradients; what they give is all that training and evaluation ever see.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter
 from flora.clip.frozen import FrozenClip
+from flora.clip.towers.blocks import AroundBlocks
 from flora.clip.towers.layout import Layout, Prompts
 from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
-from flora.clip.towers.text import TextTower
+from flora.clip.towers.text import TextTower, frozen_features
 from flora.clip.towers.vision import VisionTower
 from flora.core.rng import Rng
 from flora.core.tree import State
@@ -27,6 +29,7 @@ class AdaptedClip:
     """A frozen model, an adapter attached to it, and the prompts: all that local training and evaluation call.
 
     Where `clip` has `reads_patches` the vision tower gives features of the patches, too (`image_and_patch_features`).
+    `frozen_templates` are those of the frozen features that losses compare with; none: the adapted prompts' own words.
     """
 
     def __init__(
@@ -38,8 +41,9 @@ class AdaptedClip:
         templates: Sequence[str],
         speed: SpeedOptions = ALL_SPEED,
         descriptions: Mapping[str, Sequence[str]] | None = None,
+        frozen_templates: Sequence[str] = (),
     ) -> None:
-        self.clip, self.adapter, self.speed = clip, adapter, speed
+        self.clip, self.adapter, self.speed, self.frozen_templates = clip, adapter, speed, tuple(frozen_templates)
         self.class_names, self.templates = tuple(class_names), tuple(templates)
         self.descriptions = {name: tuple(sentences) for name, sentences in (descriptions or {}).items()}
         self.device = clip.device
@@ -55,7 +59,7 @@ class AdaptedClip:
         # For all classes, each for more clients than the one before. None is dropped: recorded steps point into them.
         self._layouts = [self.prompts.for_clients(1).to(self.device)]
         self._frozen_features = self._encode_classes(self._layouts[0], self._shares) if self.text.is_frozen else None
-        self._unadapted: Tensor | None = None
+        self._unadapted = frozen_features(clip, class_names, frozen_templates) if frozen_templates else None
         self._unadapted_prompts: Tensor | None = None
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
@@ -81,7 +85,12 @@ class AdaptedClip:
 
     def _encode_images(self, stem: Tensor) -> Tensor:
         x = self.adapter.adapt_patches(stem)
-        return self.vision.suffix(x, self.adapter.adapt_block).to(self.clip.dtype)
+        around = AroundBlocks(self.adapter.adapt_block, self._after("vision"))
+        return self.vision.suffix(x, around).to(self.clip.dtype)
+
+    def _after(self, tower: str) -> Callable[[int, Tensor, Tensor], Tensor] | None:
+        """What the adapter does behind the blocks of a tower, if it does something there."""
+        return None if self.adapter.after_block is None else partial(self.adapter.after_block, tower)
 
     def class_features(self, num_clients: int, classes: Tensor | None = None) -> Tensor:
         """Unit text features, `(K, C, embed_dim)`: of all classes, or of each client's own `classes` `(K, C)`.
@@ -134,15 +143,24 @@ class AdaptedClip:
 
     def _encode_prompts(self, layout: Layout, num_places: int | None) -> Tensor:
         """Unit features `(K, C, T, embed_dim)` of a layout's prompts, `num_places` (None: T) of each class."""
-        features = self.text.suffix(self._text_stem, layout, self._adapt_tokens).to(self.clip.dtype)
+        around = AroundBlocks(self._before_text_blocks(layout), self._after("text"))
+        features = self.text.suffix(self._text_stem, layout, self._adapt_tokens, around).to(self.clip.dtype)
         places = num_places or self.prompts.num_places
         return F.normalize(features, dim=-1).unflatten(0, (layout.num_clients, -1, places))
 
     def _adapt_tokens(self, x: Tensor, layout: Layout) -> Tensor:
-        learned = self._learned
-        if learned is not None:
-            learned = learned.view_as(layout.positions) if layout.slots is None else learned[layout.slots]
-        return self.adapter.adapt_tokens(x, layout.positions, learned)
+        return self.adapter.adapt_tokens(x, layout.positions, self._learned_in(layout))
+
+    def _before_text_blocks(self, layout: Layout) -> Callable[[int, Tensor], Tensor] | None:
+        """What the adapter does to what the text tower's blocks get, if it does something there."""
+        adapt = self.adapter.adapt_text_block
+        return None if adapt is None else partial(adapt, self._learned_in(layout))
+
+    def _learned_in(self, layout: Layout) -> Tensor | None:
+        """Which learned vector stands in each slot of a layout, `(K * G, M)`, if there are any."""
+        if self._learned is None:
+            return None
+        return self._learned.view_as(layout.positions) if layout.slots is None else self._learned[layout.slots]
 
     def draw_places(self, rngs: Iterable[Rng]) -> Tensor | None:
         """Draw one prompt of each class for each of K clients, from its own stream: their places `(K, C)`, on the CPU.

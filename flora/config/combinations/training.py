@@ -62,9 +62,10 @@ TRAINING: tuple[Rule, ...] = (
     ),
     Rule(
         "backbone.tokens",
-        "fewer tokens of an image need an adapter that adds none (visual_prompt)",
-        lambda c: not c.backbone.tokens.is_idle and c.adapter.adds_image_tokens,
-        "expected all, because {adapter} adds tokens to those of the image",
+        "fewer tokens of an image need an adapter that adds none (visual_prompt, maple, prompt_src) and changes none "
+        "behind a block (pfedmma)",
+        lambda c: not c.backbone.tokens.is_idle and not c.adapter.takes_fewer_tokens,
+        "expected all, because {adapter} needs all tokens of an image",
     ),
     Rule(
         "evaluation.patches",
