@@ -304,7 +304,6 @@ def adapted_models(
             templates=templates,
             speed=config.speed,
             descriptions={name: descriptions[name] for name in names if name in descriptions},
-            frozen_templates=config.adapter.frozen_templates(given),
         )
         for names in groups
         if names

@@ -42,7 +42,6 @@ def load_other_data(
             class_names=data.class_names,
             templates=config.adapter.templates(given),
             speed=config.speed,
-            frozen_templates=config.adapter.frozen_templates(given),
         )
         loader = Loader(config, model, tell, dataset.unreadable == "skip", processes)
         with naming(f"evaluation.also ({name})"):

@@ -160,7 +160,6 @@ def _with_all_classes(models: Sequence[AdaptedClip]) -> AdaptedClip:
         templates=models[0].templates,
         speed=models[0].speed,
         descriptions=descriptions,
-        frozen_templates=models[0].frozen_templates,
     )
 
 

@@ -47,6 +47,8 @@ class AttachedAdapter(ABC):
     what it gives, both `(N, R, width)` and client-major."""
     place_shares: tuple[float, ...] | None = None
     """How much each of a class's T prompts counts in its mean; None: all alike."""
+    frozen_templates: tuple[str, ...] | None = None
+    """The templates of which the frozen features of classes, which losses compare with, are means; None: the prompts'."""
     loss_terms: tuple[LossTerm, ...] = ()
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
     learned_context: Mapping[str, Any] | None = None
@@ -153,10 +155,6 @@ class Adapter(Component):
     def templates(self, given: Sequence[str]) -> tuple[str, ...]:
         """The prompts' templates; `given` are the experiment's."""
         return tuple(given)
-
-    def frozen_templates(self, given: Sequence[str]) -> tuple[str, ...]:
-        """The templates of the frozen features that losses compare with; none: those of the prompts; `given` as above."""
-        return ()
 
     def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
         """The templates for a reader: `[learned context]` stands where vectors are learned in place of words."""

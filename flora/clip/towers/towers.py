@@ -29,7 +29,6 @@ class AdaptedClip:
     """A frozen model, an adapter attached to it, and the prompts: all that local training and evaluation call.
 
     Where `clip` has `reads_patches` the vision tower gives features of the patches, too (`image_and_patch_features`).
-    `frozen_templates` are those of the frozen features that losses compare with; none: the adapted prompts' own words.
     """
 
     def __init__(
@@ -41,9 +40,8 @@ class AdaptedClip:
         templates: Sequence[str],
         speed: SpeedOptions = ALL_SPEED,
         descriptions: Mapping[str, Sequence[str]] | None = None,
-        frozen_templates: Sequence[str] = (),
     ) -> None:
-        self.clip, self.adapter, self.speed, self.frozen_templates = clip, adapter, speed, tuple(frozen_templates)
+        self.clip, self.adapter, self.speed = clip, adapter, speed
         self.class_names, self.templates = tuple(class_names), tuple(templates)
         self.descriptions = {name: tuple(sentences) for name, sentences in (descriptions or {}).items()}
         self.device = clip.device
@@ -59,7 +57,8 @@ class AdaptedClip:
         # For all classes, each for more clients than the one before. None is dropped: recorded steps point into them.
         self._layouts = [self.prompts.for_clients(1).to(self.device)]
         self._frozen_features = self._encode_classes(self._layouts[0], self._shares) if self.text.is_frozen else None
-        self._unadapted = frozen_features(clip, class_names, frozen_templates) if frozen_templates else None
+        compared = adapter.frozen_templates
+        self._unadapted = None if compared is None else frozen_features(clip, class_names, compared)
         self._unadapted_prompts: Tensor | None = None
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
