@@ -28,7 +28,9 @@ class DeepPrompts(Adapter):
     The data set's own prompts are not used: prompts are the context, the class name and a full stop.
     """
 
-    words: str | None = option("the words before the class name, of which the first are learned; none: random vectors", "a photo of a")
+    words: str | None = option(
+        "the words before the class name, of which the first are learned; none: random vectors", "a photo of a"
+    )
     num_tokens: int = option("learned vectors in a block of the text tower", 4, at_least=1, at_most=64)
     depth: int | None = option(
         "blocks of each tower that have learned vectors of their own; none: three quarters of the shallower tower's, "
@@ -122,7 +124,7 @@ def _normal(rng: Rng, shape: tuple[int, ...]) -> Tensor:
 @register("maple")
 @dataclass(frozen=True)
 class Maple(DeepPrompts):
-    """Vectors in the first blocks of the text tower, of which those of the vision tower are made (MaPLe, arXiv:2210.03117).
+    """Vectors in the text tower's first blocks, of which the vision tower's are made (MaPLe, arXiv:2210.03117).
 
     A block's tokens of images are W P + b for each of its context's vectors P; context, W and b are learned and travel,
     and the loss is the cross-entropy. As in the authors' code the first `num_tokens` of the words are learned, the
@@ -137,7 +139,7 @@ class Maple(DeepPrompts):
 
 
 class AttachedMaple(AttachedDeepPrompts):
-    """Beside the contexts `coupling.weight` `(depth, vision width, text width)` and `coupling.bias` `(depth, vision width)`."""
+    """Beside the contexts the couplings' `coupling.weight` `(depth, vision width, text width)` and `coupling.bias`."""
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         text, vision = self._widths
@@ -160,15 +162,17 @@ class AttachedMaple(AttachedDeepPrompts):
 class PromptSrc(DeepPrompts):
     """Vectors of the text and of the vision tower, held near the frozen model (PromptSRC, arXiv:2307.06948).
 
-    All are learned and travel. The loss is the cross-entropy, and text_weight times the mean distance |t - t0| of the
-    classes' unit features from the frozen ones, image_weight times the same of the images', logit_weight times the mean
-    over images and classes of the terms of KL(frozen probabilities || own ones) (equations 4 to 6, reductions as in the
-    authors' code). The frozen texts are means over `frozen_templates`. With `server.optimizer: gaussian_average` the
-    result is a mean over rounds, as over epochs there. Differs from the paper: the mean over templates is of unit
-    features, and of fewer templates than its 60.
+    All are learned and travel. The loss is the cross-entropy, and text_weight times the mean of |t - t0| over classes
+    and numbers of their unit features t, image_weight times the same of the images, and logit_weight times the mean
+    over images and classes of the terms of KL(frozen probabilities || own ones): section 3.2.1, weights and means as in
+    the authors' code. The frozen t0 are means over `frozen_templates`. With `server.optimizer: gaussian_average` the
+    result is a mean over rounds, in place of their epochs. Differs from the authors' code: t0 is a mean of unit
+    features, not of those of any length, and of 8 templates, not 60; all blocks up to `depth` in both towers.
     """
 
-    num_image_tokens: int = option("learned tokens of images in a block of the vision tower", 4, at_least=1, at_most=1024)
+    num_image_tokens: int = option(
+        "learned tokens of images in a block of the vision tower", 4, at_least=1, at_most=1024
+    )
     text_weight: float = option("weight of the distance from the frozen texts", 25.0, at_least=0)
     image_weight: float = option("weight of the distance from the frozen images", 10.0, at_least=0)
     logit_weight: float = option("weight of the divergence from the frozen model's probabilities", 1.0, at_least=0)
@@ -199,7 +203,7 @@ class PromptSrc(DeepPrompts):
 
 @dataclass(frozen=True)
 class SelfRegulation:
-    """What holds features and logits near those of the frozen model: equations 4 to 6 of arXiv:2307.06948."""
+    """What holds features and logits near those of the frozen model: section 3.2.1 of arXiv:2307.06948."""
 
     text_weight: float
     image_weight: float
