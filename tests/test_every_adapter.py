@@ -32,10 +32,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 REFUSED = {
     ("no pre-norm", "norm"): "adapter: norm trains the norm before the vision tower's blocks: ",
-    (
-        "mean of patches",
-        "visual_prompt",
-    ): "adapter: visual_prompt needs a vision tower that is read at its class token: ",
+    **{
+        ("mean of patches", name): f"adapter: {name} needs a vision tower that is read at its class token: "
+        for name in ("visual_prompt", "maple", "prompt_src")
+    },
 }
 
 

@@ -47,7 +47,15 @@ from flora.federated.federation import Federation
 from flora.federated.round import RoundResult, run_round
 from flora.federated.synchronous import Synchronous
 from flora.server.aggregators import Aggregator, BoundedMean, Mean, Median, MultiKrum, TrimmedMean
-from flora.server.optimizers import Adaptive, ServerAdagrad, ServerAdam, ServerOptimizer, ServerSgd, ServerYogi
+from flora.server.optimizers import (
+    Adaptive,
+    GaussianAverage,
+    ServerAdagrad,
+    ServerAdam,
+    ServerOptimizer,
+    ServerSgd,
+    ServerYogi,
+)
 from flora.server.strategies.averaging import FedAvg
 from flora.server.strategies.base import Strategy
 from flora.server.strategies.factors import FfaLora, RoLora

@@ -59,11 +59,11 @@ class ServerSgd(ServerOptimizer):
 @register("gaussian_average")
 @dataclass(frozen=True)
 class GaussianAverage(ServerSgd):
-    """As sgd; what is evaluated and kept is a Gaussian-weighted mean of the rounds so far (PromptSRC, arXiv:2307.06948).
+    """As sgd, but the server's adapter is a Gaussian-weighted mean over rounds (PromptSRC, arXiv:2307.06948).
 
-    Round t of T counts w_t = g_t / (g_1 + ... + g_T), where g_t = exp(-(t - mean)^2 / (2 std^2)) (section 3.2.2 there,
-    with epochs for rounds). Clients go on from the last round, not from the mean. Differs from the paper: the mean is
-    that of the rounds so far after each round, not only after the last one, where it is theirs.
+    Round t of T counts g_t / (g_1 + ... + g_T), where g_t = exp(-(t - mean)^2 / (2 std^2)) (section 3.2.2, where it is
+    epochs). Clients go on from what the last round came to, not from the mean. Differs from the paper: after each round
+    it is the mean of the rounds so far; there it is computed once, after the last one, and the same then.
     """
 
     mean: float = option("the round that counts most", 15.0)

@@ -48,7 +48,7 @@ class AttachedAdapter(ABC):
     place_shares: tuple[float, ...] | None = None
     """How much each of a class's T prompts counts in its mean; None: all alike."""
     frozen_templates: tuple[str, ...] | None = None
-    """The templates of which the frozen features of classes, which losses compare with, are means; None: the prompts'."""
+    """Those of the classes' frozen features, means over templates, that losses compare with; None: the prompts' own."""
     loss_terms: tuple[LossTerm, ...] = ()
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
     learned_context: Mapping[str, Any] | None = None

@@ -216,11 +216,12 @@ def with_classes(clip: FrozenClip, groups: Sequence[Sequence[str]], templates: S
     """
     if clip.tokens.is_idle or not clip.tokens.reads_classes:
         return clip
-    return replace(clip, token_classes=torch.cat([frozen_features(clip, names, templates) for names in groups if names]))
+    features = [frozen_features(clip, names, templates) for names in groups if names]
+    return replace(clip, token_classes=torch.cat(features))
 
 
 def frozen_features(clip: FrozenClip, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return the frozen model's unit text features of classes `(C, embed_dim)`, means over the templates' unit features.
+    """Return the frozen model's unit text features of classes `(C, embed_dim)`, which are means over templates.
 
     No adapter may be bound. Raises `UserError` as `TextTower.prompts` does.
     """
