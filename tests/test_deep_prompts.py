@@ -183,7 +183,10 @@ def test_frozen_texts_are_means_over_their_own_templates(tiny_model: str) -> Non
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, {"context": (2, 32), "deep_context": (1, 2, 32), "coupling.weight": (2, 32, 32), "coupling.bias": (2, 32)}),
+        (
+            {},
+            {"context": (2, 32), "deep_context": (1, 2, 32), "coupling.weight": (2, 32, 32), "coupling.bias": (2, 32)},
+        ),
         ({"depth": 1}, {"context": (2, 32), "coupling.weight": (1, 32, 32), "coupling.bias": (1, 32)}),
     ],
 )
@@ -203,7 +206,10 @@ def test_three_quarters_of_the_shallower_tower_by_default(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Maple(words="a photo", num_tokens=3), r"num_tokens: expected at most 2, the words of 'a photo', got 3"),
+        (
+            lambda: Maple(words="a photo", num_tokens=3),
+            r"num_tokens: expected at most 2, the words of 'a photo', got 3",
+        ),
         (lambda: Maple(words="a {} of"), r"words: expected words without braces, or none, got 'a \{\} of'"),
         (lambda: PromptSrc(frozen_templates=("a photo",)), r"frozen_templates: expected templates with one \{\}"),
         (lambda: PromptSrc(frozen_templates=()), r"frozen_templates: expected templates with .*, got none"),

@@ -106,7 +106,9 @@ UNTRIMMED = SpeedOptions(cut_prompts=False, share_prefixes=False, trim_last_bloc
 @pytest.mark.parametrize("speed", [ALL_ON, UNTRIMMED], ids=["all on", "untrimmed"])
 @pytest.mark.parametrize("depth", [1, 2])
 @torch.no_grad()
-def test_blocks_are_paired_from_the_top_for_classes_old_and_new(depth: int, speed: SpeedOptions, tmp_path: Path) -> None:
+def test_blocks_are_paired_from_the_top_for_classes_old_and_new(
+    depth: int, speed: SpeedOptions, tmp_path: Path
+) -> None:
     path = write_model(tmp_path / "model.json", text={"layers": 2, "width": 16}, vision={"layers": 3})
     model, whole = adapt(path, PFedMma(rank=3, depth=depth, scale=0.5), speed=speed), load_plain(path)
     new = AdaptedClip(

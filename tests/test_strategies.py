@@ -18,11 +18,11 @@ from helpers import (
     federation,
     fp64,
     low_rank_clients,
-    rounds,
     start,
     train,
     variant,
 )
+from helpers import rounds as several_rounds
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -212,9 +212,9 @@ def test_tensors_without_a_delta_are_left_alone(optimizer: ServerOptimizer) -> N
 def test_a_gaussian_average_is_one_of_the_rounds_without_it(tiny_model: str, mean: float, std: float) -> None:
     """After each round; clients go on as if there were none."""
     model = adapt(tiny_model)
-    plain = rounds(federation(model, LOCAL, per_block=5, optimizer=ServerSgd(momentum=0.5)), 4)[0]
+    plain = several_rounds(federation(model, LOCAL, per_block=5, optimizer=ServerSgd(momentum=0.5)), 4)[0]
     parts = federation(model, LOCAL, per_block=5, optimizer=GaussianAverage(momentum=0.5, mean=mean, std=std))
-    states = rounds(parts, 4)[0]
+    states = several_rounds(parts, 4)[0]
     for round in range(1, 5):
         logs = [-((each - mean) ** 2) / (2 * std**2) for each in range(1, round + 1)]
         weights = torch.tensor(logs, dtype=torch.float64).softmax(dim=0).tolist()
@@ -233,7 +233,7 @@ def test_an_audit_repeats_the_rounds_of_an_average(tiny_model: str) -> None:
 
     optimizer = GaussianAverage(mean=1.0)
     parts = federation(adapt(tiny_model), LOCAL, per_block=5, optimizer=optimizer, hooks=Seen())
-    states, _ = rounds(parts, 2)
+    states, _ = several_rounds(parts, 2)
     again = [update for _, update in sent_updates(parts, states[1])]
     for update, expected in zip(again, sent[len(again) :], strict=True):
         assert_states_close(update.delta, expected.delta)

@@ -104,9 +104,7 @@ def stepped(federation: Federation, state: ServerState, delta: State) -> tuple[S
     return adapter, after
 
 
-def released(
-    federation: Federation, before: State, adapter: State, state: State, round: int
-) -> tuple[State, State]:
+def released(federation: Federation, before: State, adapter: State, state: State, round: int) -> tuple[State, State]:
     """The server's adapter after a round that has come to `adapter`, and its optimizer's state; `before` as there."""
     optimizer = federation.server.optimizer
     result, after = optimizer.released(before, adapter, state, round)

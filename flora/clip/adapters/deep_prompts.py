@@ -48,7 +48,7 @@ class DeepPrompts(Adapter):
         if self.words is not None and self.num_tokens > len(self.words.split()) > 0:
             limit = f"at most {len(self.words.split())}, the words of {self.words!r}"
             raise OptionError("num_tokens", f"expected {limit}, got {self.num_tokens}")
-        self.context  # noqa: B018  (checks the words)
+        self.context.check()
 
     def check_fits(self, architecture: Architecture) -> None:
         check_reads_class_token(self, architecture)
@@ -167,7 +167,7 @@ class PromptSrc(DeepPrompts):
     over images and classes of the terms of KL(frozen probabilities || own ones): section 3.2.1, weights and means as in
     the authors' code. The frozen t0 are means over `frozen_templates`. With `server.optimizer: gaussian_average` the
     result is a mean over rounds, in place of their epochs. Differs from the authors' code: t0 is a mean of unit
-    features, not of those of any length, and of 8 templates, not 60; all blocks up to `depth` in both towers.
+    features, not of those of any length, and of 8 templates, not 60; one `depth` for both towers.
     """
 
     num_image_tokens: int = option(

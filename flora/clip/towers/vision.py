@@ -44,7 +44,7 @@ class VisionTower:
             return self._run(pixels.to(self._clip.dtype), range(self.cut))
 
     def suffix(self, x: Tensor, around: AroundBlocks = NOTHING) -> Tensor:
-        """The rest, from the stem's output to the features; `around` says what is done around blocks that merge nothing."""
+        """The rest, from the stem's output to the features; blocks `around` which something is done merge no tokens."""
         with self._clip.autocast():
             return self._run(x, range(self.cut, self._num_stages), around)
 

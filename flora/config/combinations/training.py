@@ -69,7 +69,7 @@ TRAINING: tuple[Rule, ...] = (
     ),
     Rule(
         "evaluation.patches",
-        "and so does what patches add to a similarity",
+        "what patches add to a similarity needs an adapter that adds none to those of the image",
         lambda c: c.evaluation.patches is not None and c.adapter.adds_image_tokens,
         "expected none, because {adapter} adds tokens to those of the image",
     ),
