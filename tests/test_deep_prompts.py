@@ -106,18 +106,18 @@ def regulation(plain: Any, tokenize: Callable[[list[str]], Tensor], texts: Tenso
     return 25 * (texts - frozen_texts).abs().mean() + 10 * (images - frozen_images).abs().mean() + 0.7 * divergence
 
 
-@pytest.mark.parametrize("per_block", [1, 2, 5])
 @BOTH
-def test_rounds_equal_a_plain_loop(tiny_model: str, method: DeepPrompts, per_block: int) -> None:
+def test_rounds_equal_a_plain_loop(tiny_model: str, method: DeepPrompts) -> None:
+    """Whether one, two or five clients share a step."""
     model, whole = adapt(tiny_model, method, templates=method.templates(())), load_plain(tiny_model)
     plain: Any = whole.model.requires_grad_(False)
     local = LocalTraining(learning_rate=1e-3, batch_size=100, epochs=2, optimizer=Sgd(momentum=0.9))
-    parts = federation(model, local, per_block=per_block)
-    states, results = several_rounds(parts, 2)
-    server = states[0].adapter
+    runs = [several_rounds(federation(model, local, per_block=number), 2) for number in (1, 2, 5)]
+    clients, (first, *_) = federation(model, local).clients, runs[0][0]
+    server = first.adapter
     for round in (1, 2):
         ends = []
-        for data in parts.clients:
+        for data in clients:
             leaves = {name: tensor.clone().requires_grad_() for name, tensor in server.items()}
             optimizer = torch.optim.SGD(leaves.values(), lr=1e-3, momentum=0.9)
             for _ in range(2):
@@ -131,10 +131,11 @@ def test_rounds_equal_a_plain_loop(tiny_model: str, method: DeepPrompts, per_blo
                 optimizer.step()
             ends.append({name: leaf.detach() for name, leaf in leaves.items()})
         server = tree.weighted_mean(ends, SIZES)
-        assert_states_close(states[round].adapter, server)
-    for name, tensor in states[0].adapter.items():
+        for states, results in runs:
+            assert_states_close(states[round].adapter, server)
+            assert results[0].uplink_bytes == results[0].downlink_bytes == 5 * payload_bytes(server)
+    for name, tensor in first.adapter.items():
         assert (server[name] - tensor).abs().max() > 1e-6, f"{name} has not been trained"
-    assert results[0].uplink_bytes == results[0].downlink_bytes == 5 * payload_bytes(server)
 
 
 ALL_OFF = SpeedOptions(
@@ -231,6 +232,7 @@ def test_a_mean_over_rounds_is_resumed_exactly(raw_config: dict[str, Any]) -> No
         "adapter": {"name": "prompt_src", "num_tokens": 2, "depth": 1},
         "server": {"optimizer": {"name": "gaussian_average", "mean": 2, "std": 1.5, "momentum": 0.3}},
         "local": {"steps": 1, "learning_rate": 0.01},
+        "clients": {"number": 4, "holdout_fraction": 0.0},
         "data": "patterns",
     }
     whole = simulate(parse_config(raw | {"rounds": 4, "name": "whole"})).directory
