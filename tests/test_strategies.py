@@ -226,13 +226,12 @@ def test_a_gaussian_average_is_one_of_the_rounds_without_it(tiny_model: str, mea
 def test_an_audit_repeats_the_rounds_of_an_average(tiny_model: str) -> None:
     sent: list[ClientUpdate] = []
 
-    class Seen(Hooks):
-        def update(self, round: int, update: ClientUpdate) -> ClientUpdate:
-            sent.append(update)
-            return update
+    def note(round: int, update: ClientUpdate) -> ClientUpdate:
+        sent.append(update)
+        return update
 
-    optimizer = GaussianAverage(mean=1.0)
-    parts = federation(adapt(tiny_model), LOCAL, per_block=5, optimizer=optimizer, hooks=Seen())
+    optimizer, hooks = GaussianAverage(mean=1.0), Hooks(update=note)
+    parts = federation(adapt(tiny_model), LOCAL, per_block=5, optimizer=optimizer, hooks=hooks)
     states, _ = several_rounds(parts, 2)
     again = [update for _, update in sent_updates(parts, states[1])]
     for update, expected in zip(again, sent[len(again) :], strict=True):
