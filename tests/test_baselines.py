@@ -85,7 +85,7 @@ def moved(model: Any, number: int, scale: float = 0.3) -> State:
 def test_what_is_trained_and_sent(tiny_model: str, method: Adapter, count: int) -> None:
     state = adapt(tiny_model, method, precision="fp32").initial_adapter(Rng(0))
     assert tree.count(state) == count
-    assert 4 * count < payload_bytes(state) < 4 * count + 600
+    assert 4 * count < payload_bytes(state) < 4 * count + 500 + 100 * len(state)
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
 
 

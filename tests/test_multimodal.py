@@ -34,7 +34,7 @@ from flora.communication.options import payload_bytes
 from flora.core import tree
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
-from flora.core.tree import StateLike
+from flora.core.tree import State, StateLike
 
 METHOD = PFedMma(rank=3, depth=1, scale=0.2)
 
@@ -74,7 +74,8 @@ def test_rounds_equal_a_plain_loop(tiny_model: str) -> None:
     local = LocalTraining(learning_rate=0.01, batch_size=100, epochs=2, optimizer=Sgd(momentum=0.9))
     runs = [several_rounds(federation(model, local, per_block=number), 2) for number in (1, 2, 5)]
     clients, (first, *_) = federation(model, local).clients, runs[0][0]
-    server, kept = first.adapter, {}
+    kept: dict[int, State] = {}
+    server = first.adapter
     for round in (1, 2):
         ends = []
         for client, data in enumerate(clients):
