@@ -169,6 +169,11 @@ class Federation:
             privacy={} if self.privacy is None else self.privacy.initial_state(),
         )
 
+    def continued(self, state: ServerState) -> ServerState:
+        """Return the state that the next round works on: its adapter is what clients go on from."""
+        adapter = self.server.optimizer.continued(state.adapter, state.optimizer)
+        return dataclasses.replace(state, adapter=adapter)
+
     def client_state(self, adapter: StateLike) -> ClientState:
         """Return what one client may carry between its rounds: names and shapes."""
         roles = self.roles
