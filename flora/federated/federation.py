@@ -64,8 +64,9 @@ class Awaited(NamedTuple):
 class RoundPlan:
     """The plan of a round: the tasks of those who deliver, who was asked, what was broadcast.
 
-    `view` is the server's state as clients see it: its adapter is what they read of the broadcast. `personal_tasks` are
-    the same clients' tasks for adapters that each trains for itself. `downlink_bytes` go to all who were
+    `view` is the server's state as clients see it: its adapter is what they read of the broadcast. `first_tasks` are
+    the same clients' tasks for what stays with them, where they train that before what they send, and `personal_tasks`
+    those for adapters that each trains for itself. `downlink_bytes` go to all who were
     asked, `late_uplink_bytes` come from those who are too late. `awaited` are the clients that
     were asked and have not arrived by the round's end: none where the server waits for its cohort.
     """
@@ -79,6 +80,7 @@ class RoundPlan:
     downlink_bytes: int
     late_uplink_bytes: int = 0
     awaited: Sequence[Awaited] = ()
+    first_tasks: tuple[ClientTask, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +217,8 @@ class Federation:
                 "sum_downlink_bytes": sum(traffic.downlink_bytes.values()),
                 "sum_uplink_bytes": sum(traffic.uplink_bytes.values()),
             }
-        locals = [each for each in (self.local, self.personal.in_round(self.local)) if each is not None]
+        others = self.server.strategy.before_the_others(self.local), self.personal.in_round(self.local)
+        locals = [self.local, *(each for each in others if each is not None)]
         return ClientLoad(
             num_steps=lambda client: sum(each.num_steps(len(self.clients[client].train)) for each in locals),
             downlink_bytes=lambda client: self.link.downlink_bytes(broadcast, client),

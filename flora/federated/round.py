@@ -18,6 +18,7 @@ from flora.federated.aggregation import Step, in_server_terms, step
 from flora.federated.exposure import count_releases, example_epsilon
 from flora.federated.federation import Federation, Received, RoundPlan
 from flora.federated.movement import movement_of
+from flora.federated.phases import train_clients
 from flora.federated.private import private_step
 from flora.federated.receiving import personal_states, send_updates
 from flora.federated.summing import Summed, sum_securely
@@ -89,7 +90,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     started = engine.seconds()
     plan = schedule.plan(federation, state)
     reports: dict[int, Mapping[str, int]] = {}
-    results = _noted(engine.train(plan.tasks), reports)
+    results = _noted(train_clients(engine, plan), reports)
     received = schedule.receive(plan, send_updates(federation, plan, results))
     received, accepted, rejections = _screened(federation, plan, received)
     summed = sum_securely(federation, plan, accepted)

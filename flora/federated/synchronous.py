@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flora.core.registry import register
 from flora.core.states import ClientState, ClientUpdate, ServerState
 from flora.federated.federation import Federation, Received, RoundPlan, RoundSchedule
-from flora.federated.planning import personal_tasks, server_tasks
+from flora.federated.planning import first_tasks, personal_tasks, server_tasks
 
 
 @register("synchronous")
@@ -33,6 +33,7 @@ class Synchronous(RoundSchedule):
             downlink_bytes=sum(map(load.downlink_bytes, outcome.asked)),
             # What comes too late has travelled all the same.
             late_uplink_bytes=sum(map(load.uplink_bytes, outcome.late.tolist())),
+            first_tasks=first_tasks(federation, view, tasks, rng.child("first")),
         )
 
     def receive(self, plan: RoundPlan, trained: Mapping[int, tuple[ClientUpdate, ClientState]]) -> Received:

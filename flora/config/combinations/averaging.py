@@ -10,6 +10,7 @@ from flora.config.combinations.rule import (
     remembers,
     trains_own,
 )
+from flora.config.schema import ExperimentConfig
 from flora.server.aggregators import Mean
 from flora.server.strategies.base import Strategy
 
@@ -41,6 +42,25 @@ AVERAGING: tuple[Rule, ...] = (
         "nor where A and B get another basis each round (flexlora)",
         lambda c: c.local.optimizer_state == "kept" and c.server.strategy.changes_basis,
         "expected fresh, because the strategy gives A and B another basis each round",
+    ),
+    Rule(
+        "local.optimizer_state",
+        "nor where clients train what stays with them and what they send one after the other (fedrep)",
+        lambda c: c.local.optimizer_state == "kept" and _has_phases(c),
+        "expected fresh, because clients train what stays with them and what they send one after the other",
+    ),
+    Rule(
+        "server.strategy",
+        "a strategy that has clients train what stays first (fedrep) needs an adapter that keeps nothing by itself",
+        lambda c: _has_phases(c) and c.adapter.has_personal,
+        "{strategy} says what stays and is trained first: expected an adapter that keeps nothing by itself, got "
+        "{adapter}",
+    ),
+    Rule(
+        "local.privacy",
+        "and no private gradients: what travels is trained beside tensors that no noise covers",
+        lambda c: _has_phases(c) and c.local.privacy is not None,
+        "expected none, because with {strategy} what travels is trained beside tensors that were trained before",
     ),
     Rule(
         "communication.error_feedback",
@@ -143,3 +163,8 @@ AVERAGING: tuple[Rule, ...] = (
         "expected communication.broadcast and communication.upload to lose nothing",
     ),
 )
+
+
+def _has_phases(config: ExperimentConfig) -> bool:
+    """Whether clients train what stays with them before what they send."""
+    return config.server.strategy.before_the_others(config.local) is not None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from flora.client.local_training import LocalTraining
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.lora import Lora
 from flora.core.registry import Component, OptionError, name_of, option
@@ -51,6 +52,10 @@ class Strategy(Component):
     def stays(self, name: str) -> bool:
         """Whether clients train this tensor, but keep it to themselves: each has its own."""
         return False
+
+    def before_the_others(self, local: LocalTraining) -> LocalTraining | None:
+        """Return how clients train what stays with them before they train what they send; None: all of it at once."""
+        return None
 
     def broadcasts(self, name: str) -> bool:
         """Whether the server sends this tensor. What never changes is known to all from a shared seed."""
