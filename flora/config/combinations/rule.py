@@ -37,12 +37,22 @@ def is_plain_mean(config: ExperimentConfig) -> bool:
 
 def has_personal(config: ExperimentConfig) -> bool:
     """Whether some tensors stay with their clients."""
+    return keeps_own(config) or config.personal.has_personal
+
+
+def keeps_own(config: ExperimentConfig) -> bool:
+    """Whether the strategy or the adapter leaves some tensors with their clients."""
     return config.server.strategy.has_personal or config.adapter.has_personal
 
 
 def trains_own(config: ExperimentConfig) -> bool:
     """Whether clients train a second adapter in each round."""
     return config.personal.in_round(config.local) is not None
+
+
+def has_second(config: ExperimentConfig) -> bool:
+    """Whether clients have a second adapter, or a copy of its tensors, from round to round."""
+    return trains_own(config) or config.personal.has_personal
 
 
 def waits_for_buffer(config: ExperimentConfig) -> bool:
