@@ -15,7 +15,7 @@ from flora.client.personalization import Apfl
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.interpolated import OWN, SHARE, Interpolated
 from flora.clip.adapters.lora import Lora
-from flora.clip.adapters.norm import Norm
+from flora.clip.adapters.beside import Norm
 from flora.clip.adapters.prompts import PromptContext
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.parse import parse_config

@@ -68,7 +68,8 @@ class RoundPlan:
     the same clients' tasks for what stays with them, where they train that before what they send, and `personal_tasks`
     those for adapters that each trains for itself. `downlink_bytes` go to all who were
     asked, `late_uplink_bytes` come from those who are too late. `awaited` are the clients that
-    were asked and have not arrived by the round's end: none where the server waits for its cohort.
+    were asked and have not arrived by the round's end: none where the server waits for its cohort. `clusters` says
+    which of the server's models each client trains, where there are several.
     """
 
     round: int
@@ -81,6 +82,7 @@ class RoundPlan:
     late_uplink_bytes: int = 0
     awaited: Sequence[Awaited] = ()
     first_tasks: tuple[ClientTask, ...] = ()
+    clusters: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -63,6 +63,7 @@ class RoundResult:
     sum_epsilon: float | None = None
     clip_norm: float | None = None
     clipped_fraction: float | None = None
+    cluster_sizes: dict[str, int] | None = None
     cohort: tuple[int, ...] | None = ()
 
     def metrics(self) -> dict[str, Any]:
@@ -256,5 +257,15 @@ def _result(
         num_dropped=len(outcome.dropped),
         num_late=len(outcome.late),
         mean_staleness=sum(staleness) / len(staleness) if staleness else None,
+        cluster_sizes=_cluster_sizes(federation, accepted),
         cohort=tuple(update.client for update in updates),
     )
+
+
+def _cluster_sizes(federation: Federation, accepted: Sequence[ClientUpdate]) -> dict[str, int] | None:
+    """How many updates were averaged in each cluster; None where there is but one."""
+    number = federation.server.strategy.num_clusters
+    if number == 1:
+        return None
+    counts = np.bincount([update.cluster for update in accepted], minlength=number)
+    return {str(cluster): count for cluster, count in enumerate(counts.tolist())}

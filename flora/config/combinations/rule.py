@@ -57,3 +57,8 @@ def has_second(config: ExperimentConfig) -> bool:
 
 def waits_for_buffer(config: ExperimentConfig) -> bool:
     return config.server.schedule.waits_for_buffer
+
+
+def server_trains(config: ExperimentConfig) -> bool:
+    """Whether the server trains the adapter by itself."""
+    return any((config.server.synthetic, config.server.distillation, config.server.text_rounds))

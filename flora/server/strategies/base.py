@@ -53,6 +53,15 @@ class Strategy(Component):
         """Whether clients train this tensor, but keep it to themselves: each has its own."""
         return False
 
+    @property
+    def num_clusters(self) -> int:
+        """How many models the server keeps: each client trains one of them."""
+        return 1
+
+    def is_random(self, round: int) -> bool:
+        """Whether the clients of a round, counted from 1, take one of several models by chance."""
+        return False
+
     def before_the_others(self, local: LocalTraining) -> LocalTraining | None:
         """Return how clients train what stays with them before they train what they send; None: all of it at once."""
         return None
