@@ -70,7 +70,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "given_sizes": {"partition": {"sizes": [5, 6, 7, 8]}},
     "within_groups": {"partition": {"of": "iid"}},
     "fedper": {"server": {"strategy": {"stay": ["*.lora_B", "*.weight"]}}},
-    "fedrep": {"server": {"strategy": {"stay": ["*.lora_B", "*.weight"]}}},
+    "fedrep": {"server": {"strategy": {"stay": ["*.lora_B"]}}},
 }
 KINDS: dict[str, type[Component]] = {
     "adapter": Adapter,
