@@ -120,7 +120,7 @@ def test_all_models_go_down_and_one_comes_back(tiny_model: str) -> None:
 
 
 def test_a_cluster_that_nobody_takes_stays_as_it_is(tiny_model: str) -> None:
-    """And so does what the server optimizer remembers of it; the aggregator sees each cluster's deltas by themselves."""
+    """So does what the server optimizer remembers of it; the aggregator sees each cluster's deltas by themselves."""
     model = adapt(tiny_model, Lora(rank=2))
     parts = federation(
         model, SMALL, strategy=Ifca(clusters=4), cohort=3, aggregator=Median(), optimizer=ServerSgd(momentum=0.5)
@@ -195,19 +195,22 @@ def test_what_is_measured_of_class_features_is_the_mean_over_models() -> None:
     assert over_adapters(effective_rank, features) is None
 
 
+NO_OTHER = "server.strategy: ifca gives each client one of several models: expected an adapter that keeps nothing, and "
+NO_PRIVACY = "server.strategy: ifca can't be used with privacy, local.privacy, server.secure_sum or canaries: "
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"personal": "ditto"}, "server.strategy: ifca gives each client one of several models: expected an adapter that "
-         "keeps nothing, and personal none"),
-        ({"adapter": "dual_lora"}, "server.strategy: ifca gives each client one of several models: expected an adapter "
-         "that keeps nothing, and personal none"),
-        ({"local": {"optimizer_state": "kept"}}, "server.strategy: ifca gives a client another model than before: expected "
-         "no error feedback, local.optimizer_state fresh, local.correction none or fedprox"),
-        ({"privacy": {"name": "central", "clip_norm": 0.1, "noise_multiplier": 0.5}}, "server.strategy: ifca can't be used "
-         "with privacy, local.privacy, server.secure_sum or canaries: a cluster's number tells of its client's examples"),
-        ({"evaluation": {"predictions": 2}}, "evaluation.predictions: expected 0, because with ifca the server has no "
-         "single model"),
+        ({"personal": "ditto"}, f"{NO_OTHER}personal none"),
+        ({"adapter": "dual_lora"}, f"{NO_OTHER}personal none"),
+        ({"local": {"optimizer_state": "kept"}},
+         "server.strategy: ifca gives a client another model than before: expected no error feedback, "
+         "local.optimizer_state fresh, local.correction none or fedprox"),
+        ({"privacy": {"name": "central", "clip_norm": 0.1, "noise_multiplier": 0.5}},
+         f"{NO_PRIVACY}a cluster's number tells of its client's examples"),
+        ({"evaluation": {"predictions": 2}},
+         "evaluation.predictions: expected 0, because with ifca the server has no single model"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_with_clusters_is_one_line(

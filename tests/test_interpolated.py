@@ -13,9 +13,9 @@ from helpers import LABELS, LOCAL, SIZES, TOLERANCE, adapt, assert_states_close,
 
 from flora.client.personalization import Apfl
 from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.beside import Norm
 from flora.clip.adapters.interpolated import OWN, SHARE, Interpolated
 from flora.clip.adapters.lora import Lora
-from flora.clip.adapters.beside import Norm
 from flora.clip.adapters.prompts import PromptContext
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.parse import parse_config
@@ -144,7 +144,9 @@ def test_what_an_adapter_does_after_steps_is_done_with_both_copies(tiny_model: s
     assert all(torch.equal(stack[name], 0.5 * before[name]) for name in stack if name != SHARE)
 
 
-@pytest.mark.parametrize("changes", [{}, {"adapter": "vision_and_head", "personal": {"name": "apfl", "adaptive": False}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"adapter": "vision_and_head", "personal": {"name": "apfl", "adaptive": False}}]
+)
 def test_a_run_goes_on_and_can_be_merged(raw_config: dict[str, Any], changes: dict[str, Any]) -> None:
     raw = {**raw_config, "rounds": 4, "personal": "apfl",
            "clients": {"number": 4, "cohort": {"number": 2}, "holdout_fraction": 0.5}, **changes}  # fmt: skip

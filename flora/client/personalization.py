@@ -70,7 +70,9 @@ class Apfl(Personalization):
 
     has_personal = True
 
-    alpha: float = option("the part that a client's own copy has of its model, at the start", 0.5, at_least=0, at_most=1)
+    alpha: float = option(
+        "the part that a client's own copy has of its model, at the start", 0.5, at_least=0, at_most=1
+    )
     adaptive: bool = option("whether each client learns its alpha", True)
 
     def added_to(self, adapter: AttachedAdapter) -> AttachedAdapter:

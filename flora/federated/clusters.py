@@ -33,11 +33,11 @@ def nearest_clusters(federation: Federation, adapter: StateLike, clients: Sequen
     Of models that are the same in every number it is the first, so that rounding decides nothing between them.
     """
     models = clusters_of(adapter)
-    different = [place for place, model in enumerate(models) if not any(_is_same(model, each) for each in models[:place])]
-    setup = federation.setup(1, federation.roles.trained(models[0], 1))
-    tasks = [
-        federation.task(client, models[place], setup, Rng(0)) for client in clients for place in different
+    different = [
+        place for place, model in enumerate(models) if not any(_is_same(model, each) for each in models[:place])
     ]
+    setup = federation.setup(1, federation.roles.trained(models[0], 1))
+    tasks = [federation.task(client, models[place], setup, Rng(0)) for client in clients for place in different]
     parts = list(federation.engine.in_blocks(tasks, federation.engine.mean_losses, travel=ARRAYS))
     losses = np.concatenate([np.empty(0), *parts]).reshape(len(clients), len(different))
     return np.array(different)[losses.argmin(axis=1)]

@@ -13,7 +13,7 @@ from flora.federated.federation import RoundPlan
 def train_clients(engine: Engine, plan: RoundPlan) -> Iterator[ClientResult]:
     """Train every client of a round that sends an update, and hand on its result, in no particular order.
 
-    Where clients have two phases, a result has the tensors of both and their steps, and its loss is the mean over these.
+    Where clients have two phases, a result has the tensors and the steps of both, and its loss is the mean over these.
     """
     if not plan.first_tasks:
         yield from engine.train(plan.tasks)
@@ -25,9 +25,7 @@ def train_clients(engine: Engine, plan: RoundPlan) -> Iterator[ClientResult]:
         )
         for result in engine.train(plan.first_tasks)
     }
-    tasks = [
-        dataclasses.replace(task, adapter={**task.adapter, **first[task.client].adapter}) for task in plan.tasks
-    ]
+    tasks = [dataclasses.replace(task, adapter={**task.adapter, **first[task.client].adapter}) for task in plan.tasks]
     for result in engine.train(tasks):
         yield _of_both(first[result.client], result)
 

@@ -128,10 +128,7 @@ def evaluate_test_images(experiment: Experiment, state: ServerState) -> Evaluati
     """Evaluate the server's adapter on the common test images, or each cluster's, one after the other."""
     keeps = experiment.config.evaluation.auroc
     return one_after_the_other(
-        [
-            _evaluate(experiment, stack, experiment.test, keep_probabilities=keeps)[0]
-            for stack in server_stacks(state)
-        ]
+        [_evaluate(experiment, stack, experiment.test, keep_probabilities=keeps)[0] for stack in server_stacks(state)]
     )
 
 

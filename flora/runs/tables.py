@@ -39,7 +39,8 @@ class Table:
 def last_tables(experiment: Experiment, state: ServerState, clients: ClientResults) -> dict[str, Table]:
     """The tables of the server's adapter after the last round, by file name.
 
-    Where it keeps several models, each test image is there once for each. Of `predictions.csv` only what the model says; `with_images` adds whose each image is.
+    Where it keeps several models, each test image is there once for each. Of `predictions.csv` only what the model
+    says; `with_images` adds whose each image is.
     """
     evaluation = clients.test or evaluate_test_images(experiment, state)
     labels = for_each_adapter(experiment.test.labels.cpu().numpy(), evaluation)

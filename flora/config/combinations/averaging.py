@@ -145,8 +145,8 @@ AVERAGING: tuple[Rule, ...] = (
         "apfl, whose copies share their steps, needs steps in which each has its own gradient alone: no "
         "local.clip_norm, no local.privacy, no correction",
         lambda c: c.personal.has_personal and _couples_gradients(c.local),
-        "{personal} can't be used with local.clip_norm, local.privacy or local.correction, which would make the step of "
-        "what travels depend on what stays",
+        "{personal} can't be used with local.clip_norm, local.privacy or local.correction, which would make the step "
+        "of what travels depend on what stays",
     ),
     Rule(
         "adapter.start",

@@ -22,18 +22,17 @@ CLUSTERS: tuple[Rule, ...] = (
         "server.strategy",
         "and that remember nothing of the model that they had before",
         lambda c: (
-            _has_clusters(c)
-            and (remembers(c) or c.local.optimizer_state == "kept" or c.communication.error_feedback)
+            _has_clusters(c) and (remembers(c) or c.local.optimizer_state == "kept" or c.communication.error_feedback)
         ),
         "{strategy} gives a client another model than before: expected no error feedback, local.optimizer_state fresh, "
         "local.correction none or fedprox",
     ),
     Rule(
         "server.strategy",
-        "and a server that sees whose update is of which: no privacy of clients or examples, no secure sum, no canaries",
+        "and a server that sees whose update is of which: no privacy, local.privacy, secure sum or canaries",
         lambda c: _has_clusters(c) and any((c.privacy, c.local.privacy, c.server.secure_sum, c.canaries)),
-        "{strategy} can't be used with privacy, local.privacy, server.secure_sum or canaries: a cluster's number tells of "
-        "its client's examples",
+        "{strategy} can't be used with privacy, local.privacy, server.secure_sum or canaries: a cluster's number tells "
+        "of its client's examples",
     ),
     Rule(
         "server.strategy",

@@ -19,9 +19,9 @@ class Ifca(Strategy):
     lowest mean cross-entropy on its training examples (the first of equal ones), trains it, and sends it with its
     cluster's number; the mean is taken in each cluster, and a cluster that nobody took stays as it is. A client's model
     is its cluster's. Whose examples fit which model is found anew each time, so nothing is kept at the clients.
-    Differs from the paper: clients weigh as `weighting` says, and all models begin as one, because adapters begin as the
-    frozen model: so in the first `random_rounds` rounds the cohort is dealt out among the clusters by chance, as the
-    authors' code begins on FEMNIST (there each client stays in its part for all of these).
+    Differs from the paper: clients weigh as `weighting` says, and all models begin as one, because adapters begin as
+    the frozen model: so in the first `random_rounds` rounds the cohort is dealt out among the clusters by chance, as
+    the authors' code begins on FEMNIST (there each client stays in its part for all of these).
     """
 
     clusters: int = option("how many models the server keeps", 2, at_least=2, at_most=1000)
