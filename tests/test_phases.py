@@ -137,11 +137,11 @@ def test_a_run_goes_on_as_it_would_have(raw_config: dict[str, Any]) -> None:
     ("changes", "message"),
     [
         ({"local": {"optimizer_state": "kept"}},
-         "local.optimizer_state: expected fresh, because clients train what stays with them and what they send one after "
-         "the other"),
+         "local.optimizer_state: expected fresh, because clients train what stays with them and what they send one "
+         "after the other"),
         ({"adapter": "dual_lora"},
-         "server.strategy: fedrep says what stays and is trained first: expected an adapter that keeps nothing by itself, "
-         "got dual_lora"),
+         "server.strategy: fedrep says what stays and is trained first: expected an adapter that keeps nothing by "
+         "itself, got dual_lora"),
         ({"local": {"privacy": {"noise_multiplier": 1.0}}},
          "local.privacy: expected none, because with fedrep what travels is trained beside tensors that were trained "
          "before"),

@@ -24,9 +24,9 @@ class Evaluation:
 
     `predicted` are classes, `correct` says which of them are right, `losses` are cross-entropies in double precision.
     `confidences` are the probabilities of what was predicted, in double precision, `label_ranks` how many classes are
-    more probable than the right one. `class_features` `(C, embed_dim)`, of several adapters `(K, C, embed_dim)`, are what
-    images were compared with. `probabilities` `(N, C)` are those of all classes, in double precision, if they were
-    asked for.
+    more probable than the right one. `class_features` `(C, embed_dim)`, of several adapters `(K, C, embed_dim)`, are
+    what images were compared with. `probabilities` `(N, C)` are those of all classes, in double precision, if they
+    were asked for.
     """
 
     correct: np.ndarray
