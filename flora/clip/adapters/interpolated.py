@@ -47,13 +47,13 @@ class Interpolated(AttachedAdapter):
         return name.endswith(OWN) or name == SHARE
 
     def models(self, stack: StateLike) -> list[StateLike]:
-        shared = _shared(stack)
-        share = stack[SHARE] if self._learns_share else torch.tensor(self._share)
-        mixed = {}
+        shared, mixed = _shared(stack), {}
         for name, tensor in shared.items():
             own = stack[name + OWN]
-            part = share.to(own).reshape(*share.shape, *[1] * (own.dim() - share.dim()))
-            mixed[name] = part * own + (1 - part) * tensor.detach()
+            share: float | Tensor = self._share
+            if self._learns_share:  # one number, or one for each client
+                share = stack[SHARE].reshape(*stack[SHARE].shape, *[1] * (own.dim() - stack[SHARE].dim()))
+            mixed[name] = share * own + (1 - share) * tensor.detach()
         return [shared, mixed]
 
     def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Any:
