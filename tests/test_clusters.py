@@ -67,11 +67,21 @@ def plain_choice(parts: Federation, models: list[State], client: int) -> int:
         return int(np.argmin([float(loss_of(parts, model, every)) for model in models]))
 
 
+def of_two_kinds(parts: Federation) -> Federation:
+    """The same clients, two of which, 1 and 3, call every class by the next one's name."""
+    labels = LABELS.clone()
+    for client in (1, 3):
+        places = parts.clients[client].train
+        labels[places] = (labels[places] + 1) % len(CLASSES)
+    return variant(parts, features=dataclasses.replace(parts.engine.features, labels=labels))
+
+
 @pytest.mark.parametrize("per_block", [1, 2, 5])
 @pytest.mark.parametrize("adapter", [Lora(rank=2), LinearHead()], ids=["lora", "head"])
 def test_ifca_as_in_a_plain_loop(tiny_model: str, adapter: Adapter, per_block: int) -> None:
     """Algorithm 1 with model averaging, one client at a time: the first round by chance, then by the lowest loss."""
-    parts = federation(adapt(tiny_model, adapter), SMALL, strategy=Ifca(clusters=2), cohort=4, per_block=per_block)
+    model = adapt(tiny_model, adapter)
+    parts = of_two_kinds(federation(model, SMALL, strategy=Ifca(clusters=2), cohort=4, per_block=per_block))
     states, results = rounds(parts, 4)
     models = clusters_of(states[0].adapter)
     assert len(models) == 2 and all(torch.equal(models[0][name], models[1][name]) for name in models[0])
@@ -143,14 +153,9 @@ def test_of_models_that_are_the_same_the_first_is_taken(tiny_model: str) -> None
 
 
 def test_clients_whose_labels_mean_other_things_find_their_clusters(tiny_model: str) -> None:
-    """Clients 1 and 3 call every class by the next one's name; by the last round they share a model of their own."""
-    model = adapt(tiny_model, LinearHead())
-    parts = federation(model, dataclasses.replace(LOCAL, learning_rate=0.3, epochs=5), strategy=Ifca(clusters=2))
-    labels = LABELS.clone()
-    for client in (1, 3):
-        places = parts.clients[client].train
-        labels[places] = (labels[places] + 1) % len(CLASSES)
-    parts = variant(parts, features=dataclasses.replace(parts.engine.features, labels=labels))
+    """By the last round they share a model of their own."""
+    local = dataclasses.replace(LOCAL, learning_rate=0.3, epochs=5)
+    parts = of_two_kinds(federation(adapt(tiny_model, LinearHead()), local, strategy=Ifca(clusters=2)))
     *_, last = rounds(parts, 6)[0]
     nearest = nearest_clusters(parts, last.adapter, range(5)).tolist()
     assert nearest[1] == nearest[3] and {nearest[client] for client in (0, 2, 4)} == {1 - nearest[1]}
