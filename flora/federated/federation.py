@@ -165,10 +165,11 @@ class Federation:
                 f"server.strategy: {called(strategy)} trains other tensors in round 2 than in round 1: its class has "
                 "to say `alternates = True`"
             )
+        whole = strategy.initial(adapter)
         return ServerState(
             0,
-            self.server.strategy.initial(adapter),
-            optimizer=self.server.optimizer.init(adapter),
+            whole,
+            optimizer=self.server.optimizer.init(whole),
             correction=self.local.correction.memory(tree.vector_like(trained)),
             privacy={} if self.privacy is None else self.privacy.initial_state(),
         )
