@@ -40,6 +40,7 @@ from flora.core.tree import State
 from flora.data.batching import BatchSizes, client_batches
 from flora.evaluation.collapse import effective_rank, over_adapters
 from flora.export import merged_model
+from flora.features.features import StoredFeatures
 from flora.federated.clusters import nearest_clusters
 from flora.federated.federation import Federation
 from flora.federated.round import run_round
@@ -85,7 +86,7 @@ def of_two_kinds(parts: Federation) -> Federation:
     for client in (1, 3):
         places = parts.clients[client].train
         labels[places] = (labels[places] + 1) % len(CLASSES)
-    return variant(parts, features=dataclasses.replace(parts.engine.features, labels=labels))
+    return variant(parts, features=parts.engine.features.with_labels(labels))
 
 
 @pytest.mark.parametrize("per_block", [1, 2, 5])
@@ -97,7 +98,7 @@ def test_ifca_as_in_a_plain_loop(tiny_model: str, adapter: Adapter, per_block: i
     states, results = rounds(parts, 4)
     models = clusters_of(states[0].adapter)
     assert len(models) == 2 and all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    taken = []
+    taken: list[int] = []
     for round in (1, 2, 3, 4):
         rng = parts.rng.child("round", round)
         cohort = parts.participation.sampler.sample(parts.participation.sizes, 4, rng.child("cohort")).tolist()
@@ -169,7 +170,9 @@ def test_clients_whose_labels_mean_other_things_keep_to_models_of_their_own(tiny
     model = adapt(tiny_model, LinearHead())
     pixels = random_pixels(len(CLASSES), seed=5)[LABELS] + 0.1 * random_pixels(len(LABELS))
     parts = federation(model, dataclasses.replace(LOCAL, learning_rate=0.03, epochs=5))
-    alike = variant(parts, features=dataclasses.replace(parts.engine.features, stem=model.vision.stem(pixels)))
+    every = np.arange(len(LABELS))
+    features = StoredFeatures(model.vision.stem(pixels), torch.from_numpy(every), LABELS, every)
+    alike = variant(parts, features=features)
     *_, begun = rounds(alike, 5)[0]
     several = of_two_kinds(variant(alike, strategy=Ifca(clusters=2)))
     other = {name: tensor.roll(1, dims=0) for name, tensor in begun.adapter.items()}

@@ -130,9 +130,14 @@ def test_the_server_and_what_travels_are_as_without(tiny_model: str) -> None:
     assert all(torch.equal(state.adapter[name], initial[name]) for name in initial if ours.roles.stays(name))
 
 
+def halve(stack: tree.StateLike, learning_rate: float | torch.Tensor) -> None:
+    for tensor in stack.values():
+        tensor.mul_(0.5)
+
+
 def test_what_an_adapter_does_after_steps_is_done_with_both_copies(tiny_model: str) -> None:
     inner = Lora(rank=2).attach(load_clip(tiny_model))
-    inner.after_step = lambda stack, rate: [tensor.mul_(0.5) for tensor in stack.values()]
+    inner.after_step = halve
     attached = Interpolated(inner, 0.5, learns_share=True)
     stack = tree.expand(attached.initial_state(Rng(0)), 2)
     stack = {name: tensor.clone() for name, tensor in stack.items()}

@@ -60,7 +60,8 @@ def test_two_phases_as_in_a_plain_loop(tiny_model: str, strategy: FedRep, per_bl
     model = adapt(tiny_model, Lora(rank=2))
     parts = federation(model, SMALL, strategy=strategy, cohort=3, per_block=per_block)
     states, results = rounds(parts, 3)
-    server, kept = states[0].adapter, {}
+    server = states[0].adapter
+    kept: dict[int, State] = {}
     stay = set(filter(strategy.stays, server))
     for round in (1, 2, 3):
         rng = parts.rng.child("round", round)

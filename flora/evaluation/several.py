@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,9 @@ def one_after_the_other(evaluations: Sequence[Evaluation]) -> Evaluation:
     if len(evaluations) == 1:
         return evaluations[0]
     columns = {name: [getattr(each, name) for each in evaluations] for name in COLUMNS}
-    joined = {name: None if parts[0] is None else np.concatenate(parts) for name, parts in columns.items()}
+    joined: dict[str, Any] = {
+        name: None if parts[0] is None else np.concatenate(parts) for name, parts in columns.items()
+    }
     return Evaluation(**joined, class_features=np.stack([each.class_features for each in evaluations]))
 
 
@@ -24,7 +27,7 @@ def of_rows(evaluations: Sequence[Evaluation], rows: np.ndarray) -> Evaluation:
     if len(evaluations) == 1:
         return evaluations[0]
     columns = {name: [getattr(each, name) for each in evaluations] for name in COLUMNS}
-    picked = {
+    picked: dict[str, Any] = {
         name: None if parts[0] is None else np.stack(parts)[rows, np.arange(len(rows))]
         for name, parts in columns.items()
     }
