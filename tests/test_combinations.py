@@ -262,6 +262,7 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
     never = [rule.what for place, rule in enumerate(RULES) if place not in used]
     assert never == [
         "and a strategy that weighs each client by itself (a method `weight`, not `weights`)",  # no shipped one has
+        "and no table of predictions, which are one model's",  # no pair here has one
         "a policy for stragglers needs a network",  # all pairs here have one
         "a buffered schedule needs a network",  # all pairs here have one
         "and rounds enough to have one",  # every is 1
