@@ -215,7 +215,6 @@ def two_rounds(raw: Mapping[str, Any]) -> str | None:
         assert record.metrics.keys() == METRICS.keys()
         assert tree.is_finite(state.adapter) and math.isfinite(record.accuracy)
         assert not result.rejected_clients
-    measure_local_only(experiment, state, advance=lambda done: None)
     if config.evaluation.centralized:
         measure_centralized(experiment, advance=lambda done: None)
     if config.evaluation.num_local_only:
