@@ -25,6 +25,7 @@ from helpers import (
     variant,
 )
 
+from flora.audit.subject import audited
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.beside import LinearHead
 from flora.clip.adapters.lora import Lora
@@ -204,6 +205,8 @@ def test_a_run_says_how_good_each_clients_model_is(raw_config: dict[str, Any]) -
     assert sum(last["cluster_sizes"].values()) == 3
     with pytest.raises(UserError, match="its server keeps 2 models: name a client, for its own"):
         merged_model(rest.directory)
+    with pytest.raises(UserError, match="its server keeps several models, and attacks read one"):
+        audited(rest.directory, progress=lambda title, total: lambda done: None, log=print)
     initial = adapt(raw["backbone"]["model"], Lora(rank=2), precision="fp32")
     bound = read_run(rest.directory).adapter_of("2", initial.adapter)
     expected = clusters_of(whole.adapter)[int(rows[2]["cluster"])]
