@@ -45,6 +45,7 @@ import flora.privacy.secure_sums
 import flora.server.aggregators
 import flora.server.optimizers
 import flora.server.strategies.averaging
+import flora.server.strategies.clustered
 import flora.server.strategies.factors
 import flora.server.strategies.products
 import flora.server.strategies.residuals

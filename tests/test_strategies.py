@@ -532,7 +532,7 @@ def test_full_fine_tuning_has_no_low_rank_error_and_makes_no_clients_adapter(
 # Every strategy
 
 ALL = {name: cls() for name, cls in components(Strategy).items()}
-PRODUCTS = {name: each for name, each in ALL.items() if not each.has_personal}
+PRODUCTS = {name: each for name, each in ALL.items() if not each.has_personal and each.num_clusters == 1}
 
 
 def multiplied(state: State, layer: str) -> torch.Tensor:

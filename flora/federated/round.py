@@ -18,6 +18,7 @@ from flora.federated.aggregation import Step, in_server_terms, released, step
 from flora.federated.exposure import count_releases, example_epsilon
 from flora.federated.federation import Federation, Received, RoundPlan
 from flora.federated.movement import movement_of
+from flora.federated.phases import train_clients
 from flora.federated.private import private_step
 from flora.federated.receiving import personal_states, send_updates
 from flora.federated.summing import Summed, sum_securely
@@ -62,6 +63,7 @@ class RoundResult:
     sum_epsilon: float | None = None
     clip_norm: float | None = None
     clipped_fraction: float | None = None
+    cluster_sizes: dict[str, int] | None = None
     cohort: tuple[int, ...] | None = ()
 
     def metrics(self) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     before, state = state.adapter, federation.continued(state)
     plan = schedule.plan(federation, state)
     reports: dict[int, Mapping[str, int]] = {}
-    results = _noted(engine.train(plan.tasks), reports)
+    results = _noted(train_clients(engine, plan), reports)
     received = schedule.receive(plan, send_updates(federation, plan, results))
     received, accepted, rejections = _screened(federation, plan, received)
     summed = sum_securely(federation, plan, accepted)
@@ -257,5 +259,15 @@ def _result(
         num_dropped=len(outcome.dropped),
         num_late=len(outcome.late),
         mean_staleness=sum(staleness) / len(staleness) if staleness else None,
+        cluster_sizes=_cluster_sizes(federation, accepted),
         cohort=tuple(update.client for update in updates),
     )
+
+
+def _cluster_sizes(federation: Federation, accepted: Sequence[ClientUpdate]) -> dict[str, int] | None:
+    """How many updates were averaged in each cluster; None where there is but one."""
+    number = federation.server.strategy.num_clusters
+    if number == 1:
+        return None
+    counts = np.bincount([update.cluster for update in accepted], minlength=number)
+    return {str(cluster): count for cluster, count in enumerate(counts.tolist())}
