@@ -42,6 +42,11 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 }
 
 
+def contents(directory: Path) -> dict[Path, bytes]:
+    """The bytes of all files of a run, as they are."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 class Stop(Exception):
     """What a hook ends a run with."""
 
@@ -120,13 +125,28 @@ class TestBudget:
         line = "stopped after round 2 of 5: round 3 would spend epsilon 8.385, more than privacy.budget_epsilon 8"
         assert line in (result.directory / "log.txt").read_text()
 
-    def test_resuming_it_adds_no_round(self, raw_config: dict[str, Any]) -> None:
+    @pytest.mark.parametrize("overrides", [[], ["rounds=9"]])
+    def test_it_is_over_and_stays_as_it_is(self, raw_config: dict[str, Any], overrides: list[str]) -> None:
         directory = simulate(parse_config(self.raw(raw_config))).directory
-        before = comparable(directory)
-        result = resume(directory, ["rounds=9"])
-        assert result.summary.rounds == 2
-        assert comparable(directory)["rounds.jsonl"] == before["rounds.jsonl"]
-        assert comparable(directory)["adapter.safetensors"] == before["adapter.safetensors"]
+        before = contents(directory)
+        message = r"finished: privacy.budget_epsilon 8 ended it after 2 rounds, and a budget can't become more$"
+        with pytest.raises(UserError, match=message):
+            resume(directory, overrides)
+        assert contents(directory) == before
+
+    def test_one_that_was_stopped_before_its_end_goes_on_to_it(self, raw_config: dict[str, Any]) -> None:
+        whole = comparable(simulate(parse_config({**self.raw(raw_config), "name": "whole"})).directory)
+        directory = simulate(parse_config(self.raw(raw_config))).directory
+        (directory / "summary.json").unlink()
+        assert resume(directory).summary.rounds == 2
+        assert comparable(directory)["rounds.jsonl"] == whole["rounds.jsonl"]
+
+    def test_a_sweep_leaves_it_as_it_is(self, raw_config: dict[str, Any]) -> None:
+        config = parse_config(self.raw(raw_config))
+        assert bring_to_their_end([config], Hooks()) == {config.name: None}
+        before = contents(Path(config.output, config.name))
+        assert bring_to_their_end([config], Hooks()) == {config.name: None}
+        assert contents(Path(config.output, config.name)) == before
 
     def test_a_budget_that_one_round_spends_is_refused(self, raw_config: dict[str, Any], capsys: Capture) -> None:
         raw = self.raw(raw_config)

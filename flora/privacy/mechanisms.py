@@ -61,6 +61,10 @@ class Privacy(Component):
         """Return what a client sends of its delta."""
         return dict(delta)
 
+    def num_sent(self, num_numbers: int) -> int:
+        """Return how many numbers go into a secure sum for an update of `num_numbers`."""
+        return num_numbers
+
     def on_sum(self, like: StateLike, deviation: float, round: int, streams: Streams) -> State:
         """Return the noise on a round's sum, with the names and shapes of `like`, in double precision."""
         return gaussian(like, deviation, streams(round))
