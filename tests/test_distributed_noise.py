@@ -203,7 +203,7 @@ def test_a_rotated_round_is_algorithm_1_of_the_paper(tiny_model: str, bits: int)
     assert_states_close(tree.subtract(found.adapter, start.adapter), mean)
     assert result.epsilon == private().epsilon(1) and result.saturated_fraction == 0
     # A client sends a word for each number of the power of two, and its weight.
-    assert result.sum_bytes["masked input up"] >= 5 * (size + 1) * bits // 8 > 5 * (number + 1) * bits // 8
+    assert result.sum_bytes["input up"] >= 5 * (size + 1) * bits // 8 > 5 * (number + 1) * bits // 8
 
 
 def test_in_few_bits_truncated_numbers_are_refused_and_rotated_ones_are_not(tiny_model: str) -> None:

@@ -22,6 +22,8 @@ class Objective(Component):
     needs_frozen: ClassVar[bool] = False
     weighs_examples: ClassVar[bool] = False
     """Whether it is a mean over examples in which each counts as much as it weighs (`StepView.mean`)."""
+    reads_logits_alone: ClassVar[bool] = False
+    """Whether logits and what the batch has are all that it reads: no features."""
 
     @abstractmethod
     def loss(self, view: StepView) -> Tensor:
@@ -34,6 +36,7 @@ class CrossEntropy(Objective):
     """Each image against all class prompts (the default)."""
 
     weighs_examples: ClassVar[bool] = True
+    reads_logits_alone: ClassVar[bool] = True
     label_smoothing: float = option("share of the target spread evenly over all classes", 0.0, at_least=0, below=1)
 
     def loss(self, view: StepView) -> Tensor:

@@ -44,6 +44,8 @@ class AttachedAdapter(ABC):
     """How much each of a class's T prompts counts in its mean; None: all alike."""
     loss_terms: tuple[LossTerm, ...] = ()
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
+    is_linear = False
+    """Whether linear layers on features of images, each used once, are all that it trains: see `AttachedBeside`."""
     learned_context: Mapping[str, Any] | None = None
     """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.adapters.beside import AttachedBeside, LinearUse
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.layout import Layout, Prompts
 from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
@@ -94,6 +95,18 @@ class AdaptedClip:
             shares = None if self._shares is None else self._shares[classes.to(self.device)]
             return self._encode_classes(self.prompts.of_classes(classes).to(self.device), shares)
         return self._encode_classes(self._layout_of_all(num_clients), self._shares)
+
+    def traced_logits(self, stem: Tensor, num_clients: int, drawn: Tensor | None) -> tuple[Tensor, list[LinearUse]]:
+        """The logits `(K, B, C)` of images, and the uses of the linear layers that they come through.
+
+        For an adapter that `is_linear`, bound without gradients: the uses' outputs have them. `drawn` are the places of
+        the prompts, where one of each class is drawn.
+        """
+        assert isinstance(self.adapter, AttachedBeside)
+        classes = self.class_features(num_clients) if drawn is None else self.drawn_class_features(drawn)
+        with self.adapter.traced() as uses:
+            products = self.adapter.similarities(self.image_features(stem, num_clients), classes)
+        return self.logit_scale() * products, uses
 
     def drawn_class_features(self, places: Tensor) -> Tensor:
         """Unit text features `(K, C, embed_dim)` of one prompt of each class, for each of K clients.
