@@ -100,11 +100,18 @@ def test_records_summary_table_and_page_say_what_was_spent(raw_config: dict[str,
     log = (result.directory / "log.txt").read_text()
     assert f"privacy spent (epsilon)  {spent[2]:.3g}" in log
     assert "privacy: the noise is seeded, for research" in log and "privacy.publish: false leaves them out" in log
-    assert f"epsilon {spent[2]:.3g} at delta 1e-05 (central)" in page([read_files(result.directory)])
+    shown = page([read_files(result.directory)])
+    assert f"epsilon {spent[2]:.3g} at delta 1e-05 (central)" in shown
+    for title in ("Epsilon", "Clip norm", "Accuracy over privacy spent", "Loss over privacy spent"):
+        assert f"<h3>{title}</h3><svg" in shown
+    other = simulate(parse_config({**raw_config, **MECHANISMS["central"], "name": "other"}))
+    both = page([read_files(each.directory) for each in (result, other)])
+    assert "<h3>Accuracy over privacy spent</h3><svg" in both
 
 
 def test_a_run_without_privacy_has_none_of_it(raw_config: dict[str, Any]) -> None:
     result = simulate(parse_config(raw_config))
+    assert "privacy spent" not in page([read_files(result.directory)])
     assert all(result.records[-1].metrics[name] is None for name in ("epsilon", "clip_norm", "clipped_fraction"))
     assert result.summary.epsilon is None and result.summary.noise_multiplier is None
     assert "privacy" not in (result.directory / "log.txt").read_text()
