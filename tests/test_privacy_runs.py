@@ -188,6 +188,7 @@ def test_what_is_not_covered_is_left_out_of_records(raw_config: dict[str, Any]) 
     changes = {**MECHANISMS["adaptive"], "evaluation": {"clients_every": 1}}
     shown = simulate(parse_config({**raw_config, **changes, "name": "shown"}))
     raw = {**raw_config, **changes, "name": "hidden", "privacy": {**changes["privacy"], "publish": False}}
+    raw["trackers"] = ["csv"]
     hidden = simulate(parse_config(raw))
     secret = {name for name, metric in METRICS.items() if not metric.is_covered}
     assert {"train_loss", "num_clients", "clipped_fraction", "client_accuracy_mean", "aggregation_error"} < secret
@@ -202,7 +203,14 @@ def test_what_is_not_covered_is_left_out_of_records(raw_config: dict[str, Any]) 
     assert shown.records[1].num_clients is not None and shown.records[2].client_accuracy_mean is not None
     assert (hidden.directory / "clients.csv").read_text().splitlines() == ["client", "0", "1", "2", "3"]
     assert "training loss" not in (hidden.directory / "log.txt").read_text()
-    assert "epsilon" in page([read_files(hidden.directory)])
+    of_hidden, of_shown = (page([read_files(each.directory)]) for each in (hidden, shown))
+    assert "epsilon" in of_hidden and "no noise covers what single clients have" in of_hidden
+    for title in ("Who has what", "Who took part how often", "Accuracy on each client"):
+        assert f"<h3>{title}" in of_shown and f"<h3>{title}" not in of_hidden
+    live = page([read_files(hidden.directory, is_live=True)])
+    assert "<h3>Accuracy over rounds</h3>" in live and "<h3>Who has what" not in live
+    tracked = (hidden.directory / "metrics.csv").read_text()
+    assert "epsilon" in tracked and "num_clients" not in tracked.replace("held_out_num_clients", "")
     assert resume_finished(hidden.directory) == hidden.summary.epsilon
 
 
