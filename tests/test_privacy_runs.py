@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -209,8 +210,10 @@ def test_what_is_not_covered_is_left_out_of_records(raw_config: dict[str, Any]) 
         assert f"<h3>{title}" in of_shown and f"<h3>{title}" not in of_hidden
     live = page([read_files(hidden.directory, is_live=True)])
     assert "<h3>Accuracy over rounds</h3>" in live and "<h3>Who has what" not in live
-    tracked = (hidden.directory / "metrics.csv").read_text()
-    assert "epsilon" in tracked and "num_clients" not in tracked.replace("held_out_num_clients", "")
+    with (hidden.directory / "metrics.csv").open(newline="") as file:
+        tracked = list(csv.DictReader(file))
+    assert float(tracked[2]["epsilon"]) == hidden.summary.epsilon
+    assert not any(row[name] for row in tracked for name in secret & row.keys())
     assert resume_finished(hidden.directory) == hidden.summary.epsilon
 
 
