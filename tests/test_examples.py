@@ -160,14 +160,17 @@ def test_bounded_gradients_are_those_of_a_loop_over_examples(
             assert torch.isfinite(losses).all()
 
 
+@pytest.mark.parametrize("draws", [False, True], ids=["all prompts", "drawn ones"])
 @pytest.mark.parametrize("adapter", ["head", "feature adapter", "attention"])
 def test_heads_and_feature_adapters_make_no_gradient_of_an_example(
-    tiny_model: str, adapter: str, monkeypatch: pytest.MonkeyPatch
+    tiny_model: str, adapter: str, draws: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their closed form is what the gradients give, whichever of the tensors are trained."""
-    model = adapt(tiny_model, ADAPTERS[adapter])
+    model = adapt(tiny_model, ADAPTERS[adapter], templates=("a photo of a {}.", "the {}."))
     mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
     stack, batch, loss = random_stack(model, 3), batch_of(model, mask), Loss.of(LOCAL, model.adapter)
+    if draws:
+        batch = dataclasses.replace(batch, drawn=model.draw_places(Rng(client) for client in range(3)))
     assert loss.reads_logits_alone
     for trained in (None, *((name,) for name in stack)):
         flat = FlatStack(stack, model.device, trained)
