@@ -148,9 +148,7 @@ def _of_some(federation: Federation, ids: np.ndarray) -> Federation:
         private = replace(private, mechanism=replace(private.mechanism, publish=True))
     return replace(
         _with_clients(federation, [federation.clients[index] for index in ids.tolist()]),
-        participation=replace(
-            participation, sampler=sampler, profiles=profiles, sizes=participation.sizes[ids]
-        ),
+        participation=replace(participation, sampler=sampler, profiles=profiles, sizes=participation.sizes[ids]),
         ranks=None if federation.ranks is None else federation.ranks[ids],
         privacy=private,
         canaries=None,

@@ -124,7 +124,7 @@ def sum_format(federation: Federation, secure_sum: SecureSum, num_asked: int, nu
 
 
 def check_sums(federation: Federation, adapter: StateLike) -> None:
-    """Raise `UserError` if a secure sum is asked for whose ring is too small for round 1 from the server's `adapter`."""
+    """Raise `UserError` if the ring of a secure sum is too small for round 1 from the adapter of the server."""
     if federation.server.secure_sum is not None and federation.num_rounds:
         number = tree.count(tree.select(adapter, federation.roles.sent(adapter, 1)))
         sum_format(federation, federation.server.secure_sum, federation.participation.most_asked(1), number)

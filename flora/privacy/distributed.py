@@ -135,7 +135,9 @@ def rotated_format(bits: int, clip_norm: float, noise_multiplier: float, terms: 
         largest = rounded_norm(norm, size)
         share = noise_multiplier * largest / math.sqrt(terms.num_least)
         if largest > MOST_OF_ROUNDING * norm:
-            problem = f"rounding makes updates {largest / norm:.3g} times as long, expected at most {MOST_OF_ROUNDING:g}"
+            problem = (
+                f"rounding makes updates {largest / norm:.3g} times as long, expected at most {MOST_OF_ROUNDING:g}"
+            )
             raise UserError(f"server.secure_sum.bits: in {bits} bits {problem}: more bits are needed, or less noise")
         deviation = math.sqrt((number * norm) ** 2 / size + number * (0.25 + share**2))
         if share < MOST_DEVIATION and ROOM_OF_SUM * deviation < 2 ** (bits - 1):

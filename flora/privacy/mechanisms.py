@@ -100,8 +100,8 @@ class Local(FixedNorm):
     """Each client bounds its update and adds Gaussian noise to it before it sends it (NbAFL, arXiv:1911.00222).
 
     Against the server, too: `epsilon` is that of all that a client sends. Who sees nothing but sums has their noise
-    added up to be protected by: `sum_epsilon`. Differs from the paper: there parameters are noised, not updates, and the
-    server adds noise of its own before it broadcasts; epsilon is not the paper's but that of Gaussian mechanisms.
+    added up to be protected by: `sum_epsilon`. Differs from the paper: there parameters are noised, not updates, and
+    the server adds noise of its own before it broadcasts; epsilon is not the paper's but that of Gaussian mechanisms.
     """
 
     noises_at_clients: ClassVar[bool] = True
