@@ -16,8 +16,10 @@ from flora.config.rules import check_experiment
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.evaluation.metrics import METRICS
+from flora.report.charts import SPENT, axes_of, participation, partition_map
 from flora.report.page import page
-from flora.report.reading import read_files
+from flora.report.reading import Absent, read_files
+from flora.report.several_runs import _axes, groups_of
 from flora.simulate import main, resume, simulate
 from flora.sweep.folding import why_alone
 from flora.sweep.runs import bring_to_their_end
@@ -105,14 +107,13 @@ def test_records_summary_table_and_page_say_what_was_spent(raw_config: dict[str,
     assert f"epsilon {spent[2]:.3g} at delta 1e-05 (central)" in shown
     for title in ("Epsilon", "Clip norm", "Accuracy over privacy spent", "Loss over privacy spent"):
         assert f"<h3>{title}</h3><svg" in shown
-    other = simulate(parse_config({**raw_config, **MECHANISMS["central"], "name": "other"}))
-    both = page([read_files(each.directory) for each in (result, other)])
-    assert "<h3>Accuracy over privacy spent</h3><svg" in both
+    (axis,) = (places for title, places in _axes(groups_of([read_files(result.directory)])).values() if title == SPENT)
+    assert list(axis.values()) == [dict(enumerate([0.0, *spent[1:]]))]
 
 
 def test_a_run_without_privacy_has_none_of_it(raw_config: dict[str, Any]) -> None:
     result = simulate(parse_config(raw_config))
-    assert "privacy spent" not in page([read_files(result.directory)])
+    assert "privacy spent" not in axes_of(read_files(result.directory))
     assert all(result.records[-1].metrics[name] is None for name in ("epsilon", "clip_norm", "clipped_fraction"))
     assert result.summary.epsilon is None and result.summary.noise_multiplier is None
     assert "privacy" not in (result.directory / "log.txt").read_text()
@@ -204,12 +205,12 @@ def test_what_is_not_covered_is_left_out_of_records(raw_config: dict[str, Any]) 
     assert shown.records[1].num_clients is not None and shown.records[2].client_accuracy_mean is not None
     assert (hidden.directory / "clients.csv").read_text().splitlines() == ["client", "0", "1", "2", "3"]
     assert "training loss" not in (hidden.directory / "log.txt").read_text()
-    of_hidden, of_shown = (page([read_files(each.directory)]) for each in (hidden, shown))
-    assert "epsilon" in of_hidden and "no noise covers what single clients have" in of_hidden
-    for title in ("Who has what", "Who took part how often", "Accuracy on each client"):
-        assert f"<h3>{title}" in of_shown and f"<h3>{title}" not in of_hidden
-    live = page([read_files(hidden.directory, is_live=True)])
-    assert "<h3>Accuracy over rounds</h3>" in live and "<h3>Who has what" not in live
+    assert "epsilon" in page([read_files(hidden.directory)])
+    for draw in (partition_map, participation):
+        assert "<svg" in draw(read_files(shown.directory))
+        for is_live in (False, True):
+            with pytest.raises(Absent, match=r"no noise covers what single clients have"):
+                draw(read_files(hidden.directory, is_live=is_live))
     with (hidden.directory / "metrics.csv").open(newline="") as file:
         tracked = list(csv.DictReader(file))
     assert float(tracked[2]["epsilon"]) == hidden.summary.epsilon

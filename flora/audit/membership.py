@@ -112,7 +112,7 @@ def _scores(
 
 
 def _ratios(observed: np.ndarray, seen: np.ndarray, was_in: np.ndarray) -> dict[str, np.ndarray]:
-    """The scores `(N,)` of the likelihood ratio attacks, for `observed` `(N,)` and what references have, `seen` `(R, N)`.
+    """The scores `(N,)` of the likelihood ratio attacks, for `observed` `(N,)` and what references say, `(R, N)`.
 
     `was_in` `(R, N)` says which reference had what. What was in all of them, or in none, can't be told: NaN.
     """
