@@ -162,7 +162,7 @@ def client_membership(
     known = [client not in canary_clients(subject) for client in range(len(subject.experiment.federation.clients))]
     clients = np.flatnonzero(known)
     took_part = np.isin(clients, subject.participants)
-    content = {"num_in": int(took_part.sum()), "num_out": int((~took_part).sum())}
+    content: dict[str, Any] = {"num_in": int(took_part.sum()), "num_out": int((~took_part).sum())}
     scores = client_scores(clients, subject.evidence) if len(clients) else np.empty(0)
     content |= as_json(success(scores[took_part], scores[~took_part], subject.rng.child("clients")))
     if num_references and took_part.any() and not took_part.all():

@@ -60,7 +60,8 @@ class AttachedBeside(AttachedAdapter):
     @contextmanager
     def traced(self) -> Iterator[list[LinearUse]]:
         """A context that notes down the uses of linear layers. Bind the adapter's tensors without gradients."""
-        self.uses = uses = []
+        uses: list[LinearUse] = []
+        self.uses = uses
         try:
             yield uses
         finally:
