@@ -295,6 +295,13 @@ def benchmark_parser() -> Parser:
     )
     parser.add_argument("--variants", help="comma-separated names of variants, such as full,naive,ours (default: all)")
     parser.add_argument("--json", type=Path, help="write every measurement to this file, too")
+    _add_other_comparisons(parser)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_other_comparisons(parser: Parser) -> None:
+    """Add what `flora benchmark` measures in place of the variants of a step."""
     parser.add_argument("--whole", action="store_true", help="time a whole small experiment instead")
     parser.add_argument(
         "--tokens",
@@ -314,13 +321,17 @@ def benchmark_parser() -> Parser:
     parser.add_argument(
         "--processes", metavar="CONFIG", help="compare a process on each core with one process on all of them instead"
     )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="CONFIG",
+        help="compare a local step of each experiment with the loop that its method's authors write instead",
+    )
     parser.add_argument("--secure-sums", metavar="N,N,...", help="time secure sums over so many clients instead")
     parser.add_argument("--planning", action="store_true", help="plan rounds of a million virtual clients instead")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of the experiment that CONFIG names; --sweep's grid"
     )
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser
 
 
 def understand(program: str, arguments: Sequence[str]) -> int:

@@ -221,3 +221,28 @@ def test_secure_sums_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
     assert below == "16,384 numbers in 32 bits; uploads without a secure sum: 65.5 KB"
     assert benchmark.main(["--secure-sums", "3,x"]) == 2
     assert "--secure-sums: expected whole numbers of clients from 2, got 'x'" in capsys.readouterr().err
+
+
+def test_methods_are_timed_as_their_authors_write_them_and_as_here(
+    tmp_path: Path, raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for name in ("lora", "linear_head"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**raw_config, "adapter": name, "local": {"batch_size": 4}}))
+        paths.append(str(path))
+    orders = []
+
+    def work(order: dict[str, Any]) -> dict[str, Any]:
+        orders.append(order)
+        measured = benchmark._work(order)
+        assert measured is not None and measured["step_seconds"] > 0
+        return {**measured, "step_seconds": 6.0 if "written" in order["variant"] else 0.5}
+
+    monkeypatch.setattr(benchmark, "_in_fresh_process", work)
+    assert benchmark.main(["--repeats", "1", "--methods", *paths, "threads=1"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[0], *row[3:]) for row in rows] == [(name, "6000", "500.0", "12") for name in ("lora", "linear_head")]
+    assert len(orders) == 4
+    assert benchmark.main(["--methods", "threads=1"]) == 2
+    assert "--methods: expected the YAML files" in capsys.readouterr().err

@@ -138,6 +138,7 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(benchmark, "compare_experiments", lambda setting, **options: seen.append(setting))
     monkeypatch.setattr(benchmark, "profile_round", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_processes", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(benchmark, "compare_methods", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_sweeps", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_secure_sums", lambda numbers: seen.append(numbers) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_planning", lambda setting: seen.append(setting) or [])  # type: ignore[func-returns-value]

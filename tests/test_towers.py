@@ -66,6 +66,20 @@ def test_an_ensemble_is_the_normalised_mean_of_normalised_features(tiny_model: s
         torch.testing.assert_close(model.class_features(2)[1, index], F.normalize(mean, dim=0), atol=TOLERANCE, rtol=0)
 
 
+def test_a_cpu_takes_as_many_images_at_once_as_its_caches_hold(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = load_clip(tiny_model)
+    tower, pixels = VisionTower(clip, 1 + clip.architecture.vision.num_layers), random_pixels(5)
+    sizes: list[int] = []
+    run = tower._run
+    monkeypatch.setattr(tower, "_run", lambda x, *arguments: sizes.append(len(x)) or run(x, *arguments))  # type: ignore[func-returns-value]
+    whole = tower.stem(pixels)
+    monkeypatch.setattr("flora.clip.towers.vision.CPU_BATCH_BYTES", 2 * tower.activation_bytes())
+    torch.testing.assert_close(tower.stem(pixels), whole, atol=TOLERANCE, rtol=0)
+    assert sizes == [5, 2, 2, 1]
+
+
 def test_logit_scale_is_the_models(tmp_path) -> None:  # type: ignore[no-untyped-def]
     path = write_model(tmp_path / "model.json", init_logit_scale=2.0, nonscalar_logit_scale=True)
     assert adapt(path).logit_scale().item() == pytest.approx(7.389056)

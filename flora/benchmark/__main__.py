@@ -29,6 +29,7 @@ from tqdm import tqdm
 from flora.benchmark.experiment import EXPERIMENTS, NUM_ROUNDS, STEPS_PER_ROUND, measure_experiment
 from flora.benchmark.folding import compare_sweeps
 from flora.benchmark.images import MODELS, ImageSettings, compare_images
+from flora.benchmark.methods import compare_methods, measure_method
 from flora.benchmark.planning import COHORT, NUM_CLIENTS, measure_planning
 from flora.benchmark.processes import compare_processes, measure_rounds
 from flora.benchmark.profile import profile_round
@@ -37,7 +38,7 @@ from flora.benchmark.timing import matrix_rate, timed
 from flora.benchmark.tokens import compare_tokens
 from flora.benchmark.variants import ROUND_STEPS, VARIANTS, Setting
 from flora.clip.backbone import Backbone
-from flora.core.command_line import run_program
+from flora.core.command_line import run_program, split_arguments
 from flora.core.errors import UserError
 from flora.core.memory import peak_memory_bytes
 from flora.core.processes import refuse_several
@@ -196,17 +197,10 @@ def _main(options: argparse.Namespace) -> int:
         rank=options.rank, tower=options.tower, num_layers=options.layers, targets=options.targets,
         objective=options.objective, device=options.device, precision=options.precision or "fp32",
     )  # fmt: skip
-    if options.profile:
-        print("\n".join(profile_round(options.profile, options.overrides)))
+    lines = _of_experiments(options)
+    if lines is not None:
+        print("\n".join(lines))
         return 0
-    if options.sweep:
-        print("\n".join(compare_sweeps(options.sweep, options.overrides)))
-        return 0
-    if options.processes:
-        print("\n".join(compare_processes(options.processes, options.overrides)))
-        return 0
-    if options.overrides:
-        raise UserError(f"{options.overrides[0]}: belongs to a CONFIG (--profile, --sweep, --processes); see --help")
     if options.secure_sums:
         print("\n".join(compare_secure_sums(options.secure_sums)))
         return 0
@@ -232,6 +226,23 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
+def _of_experiments(options: argparse.Namespace) -> list[str] | None:
+    """What is measured of experiments that their configurations describe; None where that isn't asked for."""
+    if options.profile:
+        return profile_round(options.profile, options.overrides)
+    if options.sweep:
+        return compare_sweeps(options.sweep, options.overrides)
+    if options.processes:
+        return compare_processes(options.processes, options.overrides)
+    if options.methods:
+        paths, overrides = split_arguments([*options.methods, *options.overrides])
+        return compare_methods([*map(Path, paths)], overrides, _in_fresh_process, options.repeats)
+    if options.overrides:
+        of_configs = "(--profile, --sweep, --processes, --methods)"
+        raise UserError(f"{options.overrides[0]}: belongs to a CONFIG {of_configs}; see --help")
+    return None
+
+
 def _image_settings(options: argparse.Namespace) -> ImageSettings:
     return ImageSettings(
         models=(options.model,) if options.model else MODELS,
@@ -242,12 +253,13 @@ def _image_settings(options: argparse.Namespace) -> ImageSettings:
 
 
 def compare_planning(setting: Setting) -> list[str]:
-    """Lines: what planning a round costs with few clients, and with a million."""
+    """Lines: what a round costs besides training with few clients, and with a million."""
     orders = [{"setting": asdict(setting), "variant": "planning", "planning": number} for number in NUM_CLIENTS]
     few, many = (_in_fresh_process(order) for order in orders)
     lines = [
         f"{number:,} clients, {min(COHORT, number):,} in a round: dealt out in {row['dealing_seconds']:.1f} s, a round "
-        f"planned in {row['planning_seconds']:.4f} s, peak memory {size(row['peak_bytes'])}"
+        f"planned in {row['planning_seconds']:.4f} s, finished in {row['finishing_seconds']:.4f} s, peak memory "
+        f"{size(row['peak_bytes'])}"
         for number, row in zip(NUM_CLIENTS, (few, many), strict=True)
     ]
     seconds, memory = (many[name] - few[name] for name in ("planning_seconds", "peak_bytes"))
@@ -258,6 +270,8 @@ def _work(order: dict[str, Any]) -> dict[str, Any] | None:
     """Return what a process of its own measures; None in the second and later of several."""
     if "processes" in order:
         return measure_rounds(order["processes"], order["overrides"])
+    if "method" in order:
+        return measure_method(order["method"], order["overrides"], order["rounds"])
     setting = Setting(**order["setting"])
     if "planning" in order:
         return measure_planning(setting, order["planning"])

@@ -17,6 +17,10 @@ from flora.clip.towers.tokens import Reducer, ones, pack_sizes, pool, size_mask,
 from flora.core.errors import UserError
 from flora.core.tree import state_digest
 
+# Activations of the images that go through a CPU at once: of more, they leave its caches, and each image takes longer
+# (docs/benchmarks.md).
+CPU_BATCH_BYTES = 40 * 2**20
+
 
 class VisionTower:
     """Pixels `(N, 3, H, W)` to stem output to image features `(N, embed_dim)`, not normalised.
@@ -41,8 +45,12 @@ class VisionTower:
     @torch.no_grad()
     def stem(self, pixels: Tensor) -> Tensor:
         """The part that no adapter changes."""
+        number = len(pixels)
+        if pixels.device.type == "cpu":
+            number = max(1, CPU_BATCH_BYTES // self.activation_bytes())
         with self._clip.autocast():
-            return self._run(pixels.to(self._clip.dtype), range(self.cut))
+            parts = [self._run(part.to(self._clip.dtype), range(self.cut)) for part in pixels.split(number)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def suffix(self, x: Tensor, before_block: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
         """The rest, from the stem's output to the features.
