@@ -60,7 +60,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "poisson": {"clients": {"cohort": {"fraction": 0.7}}},
     **{name: {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5}} for name in ("central", "local", "tree")},
     "distributed_discrete_gaussian": {
-        "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5},
+        "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5, "encoding": "rotated"},
         "server": {"secure_sum": "pairwise_masks"},
     },
     "directions": {"canaries": {"number": 3}},
@@ -70,6 +70,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "given_sizes": {"partition": {"sizes": [5, 6, 7, 8]}},
     "within_groups": {"partition": {"of": "iid"}},
     "fedper": {"server": {"strategy": {"stay": ["*.lora_B", "*.weight"]}}},
+    "fedrep": {"server": {"strategy": {"stay": ["*.lora_B"]}}},
 }
 KINDS: dict[str, type[Component]] = {
     "adapter": Adapter,
@@ -216,7 +217,6 @@ def two_rounds(raw: Mapping[str, Any]) -> str | None:
         assert record.metrics.keys() == METRICS.keys()
         assert tree.is_finite(state.adapter) and math.isfinite(record.accuracy)
         assert not result.rejected_clients
-    measure_local_only(experiment, state, advance=lambda done: None)
     if config.evaluation.centralized:
         measure_centralized(experiment, advance=lambda done: None)
     if config.evaluation.num_local_only:
@@ -263,6 +263,7 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
     never = [rule.what for place, rule in enumerate(RULES) if place not in used]
     assert never == [
         "and a strategy that weighs each client by itself (a method `weight`, not `weights`)",  # no shipped one has
+        "and no table of predictions, which are one model's",  # no pair here has one
         "a policy for stragglers needs a network",  # all pairs here have one
         "a buffered schedule needs a network",  # all pairs here have one
         "and rounds enough to have one",  # every is 1

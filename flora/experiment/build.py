@@ -248,6 +248,7 @@ def _initial_adapter(federation: Federation, start: State, rng: Rng, log: Callab
     adapter = {**federation.engine.model.initial_adapter(rng.child("adapter")), **start}
     with below("server"):
         federation.server.strategy.check_names(tuple(adapter))
+    check_sums(federation, adapter)
     synthetic = federation.server_training.synthetic
     if synthetic is None:
         return adapter
@@ -269,8 +270,9 @@ def _models_key(config: ExperimentConfig, device: torch.device, images: Images) 
     """All that the models depend on: the seed too where their weights are random."""
     seed = config.seed if config.backbone.weights == "random" else None
     parts = config.backbone, config.adapter, config.prompts, config.data.templates, config.speed, images.descriptions
+    own = config.personal if config.personal.has_personal else None
     names = images.class_names, images.new_class_names
-    return "models", seed, repr(parts), names, str(device), config.evaluation.patches is not None
+    return "models", seed, repr(parts), own, names, str(device), config.evaluation.patches is not None
 
 
 def _models(
@@ -301,9 +303,10 @@ def adapted_models(
     All share the adapter. `descriptions` are more sentences for some classes, by their names.
     """
     given = config.prompts.templates or config.data.templates
-    clip = replace(clip, reads_patches=config.evaluation.patches is not None)
+    reads_patches = config.evaluation.patches is not None or config.adapter.comparison.reads_patches
+    clip = replace(clip, reads_patches=reads_patches)
     clip = with_classes(clip, groups, given)
-    adapter = config.adapter.attach(clip)
+    adapter = config.attach(clip)
     templates = config.adapter.templates(given)
     return [
         AdaptedClip(
@@ -356,7 +359,6 @@ def _federation(
         ranks=ranks_of(config, len(clients), rng.child("ranks")),
         privacy=_private_rounds(config, len(clients), engine.log),
     )
-    check_sums(federation)
     return federation
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from flora.clip.towers.towers import AdaptedClip
 from flora.core import tree
+from flora.core.clusters import clusters_of
 from flora.core.records import Evaluation
 from flora.core.states import ServerState
 from flora.core.tree import StateLike
@@ -19,9 +20,12 @@ from flora.experiment.build import Experiment
 from flora.features.features import Features
 
 
-def server_stack(state: ServerState) -> tree.State | None:
-    """The server's adapter `(1, ...)`; None in round 0, which is the frozen model: some adapters change it at once."""
-    return tree.expand(state.adapter, 1) if state.round else None
+def server_stacks(state: ServerState) -> list[tree.State | None]:
+    """The server's adapter `(1, ...)`, or one for each cluster.
+
+    None in round 0, which is the frozen model: some adapters change it at once.
+    """
+    return [tree.expand(each, 1) for each in clusters_of(state.adapter)] if state.round else [None]
 
 
 def evaluate_adapters(

@@ -15,7 +15,7 @@ from flora.evaluation.accuracy import client_means, harmonic_mean, own_accuracie
 from flora.evaluation.held_classes import accuracies_by_holding
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters
 from flora.experiment.build import Experiment
-from flora.runs.evaluating import evaluate_adapters, of_blocks, server_stack
+from flora.runs.evaluating import evaluate_adapters, of_blocks, server_stacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def _unseen(experiment: Experiment, state: ServerState) -> UnseenResults:
     server, tuned = np.full((2, len(sizes)), np.nan)
     if not len(features):
         return UnseenResults(server, tuned)
-    server = client_means(evaluate_adapters(experiment, server_stack(state), features)[0].correct, sizes)
+    server = client_means(evaluate_adapters(experiment, server_stacks(state)[0], features)[0].correct, sizes)
     if not state.round:
         return UnseenResults(server, tuned)
     everybody, first = [*federation.clients, *experiment.unseen], len(federation.clients)
@@ -125,7 +125,7 @@ def _by_holding(experiment: Experiment, state: ServerState) -> np.ndarray:
 
     # Clients that hold the same classes are one to an adapter that all of them have.
     kinds, places = np.unique(holds, axis=0, return_inverse=True)
-    server = server_stack(state) or {}
+    server = server_stacks(state)[0] or {}
     found = of_blocks(
         experiment, range(len(kinds)), server, lambda some, part: accuracies(kinds[np.array(some)], part)
     )[places.reshape(-1)]
