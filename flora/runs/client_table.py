@@ -91,15 +91,19 @@ def client_columns(
         spent = exposures(experiment.federation, state.clients)
         epsilons = [privacy.epsilon(spent[client]) if client in spent else 0.0 for client in range(len(clients))]
         columns["example_epsilon"] = _cells(np.array(epsilons))
+    columns = _with_scenarios(columns, experiment, results)
+    return {name: columns[name] for name, _ in CLIENT_COLUMNS if name in columns}
+
+
+def _with_scenarios(
+    columns: dict[str, list[Any]], experiment: Experiment, results: ClientResults
+) -> dict[str, list[Any]]:
+    """The columns with what scenarios measure of clients, those that never train among them."""
     by_holding = None if results.scenarios is None else results.scenarios.by_holding
     if by_holding is not None:
-        columns["held_class_accuracy"], columns["other_class_accuracy"] = (
-            _cells(by_holding[:, 0]),
-            _cells(by_holding[:, 1]),
-        )
-    if experiment.unseen:
-        columns = _with_unseen(columns, experiment, results)
-    return {name: columns[name] for name, _ in CLIENT_COLUMNS if name in columns}
+        names = "held_class_accuracy", "other_class_accuracy"
+        columns = columns | {name: _cells(column) for name, column in zip(names, by_holding.T, strict=True)}
+    return _with_unseen(columns, experiment, results) if experiment.unseen else columns
 
 
 def _with_unseen(columns: dict[str, list[Any]], experiment: Experiment, results: ClientResults) -> dict[str, list[Any]]:
