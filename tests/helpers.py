@@ -137,8 +137,9 @@ def adapt(
     precision: str = "fp64",
 ) -> AdaptedClip:
     """A fresh tiny model with an adapter attached."""
-    clip = load_clip(model, device, precision)
-    attached = (adapter or Lora()).attach(clip)
+    adapter = adapter or Lora()
+    clip = load_clip(model, device, precision, reads_patches=adapter.comparison.reads_patches)
+    attached = adapter.attach(clip)
     return AdaptedClip(clip, attached, class_names=class_names, templates=templates, speed=speed)
 
 

@@ -83,7 +83,7 @@ def test_training_does_not_depend_on_what_the_new_classes_are_called(raw_config:
     assert one.records[-1].accuracy == other.records[-1].accuracy
 
 
-@pytest.mark.parametrize("adapter", ["linear_head", "vision_and_head"])
+@pytest.mark.parametrize("adapter", ["linear_head", "vision_and_head", "taskres", "lp_plus_plus"])
 def test_heads_know_no_new_classes(raw_config: dict[str, Any], adapter: str) -> None:
     with pytest.raises(UserError) as caught:
         check_experiment(parse_config({**raw_config, "adapter": adapter, "split": "base_to_new"}))

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, TOLERANCE, random_pixels
+from helpers import CLASSES, TOLERANCE, load_clip, random_pixels
 from helpers import adapt as adapt_with
-from helpers import load_clip
 from torch import Tensor
 
 from flora.client.objectives import CrossEntropy, MultiPositive, Objective
@@ -93,8 +92,7 @@ OPTIONS = {"by image": ShiftedContext(), "patches and prompts": TwoContexts()}
 
 
 def adapt(path: str, kind: str) -> AdaptedClip:
-    options, clip = OPTIONS[kind], load_clip(path, reads_patches=OPTIONS[kind].comparison.reads_patches)
-    return AdaptedClip(clip, options.attach(clip), class_names=CLASSES, templates=options.templates(()))
+    return adapt_with(path, OPTIONS[kind], templates=OPTIONS[kind].templates(()))
 
 
 def random_stack(model: AdaptedClip, number: int) -> State:
@@ -107,7 +105,8 @@ def random_stack(model: AdaptedClip, number: int) -> State:
 
 def plain_logits(path: str, kind: str, adapter: StateLike, pixels: Tensor) -> Tensor:
     """The logits `(B, C)` of one client, an image at a time, with ordinary contexts alone."""
-    plain = adapt_with(path, PromptContext(), templates=TEMPLATES)
+    plain, visual = adapt_with(path, PromptContext(), templates=TEMPLATES), load_clip(path).visual
+    visual.output_tokens = True
 
     def texts(context: Tensor) -> Tensor:
         with plain.adapter.bind({"context": context.unsqueeze(0)}):
@@ -119,8 +118,6 @@ def plain_logits(path: str, kind: str, adapter: StateLike, pixels: Tensor) -> Te
         if kind == "by image":
             rows.append(texts(adapter["context"] + image @ adapter["shift"]) @ image)
             continue
-        visual = load_clip(path).visual
-        visual.output_tokens = True
         _, tokens = visual(each.unsqueeze(0))
         patches = F.normalize(tokens[0] @ visual.proj, dim=-1)  # behind the last norm already
         prompts = torch.stack([texts(half) for half in adapter["context"].chunk(2)])

@@ -81,7 +81,11 @@ class Subject:
     @cached_property
     def evidence(self) -> Evidence:
         """What an attacker has of the last adapter and the first."""
-        first, last = self.initial, self.states[self.last_round].adapter
+        return self.evidence_of(self.states[self.last_round].adapter)
+
+    def evidence_of(self, last: StateLike) -> Evidence:
+        """What an attacker has of an adapter that training ended with, and the first."""
+        first = self.initial
         return Evidence(
             moved={name: last[name] - first[name] for name in last if not is_residual(name)},
             gains=lambda examples: self.confidences(last, examples) - self.confidences(first, examples),
@@ -124,6 +128,8 @@ def audited(path: Path, overrides: Sequence[str] = (), *, progress: Progress, lo
     run = read_run(path, overrides)
     if not run.num_rounds:
         raise UserError(f"{path}: this run has no rounds: nothing was trained, and there is nothing to audit")
+    if run.config.server.strategy.num_clusters > 1:
+        raise UserError(f"{path}: its server keeps several models, and attacks read one")
     experiment = build_experiment(
         run.config, progress=progress, log=log, clients_per_block=recorded_clients_per_block(path)
     )

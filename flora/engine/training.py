@@ -56,6 +56,7 @@ def train_block(
             losses, gradients = gradients_of(parameters, batches.of_step(step, num_active))
             if noise is not None:
                 gradients = noise.add(gradients, step)
+            gradients = _projected(model, flat, block, gradients, step)
             # A sum is not finite if one of its terms isn't: one pass over the gradients, and no wait for the device.
             broke = ~torch.isfinite(losses + gradients.sum(dim=1)) & (failed[:num_active] < 0)
             failed[:num_active].masked_fill_(broke, step)
@@ -105,6 +106,16 @@ def _optimizer_state(block: Block, trained: Tensor) -> State:
         for name in state.keys() & task.state.optimizer.keys():
             state[name][row] = task.state.optimizer[name].to(trained.device)
     return state
+
+
+def _projected(model: AdaptedClip, flat: FlatStack, block: Block, gradients: Tensor, step: int) -> Tensor:
+    """Return what the first k clients go along at a step, `(k, P)`: what the adapter makes of their gradients."""
+    if model.adapter.project is None:
+        return gradients
+    number, named = len(gradients), flat.gradients(gradients)
+    generators = [task.rng.child("projection", step).torch() for task in block.tasks[:number]]
+    projected = model.adapter.project(flat.state(flat.matrix[:number]), named, generators)
+    return torch.cat([projected[name].flatten(1) for name in named], dim=1)
 
 
 def _gradient_function(model: AdaptedClip, loss: Loss, flat: FlatStack, block: Block) -> Compute:

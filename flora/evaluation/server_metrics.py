@@ -5,9 +5,14 @@ from __future__ import annotations
 from flora.core.metrics import Figure, Metric, first, last, mean
 from flora.evaluation.accuracy import balanced_accuracy, domain_accuracy
 from flora.evaluation.classification import macro_auroc, macro_f1, reliability, top_accuracy
-from flora.evaluation.collapse import effective_rank, mean_cosine
+from flora.evaluation.collapse import effective_rank, mean_cosine, over_adapters
 from flora.evaluation.declaring import COMPUTED, declare, figure, of_last
 from flora.evaluation.over_rounds import best, rounds_to_accuracy
+
+
+def _mean_over_domains(by_domain: dict[str, float] | None) -> float | None:
+    return sum(by_domain.values()) / len(by_domain) if by_domain else None
+
 
 figure("name", "the run's name", "text")
 figure("rounds", "rounds done", of=lambda records: records[-1].round)
@@ -100,9 +105,9 @@ of_last(
     "server",
     "rank of classes",
 )
-COMPUTED["effective_rank"] = lambda view: effective_rank(view.evaluation.class_features)
+COMPUTED["effective_rank"] = lambda view: over_adapters(effective_rank, view.evaluation.class_features)
 of_last("class_cosine", "mean cosine between the features of different classes", "number", "server", "class cosine")
-COMPUTED["class_cosine"] = lambda view: mean_cosine(view.evaluation.class_features)
+COMPUTED["class_cosine"] = lambda view: over_adapters(mean_cosine, view.evaluation.class_features)
 declare(
     Metric(
         "new_accuracy",
@@ -187,6 +192,15 @@ declare(
 )
 of_last("domain_accuracy", "accuracy of test images by the client or folder that the data name", "by name", "server")
 COMPUTED["domain_accuracy"] = lambda view: domain_accuracy(view.evaluation, view.domains)
+of_last(
+    "domain_accuracy_mean",
+    "mean of `domain_accuracy` over the domains, each of them once",
+    "fraction",
+    "server",
+    "domains alike",
+    "domains alike",
+)
+COMPUTED["domain_accuracy_mean"] = lambda view: _mean_over_domains(domain_accuracy(view.evaluation, view.domains))
 of_last(
     "template_accuracy",
     "accuracy with the prompts of each of `evaluation.templates` alone, by template",

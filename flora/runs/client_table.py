@@ -24,7 +24,8 @@ CLIENT_COLUMNS: tuple[tuple[str, str], ...] = (
     ("num_rounds", "the rounds in which its update came"),
     ("example_epsilon", "epsilon that its examples have spent by then, where clients train with `local.privacy`"),
     ("rank", "its rank, where clients have their own"),
-    ("accuracy", "accuracy of the server's adapter of the last round on its own held-out examples"),
+    ("cluster", "which of the server's models fits its training examples best, where there are several"),
+    ("accuracy", "accuracy of the server's adapter (its cluster's) of the last round on its own held-out examples"),
     ("loss", "its mean loss on them"),
     ("macro_f1", "its mean F1 on them, over the classes that are labelled or predicted"),
     ("test_accuracy", "accuracy of the same on the common test images"),
@@ -37,6 +38,11 @@ CLIENT_COLUMNS: tuple[tuple[str, str], ...] = (
     ("personal_accuracy", "accuracy of its own adapter on its own held-out examples, where clients have one"),
     ("personal_adapter", "whether that is its `own` or, because it has none, the `server`'s"),
     ("personal_test_accuracy", "accuracy of its own adapter on the common test images, of those also trained alone"),
+    ("held_class_accuracy", "accuracy of its adapter on test images of its classes, with `evaluation.held_classes`"),
+    ("other_class_accuracy", "the same on those of the classes that only others hold"),
+    ("unseen", "yes: it never trains (`clients.held_out_fraction`)"),
+    ("unseen_accuracy", "what the server's adapter of the last round gives such a client on its held-out examples"),
+    ("unseen_tuned_accuracy", "what one pass of fine-tuning on its training examples makes of that"),
 )
 """The columns of `clients.csv`, in their order."""
 
@@ -64,6 +70,11 @@ def client_columns(
     }
     if any(client.name is not None for client in clients):
         columns["name"] = [client.name for client in clients]
+    if results.clusters is not None:
+        columns["cluster"] = results.clusters.tolist()
+        if results.test is not None:
+            by_cluster = np.split(results.test.correct, experiment.federation.server.strategy.num_clusters)
+            columns["test_accuracy"] = _cells(np.array([each.mean() for each in by_cluster])[results.clusters])
     if results.own is not None and results.has_own is not None:
         columns["personal_accuracy"] = _cells(results.own)
         columns["personal_adapter"] = ["own" if has_own else "server" for has_own in results.has_own]
@@ -80,7 +91,33 @@ def client_columns(
         spent = exposures(experiment.federation, state.clients)
         epsilons = [privacy.epsilon(spent[client]) if client in spent else 0.0 for client in range(len(clients))]
         columns["example_epsilon"] = _cells(np.array(epsilons))
+    by_holding = None if results.scenarios is None else results.scenarios.by_holding
+    if by_holding is not None:
+        columns["held_class_accuracy"], columns["other_class_accuracy"] = (
+            _cells(by_holding[:, 0]),
+            _cells(by_holding[:, 1]),
+        )
+    if experiment.unseen:
+        columns = _with_unseen(columns, experiment, results)
     return {name: columns[name] for name, _ in CLIENT_COLUMNS if name in columns}
+
+
+def _with_unseen(columns: dict[str, list[Any]], experiment: Experiment, results: ClientResults) -> dict[str, list[Any]]:
+    """The columns with a row for each client that never trains below those that do; what it doesn't have is empty."""
+    unseen, first = experiment.unseen, len(experiment.federation.clients)
+    theirs: dict[str, list[Any]] = {
+        "client": list(range(first, first + len(unseen))),
+        "name": [client.name for client in unseen],
+        "num_train": [len(client.train) for client in unseen],
+        "num_held_out": [len(client.held_out) for client in unseen],
+        "num_rounds": [0] * len(unseen),
+        "unseen": ["yes"] * len(unseen),
+    }
+    found = None if results.scenarios is None else results.scenarios.unseen
+    if found is not None:
+        theirs |= {"unseen_accuracy": _cells(found.server), "unseen_tuned_accuracy": _cells(found.tuned)}
+    new = {name: [""] * first for name in theirs if name.startswith("unseen")}
+    return {name: column + theirs.get(name, [""] * len(unseen)) for name, column in (columns | new).items()}
 
 
 def _pseudo_label_columns(records: Sequence[RoundRecord], numbers: list[int]) -> dict[str, list[Any]]:

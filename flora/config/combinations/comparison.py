@@ -17,10 +17,10 @@ COMPARISON: tuple[Rule, ...] = (
     ),
     Rule(
         "local.penalty",
-        "and a penalty of logits alone (none, distillation, reciprocal_consistency)",
+        "and a penalty of logits alone (none, distillation, prograd, reciprocal_consistency)",
         lambda c: _is_own(c) and not c.local.penalty.from_logits,
-        "expected none, distillation or reciprocal_consistency: {penalty} compares features by itself, and {adapter} "
-        "has its own way",
+        "expected none, distillation, prograd or reciprocal_consistency: {penalty} compares features by itself, and "
+        "{adapter} has its own way",
     ),
     Rule(
         "evaluation.patches",

@@ -21,8 +21,8 @@ EXAMPLE_PRIVACY: tuple[Rule, ...] = (
         "local.penalty",
         "and a penalty that is a mean over examples, or the same for each (none, anchor, distillation)",
         lambda c: _is_private(c) and not c.local.penalty.is_by_example,
-        "expected none, anchor or distillation with local.privacy: the loss of {penalty} couples the examples of a "
-        "batch, and none has a gradient of its own",
+        "expected none, anchor or distillation with local.privacy: {penalty} couples the examples of a batch, and none "
+        "has a gradient of its own",
     ),
     Rule(
         "local.sampling",
