@@ -8,10 +8,12 @@ import flora.client.personalization
 import flora.client.sampling
 import flora.client.self_training
 import flora.clip.adapters.beside
+import flora.clip.adapters.deep_prompts
 import flora.clip.adapters.dual_lora
 import flora.clip.adapters.full
 import flora.clip.adapters.generated
 import flora.clip.adapters.lora
+import flora.clip.adapters.multimodal
 import flora.clip.adapters.personal_prompts
 import flora.clip.adapters.prompt_distribution
 import flora.clip.adapters.prompts
@@ -43,6 +45,7 @@ import flora.privacy.secure_sums
 import flora.server.aggregators
 import flora.server.optimizers
 import flora.server.strategies.averaging
+import flora.server.strategies.clustered
 import flora.server.strategies.factors
 import flora.server.strategies.products
 import flora.server.strategies.residuals

@@ -69,7 +69,7 @@ def merged_model(run: Path, client: str | None = None, overrides: Sequence[str] 
     config = finished.config
     clip = finished.load_backbone(torch.device("cpu"), "fp32")
     state_dict = dict(clip.model.state_dict())
-    attached = config.adapter.attach(clip)
+    attached = config.attach(clip)
     if not attached.mergeable:
         raise UserError(f"{run}: its adapter works beside the model, and OpenCLIP's weights have no place for it")
     finished.check_fits(attached.initial_state(Rng(0)))
@@ -169,7 +169,7 @@ def peft_adapter(
     clip = finished.load_backbone(torch.device("cpu"), "fp32")
     huggingface.clip_config(clip.config)
     _refuse_tokens(clip.tokens)
-    attached = options.attach(clip)
+    attached = finished.config.attach(clip)
     finished.check_fits(attached.initial_state(Rng(0)))
     try:
         return peft_files(huggingface.in_type(finished.adapter_of(client, attached), dtype), options)

@@ -41,8 +41,10 @@ from flora.clip.adapters.beside import (
     TaskRes,
     VisionAndHead,
 )
+from flora.clip.adapters.deep_prompts import DeepPrompts, Maple, PromptSrc
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import Lora
+from flora.clip.adapters.multimodal import PFedMma
 from flora.clip.adapters.prompts import PromptContext
 from flora.communication.options import payload_bytes
 from flora.config.parse import parse_config
@@ -68,6 +70,9 @@ METHODS: dict[str, tuple[Adapter, int]] = {
     "random context": (PromptContext(words=None, num_tokens=6), 6 * 32),
     "context of each class": (PromptContext(class_specific=True, position="middle"), 3 * 4 * 32),
     "norm": (Norm(), 2 * 32),
+    "maple": (Maple(), 2 * (2 * 32 + 32 * 32 + 32)),
+    "prompt_src": (PromptSrc(num_image_tokens=3), 2 * (4 + 3) * 32),
+    "pfedmma": (PFedMma(rank=4, scale=0.1), 2 * (2 * (4 * 32 + 4 + 32 * 4 + 32) + 4 * 4 + 4)),
 }
 SGD = LocalTraining(learning_rate=0.3, batch_size=4, optimizer=Sgd(momentum=0.9, weight_decay=0.01), epochs=2)
 
@@ -86,7 +91,7 @@ def moved(model: Any, number: int, scale: float = 0.3) -> State:
 def test_what_is_trained_and_sent(tiny_model: str, method: Adapter, count: int) -> None:
     state = adapt(tiny_model, method, precision="fp32").initial_adapter(Rng(0))
     assert tree.count(state) == count
-    assert 4 * count < payload_bytes(state) < 4 * count + 600
+    assert 4 * count < payload_bytes(state) < 4 * count + 500 + 100 * len(state)
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
 
 
@@ -94,7 +99,7 @@ def test_what_is_trained_and_sent(tiny_model: str, method: Adapter, count: int) 
 @pytest.mark.parametrize(("method", "_"), METHODS.values(), ids=METHODS.keys())
 def test_the_number_of_clients_per_block_changes_nothing(tiny_model, method, _, objective) -> None:  # type: ignore[no-untyped-def]
     local = SGD if objective is None else LocalTraining(learning_rate=0.1, batch_size=4, objective=objective)
-    if isinstance(method, PromptContext):  # through norms, short vectors have long gradients
+    if isinstance(method, PromptContext | DeepPrompts):  # through norms, short vectors have long gradients
         local = dataclasses.replace(local, learning_rate=1e-3)
     model = adapt(tiny_model, method)
     alone, together = (run(model, local, per_block=number).adapter for number in (1, 3))

@@ -70,6 +70,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "given_sizes": {"partition": {"sizes": [5, 6, 7, 8]}},
     "within_groups": {"partition": {"of": "iid"}},
     "fedper": {"server": {"strategy": {"stay": ["*.lora_B", "*.weight"]}}},
+    "fedrep": {"server": {"strategy": {"stay": ["*.lora_B"]}}},
 }
 KINDS: dict[str, type[Component]] = {
     "adapter": Adapter,
@@ -260,6 +261,7 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
     never = [rule.what for place, rule in enumerate(RULES) if place not in used]
     assert never == [
         "and a strategy that weighs each client by itself (a method `weight`, not `weights`)",  # no shipped one has
+        "and no table of predictions, which are one model's",  # no pair here has one
         "a policy for stragglers needs a network",  # all pairs here have one
         "a buffered schedule needs a network",  # all pairs here have one
         "and rounds enough to have one",  # every is 1

@@ -36,10 +36,12 @@ from flora.clip.adapters.beside import (
     TaskRes,
     VisionAndHead,
 )
+from flora.clip.adapters.deep_prompts import Maple, PromptSrc
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.generated import CoCoOp, FedTpg
 from flora.clip.adapters.lora import TARGETS, Lora
+from flora.clip.adapters.multimodal import PFedMma
 from flora.clip.adapters.personal_prompts import DpFpl, FedPgp, PromptFolio
 from flora.clip.adapters.prompt_distribution import ProDa
 from flora.clip.adapters.prompts import PromptContext
@@ -86,6 +88,9 @@ ADAPTERS: dict[str, Adapter] = {
     "prompts of images": CoCoOp(reduction=4),
     "a distribution of prompts": ProDa(),
     "visual prompts": VisualPrompt(num_tokens=2, depth=2),
+    "deep prompts, coupled": Maple(),
+    "deep prompts, held": PromptSrc(num_tokens=2, num_image_tokens=3),
+    "bottlenecks": PFedMma(rank=3, scale=0.1),
     "head": LinearHead(),
     "residual of texts": TaskRes(),
     "head beside texts": LpPlusPlus(),
@@ -143,6 +148,12 @@ def plain_gradient(model: AdaptedClip, state: State, stem: Tensor, label: int) -
     elif len(logits) == 2:  # both learn from the other's probabilities
         for (own, _), (other, _) in (logits, logits[::-1]):
             loss = loss + divergence(own.unsqueeze(0), other.detach().unsqueeze(0), 1.0).sum()
+    if model.adapter.frozen_templates is not None:  # PromptSRC: near the frozen features and probabilities
+        with torch.no_grad():
+            frozen_image, frozen = model.image_features(stem.unsqueeze(0), 1)[0], model.frozen_class_features()
+            target = (model.logit_scale() * frozen_image @ frozen.T).softmax(dim=-1)
+        loss = loss + 25 * (classes - frozen).abs().mean() + 10 * (images - frozen_image).abs().mean()
+        loss = loss + (target * (target.log() - logits[0][0].log_softmax(dim=-1))).mean()
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return torch.cat([each.flatten() for each in found])
 

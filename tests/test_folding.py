@@ -107,6 +107,12 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
         {"personal": {"name": "ditto"}, "evaluation": {"num_local_only": 4}},
         {"seed": 1, "evaluation": {"clients_every": 1}},
     ],
+    "phases and clusters": [
+        {"server.strategy": {"name": "fedrep", "stay": ["*.lora_A"]}},
+        {"server.strategy": {"name": "ifca"}},
+        {"server.strategy": {"name": "ifca"}, "seed": 1},
+    ],
+    "copies": [{"personal": {"name": "apfl"}, "seed": seed} for seed in (0, 1)],
     "residuals": [{"server.strategy": "fedex_lora", "seed": seed} for seed in (0, 1)],
 }
 

@@ -124,6 +124,8 @@ def audited(path: Path, overrides: Sequence[str] = (), *, progress: Progress, lo
     run = read_run(path, overrides)
     if not run.num_rounds:
         raise UserError(f"{path}: this run has no rounds: nothing was trained, and there is nothing to audit")
+    if run.config.server.strategy.num_clusters > 1:
+        raise UserError(f"{path}: its server keeps several models, and attacks read one")
     experiment = build_experiment(
         run.config, progress=progress, log=log, clients_per_block=recorded_clients_per_block(path)
     )

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.client.local_training import LocalTraining
 from flora.client.personalization import NoPersonalization, Personalization
-from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.base import Adapter, AttachedAdapter
 from flora.clip.adapters.lora import Lora
 from flora.clip.backbone import Backbone
+from flora.clip.frozen import FrozenClip
 from flora.clip.prediction import Fusion, NoFusion, PatchAttention, Prediction
 from flora.clip.towers.speed import SpeedOptions
 from flora.communication.network import Network, StragglerPolicy
@@ -209,3 +210,7 @@ class ExperimentConfig(Options):
             raise OptionError(
                 "clients.number", f"expected a number: {name_of(self.partition)} takes none from the data"
             )
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        """Attach the adapter to `clip`, with what clients keep of it for themselves."""
+        return self.personal.added_to(self.adapter.attach(clip))

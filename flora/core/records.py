@@ -20,12 +20,13 @@ class Rejection:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Results of one adapter on a set of examples, all `(N,)`.
+    """Results of one adapter on a set of examples, all `(N,)`, or of K adapters on it one after the other, `(K * N,)`.
 
     `predicted` are classes, `correct` says which of them are right, `losses` are cross-entropies in double precision.
     `confidences` are the probabilities of what was predicted, in double precision, `label_ranks` how many classes are
-    more probable than the right one. `class_features` `(C, embed_dim)` are those that images were compared with.
-    `probabilities` `(N, C)` are those of all classes, in double precision, if they were asked for.
+    more probable than the right one. `class_features` `(C, embed_dim)`, of several adapters `(K, C, embed_dim)`, are
+    what images were compared with. `probabilities` `(N, C)` are those of all classes, in double precision, if they
+    were asked for.
     """
 
     correct: np.ndarray

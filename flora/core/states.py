@@ -29,7 +29,7 @@ class ClientUpdate:
 
     It is what the server reads, after `num_bytes` of it have travelled.
     `failed_step` is the first of its steps, counted from 0, at which loss or gradient was not finite; `extra` is what
-    a correction sends with the delta.
+    a correction sends with the delta. `cluster` says which of the server's models the client trained, from 0.
     """
 
     client: int
@@ -40,6 +40,7 @@ class ClientUpdate:
     num_bytes: int = 0
     failed_step: int | None = None
     extra: State = field(default_factory=dict)
+    cluster: int = 0
 
 
 @dataclass(frozen=True, eq=False)

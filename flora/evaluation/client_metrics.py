@@ -6,7 +6,7 @@ from flora.evaluation.declaring import figure, figures_of_spread, of_last
 
 figures_of_spread(
     "client_accuracy",
-    "the server's adapter",
+    "the server's adapter (with ifca its client's cluster's)",
     {"mean": "on clients' own data", "worst_decile": "worst tenth"},
 )
 figures_of_spread(

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+
+
+def over_adapters(measure: Callable[[np.ndarray], float | None], features: np.ndarray) -> float | None:
+    """What is measured of class features `(C, d)`; of those of several adapters `(K, C, d)` the mean, or None."""
+    if features.ndim == 2:
+        return measure(features)
+    found = [each for each in map(measure, features) if each is not None]
+    return sum(found) / len(found) if len(found) == len(features) else None
 
 
 def effective_rank(features: np.ndarray) -> float | None:

@@ -109,6 +109,14 @@ declare(
         "traffic",
     )
 )
+declare(
+    Metric(
+        "cluster_sizes",
+        "clients whose updates were averaged in each cluster, where the server keeps several models (ifca)",
+        "by name",
+        "training",
+    )
+)
 declare(Metric("mean_staleness", "how many rounds old the updates were, in the mean", "number", "traffic"))
 of_last(
     "pseudo_label_coverage",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flora.core.metrics import Figure, Metric, first, last, mean
 from flora.evaluation.accuracy import balanced_accuracy, domain_accuracy
 from flora.evaluation.classification import macro_auroc, macro_f1, reliability, top_accuracy
-from flora.evaluation.collapse import effective_rank, mean_cosine
+from flora.evaluation.collapse import effective_rank, mean_cosine, over_adapters
 from flora.evaluation.declaring import COMPUTED, declare, figure, of_last
 from flora.evaluation.over_rounds import best, rounds_to_accuracy
 
@@ -100,9 +100,9 @@ of_last(
     "server",
     "rank of classes",
 )
-COMPUTED["effective_rank"] = lambda view: effective_rank(view.evaluation.class_features)
+COMPUTED["effective_rank"] = lambda view: over_adapters(effective_rank, view.evaluation.class_features)
 of_last("class_cosine", "mean cosine between the features of different classes", "number", "server", "class cosine")
-COMPUTED["class_cosine"] = lambda view: mean_cosine(view.evaluation.class_features)
+COMPUTED["class_cosine"] = lambda view: over_adapters(mean_cosine, view.evaluation.class_features)
 declare(
     Metric(
         "new_accuracy",

@@ -260,8 +260,9 @@ def _models_key(config: ExperimentConfig, device: torch.device, images: Images) 
     """All that the models depend on: the seed too where their weights are random."""
     seed = config.seed if config.backbone.weights == "random" else None
     parts = config.backbone, config.adapter, config.prompts, config.data.templates, config.speed, images.descriptions
+    own = config.personal if config.personal.has_personal else None
     names = images.class_names, images.new_class_names
-    return "models", seed, repr(parts), names, str(device), config.evaluation.patches is not None
+    return "models", seed, repr(parts), own, names, str(device), config.evaluation.patches is not None
 
 
 def _models(
@@ -295,7 +296,7 @@ def adapted_models(
     reads_patches = config.evaluation.patches is not None or config.adapter.comparison.reads_patches
     clip = replace(clip, reads_patches=reads_patches)
     clip = with_classes(clip, groups, given)
-    adapter = config.adapter.attach(clip)
+    adapter = config.attach(clip)
     templates = config.adapter.templates(given)
     return [
         AdaptedClip(

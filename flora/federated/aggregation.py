@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flora.client.corrections import Cohort
 from flora.core import tree
+from flora.core.clusters import in_cluster
 from flora.core.contracts import called, checked_state, checked_tensor, checked_weights
 from flora.core.errors import DivergedError
 from flora.core.low_rank import aggregation_error, layers, rank_padded, with_any_residual
@@ -17,6 +18,7 @@ from flora.core.states import ClientUpdate, ServerState
 from flora.core.tree import State, StateLike
 from flora.federated.federation import Federation
 from flora.federated.summing import Summed
+from flora.server.aggregators import Aggregator
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,7 @@ def step(
     if federation.ranks is not None:
         deltas = [{name: end[name] - shared[name] for name in updates[0].delta} for end in ends]
     if summed is None:
-        combined = checked_state("server.aggregator", aggregator, aggregator.combine(deltas, weights), deltas[0])
+        combined = _combined(aggregator, [update.cluster for update in updates], deltas, weights)
     else:
         combined = summed.mean(deltas[0])
     require_finite(combined, f"round {round}: what server.aggregator {called(aggregator)} made of finite updates")
@@ -64,12 +66,24 @@ def step(
     adapter = checked_state("server.strategy", strategy, finalized, with_any_residual(state.adapter))
     require_finite(adapter, f"round {round}: what server.strategy {called(strategy)} made of a finite adapter")
     error = None
-    if not strategy.has_personal and summed is None:  # else no product is the server's alone
+    if not strategy.has_personal and strategy.num_clusters == 1 and summed is None:  # else no product is the server's
         averaged: StateLike = adapter
         if not strategy.replaces_mean and layers(adapter):
             averaged = moved_by(shared, combined if aggregator.is_mean else tree.weighted_mean(deltas, weights))
         error = aggregation_error(ends, weights, averaged, state.adapter, federation.engine.processes)
     return Step(adapter, optimizer, correction, error)
+
+
+def _combined(
+    aggregator: Aggregator, clusters: Sequence[int], deltas: Sequence[State], weights: Sequence[float]
+) -> State:
+    """What the aggregator makes of the deltas of each cluster; `clusters` says which one each delta is of."""
+    combined: State = {}
+    for cluster in sorted(set(clusters)):
+        rows = [row for row, each in enumerate(clusters) if each == cluster]
+        made = aggregator.combine([deltas[row] for row in rows], [weights[row] for row in rows])
+        combined |= in_cluster(checked_state("server.aggregator", aggregator, made, deltas[0]), cluster)
+    return combined
 
 
 def _corrected(
@@ -102,6 +116,14 @@ def stepped(federation: Federation, state: ServerState, delta: State) -> tuple[S
     made_by = f"the step of server.optimizer {called(optimizer)} at learning rate {optimizer.learning_rate:g}"
     require_finite(adapter, f"round {state.round + 1}: {made_by}", "; lower server.optimizer.learning_rate")
     return adapter, after
+
+
+def released(federation: Federation, before: State, adapter: State, state: State, round: int) -> tuple[State, State]:
+    """The server's adapter after a round that has come to `adapter`, and its optimizer's state; `before` as there."""
+    optimizer = federation.server.optimizer
+    result, after = optimizer.released(before, adapter, state, round)
+    result = checked_state("server.optimizer", optimizer, result, with_any_residual(adapter))
+    return result, checked_state("server.optimizer", optimizer, after, state)
 
 
 def moved_by(adapter: StateLike, delta: StateLike) -> State:

@@ -64,10 +64,12 @@ class Awaited(NamedTuple):
 class RoundPlan:
     """The plan of a round: the tasks of those who deliver, who was asked, what was broadcast.
 
-    `view` is the server's state as clients see it: its adapter is what they read of the broadcast. `personal_tasks` are
-    the same clients' tasks for adapters that each trains for itself. `downlink_bytes` go to all who were
+    `view` is the server's state as clients see it: its adapter is what they read of the broadcast. `first_tasks` are
+    the same clients' tasks for what stays with them, where they train that before what they send, and `personal_tasks`
+    those for adapters that each trains for itself. `downlink_bytes` go to all who were
     asked, `late_uplink_bytes` come from those who are too late. `awaited` are the clients that
-    were asked and have not arrived by the round's end: none where the server waits for its cohort.
+    were asked and have not arrived by the round's end: none where the server waits for its cohort. `clusters` says
+    which of the server's models each client trains, where there are several.
     """
 
     round: int
@@ -79,6 +81,8 @@ class RoundPlan:
     downlink_bytes: int
     late_uplink_bytes: int = 0
     awaited: Sequence[Awaited] = ()
+    first_tasks: tuple[ClientTask, ...] = ()
+    clusters: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,13 +165,19 @@ class Federation:
                 f"server.strategy: {called(strategy)} trains other tensors in round 2 than in round 1: its class has "
                 "to say `alternates = True`"
             )
+        whole = strategy.initial(adapter)
         return ServerState(
             0,
-            self.server.strategy.initial(adapter),
-            optimizer=self.server.optimizer.init(adapter),
+            whole,
+            optimizer=self.server.optimizer.init(whole),
             correction=self.local.correction.memory(tree.vector_like(trained)),
             privacy={} if self.privacy is None else self.privacy.initial_state(),
         )
+
+    def continued(self, state: ServerState) -> ServerState:
+        """Return the state that the next round works on: its adapter is what clients go on from."""
+        adapter = self.server.optimizer.continued(state.adapter, state.optimizer)
+        return dataclasses.replace(state, adapter=adapter)
 
     def client_state(self, adapter: StateLike) -> ClientState:
         """Return what one client may carry between its rounds: names and shapes."""
@@ -215,7 +225,8 @@ class Federation:
                 "sum_downlink_bytes": sum(traffic.downlink_bytes.values()),
                 "sum_uplink_bytes": sum(traffic.uplink_bytes.values()),
             }
-        locals = [each for each in (self.local, self.personal.in_round(self.local)) if each is not None]
+        others = self.server.strategy.before_the_others(self.local), self.personal.in_round(self.local)
+        locals = [self.local, *(each for each in others if each is not None)]
         return ClientLoad(
             num_steps=lambda client: sum(each.num_steps(len(self.clients[client].train)) for each in locals),
             downlink_bytes=lambda client: self.link.downlink_bytes(broadcast, client),

@@ -47,6 +47,7 @@ def _send(
         num_steps=result.num_steps,
         extra=extra,
         failed_step=failed_step,
+        cluster=plan.clusters.get(client, 0),
     )
     return update, dataclasses.replace(result.state, own=own, feedback=upload.feedback)
 

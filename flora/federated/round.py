@@ -14,10 +14,11 @@ from flora.core.records import Rejection
 from flora.core.states import FRESH, ClientState, ClientUpdate, ServerState
 from flora.core.tree import State
 from flora.engine.tasks import ClientResult
-from flora.federated.aggregation import Step, in_server_terms, step
+from flora.federated.aggregation import Step, in_server_terms, released, step
 from flora.federated.exposure import count_releases, example_epsilon
 from flora.federated.federation import Federation, Received, RoundPlan
 from flora.federated.movement import movement_of
+from flora.federated.phases import train_clients
 from flora.federated.private import private_step
 from flora.federated.receiving import personal_states, send_updates
 from flora.federated.summing import Summed, sum_securely
@@ -62,6 +63,7 @@ class RoundResult:
     sum_epsilon: float | None = None
     clip_norm: float | None = None
     clipped_fraction: float | None = None
+    cluster_sizes: dict[str, int] | None = None
     cohort: tuple[int, ...] | None = ()
 
     def metrics(self) -> dict[str, Any]:
@@ -87,9 +89,10 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     """
     engine, schedule = federation.engine, federation.schedule
     started = engine.seconds()
+    before, state = state.adapter, federation.continued(state)
     plan = schedule.plan(federation, state)
     reports: dict[int, Mapping[str, int]] = {}
-    results = _noted(engine.train(plan.tasks), reports)
+    results = _noted(train_clients(engine, plan), reports)
     received = schedule.receive(plan, send_updates(federation, plan, results))
     received, accepted, rejections = _screened(federation, plan, received)
     summed = sum_securely(federation, plan, accepted)
@@ -109,6 +112,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         adapter, server_losses = _trained_by_server(federation, plan, state.adapter, accepted, adapter)
     if federation.server.strategy.restarts and accepted:
         adapter = {**adapter, **engine.model.adapter.initial_state(plan.rng.child("adapter"))}
+    adapter, optimizer = released(federation, before, adapter, after.optimizer, plan.round)
     clock = state.clock + (plan.outcome.seconds or 0.0)
     result = _result(federation, plan, received, accepted, rejections)
     result = dataclasses.replace(
@@ -124,7 +128,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     )
     if federation.privacy is not None and not federation.privacy.mechanism.publish:
         result = dataclasses.replace(result, cohort=None, rejected_clients=())
-    return ServerState(plan.round, adapter, after.optimizer, after.correction, clock, carried, after.privacy), result
+    return ServerState(plan.round, adapter, optimizer, after.correction, clock, carried, after.privacy), result
 
 
 def _noted(results: Iterable[ClientResult], reports: dict[int, Mapping[str, int]]) -> Iterator[ClientResult]:
@@ -255,5 +259,15 @@ def _result(
         num_dropped=len(outcome.dropped),
         num_late=len(outcome.late),
         mean_staleness=sum(staleness) / len(staleness) if staleness else None,
+        cluster_sizes=_cluster_sizes(federation, accepted),
         cohort=tuple(update.client for update in updates),
     )
+
+
+def _cluster_sizes(federation: Federation, accepted: Sequence[ClientUpdate]) -> dict[str, int] | None:
+    """How many updates were averaged in each cluster; None where there is but one."""
+    number = federation.server.strategy.num_clusters
+    if number == 1:
+        return None
+    counts = np.bincount([update.cluster for update in accepted], minlength=number)
+    return {str(cluster): count for cluster, count in enumerate(counts.tolist())}

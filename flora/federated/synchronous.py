@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from flora.core.registry import register
 from flora.core.states import ClientState, ClientUpdate, ServerState
+from flora.federated.clusters import chosen_clusters
 from flora.federated.federation import Federation, Received, RoundPlan, RoundSchedule
-from flora.federated.planning import personal_tasks, server_tasks
+from flora.federated.planning import first_tasks, personal_tasks, server_tasks
 
 
 @register("synchronous")
@@ -22,7 +23,9 @@ class Synchronous(RoundSchedule):
         broadcast, view = federation.broadcast(state)
         load = federation.load(state, broadcast)
         outcome = federation.participation.outcome(round, state.clock, load, rng)
-        tasks = server_tasks(federation, view, outcome.clients.tolist(), rng)
+        clients = outcome.clients.tolist()
+        clusters = chosen_clusters(federation, view, clients, rng.child("clusters"))
+        tasks = server_tasks(federation, view, clients, rng, clusters)
         return RoundPlan(
             round=round,
             rng=rng,
@@ -33,6 +36,8 @@ class Synchronous(RoundSchedule):
             downlink_bytes=sum(map(load.downlink_bytes, outcome.asked)),
             # What comes too late has travelled all the same.
             late_uplink_bytes=sum(map(load.uplink_bytes, outcome.late.tolist())),
+            first_tasks=first_tasks(federation, view, tasks, rng.child("first")),
+            clusters=clusters,
         )
 
     def receive(self, plan: RoundPlan, trained: Mapping[int, tuple[ClientUpdate, ClientState]]) -> Received:

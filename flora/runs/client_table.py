@@ -24,7 +24,8 @@ CLIENT_COLUMNS: tuple[tuple[str, str], ...] = (
     ("num_rounds", "the rounds in which its update came"),
     ("example_epsilon", "epsilon that its examples have spent by then, where clients train with `local.privacy`"),
     ("rank", "its rank, where clients have their own"),
-    ("accuracy", "accuracy of the server's adapter of the last round on its own held-out examples"),
+    ("cluster", "which of the server's models fits its training examples best, where there are several"),
+    ("accuracy", "accuracy of the server's adapter (its cluster's) of the last round on its own held-out examples"),
     ("loss", "its mean loss on them"),
     ("macro_f1", "its mean F1 on them, over the classes that are labelled or predicted"),
     ("test_accuracy", "accuracy of the same on the common test images"),
@@ -64,6 +65,11 @@ def client_columns(
     }
     if any(client.name is not None for client in clients):
         columns["name"] = [client.name for client in clients]
+    if results.clusters is not None:
+        columns["cluster"] = results.clusters.tolist()
+        if results.test is not None:
+            by_cluster = np.split(results.test.correct, experiment.federation.server.strategy.num_clusters)
+            columns["test_accuracy"] = _cells(np.array([each.mean() for each in by_cluster])[results.clusters])
     if results.own is not None and results.has_own is not None:
         columns["personal_accuracy"] = _cells(results.own)
         columns["personal_adapter"] = ["own" if has_own else "server" for has_own in results.has_own]

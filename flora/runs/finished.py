@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from flora.config.overrides import apply_overrides, override_key
 from flora.config.parse import config_to_dict, parse_config
 from flora.config.plain_yaml import read_yaml
 from flora.config.schema import ExperimentConfig
+from flora.core.clusters import clusters_of
 from flora.core.errors import ConfigError, UserError
 from flora.core.registry import OptionError, suggest
 from flora.core.rng import Rng
@@ -81,21 +83,39 @@ class FinishedRun:
     def adapter_of(self, client: str | None, attached: AttachedAdapter) -> StateLike:
         """What to bind for the server's adapter or, by its name or id, for a client's own, without a client axis.
 
-        Raises `UserError` if there is no such client, or it has no adapter of its own.
+        Where the server keeps several models, a client's is its cluster's. Raises `UserError` if there is no such
+        client, if it has no adapter of its own, or if none is named where there are several models.
         """
+        clusters = clusters_of(self.adapter)
         if client is None:
+            if len(clusters) > 1:
+                raise UserError(f"{self.path}: its server keeps {len(clusters)} models: name a client, for its own")
             return attached.models(self.adapter)[0]
         index = self.client_id(client)
         if not self.config.communication.broadcast.is_identity:
             raise UserError(
                 f"{self.path}: its broadcast is quantised: no client has the server's adapter as this run keeps it"
             )
+        if len(clusters) > 1:
+            return attached.models(clusters[self._cluster(index, len(clusters))])[-1]
         checkpoints = CheckpointFolder(self.path / "checkpoints")
         rounds = checkpoints.rounds()
         own = checkpoints.client(rounds[0], index).own if rounds else {}
         if not own:
             raise UserError(f"{self.path}: client {client} has kept no adapter of its own in this run")
         return attached.models({**self.adapter, **own})[-1]
+
+    def _cluster(self, client: int, number: int) -> int:
+        """The cluster of a client, one of `number`. Raises `UserError` if clients.csv is missing or damaged."""
+        file = self.path / "clients.csv"
+        try:
+            with file.open(newline="", encoding="utf-8") as lines:
+                cluster = int(list(csv.DictReader(lines))[client]["cluster"])
+        except (OSError, ValueError, LookupError, csv.Error):
+            cluster = -1
+        if not 0 <= cluster < number:
+            raise UserError(f"{file}: missing or damaged")
+        return cluster
 
     def client_id(self, client: str) -> int:
         """The id of the client of this name or, where there is none, of this id. Raises `UserError` without either."""

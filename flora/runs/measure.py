@@ -11,6 +11,7 @@ import numpy as np
 
 from flora.clip.towers.towers import AdaptedClip
 from flora.core import tree
+from flora.core.clusters import clusters_of
 from flora.core.memory import peak_memory_bytes
 from flora.core.records import Evaluation, RoundRecord
 from flora.core.states import ServerState
@@ -27,9 +28,11 @@ from flora.evaluation.accuracy import (
 )
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_centralized, train_local_only
 from flora.evaluation.metrics import ServerView, complete, computed
+from flora.evaluation.several import for_each_adapter, of_rows, one_after_the_other
 from flora.evaluation.shares import evaluate_in_shares
 from flora.experiment.build import Experiment
 from flora.features.features import Features
+from flora.federated.clusters import nearest_clusters
 from flora.federated.round import RoundResult
 from flora.runs.other_accuracies import by_template, on_other_data
 
@@ -42,7 +45,8 @@ class ClientResults:
     `has_own` says who has one. `losses` and `macro_f1` are the server's adapter's mean losses and macro F1 on the same
     examples. `own_predictions` `(N, 2)` has a row a held-out example, one client's after the other's: the class that
     its client's own adapter predicts and its probability, NaN where it has none. `test` is the server's adapter on the
-    common test images, if they were evaluated at the same time.
+    common test images, if they were evaluated at the same time. Where the server keeps several models, `clusters`
+    says which of them fits each client best, and `server` and what goes with it are that one's.
     """
 
     server: np.ndarray
@@ -52,6 +56,7 @@ class ClientResults:
     has_own: np.ndarray | None = None
     own_predictions: np.ndarray | None = None
     test: Evaluation | None = None
+    clusters: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,40 +125,46 @@ def measure(
 
 
 def evaluate_test_images(experiment: Experiment, state: ServerState) -> Evaluation:
-    """Evaluate the server's adapter on the common test images."""
+    """Evaluate the server's adapter on the common test images, or each cluster's, one after the other."""
     keeps = experiment.config.evaluation.auroc
-    return _evaluate(experiment, server_stack(state), experiment.test, keep_probabilities=keeps)[0]
+    return one_after_the_other(
+        [_evaluate(experiment, stack, experiment.test, keep_probabilities=keeps)[0] for stack in server_stacks(state)]
+    )
 
 
 def _measure_server(experiment: Experiment, state: ServerState, evaluation: Evaluation) -> dict[str, Any]:
     """Return what a round's record says of the server's adapter; `evaluation` is it on the common test images."""
-    stack = server_stack(state)
-    labels = experiment.test.labels.cpu().numpy()
-    results = computed(ServerView(state, evaluation, labels, experiment.class_names, experiment.test_domains))
+    labels = for_each_adapter(experiment.test.labels.cpu().numpy(), evaluation)
+    domains = experiment.test_domains
+    domains = None if domains is None else for_each_adapter(domains, evaluation)
+    results = computed(ServerView(state, evaluation, labels, experiment.class_names, domains))
     results["unheld_accuracy"] = _mean(unheld_accuracies(evaluation.correct[None], labels, experiment.held_classes))
     is_warm = experiment.federation.server_training.synthetic is not None
     if not state.round and (is_warm or experiment.has_start):
         begun = tree.expand(experiment.initial_adapter, 1)
         name = "warm_up_accuracy" if is_warm else "start_accuracy"
         results[name] = _evaluate(experiment, begun, experiment.test)[0].accuracy
-    accuracy_of = partial(_accuracy, experiment, stack)
+    accuracy_of = partial(_accuracy, experiment, server_stacks(state))
     results |= by_template(experiment, accuracy_of)
     if state.round in (0, experiment.config.rounds):
         results |= on_other_data(experiment, accuracy_of)
     if state.round and not experiment.federation.communication.broadcast.is_identity:
         _, view = experiment.federation.broadcast(state)
-        accuracy = _evaluate(experiment, tree.expand(view.adapter, 1), experiment.test)[0].accuracy
+        accuracy = _accuracy(experiment, server_stacks(view), experiment.federation.engine.model, experiment.test)
         results |= {"broadcast_accuracy": accuracy, "model_privacy_gap": evaluation.accuracy - accuracy}
     if experiment.new is not None:
         new_model, features = experiment.new
-        accuracy = _evaluate(experiment, stack, features, new_model)[0].accuracy
+        accuracy = accuracy_of(new_model, features)
         results |= {"new_accuracy": accuracy, "harmonic_mean": harmonic_mean(evaluation.accuracy, accuracy)}
     return results
 
 
-def _accuracy(experiment: Experiment, stack: StateLike | None, model: AdaptedClip, features: Features) -> float:
-    """The accuracy of an adapter, or of the frozen model without one, in `model` on `features`."""
-    return _evaluate(experiment, stack, features, model)[0].accuracy
+def _accuracy(
+    experiment: Experiment, stacks: Sequence[StateLike | None], model: AdaptedClip, features: Features
+) -> float:
+    """The mean accuracy of adapters `(1, ...)`, or of the frozen model for None, in `model` on `features`."""
+    found = [_evaluate(experiment, stack, features, model)[0].accuracy for stack in stacks]
+    return sum(found) / len(found)
 
 
 def _evaluate(
@@ -191,9 +202,12 @@ def _mean(accuracies: np.ndarray) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def server_stack(state: ServerState) -> tree.State | None:
-    """The server's adapter `(1, ...)`; None in round 0, which is the frozen model: some adapters change it at once."""
-    return tree.expand(state.adapter, 1) if state.round else None
+def server_stacks(state: ServerState) -> list[tree.State | None]:
+    """The server's adapter `(1, ...)`, or one for each cluster.
+
+    None in round 0, which is the frozen model: some adapters change it at once.
+    """
+    return [tree.expand(each, 1) for each in clusters_of(state.adapter)] if state.round else [None]
 
 
 def _figures(whose: str, accuracies: np.ndarray | None, sizes: np.ndarray) -> dict[str, float]:
@@ -211,17 +225,21 @@ def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults
     sizes, federation = experiment.held_out_sizes, experiment.federation
     with_own = clients_with_own_adapters(federation, state)
     server, losses, f1 = (np.full(len(sizes), np.nan) for _ in range(3))
+    stacks, clusters = server_stacks(state), None
+    if len(stacks) > 1:
+        clusters = nearest_clusters(federation, state.adapter, range(len(sizes)))
     if len(experiment.held_out):
-        evaluation = _evaluate(experiment, server_stack(state), experiment.held_out)[0]
+        found = [_evaluate(experiment, stack, experiment.held_out)[0] for stack in stacks]
+        evaluation = found[0] if clusters is None else of_rows(found, np.repeat(clusters, sizes))
         server, losses = client_means(evaluation.correct, sizes), client_means(evaluation.losses, sizes)
         labels = experiment.held_out.labels.cpu().numpy()
         f1 = client_macro_f1(labels, evaluation.predicted, sizes, len(experiment.class_names))
     if with_own is None:
-        return ClientResults(server, losses, f1)
+        return ClientResults(server, losses, f1, clusters=clusters)
     predictions = np.full((len(experiment.held_out), 2), np.nan)
     for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
-        found = _of_blocks(experiment, clients, adapters, partial(_predicted_of_held_out, experiment))
-        predictions[np.concatenate(_held_out_of(experiment, clients))] = found
+        said = _of_blocks(experiment, clients, adapters, partial(_predicted_of_held_out, experiment))
+        predictions[np.concatenate(_held_out_of(experiment, clients))] = said
     is_own = np.isin(np.arange(len(sizes)), with_own)
     right = predictions[:, 0] == experiment.held_out.labels.cpu().numpy()
     own = np.where(is_own, client_means(right, sizes), server)

@@ -18,9 +18,10 @@ from flora.core.states import ServerState
 from flora.evaluation.accuracy import domain_accuracy
 from flora.evaluation.classification import NUM_BINS, confusion, macro_f1, reliability
 from flora.evaluation.predicting import most_probable, predict
+from flora.evaluation.several import for_each_adapter
 from flora.experiment.build import Experiment
 from flora.features.features import Features
-from flora.runs.measure import ClientResults, evaluate_test_images, server_stack
+from flora.runs.measure import ClientResults, evaluate_test_images, server_stacks
 
 # What `predictions.csv` says of a held-out image with its client's own adapter, where clients have one.
 OWN_COLUMNS = ("own_predicted", "own_probability")
@@ -38,16 +39,19 @@ class Table:
 def last_tables(experiment: Experiment, state: ServerState, clients: ClientResults) -> dict[str, Table]:
     """The tables of the server's adapter after the last round, by file name.
 
-    Of `predictions.csv` only what the model says; `with_images` adds whose each image is.
+    Where it keeps several models, each test image is there once for each. Of `predictions.csv` only what the model
+    says; `with_images` adds whose each image is.
     """
     evaluation = clients.test or evaluate_test_images(experiment, state)
-    labels, names = experiment.test.labels.cpu().numpy(), experiment.class_names
+    labels = for_each_adapter(experiment.test.labels.cpu().numpy(), evaluation)
+    domains, names = experiment.test_domains, experiment.class_names
+    domains = None if domains is None else for_each_adapter(domains, evaluation)
     tables = {
         "confusion.csv": confusion_table(labels, evaluation, names),
         "reliability.csv": reliability_table(evaluation),
     }
-    if domain_accuracy(evaluation, experiment.test_domains) is not None and experiment.test_domains is not None:
-        tables["domains.csv"] = domain_table(labels, evaluation, experiment.test_domains, len(names))
+    if domain_accuracy(evaluation, domains) is not None and domains is not None:
+        tables["domains.csv"] = domain_table(labels, evaluation, domains, len(names))
     number = experiment.config.evaluation.predictions
     if number:
         columns, rows = prediction_columns(number), _predictions(experiment, state, number)
@@ -111,7 +115,7 @@ def _predictions(experiment: Experiment, state: ServerState, number: int) -> Ite
     for own, features in splits:
         labels, names = iter(features.labels.tolist()), own.class_names
         for logits in predict(
-            own, server_stack(state), features, batch_size=config.batch_size, prediction=config.prediction
+            own, server_stacks(state)[0], features, batch_size=config.batch_size, prediction=config.prediction
         ):
             for classes, probabilities in zip(*most_probable(logits, number), strict=True):
                 cells = [

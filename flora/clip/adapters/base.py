@@ -45,12 +45,19 @@ class AttachedAdapter(ABC):
     """From which of a step's models on the loss is of them; those before are there for the adapter's terms to read."""
     adapt_block: Callable[[int, Tensor], Tensor] | None = None
     """Changes what a block of the vision tower gets, `(K * B, T, width)`; its number is counted from 1."""
+    adapt_text_block: Callable[[Tensor | None, int, Tensor], Tensor] | None = None
+    """The same of the text tower, `(K * G, M, width)`; before the number, which learned vector stands in each slot."""
+    after_block: Callable[[str, int, Tensor, Tensor], Tensor] | None = None
+    """Changes what a block of a tower gives, from the tower's name, the block's number counted from 1, what it got and
+    what it gives, both `(N, R, width)` and client-major."""
     place_shares: tuple[float, ...] | None = None
     """How much each of a class's T prompts counts in its mean; None: all alike."""
     reads_names = False
     """Whether `adapt_tokens_by_names` takes the place of `adapt_tokens`."""
     reads_held_classes = False
     """Whether a local step binds it with `HELD_CLASSES` `(K, C)`, True for the classes of each client's examples."""
+    frozen_templates: tuple[str, ...] | None = None
+    """Those of the classes' frozen features, means over templates, that losses compare with; None: the prompts' own."""
     loss_terms: tuple[LossTerm, ...] = ()
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
     project: Callable[[StateLike, StateLike, Sequence[torch.Generator]], StateLike] | None = None
@@ -156,6 +163,11 @@ class Adapter(Component):
     def adds_image_tokens(self) -> bool:
         """Whether the vision tower gets more tokens than those of the image."""
         return False
+
+    @property
+    def takes_fewer_tokens(self) -> bool:
+        """Whether the vision tower may go on with fewer tokens of an image."""
+        return not self.adds_image_tokens
 
     @property
     def changes_images(self) -> bool:

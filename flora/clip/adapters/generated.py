@@ -112,7 +112,7 @@ class AttachedFedTpg(AttachedContext):
         if self.stack is None:
             return x
         assert learned is not None
-        return put_vectors(x, self._generate(self.stack, names), self._positional[positions], learned)
+        return put_vectors(x, self._generate(self.stack, names), learned, self._positional[positions])
 
     def _generate(self, stack: StateLike, names: Tensor) -> Tensor:
         """Each client's context `(K, n, text width)`, from the features of names `(C, embed_dim)`."""

@@ -79,14 +79,16 @@ class PromptContext(FitsEveryModel):
 class AttachedContext(AttachedBeside):
     """Its state dict is `context`: `(n, text width)` for n vectors, `(C, n, text width)` where classes have their own.
 
-    The first of them stand behind the prompt's first token, the others before its full stop.
+    The first of them stand behind the prompt's first token, the others before its full stop. Where only the first
+    `num_learned` of a context before the class name are learned, its other words stay.
     """
 
-    def __init__(self, options: PromptContext, clip: FrozenClip) -> None:
+    def __init__(self, options: PromptContext, clip: FrozenClip, num_learned: int | None = None) -> None:
         super().__init__(clip)
         self.trained_from["text"] = 1
         self._is_class_specific, text = options.class_specific, clip.text
         tokens = [words_of(clip, half) for half in options.halves]
+        tokens[0] = tokens[0][:num_learned]
         self._num_before, number = len(tokens[0]), len(tokens[0]) + len(tokens[1])
         # Copies, because the embeddings leave memory with the stem.
         self._positional = text.positional_embedding.detach().clone()
@@ -115,7 +117,7 @@ class AttachedContext(AttachedBeside):
         if self.stack is None:
             return x
         assert learned is not None
-        return put_vectors(x, self.stack["context"].flatten(1, -2), self._positional[positions], learned)
+        return put_vectors(x, self.stack["context"].flatten(1, -2), learned, self._positional[positions])
 
 
 def context_places(ends: Tensor, length: int, number: int, num_before: int) -> Tensor:
@@ -138,8 +140,8 @@ def context_places(ends: Tensor, length: int, number: int, num_before: int) -> T
     return places
 
 
-def put_vectors(x: Tensor, vectors: Tensor, positional: Tensor, learned: Tensor) -> Tensor:
-    """Put learned vectors `(K, V, width)` into embedded prompts `x` `(K * G, M, width)`, each client's into its own.
+def put_vectors(x: Tensor, vectors: Tensor, learned: Tensor, positional: Tensor | float = 0.0) -> Tensor:
+    """Put learned vectors `(K, V, width)` into prompts `x` `(K * G, M, width)`, each client's into its own.
 
     `learned` `(K * G, M)` says which stands where, -1 where none does; `positional` `(K * G, M, width)` is
     added to them.

@@ -6,7 +6,8 @@ gradients; what they give is all that training and evaluation ever see.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 from flora.clip.adapters.base import AttachedAdapter
 from flora.clip.comparison import COSINES, Comparison
 from flora.clip.frozen import FrozenClip
+from flora.clip.towers.blocks import AroundBlocks
 from flora.clip.towers.layout import Layout, Prompts
 from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
-from flora.clip.towers.text import MAX_TEXT_TOKENS, TextTower, features_of_names
+from flora.clip.towers.text import MAX_TEXT_TOKENS, TextTower, frozen_features
 from flora.clip.towers.vision import VisionTower
 from flora.core.rng import Rng
 from flora.core.tree import State
@@ -51,13 +53,14 @@ class AdaptedClip:
         self.prompts = self.text.prompts(class_names, templates, self.descriptions, adapter.learned_places)
         self._learned = None if self.prompts.learned is None else self.prompts.learned.flatten().to(self.device)
         self._shares = _shares(self.prompts, adapter.place_shares, clip.dtype, self.device)
-        self._names = features_of_names(clip, class_names) if adapter.reads_names else None
+        self._names = frozen_features(clip, class_names, ("{}",)) if adapter.reads_names else None
         self._text_stem = self.text.stem(self.prompts)
         self._selects = speed.batch_classes and not adapter.has_dropout and self.text.trains_blocks
         # For all classes, each for more clients than the one before. None is dropped: recorded steps point into them.
         self._layouts = [self.prompts.for_clients(1).to(self.device)]
         self._frozen_features = self._encode_classes(self._layouts[0], self._shares) if self.text.is_frozen else None
-        self._unadapted: Tensor | None = None
+        compared = adapter.frozen_templates
+        self._unadapted = None if compared is None else frozen_features(clip, class_names, compared)
         self._unadapted_prompts: Tensor | None = None
 
     @property
@@ -98,7 +101,12 @@ class AdaptedClip:
 
     def _encode_images(self, stem: Tensor) -> Tensor:
         x = self.adapter.adapt_patches(stem)
-        return self.vision.suffix(x, self.adapter.adapt_block).to(self.clip.dtype)
+        around = AroundBlocks(self.adapter.adapt_block, self._after("vision"))
+        return self.vision.suffix(x, around).to(self.clip.dtype)
+
+    def _after(self, tower: str) -> Callable[[int, Tensor, Tensor], Tensor] | None:
+        """What the adapter does behind the blocks of a tower, if it does something there."""
+        return None if self.adapter.after_block is None else partial(self.adapter.after_block, tower)
 
     def class_features(self, num_clients: int, classes: Tensor | None = None) -> Tensor:
         """Unit text features, `(K, C, embed_dim)`: of all classes, or of each client's own `classes` `(K, C)`.
@@ -175,17 +183,27 @@ class AdaptedClip:
 
     def _encode_prompts(self, layout: Layout, num_places: int | None) -> Tensor:
         """Unit features `(K, C, T, embed_dim)` of a layout's prompts, `num_places` (None: T) of each class."""
-        features = self.text.suffix(self._text_stem, layout, self._adapt_tokens).to(self.clip.dtype)
+        around = AroundBlocks(self._before_text_blocks(layout), self._after("text"))
+        features = self.text.suffix(self._text_stem, layout, self._adapt_tokens, around).to(self.clip.dtype)
         places = num_places or self.prompts.num_places
         return F.normalize(features, dim=-1).unflatten(0, (layout.num_clients, -1, places))
 
     def _adapt_tokens(self, x: Tensor, layout: Layout) -> Tensor:
-        learned = self._learned
-        if learned is not None:
-            learned = learned.view_as(layout.positions) if layout.slots is None else learned[layout.slots]
+        learned = self._learned_in(layout)
         if self._names is None:
             return self.adapter.adapt_tokens(x, layout.positions, learned)
         return self.adapter.adapt_tokens_by_names(x, layout.positions, learned, self._names)
+
+    def _before_text_blocks(self, layout: Layout) -> Callable[[int, Tensor], Tensor] | None:
+        """What the adapter does to what the text tower's blocks get, if it does something there."""
+        adapt = self.adapter.adapt_text_block
+        return None if adapt is None else partial(adapt, self._learned_in(layout))
+
+    def _learned_in(self, layout: Layout) -> Tensor | None:
+        """Which learned vector stands in each slot of a layout, `(K * G, M)`, if there are any."""
+        if self._learned is None:
+            return None
+        return self._learned.view_as(layout.positions) if layout.slots is None else self._learned[layout.slots]
 
     def draw_places(self, rngs: Iterable[Rng]) -> Tensor | None:
         """Draw one prompt of each class for each of K clients, from its own stream: their places `(K, C)`, on the CPU.

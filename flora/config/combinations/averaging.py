@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from flora.client.corrections import NoCorrection
+from flora.client.local_training import LocalTraining
 from flora.clip.adapters.lora import Lora
 from flora.config.combinations.rule import (
     Rule,
     has_personal,
+    has_second,
     is_plain_mean,
+    keeps_own,
     remembers,
-    trains_own,
 )
+from flora.config.schema import ExperimentConfig
 from flora.server.aggregators import Mean
 from flora.server.strategies.base import Strategy
 
@@ -41,6 +45,25 @@ AVERAGING: tuple[Rule, ...] = (
         "nor where A and B get another basis each round (flexlora)",
         lambda c: c.local.optimizer_state == "kept" and c.server.strategy.changes_basis,
         "expected fresh, because the strategy gives A and B another basis each round",
+    ),
+    Rule(
+        "local.optimizer_state",
+        "nor where clients train what stays with them and what they send one after the other (fedrep)",
+        lambda c: c.local.optimizer_state == "kept" and _has_phases(c),
+        "expected fresh, because clients train what stays with them and what they send one after the other",
+    ),
+    Rule(
+        "server.strategy",
+        "a strategy that has clients train what stays first (fedrep) needs an adapter that keeps nothing by itself",
+        lambda c: _has_phases(c) and c.adapter.has_personal,
+        "{strategy} says what stays and is trained first: expected an adapter that keeps nothing by itself, got "
+        "{adapter}",
+    ),
+    Rule(
+        "local.privacy",
+        "and no private gradients: what travels is trained beside tensors that no noise covers",
+        lambda c: _has_phases(c) and c.local.privacy is not None,
+        "expected none, because with {strategy} what travels is trained beside tensors that were trained before",
     ),
     Rule(
         "communication.error_feedback",
@@ -100,22 +123,42 @@ AVERAGING: tuple[Rule, ...] = (
     ),
     Rule(
         "personal",
-        "ditto needs an adapter of which no tensor stays with its client anyway",
-        lambda c: trains_own(c) and has_personal(c),
+        "ditto and apfl need an adapter of which no tensor stays with its client anyway",
+        lambda c: has_second(c) and keeps_own(c),
         "{personal} can't be used, because some of the adapter's tensors stay with their clients anyway",
     ),
     Rule(
         "personal",
         "and a strategy that keeps the basis of A and B",
-        lambda c: trains_own(c) and c.server.strategy.changes_basis,
+        lambda c: has_second(c) and c.server.strategy.changes_basis,
         "{personal} can't be used, because the strategy gives A and B another basis each round, and a distance from "
         "them means nothing",
     ),
     Rule(
         "personal",
         "and one without a residual",
-        lambda c: trains_own(c) and c.server.strategy.keeps_residual,
+        lambda c: has_second(c) and c.server.strategy.keeps_residual,
         "{personal} can't be used, because the strategy restarts or corrects the adapter by a residual",
+    ),
+    Rule(
+        "personal",
+        "apfl, whose copies share their steps, needs steps in which each has its own gradient alone: no "
+        "local.clip_norm, no local.privacy, no correction",
+        lambda c: c.personal.has_personal and _couples_gradients(c.local),
+        "{personal} can't be used with local.clip_norm, local.privacy or local.correction, which would make the step "
+        "of what travels depend on what stays",
+    ),
+    Rule(
+        "adapter.start",
+        "and copies that begin at random, as the adapter does",
+        lambda c: c.personal.has_personal and isinstance(c.adapter, Lora) and bool(c.adapter.start),
+        "expected none, because the copies of {personal} begin where an adapter without a file does",
+    ),
+    Rule(
+        "clients.ranks",
+        "and no clients' own ranks",
+        lambda c: c.personal.has_personal and c.clients.ranks is not None,
+        "expected none, because the copies of {personal} have all ranks",
     ),
     Rule(
         "clients.ranks",
@@ -143,3 +186,13 @@ AVERAGING: tuple[Rule, ...] = (
         "expected communication.broadcast and communication.upload to lose nothing",
     ),
 )
+
+
+def _has_phases(config: ExperimentConfig) -> bool:
+    """Whether clients train what stays with them before what they send."""
+    return config.server.strategy.before_the_others(config.local) is not None
+
+
+def _couples_gradients(local: LocalTraining) -> bool:
+    """Whether a tensor's step depends on more than its gradient: on those of others, or on where it began."""
+    return local.clip_norm is not None or local.privacy is not None or not isinstance(local.correction, NoCorrection)

@@ -37,6 +37,11 @@ def is_plain_mean(config: ExperimentConfig) -> bool:
 
 def has_personal(config: ExperimentConfig) -> bool:
     """Whether some tensors stay with their clients."""
+    return keeps_own(config) or config.personal.has_personal
+
+
+def keeps_own(config: ExperimentConfig) -> bool:
+    """Whether the strategy or the adapter leaves some tensors with their clients."""
     return config.server.strategy.has_personal or config.adapter.has_personal
 
 
@@ -45,5 +50,15 @@ def trains_own(config: ExperimentConfig) -> bool:
     return config.personal.in_round(config.local) is not None
 
 
+def has_second(config: ExperimentConfig) -> bool:
+    """Whether clients have a second adapter, or a copy of its tensors, from round to round."""
+    return trains_own(config) or config.personal.has_personal
+
+
 def waits_for_buffer(config: ExperimentConfig) -> bool:
     return config.server.schedule.waits_for_buffer
+
+
+def server_trains(config: ExperimentConfig) -> bool:
+    """Whether the server trains the adapter by itself."""
+    return any((config.server.synthetic, config.server.distillation, config.server.text_rounds))

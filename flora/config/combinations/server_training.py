@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from flora.clip.adapters.lora import Lora
-from flora.config.combinations.rule import Rule, has_personal, waits_for_buffer
-from flora.config.schema import ExperimentConfig
+from flora.config.combinations.rule import Rule, has_personal, server_trains, waits_for_buffer
 from flora.server.aggregators import Mean
 
 SERVER_TRAINING: tuple[Rule, ...] = (
@@ -19,7 +18,7 @@ SERVER_TRAINING: tuple[Rule, ...] = (
         "a server that trains by itself (server.synthetic, distillation, text_rounds) needs a strategy and an adapter "
         "of which no tensor stays with its client, without a residual, and that do not start anew each round",
         lambda c: (
-            _server_trains(c) and (has_personal(c) or c.server.strategy.restarts or c.server.strategy.keeps_residual)
+            server_trains(c) and (has_personal(c) or c.server.strategy.restarts or c.server.strategy.keeps_residual)
         ),
         "{strategy} with adapter {adapter} can't be used where the server trains by itself (server.synthetic, "
         "server.distillation, server.text_rounds)",
@@ -55,8 +54,3 @@ SERVER_TRAINING: tuple[Rule, ...] = (
         "expected none: updates of a buffered schedule come from different rounds",
     ),
 )
-
-
-def _server_trains(config: ExperimentConfig) -> bool:
-    """Whether the server trains the adapter by itself."""
-    return any((config.server.synthetic, config.server.distillation, config.server.text_rounds))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from flora.config.combinations.averaging import AVERAGING
+from flora.config.combinations.clusters import CLUSTERS
 from flora.config.combinations.comparison import COMPARISON
 from flora.config.combinations.example_privacy import EXAMPLE_PRIVACY
 from flora.config.combinations.privacy import PRIVACY
@@ -21,6 +22,7 @@ from flora.core.registry import Component, OptionError, name_of
 
 RULES: tuple[Rule, ...] = (
     *AVERAGING,
+    *CLUSTERS,
     *ROUNDS,
     *SERVER_TRAINING,
     *TRAINING,

@@ -62,13 +62,14 @@ TRAINING: tuple[Rule, ...] = (
     ),
     Rule(
         "backbone.tokens",
-        "fewer tokens of an image need an adapter that adds none (visual_prompt)",
-        lambda c: not c.backbone.tokens.is_idle and c.adapter.adds_image_tokens,
-        "expected all, because {adapter} adds tokens to those of the image",
+        "fewer tokens of an image need an adapter that adds none (visual_prompt, maple, prompt_src) and changes none "
+        "behind a block (pfedmma)",
+        lambda c: not c.backbone.tokens.is_idle and not c.adapter.takes_fewer_tokens,
+        "expected all, because {adapter} needs all tokens of an image",
     ),
     Rule(
         "evaluation.patches",
-        "and so does what patches add to a similarity",
+        "what patches add to a similarity needs an adapter that adds none to those of the image",
         lambda c: c.evaluation.patches is not None and c.adapter.adds_image_tokens,
         "expected none, because {adapter} adds tokens to those of the image",
     ),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from flora.client.corrections import NoCorrection
+from flora.client.local_training import LocalTraining
 from flora.core.registry import OptionError, option, register
 from flora.server.strategies.base import Strategy
 
@@ -49,6 +51,42 @@ class FedPer(Strategy):
 
     def broadcasts(self, name: str) -> bool:
         return not self.stays(name)
+
+
+@register("fedrep")
+@dataclass(frozen=True)
+class FedRep(FedPer):
+    """What stays is trained first, then what travels, each while the other is frozen (FedRep, arXiv:2102.07078).
+
+    Algorithm 1: a client goes on with its own tensors beside those that the server sent, for `own_epochs` passes or
+    `own_steps` steps, and then takes the steps of `local` with what travels beside the tensors that it came to. Who
+    does not take part keeps what it had. What each phase draws, and its optimiser, are its own.
+    Differs from the authors' code, where one optimiser with momentum goes through both phases, and clients train their
+    heads once more before they are tested (`personal: fine_tuning` trains all of it).
+    """
+
+    own_epochs: int = option(
+        "passes over a client's examples that train what stays, before those of `local`",
+        1,
+        at_least=1,
+        at_most=1_000_000,
+    )
+    own_steps: int | None = option(
+        "steps that train what stays, the same for every client, in place of `own_epochs`",
+        None,
+        at_least=1,
+        at_most=10_000_000,
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.own_steps is not None and self.own_epochs != 1:
+            raise OptionError("own_steps", "give either `own_steps` or `own_epochs`, not both")
+
+    def before_the_others(self, local: LocalTraining) -> LocalTraining | None:
+        epochs = 1 if self.own_steps is not None else self.own_epochs
+        alone = replace(local, optimizer_state="fresh", correction=NoCorrection())
+        return replace(alone, epochs=epochs, steps=self.own_steps)
 
 
 def _shown(names: Sequence[str], most: int = 6) -> str:

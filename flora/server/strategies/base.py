@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from flora.client.local_training import LocalTraining
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.lora import Lora
 from flora.core.registry import Component, OptionError, name_of, option
@@ -51,6 +52,19 @@ class Strategy(Component):
     def stays(self, name: str) -> bool:
         """Whether clients train this tensor, but keep it to themselves: each has its own."""
         return False
+
+    @property
+    def num_clusters(self) -> int:
+        """How many models the server keeps: each client trains one of them."""
+        return 1
+
+    def is_random(self, round: int) -> bool:
+        """Whether the clients of a round, counted from 1, take one of several models by chance."""
+        return False
+
+    def before_the_others(self, local: LocalTraining) -> LocalTraining | None:
+        """Return how clients train what stays with them before they train what they send; None: all of it at once."""
+        return None
 
     def broadcasts(self, name: str) -> bool:
         """Whether the server sends this tensor. What never changes is known to all from a shared seed."""
