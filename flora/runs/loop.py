@@ -319,6 +319,7 @@ class _Run:
             self.records,
             name=self.directory.path.resolve().name,
             num_clients=len(federation.clients),
+            num_unseen=len(experiment.unseen),
             **local_only_figures(local_only),
             **compare_held_out(clients, local_only),
             wall_seconds=self.saver.wall_seconds,

@@ -100,6 +100,12 @@ TRAINING: tuple[Rule, ...] = (
         "expected false: with clients.centralized the run itself trains on all images in one place",
     ),
     Rule(
+        "clients.held_out_fraction",
+        "clients that never train need others that do (no clients.centralized)",
+        lambda c: bool(c.clients.held_out_fraction) and c.clients.centralized,
+        "expected 0, because with clients.centralized there is one client, with the images of all",
+    ),
+    Rule(
         "local.self_training",
         "self-training needs images without a label",
         lambda c: c.local.self_training is not None and c.clients.labelled_fraction == 1,
