@@ -179,8 +179,8 @@ def audit_parser() -> Parser:
         type=_even,
         default=8,
         metavar="N",
-        help="runs with half of the examples that the likelihood ratio attack compares with: an even number; 0: no "
-        "such attack (default: %(default)s)",
+        help="runs with half of the examples, or of the clients, that the likelihood ratio attacks compare with: an "
+        "even number; 0: no such attack (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds",

@@ -60,7 +60,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "poisson": {"clients": {"cohort": {"fraction": 0.7}}},
     **{name: {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5}} for name in ("central", "local", "tree")},
     "distributed_discrete_gaussian": {
-        "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5},
+        "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5, "encoding": "rotated"},
         "server": {"secure_sum": "pairwise_masks"},
     },
     "directions": {"canaries": {"number": 3}},

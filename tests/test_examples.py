@@ -55,7 +55,7 @@ from flora.config.rules import check_experiment
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
-from flora.core.registry import components
+from flora.core.registry import components, name_of
 from flora.core.rng import Rng
 from flora.core.states import ClientState, ClientUpdate
 from flora.core.tree import State
@@ -193,6 +193,37 @@ def test_bounded_gradients_are_those_of_a_loop_over_examples(
             losses, sums = compute(flat.matrix, batch.of_clients(0, clients))
             torch.testing.assert_close(sums, torch.stack(expected[:clients]), atol=TOLERANCE, rtol=0)
             assert torch.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("draws", [False, True], ids=["all prompts", "drawn ones"])
+@pytest.mark.parametrize("adapter", ["head", "feature adapter", "attention"])
+def test_heads_and_feature_adapters_make_no_gradient_of_an_example(
+    tiny_model: str, adapter: str, draws: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their closed form is what the gradients give, whichever of the tensors are trained."""
+    model = adapt(tiny_model, ADAPTERS[adapter], templates=("a photo of a {}.", "the {}."))
+    mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+    stack, batch, loss = random_stack(model, 3), batch_of(model, mask), Loss.of(LOCAL, model.adapter)
+    if draws:
+        batch = dataclasses.replace(batch, drawn=model.draw_places(Rng(client) for client in range(3)))
+    assert loss.from_logits
+    for trained in (None, *((name,) for name in stack)):
+        flat = FlatStack(stack, model.device, trained)
+        by_gradients = bounded_gradient_function(
+            model, dataclasses.replace(loss, from_logits=False), flat, PRIVATE, {}
+        )(flat.matrix, batch)
+        with monkeypatch.context() as patch:
+            patch.setattr(ExamplePrivacy, "clipped_sums", lambda *tensors: pytest.fail("it made gradients of examples"))
+            found = bounded_gradient_function(model, loss, flat, PRIVATE, {})(flat.matrix, batch)
+        for one, other in zip(found, by_gradients, strict=True):
+            torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=0)
+        assert found[1].shape == (3, flat.num_trained) and not found[1][2].any()
+
+
+@pytest.mark.parametrize("penalty", [Anchor(weight=0.5), Distillation(weight=0.5)], ids=name_of)
+def test_with_a_penalty_they_do(tiny_model: str, penalty: Penalty) -> None:
+    model = adapt(tiny_model, LinearHead())
+    assert not Loss.of(dataclasses.replace(LOCAL, penalty=penalty), model.adapter).from_logits
 
 
 def test_as_many_examples_go_in_at_once_as_caches_and_memory_are_good_for(

@@ -70,6 +70,23 @@ class StepView:
         return self.logit_scale * self.frozen_more[name] @ self.frozen_classes.mT
 
 
+@dataclass(frozen=True, eq=False)
+class LogitsView(StepView):
+    """What a loss sees that reads logits alone: those that are `known`, `(K, B, C)`. It has no features."""
+
+    known: Tensor = field(kw_only=True)
+
+    @classmethod
+    def of(cls, logits: Tensor, logit_scale: Tensor, batch: Mapping[str, Tensor]) -> LogitsView:
+        """Return the view of a step's logits `(K, B, C)` and the tensors of its batch."""
+        none = logits.new_empty(0)
+        return cls(none, none, logit_scale, batch, known=logits)
+
+    @property
+    def logits(self) -> Tensor:
+        return self.known
+
+
 class LossTerm(Protocol):
     """A term of the loss: a number for each client of a step, independent of the others."""
 

@@ -27,12 +27,13 @@ class Loss:
     """What a step minimises: the sum of terms, each with the setting that it comes from.
 
     It is of the models of a step from `first_model` on. The gradient of a `guide`, if there is one, is not added to
-    that of the terms but changes it.
+    that of the terms but changes it. `from_logits` says that nothing of it looks at features.
     """
 
     terms: tuple[tuple[str, LossTerm], ...]
     first_model: int = 0
     guide: Guide | None = None
+    from_logits: bool = False
 
     @classmethod
     def of(cls, local: LocalTraining, adapter: AttachedAdapter) -> Loss:
@@ -43,7 +44,9 @@ class Loss:
             terms.append(("local.penalty", local.penalty))
         if local.active_self_training is not None:
             terms.append(("local.self_training", SelfTrainingTerm(local.active_self_training)))
-        return cls((*terms, *(("adapter", term) for term in adapter.loss_terms)), adapter.first_loss_model, guide)
+        terms += (("adapter", term) for term in adapter.loss_terms)
+        from_logits = len(terms) == 1 and guide is None and local.objective.from_logits
+        return cls(tuple(terms), adapter.first_loss_model, guide, from_logits)
 
     @property
     def in_batch(self) -> bool:
@@ -87,13 +90,13 @@ class Loss:
 class FlatStack:
     """K adapters as one matrix `(K, P)`, so that an optimiser's step is a few operations however many layers there are.
 
-    The tensors called `trained` have the first `num_trained` columns. The matrix is a copy; `state` and `leaves` are
-    views into it, or into another of its kind.
+    Those called `trained`, in this order, have the first `num_trained` columns. The matrix is a copy; `state` and
+    `leaves` are views into it, or into another of its kind.
     """
 
     def __init__(self, stack: StateLike, device: torch.device, trained: Collection[str] | None = None) -> None:
-        self._trained = list(stack) if trained is None else [name for name in stack if name in trained]
-        self._shapes = {name: stack[name].shape[1:] for name in self._trained}
+        self.trained = [name for name in stack if trained is None or name in trained]
+        self._shapes = {name: stack[name].shape[1:] for name in self.trained}
         self.num_trained = sum(shape.numel() for shape in self._shapes.values())
         self._shapes |= {name: tensor.shape[1:] for name, tensor in stack.items()}
         size = len(next(iter(stack.values())))
@@ -109,7 +112,7 @@ class FlatStack:
 
     def gradients(self, matrix: Tensor) -> State:
         """The rows of gradients `(K, num_trained)` as a state dict of the trained tensors alone, `(K, ...)`."""
-        return self._split(self._trained, matrix)
+        return self._split(self.trained, matrix)
 
     def _split(self, names: Sequence[str], matrix: Tensor) -> State:
         shapes = [self._shapes[name] for name in names]
@@ -121,17 +124,17 @@ class FlatStack:
 
     def trained_part(self, matrix: Tensor) -> State:
         """The rows of a matrix `(K, P)` as a state dict of the trained tensors alone, `(K, ...)`."""
-        return {name: tensor for name, tensor in self.state(matrix).items() if name in self._trained}
+        return {name: tensor for name, tensor in self.state(matrix).items() if name in self.trained}
 
     @property
     def layout(self) -> tuple[int, tuple[str, ...]]:
         """What the columns mean: how many tensors are trained, and the names of all in their order."""
-        return len(self._trained), tuple(self._shapes)
+        return len(self.trained), tuple(self._shapes)
 
     def leaves(self, matrix: Tensor) -> tuple[State, list[Tensor]]:
         """The rows of a matrix `(K, P)` as detached tensors; also those that are trained, as leaves for autograd."""
         state = {name: tensor.detach() for name, tensor in self.state(matrix).items()}
-        return state, [state[name].requires_grad_() for name in self._trained]
+        return state, [state[name].requires_grad_() for name in self.trained]
 
 
 def gradient_function(

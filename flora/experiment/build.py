@@ -248,6 +248,7 @@ def _initial_adapter(federation: Federation, start: State, rng: Rng, log: Callab
     adapter = {**federation.engine.model.initial_adapter(rng.child("adapter")), **start}
     with below("server"):
         federation.server.strategy.check_names(tuple(adapter))
+    check_sums(federation, adapter)
     synthetic = federation.server_training.synthetic
     if synthetic is None:
         return adapter
@@ -358,7 +359,6 @@ def _federation(
         ranks=ranks_of(config, len(clients), rng.child("ranks")),
         privacy=_private_rounds(config, len(clients), engine.log),
     )
-    check_sums(federation)
     return federation
 
 

@@ -253,7 +253,7 @@ def averaged(name: str, runs: Sequence[Mapping[int, tuple[float, float]]], style
 
 
 def _overlaid(groups: Sequence[Group]) -> Html:
-    """Accuracies and loss of all groups over rounds, over bytes and over simulated time, as far as they have them."""
+    """Accuracies and loss of all groups over rounds, bytes, simulated time and privacy, as far as they have these."""
     found, some = [], groups[:MAX_LINES]
     for title, metric in (
         ("Accuracy", "accuracy"),
@@ -286,6 +286,7 @@ def _axes(groups: Sequence[Group]) -> dict[str, tuple[str, Places]]:
         "rounds": ("round", rounds),
         "bytes": (charts.SENT, {key: charts.scaled(each, 1e6) for key, each in sent.items() if max(each.values())}),
         "simulated time": (f"simulated {unit}", {key: charts.scaled(each, length) for key, each in clocks.items()}),
+        "privacy spent": (charts.SPENT, {id(run): each for run in runs if (each := charts.spent(run)) is not None}),
     }
 
 

@@ -61,6 +61,8 @@ class AttachedAdapter(ABC):
     loss_terms: tuple[LossTerm, ...] = ()
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
     project: Callable[[StateLike, StateLike, Sequence[torch.Generator]], StateLike] | None = None
+    is_linear = False
+    """Whether linear layers on features of images, each used once, are all that it trains: see `AttachedBeside`."""
     learned_context: Mapping[str, Any] | None = None
     """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
     comparison: Comparison = COSINES

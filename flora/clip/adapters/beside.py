@@ -22,9 +22,26 @@ from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 
 
-class AttachedBeside(AttachedAdapter):
-    """An adapter outside of the frozen model: `stack` is its tensors `(K, ...)` while they are bound, else None."""
+@dataclass(frozen=True, eq=False)
+class LinearUse:
+    """One use of a linear layer: what went in, `(K, B, d_in)`, without a gradient, and what came out, with one.
 
+    The gradient of an example's loss by the layer's weight is the outer product of those by what came out,
+    `(K, B, d_out)`, and of what went in, so that its norm is the product of theirs.
+    """
+
+    layer: str
+    inputs: Tensor
+    outputs: Tensor
+
+
+class AttachedBeside(AttachedAdapter):
+    """An adapter outside of the frozen model: `stack` is its tensors `(K, ...)` while they are bound, else None.
+
+    `uses` are the uses of its linear layers so far, while they are noted down.
+    """
+
+    uses: list[LinearUse] | None = None
     mergeable = False
 
     def __init__(self, clip: FrozenClip) -> None:
@@ -38,6 +55,29 @@ class AttachedBeside(AttachedAdapter):
             yield
         finally:
             self.stack = before
+
+    @contextmanager
+    def traced(self) -> Iterator[list[LinearUse]]:
+        """A context that notes down the uses of linear layers. Bind the adapter's tensors without gradients."""
+        uses: list[LinearUse] = []
+        self.uses = uses
+        try:
+            yield uses
+        finally:
+            self.uses = None
+
+    def linear(self, x: Tensor, layer: str) -> Tensor:
+        """Each client's linear layer on its own rows: `x` `(K, B, d_in)` to `(K, B, d_out)`. A stack is bound."""
+        assert self.stack is not None
+        outputs = linear(x, self.stack, layer)
+        if self.uses is not None:
+            outputs = outputs if outputs.requires_grad else outputs.requires_grad_()
+            self.uses.append(LinearUse(layer, x.detach(), outputs))
+        return outputs
+
+    def products(self, images: Tensor, classes: Tensor) -> Tensor:
+        """The products `(K, B, C)` of features of images `(K, B, d)` and of classes `(K, C, d)`."""
+        return torch.bmm(images, classes.transpose(1, 2))
 
     def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
         raise NotImplementedError
@@ -76,11 +116,16 @@ class LinearHead(Head):
 class AttachedHead(AttachedBeside):
     """Its state dict is `head.weight` `(C, embed_dim)`; its rows stand for the classes' text features."""
 
+    is_linear = True
+
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         return {"head.weight": _head(class_features)}
 
     def adapt_classes(self, features: Tensor) -> Tensor:
         return features if self.stack is None else self.stack["head.weight"]
+
+    def products(self, images: Tensor, classes: Tensor) -> Tensor:
+        return self.linear(images, "head")
 
 
 @register("taskres")
@@ -201,6 +246,8 @@ class AttentionAdapter(FitsEveryModel):
 class AttachedAttention(AttachedBeside):
     """Its state dict is `first.weight`, `second.weight` `(d, d)` and `first.bias`, `second.bias` `(d,)`."""
 
+    is_linear = True
+
     def __init__(self, clip: FrozenClip) -> None:
         super().__init__(clip)
         self._width = clip.architecture.embed_dim
@@ -215,8 +262,8 @@ class AttachedAttention(AttachedBeside):
     def adapt_images(self, features: Tensor) -> Tensor:
         if self.stack is None:
             return features
-        hidden = torch.tanh(linear(features, self.stack, "first"))
-        return features * linear(hidden, self.stack, "second").softmax(dim=-1)
+        hidden = torch.tanh(self.linear(features, "first"))
+        return features * self.linear(hidden, "second").softmax(dim=-1)
 
 
 @register("clip_adapter")
@@ -239,6 +286,8 @@ class ClipAdapter(FitsEveryModel):
 class AttachedClipAdapter(AttachedBeside):
     """Its state dict is `down.weight` `(d // reduction, d)` and `up.weight` `(d, d // reduction)`."""
 
+    is_linear = True
+
     def __init__(self, options: ClipAdapter, clip: FrozenClip) -> None:
         super().__init__(clip)
         self._ratio, self._width = options.ratio, clip.architecture.embed_dim
@@ -253,7 +302,7 @@ class AttachedClipAdapter(AttachedBeside):
     def adapt_images(self, features: Tensor) -> Tensor:
         if self.stack is None:
             return features
-        adapted = linear(linear(features, self.stack, "down").relu(), self.stack, "up").relu()
+        adapted = self.linear(self.linear(features, "down").relu(), "up").relu()
         return self._ratio * adapted + (1 - self._ratio) * features
 
 

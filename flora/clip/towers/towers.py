@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.adapters.beside import AttachedBeside, LinearUse
 from flora.clip.comparison import COSINES, Comparison
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.blocks import AroundBlocks
@@ -141,6 +142,18 @@ class AdaptedClip:
                 rows = None if chosen is None else chosen[start : start + at_once]
                 parts.append(self.class_features(min(at_once, number * size - start), rows))
         return torch.cat(parts).unflatten(0, (number, size))
+
+    def traced_logits(self, stem: Tensor, num_clients: int, drawn: Tensor | None) -> tuple[Tensor, list[LinearUse]]:
+        """The logits `(K, B, C)` of images, and the uses of the linear layers that they come through.
+
+        For an adapter that `is_linear`, bound without gradients: the uses' outputs have them. `drawn` are the places of
+        the prompts, where one of each class is drawn.
+        """
+        assert isinstance(self.adapter, AttachedBeside)
+        classes = self.class_features(num_clients) if drawn is None else self.drawn_class_features(drawn)
+        with self.adapter.traced() as uses:
+            products = self.adapter.products(self.image_features(stem, num_clients), classes)
+        return self.logit_scale() * products, uses
 
     def drawn_class_features(self, places: Tensor) -> Tensor:
         """Unit text features `(K, C, embed_dim)` of one prompt of each class, for each of K clients.
