@@ -9,14 +9,30 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LABELS, LOCAL, SIZES, TOLERANCE, adapt, assert_states_close, federation, load_clip, rounds, variant
+from helpers import (
+    CLASSES,
+    LABELS,
+    LOCAL,
+    SIZES,
+    TOLERANCE,
+    adapt,
+    assert_states_close,
+    federation,
+    load_clip,
+    rounds,
+    variant,
+)
 
 from flora.client.personalization import Apfl
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.beside import Norm
+from flora.clip.adapters.deep_prompts import Maple
+from flora.clip.adapters.generated import CoCoOp, FedTpg
 from flora.clip.adapters.interpolated import OWN, SHARE, Interpolated
 from flora.clip.adapters.lora import Lora
+from flora.clip.adapters.prompt_distribution import ProDa
 from flora.clip.adapters.prompts import PromptContext
+from flora.clip.adapters.transport import Plot
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
@@ -37,10 +53,10 @@ LOCAL_SGD = dataclasses.replace(LOCAL, learning_rate=0.05)
 
 def interpolated(path: str, personal: Apfl, adapter: Adapter | None = None) -> AdaptedClip:
     """The tiny model with an adapter in two copies."""
-    plain = adapt(path, adapter or Lora(rank=2))
-    clip = load_clip(path)
-    attached = personal.added_to((adapter or Lora(rank=2)).attach(clip))
-    return AdaptedClip(clip, attached, class_names=plain.class_names, templates=("a photo of a {}.",))
+    adapter = adapter or Lora(rank=2)
+    clip = load_clip(path, reads_patches=adapter.comparison.reads_patches)
+    templates = adapter.templates(("a photo of a {}.",))
+    return AdaptedClip(clip, personal.added_to(adapter.attach(clip)), class_names=CLASSES, templates=templates)
 
 
 def gradients(parts: Federation, model: AdaptedClip, at: State, batch: torch.Tensor) -> tuple[State, float]:
@@ -128,6 +144,22 @@ def test_the_server_and_what_travels_are_as_without(tiny_model: str) -> None:
         assert result.aggregation_error == pytest.approx(other.aggregation_error, abs=TOLERANCE)
     initial = ours.initial_state(ours.engine.model.initial_adapter(Rng(1))).adapter
     assert all(torch.equal(state.adapter[name], initial[name]) for name in initial if ours.roles.stays(name))
+
+
+@pytest.mark.parametrize(
+    "adapter", [FedTpg(), CoCoOp(reduction=4), ProDa(), Plot(), Maple()], ids=lambda adapter: type(adapter).__name__
+)
+def test_whatever_an_adapter_does_it_does_in_two_copies(tiny_model: str, adapter: Adapter) -> None:
+    """The server's is as without the other, and the loss is that of both."""
+    local = dataclasses.replace(LOCAL, learning_rate=1e-3)
+    ours = federation(interpolated(tiny_model, Apfl(), adapter), local)
+    without = federation(adapt(tiny_model, adapter, templates=adapter.templates(("a photo of a {}.",))), local)
+    (begun, *_, state), (first, *_) = rounds(ours, 2)
+    (*_, plain), (other, *_) = rounds(without, 2)
+    assert_states_close({name: state.adapter[name] for name in plain.adapter}, plain.adapter)
+    assert first.train_loss == pytest.approx(2 * other.train_loss, rel=0.02)  # at first the mixture is that copy
+    name = next(iter(plain.adapter))
+    assert not torch.equal(state.clients[0].own[name + OWN], begun.adapter[name + OWN])
 
 
 def halve(stack: tree.StateLike, learning_rate: float | torch.Tensor) -> None:

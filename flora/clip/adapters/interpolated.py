@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,6 +15,12 @@ from flora.core.tree import State, StateLike
 # What the names of the copy that stays end with, and the name of its share.
 OWN = ".own"
 SHARE = "own_share"
+# What it has as the adapter of which it has two copies.
+AS_THE_OTHER = (
+    "trained_from", "max_clients_per_block", "has_dropout", "is_large", "mergeable", "adapt_block", "adapt_text_block",
+    "after_block", "place_shares", "reads_names", "reads_held_classes", "frozen_templates", "loss_terms",
+    "learned_context", "comparison",
+)  # fmt: skip
 
 
 class Interpolated(AttachedAdapter):
@@ -29,11 +35,8 @@ class Interpolated(AttachedAdapter):
 
     def __init__(self, inner: AttachedAdapter, share: float, *, learns_share: bool) -> None:
         self._inner, self._share, self._learns_share = inner, share, learns_share
-        self.trained_from = inner.trained_from
-        self.max_clients_per_block = inner.max_clients_per_block
-        self.has_dropout, self.is_large, self.mergeable = inner.has_dropout, inner.is_large, inner.mergeable
-        self.adapt_block, self.place_shares, self.loss_terms = inner.adapt_block, inner.place_shares, inner.loss_terms
-        self.learned_context = inner.learned_context
+        for name in AS_THE_OTHER:
+            setattr(self, name, getattr(inner, name))
         self.after_step = self._after_step if inner.after_step is not None or learns_share else None
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
@@ -49,6 +52,9 @@ class Interpolated(AttachedAdapter):
     def models(self, stack: StateLike) -> list[StateLike]:
         shared, mixed = _shared(stack), {}
         for name, tensor in shared.items():
+            if name + OWN not in stack:  # what a step binds beside the copies is no tensor of theirs
+                mixed[name] = tensor
+                continue
             own = stack[name + OWN]
             share: float | Tensor = self._share
             if self._learns_share:  # one number, or one for each client
@@ -56,8 +62,14 @@ class Interpolated(AttachedAdapter):
             mixed[name] = share * own + (1 - share) * tensor.detach()
         return [shared, mixed]
 
-    def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Any:
-        return self._inner.bind(_shared(stack), generators)
+    @contextmanager
+    def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Iterator[None]:
+        before, self.stack = self.stack, _shared(stack)
+        try:
+            with self._inner.bind(self.stack, generators):
+                yield
+        finally:
+            self.stack = before
 
     def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
         return self._inner.merged_state_dict(state_dict, _shared(adapter))
@@ -78,6 +90,12 @@ class Interpolated(AttachedAdapter):
 
     def adapt_tokens(self, x: Tensor, positions: Tensor, learned: Tensor | None) -> Tensor:
         return self._inner.adapt_tokens(x, positions, learned)
+
+    def adapt_tokens_by_names(self, x: Tensor, positions: Tensor, learned: Tensor | None, names: Tensor) -> Tensor:
+        return self._inner.adapt_tokens_by_names(x, positions, learned, names)
+
+    def for_images(self, images: Tensor) -> StateLike:
+        return self._inner.for_images(images)
 
     def adapt_images(self, features: Tensor) -> Tensor:
         return self._inner.adapt_images(features)
