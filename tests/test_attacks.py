@@ -57,6 +57,8 @@ def test_a_success_says_only_what_so_few_can_show() -> None:
     many = success(generator.normal(1, 1, 60), generator.normal(0, 1, 1000), Rng(0))
     assert few is not None and not few.tpr
     assert many is not None and list(many.tpr) == [0.01, 0.001]
+    single = success(generator.normal(1, 1, 60), np.zeros(1), Rng(0))
+    assert single is not None and tuple(single.interval) == (0.0, 1.0)
     for each in (few, many):
         assert each.interval.low < each.auc < each.interval.high
     rate, interval = many.tpr[0.01]

@@ -110,7 +110,12 @@ def _rates(positive: np.ndarray, negative: np.ndarray, false_positive_rate: floa
 
 
 def _bootstrap(positive: np.ndarray, negative: np.ndarray, rng: Rng) -> Interval:
-    """The interval of the area when members and others are drawn anew, each with replacement."""
+    """The interval of the area when members and others are drawn anew, each with replacement.
+
+    All there is where one side has a single score: how that would vary nobody knows.
+    """
+    if min(positive.sum(), negative.sum()) < 2:
+        return Interval(0.0, 1.0)
     generator, areas = rng.numpy(), []
     at_once = max(1, NUMBERS_AT_ONCE // len(positive))
     for start in range(0, DRAWS, at_once):
