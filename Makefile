@@ -8,7 +8,7 @@ CONFIG = $(if $(wildcard $(EXPERIMENT)),$(EXPERIMENT),experiments/$(EXPERIMENT).
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: docs help install experiment paper averaging communication privacy neighbours check list benchmark test test-cpus stress lint types format clean
+.PHONY: docs help install experiment paper averaging communication privacy flip flip-rates neighbours check list benchmark test test-cpus stress lint types format clean
 
 help: ## show this help
 	@echo "usage: make TARGET [EXPERIMENT=name] [ARGS=\"key=value ...\"]"
@@ -80,6 +80,40 @@ privacy: $(VENV)/.installed-privacy ## run and tabulate experiments/privacy: LEA
 	  seed=$(SEEDS) --output runs/privacy $(ARGS)
 	$(BIN)/python -m flora.sweep $(privacy_files) clients.number=$(CLIENTS) seed=$(SEEDS) --set privacy=null \
 	  --output runs/privacy_none $(ARGS)
+
+# DATASETS and METHODS as above. SCENARIOS: also personal; cross_domain and multi_domain for data with domains (DOMAINS);
+# cross_data_set (ALSO). PRESET=flip_small is for two cores; DOWNLOAD= for data that are not downloaded.
+SCENARIOS ?= global,dual,few_shot,base_to_new,base_to_new_clients,unseen_clients
+PRESET ?= flip
+SHOTS ?= 1,2,4,8,16
+DOMAINS ?=
+ALSO ?=
+RATES ?= 0.0003,0.001,0.003,0.01,0.03,0.1,0.3
+DATA_ROOT ?= data
+DOWNLOAD ?= true
+CHOSEN ?= experiments/flip/$(PRESET).json
+FLIP := runs/flip
+flip_files = $(patsubst %,experiments/flip/%.yaml,$(subst $(comma), ,$(call or_all,$(METHODS),*)))
+flip_data = {name: $(1), root: $(DATA_ROOT)$(if $(DOWNLOAD),$(comma) download: $(DOWNLOAD))}
+flip_also = --set 'evaluation.also=[$(foreach name,$(subst $(comma), ,$(ALSO)),$(call flip_data,$(name))$(comma))]'
+flip_set = --set preset=$(PRESET) --set data.root=$(DATA_ROOT) $(if $(DOWNLOAD),--set data.download=$(DOWNLOAD))
+flip_axis_few_shot = partition.shots=$(SHOTS)
+flip_axis_cross_domain = split.domain=$(DOMAINS)
+
+define flip_sweep
+	$(BIN)/python -m flora.sweep $(flip_files) data=$(DATASETS) $(flip_axis_$(1)) seed=$(SEEDS) $(flip_set) \
+	  --set scenario=$(1) $(if $(filter cross_data_set,$(1)),$(flip_also)) --skip-refused \
+	  $(if $(wildcard $(CHOSEN)),--chosen $(CHOSEN)) --output $(FLIP)/$(1) $(ARGS)
+
+endef
+
+flip: $(VENV)/.installed-report ## run and tabulate experiments/flip: DATASETS= METHODS= SCENARIOS= SEEDS= PRESET= ARGS=
+	$(foreach scenario,$(subst $(comma), ,$(SCENARIOS)),$(call flip_sweep,$(scenario)))
+
+flip-rates: $(VENV)/.installed-report ## choose the learning rates of experiments/flip on validation images: RATES= PRESET=
+	$(BIN)/python -m flora.sweep $(flip_files) data=$(DATASETS) local.learning_rate=$(RATES) seed=0 $(flip_set) \
+	  --set scenario=dual --set split.of=validation --choose local.learning_rate --output $(FLIP)/rates_$(PRESET) $(ARGS)
+	cp $(FLIP)/rates_$(PRESET)/chosen.json $(CHOSEN)
 
 NEIGHBOUR ?= self_training
 

@@ -16,6 +16,7 @@ from flora.config import listing
 from flora.config.combinations.table import RULES
 from flora.config.listing import option_rows, summary_of
 from flora.config.parse import parse_config
+from flora.config.presets import SCENARIOS, lines, read_scenario
 from flora.config.rules import check_experiment
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
@@ -92,6 +93,19 @@ def rules() -> str:
     return "\n".join(lines)
 
 
+def scenarios() -> str:
+    """The scenarios: what each is, its settings, what it needs beside them, and its results."""
+    rows = []
+    for name in SCENARIOS:
+        scenario = read_scenario(name)
+        needed = [f"`{key}` (to be given)" for key in scenario.needs]
+        settings = [*needed, *(f"`{line}`" for line in lines(scenario))]
+        rows.append(
+            [f"`{name}`", scenario.about, "<br>".join(settings), ", ".join(f"`{key}`" for key in scenario.results)]
+        )
+    return table(["`scenario:`", "what it is", "settings", "results"], rows)
+
+
 FEATURES: dict[str, dict[str, Any]] = {
     "another aggregator": {"server": {"aggregator": "median"}},
     "server momentum": {"server": {"optimizer": {"name": "sgd", "momentum": 0.9}}},
@@ -139,6 +153,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "clients": clients,
     "rules": rules,
     "strategies": strategies,
+    "scenarios": scenarios,
 }
 
 

@@ -8,11 +8,16 @@ import flora.client.personalization
 import flora.client.sampling
 import flora.client.self_training
 import flora.clip.adapters.beside
+import flora.clip.adapters.deep_prompts
 import flora.clip.adapters.dual_lora
 import flora.clip.adapters.full
+import flora.clip.adapters.generated
 import flora.clip.adapters.lora
+import flora.clip.adapters.multimodal
 import flora.clip.adapters.personal_prompts
+import flora.clip.adapters.prompt_distribution
 import flora.clip.adapters.prompts
+import flora.clip.adapters.transport
 import flora.clip.adapters.visual_prompts
 import flora.clip.towers.tokens
 import flora.communication.compressors

@@ -179,8 +179,8 @@ def audit_parser() -> Parser:
         type=_even,
         default=8,
         metavar="N",
-        help="runs with half of the examples that the likelihood ratio attack compares with: an even number; 0: no "
-        "such attack (default: %(default)s)",
+        help="runs with half of the examples, or of the clients, that the likelihood ratio attacks compare with: an "
+        "even number; 0: no such attack (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds",
@@ -258,6 +258,15 @@ def sweep_parser() -> Parser:
         help="how many runs train together in one process, where they can share their steps (%(default)s)",
     )
     parser.add_argument("--reference", help="the method that the ratios refer to (full, if there is one)")
+    parser.add_argument(
+        "--choose",
+        metavar="KEY",
+        help="a swept key: write to chosen.json which value is best on validation images, for each method and data set",
+    )
+    parser.add_argument(
+        "--skip-refused", action="store_true", help="leave out, and name, what the rules of combinations refuse"
+    )
+    parser.add_argument("--chosen", type=Path, metavar="FILE", help="set what such a search has chosen")
     return parser
 
 

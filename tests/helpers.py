@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import open_clip
 import torch
+import torch.nn.functional as F
 
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.client.local_training import LocalTraining
@@ -95,12 +97,13 @@ def write_model(
     return str(path)
 
 
-def load_clip(model: str, device: str = "cpu", precision: str = "fp64") -> FrozenClip:
+def load_clip(model: str, device: str = "cpu", precision: str = "fp64", *, reads_patches: bool = False) -> FrozenClip:
     """A fresh copy of a model with random weights, the same at each call.
 
     In fp64, so that what is equal by mathematics is equal to 1e-9 on every machine: see `TOLERANCE`.
     """
-    return Backbone(model=model, weights="random", precision=precision).load(torch.device(device), Rng(0))
+    clip = Backbone(model=model, weights="random", precision=precision).load(torch.device(device), Rng(0))
+    return dataclasses.replace(clip, reads_patches=reads_patches)
 
 
 def load_plain(model: str, precision: str = "fp64") -> FrozenClip:
@@ -110,6 +113,17 @@ def load_plain(model: str, precision: str = "fp64") -> FrozenClip:
     plain = plain_class(**config).eval().to(clip.dtype)
     plain.load_state_dict(clip.model.state_dict())
     return dataclasses.replace(clip, model=plain)
+
+
+def plain_texts(
+    plain: FrozenClip, texts: Sequence[str], put: Callable[[torch.Tensor, torch.Tensor], object] = lambda x, ends: None
+) -> torch.Tensor:
+    """Unit features through OpenCLIP. `put` may write into their embeddings `(P, L, width)`; they have `ends`."""
+    tokens, model = plain.tokenize(texts), cast(Any, plain.model)
+    ends, x = tokens.argmax(dim=-1), model.token_embedding(tokens)
+    put(x, ends)
+    x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
+    return F.normalize(model.ln_final(x)[torch.arange(len(x)), ends] @ model.text_projection, dim=-1)
 
 
 def adapt(
@@ -123,8 +137,9 @@ def adapt(
     precision: str = "fp64",
 ) -> AdaptedClip:
     """A fresh tiny model with an adapter attached."""
-    clip = load_clip(model, device, precision)
-    attached = (adapter or Lora()).attach(clip)
+    adapter = adapter or Lora()
+    clip = load_clip(model, device, precision, reads_patches=adapter.comparison.reads_patches)
+    attached = adapter.attach(clip)
     return AdaptedClip(clip, attached, class_names=class_names, templates=templates, speed=speed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,14 +16,17 @@ import torch
 from helpers import TOLERANCE
 
 from flora.audit.__main__ import main
-from flora.audit.references import train_references
+from flora.audit.references import train_client_references, train_references
 from flora.audit.subject import Subject, audited, confidences
 from flora.audit.updates import sent_updates
+from flora.communication.participation import Participation
+from flora.communication.sampling import Uniform
 from flora.config.parse import parse_config
 from flora.core.registry import option, register
 from flora.core.rng import Rng
 from flora.data.datasets.base import Dataset, ImageArrays, ImageData, Split
 from flora.evaluation.accuracy import evaluate
+from flora.federated.round import run_round
 from flora.report.audits import audits, canary_line
 from flora.report.reading import read_files
 from flora.runs.run_directory import RunDirectory
@@ -203,7 +207,9 @@ def test_updates_show_the_classes_that_clients_hold(tiny_model: str, tmp_path: P
     assert all(each["auc"] > 0.8 and each["num_clients"] == 6 for each in content)
 
 
-def test_clients_that_never_took_part_are_told_from_those_that_did(tiny_model: str, tmp_path: Path) -> None:
+def test_clients_that_never_took_part_are_told_from_those_that_did(
+    tiny_model: str, tmp_path: Path, capsys: Capture
+) -> None:
     run = run_of(
         tiny_model,
         tmp_path,
@@ -213,10 +219,48 @@ def test_clients_that_never_took_part_are_told_from_those_that_did(tiny_model: s
         partition={"name": "shards", "shards_per_client": 1},
         clients={"number": 12, "holdout_fraction": 0.2, "cohort": {"name": "uniform", "number": 6}},
     )
-    content = audit_of(run, "--only", "clients")["clients"]
+    content = audit_of(run, "--only", "clients", "--references", "4")["clients"]
     assert content["num_in"] == content["num_out"] == 6
-    assert content["auc"] > 0.8
-    assert len(subject_of(run).participants) == content["num_in"]
+    assert content["auc"] > 0.8 and min(each["auc"] for each in content["ratios"].values()) > 0.8
+    assert list(content["ratios"]) == ["likelihood ratio", "offline likelihood ratio"]
+    assert "who took part, likelihood ratio" in capsys.readouterr().out
+    subject = subject_of(run)
+    assert len(subject.participants) == content["num_in"]
+    without = audit_of(run, "--only", "clients", "--references", "0")["clients"]
+    assert without == {name: value for name, value in content.items() if name != "ratios"}
+
+
+def test_references_of_clients_are_the_run_with_half_of_them(tiny_model: str, tmp_path: Path) -> None:
+    """As a federation that never had the others, and each has as often a turn as in the run."""
+    run = run_of(
+        tiny_model,
+        tmp_path,
+        backbone={"model": tiny_model, "weights": "random", "precision": "fp64"},
+        clients={"number": 8, "holdout_fraction": 0.2, "cohort": {"name": "uniform", "number": 4}},
+        privacy={"name": "central", "clip_norm": 0.1, "noise_multiplier": 0.1, "accountant": "rdp", "publish": False},
+        **QUICK,
+    )
+    experiment, ids = subject_of(run).experiment, np.arange(1, 7)
+    references = train_client_references(experiment, 4, ids, rounds=2, rng=Rng(1))
+    for pair in (references[:2], references[2:]):
+        halves = [set(each.took_part.tolist()) for each in pair]
+        assert not halves[0] & halves[1] and halves[0] | halves[1] <= set(ids.tolist()) and all(halves)
+    half = np.sort(Rng(1).child("halves", 0).numpy().permutation(ids)[::2])
+    federation = experiment.federation
+    assert federation.privacy is not None
+    alone = dataclasses.replace(
+        federation,
+        clients=[federation.clients[index] for index in half],
+        participation=Participation(Uniform(number=2), federation.participation.sizes[half]),
+        rng=Rng(1).child("reference", 0),
+    )
+    state, cohorts = alone.initial_state(experiment.initial_adapter), set()
+    for round in (1, 2):
+        cohorts |= set(Uniform(number=2).sample(half, 2, alone.rng.child("round", round, "cohort")).tolist())
+        state, _ = run_round(alone, state)
+    for name, tensor in state.adapter.items():
+        torch.testing.assert_close(tensor, references[0].adapter[name], rtol=0, atol=TOLERANCE)
+    assert references[0].took_part.tolist() == sorted(half[list(cohorts)].tolist())
 
 
 @pytest.mark.parametrize(("name", "least"), [("directions", 1.0), ("examples", 0.4)])

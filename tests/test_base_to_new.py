@@ -83,14 +83,16 @@ def test_training_does_not_depend_on_what_the_new_classes_are_called(raw_config:
     assert one.records[-1].accuracy == other.records[-1].accuracy
 
 
-@pytest.mark.parametrize("adapter", ["linear_head", "vision_and_head"])
+@pytest.mark.parametrize("adapter", ["linear_head", "vision_and_head", "taskres", "lp_plus_plus"])
 def test_heads_know_no_new_classes(raw_config: dict[str, Any], adapter: str) -> None:
     with pytest.raises(UserError) as caught:
         check_experiment(parse_config({**raw_config, "adapter": adapter, "split": "base_to_new"}))
     assert str(caught.value) == f"split: base_to_new needs an adapter without weights for each class, got {adapter}"
 
 
-@pytest.mark.parametrize("adapter", ["full", "clip_adapter", "prompt_context", "norm", "attention_adapter"])
+@pytest.mark.parametrize(
+    "adapter", ["full", "clip_adapter", "prompt_context", "norm", "attention_adapter", "fedtpg", "proda", "cocoop"]
+)
 def test_other_adapters_do(raw_config: dict[str, Any], adapter: str) -> None:
     raw = {**raw_config, "data": {"name": "patterns", "num_classes": 4}, "split": "base_to_new", "rounds": 1}
     assert simulate(parse_config({**raw, "adapter": adapter})).summary.new_accuracy is not None

@@ -60,7 +60,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "poisson": {"clients": {"cohort": {"fraction": 0.7}}},
     **{name: {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5}} for name in ("central", "local", "tree")},
     "distributed_discrete_gaussian": {
-        "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5},
+        "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5, "encoding": "rotated"},
         "server": {"secure_sum": "pairwise_masks"},
     },
     "directions": {"canaries": {"number": 3}},
@@ -100,6 +100,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "adapter.start": {"adapter": {"name": "lora", "start": str(START)}},
     "evaluation.auroc": {"evaluation": {"auroc": True}},
     "evaluation.also": {"evaluation": {"also": ["digits"]}},
+    "evaluation.held_classes": {"evaluation": {"held_classes": True}},
+    "clients.held_out_fraction": {"clients": {"held_out_fraction": 0.3}},
     "evaluation.centralized": {"evaluation": {"centralized": True}},
     "local.privacy": {"local": {"privacy": {"accountant": "rdp"}}},
     "privacy.clip_norm=adaptive": {
@@ -270,7 +272,6 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
         "self-training needs images without a label",  # all pairs here have some
         "and no run that one client's update ends",  # all pairs here skip or clip
-        "figures that are left out (privacy.publish: false) are not to be asked for",  # no pair here does
         "and no dropout",  # no adapter here has any
         "noise that clients share (distributed_discrete_gaussian) needs a secure sum",  # its pairs have one
     ]

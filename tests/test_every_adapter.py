@@ -32,10 +32,17 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 REFUSED = {
     ("no pre-norm", "norm"): "adapter: norm trains the norm before the vision tower's blocks: ",
-    (
-        "mean of patches",
-        "visual_prompt",
-    ): "adapter: visual_prompt needs a vision tower that is read at its class token: ",
+    ("not causal", "proda"): "adapter: proda needs a text tower that is read at a prompt's end: ",
+    **{
+        ("mean of patches", name): f"adapter: {called} needs a vision tower that is read at its class token: "
+        for name, called in (
+            ("visual_prompt", "visual_prompt"),
+            ("maple", "maple"),
+            ("prompt_src", "prompt_src"),
+            ("plot", "transport"),
+            ("fedotp", "transport"),
+        )
+    },
 }
 
 

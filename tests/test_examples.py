@@ -27,14 +27,27 @@ from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty
 from flora.client.personalization import Ditto, FineTuning
 from flora.client.sampling import LocalExamples, Poisson
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.beside import AttentionAdapter, ClipAdapter, LinearHead, Norm, VisionAndHead
+from flora.clip.adapters.beside import (
+    AttentionAdapter,
+    ClipAdapter,
+    LinearHead,
+    LpPlusPlus,
+    Norm,
+    TaskRes,
+    VisionAndHead,
+)
+from flora.clip.adapters.deep_prompts import Maple, PromptSrc
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
+from flora.clip.adapters.generated import CoCoOp, FedTpg
 from flora.clip.adapters.lora import TARGETS, Lora
-from flora.clip.adapters.personal_prompts import FedPgp, PromptFolio
+from flora.clip.adapters.multimodal import PFedMma
+from flora.clip.adapters.personal_prompts import DpFpl, FedPgp, PromptFolio
+from flora.clip.adapters.prompt_distribution import ProDa
 from flora.clip.adapters.prompts import PromptContext
+from flora.clip.adapters.transport import FedOtp, Plot
 from flora.clip.adapters.visual_prompts import VisualPrompt
-from flora.clip.loss_terms import divergence
+from flora.clip.loss_terms import StepView, divergence
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.network import CohortOutcome
 from flora.config.parse import parse_config
@@ -42,7 +55,7 @@ from flora.config.rules import check_experiment
 from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
-from flora.core.registry import components
+from flora.core.registry import components, name_of
 from flora.core.rng import Rng
 from flora.core.states import ClientState, ClientUpdate
 from flora.core.tree import State
@@ -68,8 +81,19 @@ ADAPTERS: dict[str, Adapter] = {
     "prompts of classes": PromptContext(class_specific=True, position="middle"),
     "a change that stays": FedPgp(bottleneck=2),
     "prompts that stay": PromptFolio(),
+    "prompts that move by low ranks": DpFpl(num_tokens=4),
+    "transport": Plot(num_prompts=2),
+    "transport that stays": FedOtp(),
+    "generated prompts": FedTpg(names="all"),
+    "prompts of images": CoCoOp(reduction=4),
+    "a distribution of prompts": ProDa(),
     "visual prompts": VisualPrompt(num_tokens=2, depth=2),
+    "deep prompts, coupled": Maple(),
+    "deep prompts, held": PromptSrc(num_tokens=2, num_image_tokens=3),
+    "bottlenecks": PFedMma(rank=3, scale=0.1),
     "head": LinearHead(),
+    "residual of texts": TaskRes(),
+    "head beside texts": LpPlusPlus(),
     "feature adapter": ClipAdapter(),
     "attention": AttentionAdapter(),
     "norm": Norm(),
@@ -109,16 +133,27 @@ def plain_gradient(model: AdaptedClip, state: State, stem: Tensor, label: int) -
     target, logits = torch.tensor([label]), []
     for bound in model.adapter.models_of_step(leaves):
         with model.adapter.bind(bound):
-            images, classes = model.image_features(stem.unsqueeze(0), 1)[0], model.class_features(1)[0]
-            logits.append((model.logit_scale() * images @ classes.T, classes))
+            classes = model.class_features(1)
+            logits.append((model.logits(stem.unsqueeze(0), classes)[0], classes[0]))
     loss = sum(F.cross_entropy(each, target) for each, _ in logits[model.adapter.first_loss_model :])
     if model.adapter.first_loss_model:  # FedPGP: towards the frozen classes, away from the client's own
         (_, shared), (_, own) = logits
         to_frozen, to_own = (shared * model.frozen_class_features()).sum(dim=1), (shared * own).sum(dim=1)
         loss = loss + F.softplus((to_own - to_frozen) / 0.5).mean()
+    elif model.adapter.comparison.reads_prompts:  # ProDA: its bound, and cosines of prompts without names
+        batch = {"labels": target.unsqueeze(0), "example_mask": torch.ones(1, 1, dtype=torch.bool)}
+        images = model.image_features(stem.unsqueeze(0), 1)
+        view = StepView(images, classes, model.logit_scale(), batch, comparison=model.adapter.comparison)
+        loss = loss + sum(term.loss(view).sum() for term in model.adapter.loss_terms)
     elif len(logits) == 2:  # both learn from the other's probabilities
         for (own, _), (other, _) in (logits, logits[::-1]):
             loss = loss + divergence(own.unsqueeze(0), other.detach().unsqueeze(0), 1.0).sum()
+    if model.adapter.frozen_templates is not None:  # PromptSRC: near the frozen features and probabilities
+        with torch.no_grad():
+            frozen_image, frozen = model.image_features(stem.unsqueeze(0), 1)[0], model.frozen_class_features()
+            target = (model.logit_scale() * frozen_image @ frozen.T).softmax(dim=-1)
+        loss = loss + 25 * (classes - frozen).abs().mean() + 10 * (images - frozen_image).abs().mean()
+        loss = loss + (target * (target.log() - logits[0][0].log_softmax(dim=-1))).mean()
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return torch.cat([each.flatten() for each in found])
 
@@ -137,7 +172,7 @@ def test_bounded_gradients_are_those_of_a_loop_over_examples(
     tiny_model: str, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For any number of clients, and however the examples are cut into parts."""
-    model = adapt(tiny_model, ADAPTERS[adapter])
+    model = adapt(tiny_model, ADAPTERS[adapter], templates=ADAPTERS[adapter].templates(("a photo of a {}.",)))
     number = 1 if adapter in LARGE else 5
     mask = torch.tensor(
         [[True, True, True], [True, False, False], [False, False, False], [True, True, False], [True] * 3]
@@ -158,6 +193,37 @@ def test_bounded_gradients_are_those_of_a_loop_over_examples(
             losses, sums = compute(flat.matrix, batch.of_clients(0, clients))
             torch.testing.assert_close(sums, torch.stack(expected[:clients]), atol=TOLERANCE, rtol=0)
             assert torch.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("draws", [False, True], ids=["all prompts", "drawn ones"])
+@pytest.mark.parametrize("adapter", ["head", "feature adapter", "attention"])
+def test_heads_and_feature_adapters_make_no_gradient_of_an_example(
+    tiny_model: str, adapter: str, draws: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their closed form is what the gradients give, whichever of the tensors are trained."""
+    model = adapt(tiny_model, ADAPTERS[adapter], templates=("a photo of a {}.", "the {}."))
+    mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+    stack, batch, loss = random_stack(model, 3), batch_of(model, mask), Loss.of(LOCAL, model.adapter)
+    if draws:
+        batch = dataclasses.replace(batch, drawn=model.draw_places(Rng(client) for client in range(3)))
+    assert loss.from_logits
+    for trained in (None, *((name,) for name in stack)):
+        flat = FlatStack(stack, model.device, trained)
+        by_gradients = bounded_gradient_function(
+            model, dataclasses.replace(loss, from_logits=False), flat, PRIVATE, {}
+        )(flat.matrix, batch)
+        with monkeypatch.context() as patch:
+            patch.setattr(ExamplePrivacy, "clipped_sums", lambda *tensors: pytest.fail("it made gradients of examples"))
+            found = bounded_gradient_function(model, loss, flat, PRIVATE, {})(flat.matrix, batch)
+        for one, other in zip(found, by_gradients, strict=True):
+            torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=0)
+        assert found[1].shape == (3, flat.num_trained) and not found[1][2].any()
+
+
+@pytest.mark.parametrize("penalty", [Anchor(weight=0.5), Distillation(weight=0.5)], ids=name_of)
+def test_with_a_penalty_they_do(tiny_model: str, penalty: Penalty) -> None:
+    model = adapt(tiny_model, LinearHead())
+    assert not Loss.of(dataclasses.replace(LOCAL, penalty=penalty), model.adapter).from_logits
 
 
 def test_as_many_examples_go_in_at_once_as_caches_and_memory_are_good_for(

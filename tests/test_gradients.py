@@ -13,11 +13,13 @@ from helpers import ALL_ON, TOLERANCE, adapt, random_adapters, random_pixels
 from torch import Tensor
 
 from flora.client.objectives import Contrastive, CrossEntropy, Objective
+from flora.client.penalties import ProGrad
 from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.adapters.prompts import PromptContext
+from flora.clip.adapters.transport import Plot
 from flora.clip.towers.speed import SpeedOptions
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.low_rank import layers
@@ -91,19 +93,27 @@ def test_clients_go_through_the_model_in_parts(
 
 
 @needs_cuda
-@pytest.mark.parametrize("objective", [CrossEntropy(), Contrastive()])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        loss_of(CrossEntropy()),
+        loss_of(Contrastive()),
+        dataclasses.replace(loss_of(CrossEntropy()), guide=ProGrad()),
+    ],
+    ids=["cross entropy", "contrastive", "guided"],
+)
 @pytest.mark.parametrize("adapter", [Lora(), Lora(towers=("text", "vision"), targets=TARGETS)])
-def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora, objective: Objective) -> None:
+def test_a_recorded_step_is_the_step(tiny_model: str, adapter: Lora, loss: Loss) -> None:
     model = adapt(tiny_model, adapter, device="cuda")
     plain = adapt(tiny_model, adapter, device="cuda", speed=SpeedOptions(cuda_graphs=False))
     flat = FlatStack(random_adapters(model, 2), model.device)
     for seed in range(recording.STEPS_BEFORE_RECORDING + 4):
         batch = batch_of(model, seed)
-        expected = gradient_function(plain, loss_of(objective), flat, None, batch_size=4)(flat.matrix, batch)
+        expected = gradient_function(plain, loss, flat, None, batch_size=4)(flat.matrix, batch)
         for new_block in (False, True):  # a later block finds what was recorded
             stack = FlatStack(random_adapters(model, 2), model.device) if new_block else flat
             stack.matrix.copy_(flat.matrix)
-            found = gradient_function(model, loss_of(objective), stack, None, batch_size=4)(stack.matrix, batch)
+            found = gradient_function(model, loss, stack, None, batch_size=4)(stack.matrix, batch)
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
         flat.matrix.add_(0.01)
@@ -262,7 +272,7 @@ def test_the_recordings_of_a_model_are_bounded(tiny_model: str, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     "adapter",
-    [Lora(), Lora(towers=("text", "vision"), targets=TARGETS), PromptContext(), DualLora()],
+    [Lora(), Lora(towers=("text", "vision"), targets=TARGETS), PromptContext(), Plot(), DualLora()],
     ids=lambda adapter: type(adapter).__name__,
 )
 @pytest.mark.parametrize("at_once", [5, 2])

@@ -40,7 +40,7 @@ def test_clients_that_do_not_take_part_cost_nothing(
     for number in (50, 100_000):
         before = resident_bytes()
         config = parse_config({**raw_config, "clients": {"number": number}, "partition": partition})
-        clients = deal_out(config, labels, None, Rng(0))
+        clients = deal_out(config, labels, None, Rng(0)).clients
         federation = Federation(
             engine=Engine(model, features, 32),
             clients=clients,

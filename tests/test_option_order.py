@@ -88,4 +88,7 @@ def test_the_benchmark_takes_its_arguments_in_any_order(monkeypatch: pytest.Monk
 
 def test_a_benchmark_without_a_config_takes_no_overrides(capsys: Capture) -> None:
     assert benchmark.main(["rounds=3"]) == 2
-    assert capsys.readouterr().err == "rounds=3: belongs to a CONFIG (--profile, --sweep, --processes, --methods); see --help\n"
+    assert (
+        capsys.readouterr().err
+        == "rounds=3: belongs to a CONFIG (--profile, --sweep, --processes, --methods); see --help\n"
+    )

@@ -104,7 +104,8 @@ def test_an_unknown_preset_is_one_line(tmp_path: Any, preset: Any) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump({**GIVEN, "preset": preset}))
     with pytest.raises(
-        ConfigError, match=r"x\.yaml: preset: expected (one of standard, averaging, paper, small|text), got"
+        ConfigError,
+        match=r"x\.yaml: preset: expected (one of standard, averaging, flip, flip_small, paper, small|text), got",
     ):
         load_config(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from flora.config.rules import check_experiment
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.evaluation.metrics import METRICS
+from flora.report.charts import SPENT, axes_of, participation, partition_map
 from flora.report.page import page
-from flora.report.reading import read_files
+from flora.report.reading import Absent, read_files
+from flora.report.several_runs import _axes, groups_of
 from flora.simulate import main, resume, simulate
 from flora.sweep.folding import why_alone
 from flora.sweep.runs import bring_to_their_end
@@ -40,6 +43,11 @@ MECHANISMS: dict[str, dict[str, Any]] = {
         "clients": {"number": 4, "cohort": {"name": "in_turn", "number": 2}},
     },
 }
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    """The bytes of all files of a run, as they are."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 class Stop(Exception):
@@ -95,11 +103,17 @@ def test_records_summary_table_and_page_say_what_was_spent(raw_config: dict[str,
     log = (result.directory / "log.txt").read_text()
     assert f"privacy spent (epsilon)  {spent[2]:.3g}" in log
     assert "privacy: the noise is seeded, for research" in log and "privacy.publish: false leaves them out" in log
-    assert f"epsilon {spent[2]:.3g} at delta 1e-05 (central)" in page([read_files(result.directory)])
+    shown = page([read_files(result.directory)])
+    assert f"epsilon {spent[2]:.3g} at delta 1e-05 (central)" in shown
+    for title in ("Epsilon", "Clip norm", "Accuracy over privacy spent", "Loss over privacy spent"):
+        assert f"<h3>{title}</h3><svg" in shown
+    (axis,) = (places for title, places in _axes(groups_of([read_files(result.directory)])).values() if title == SPENT)
+    assert list(axis.values()) == [dict(enumerate([0.0, *spent[1:]]))]
 
 
 def test_a_run_without_privacy_has_none_of_it(raw_config: dict[str, Any]) -> None:
     result = simulate(parse_config(raw_config))
+    assert "privacy spent" not in axes_of(read_files(result.directory))
     assert all(result.records[-1].metrics[name] is None for name in ("epsilon", "clip_norm", "clipped_fraction"))
     assert result.summary.epsilon is None and result.summary.noise_multiplier is None
     assert "privacy" not in (result.directory / "log.txt").read_text()
@@ -120,13 +134,28 @@ class TestBudget:
         line = "stopped after round 2 of 5: round 3 would spend epsilon 8.385, more than privacy.budget_epsilon 8"
         assert line in (result.directory / "log.txt").read_text()
 
-    def test_resuming_it_adds_no_round(self, raw_config: dict[str, Any]) -> None:
+    @pytest.mark.parametrize("overrides", [[], ["rounds=9"]])
+    def test_it_is_over_and_stays_as_it_is(self, raw_config: dict[str, Any], overrides: list[str]) -> None:
         directory = simulate(parse_config(self.raw(raw_config))).directory
-        before = comparable(directory)
-        result = resume(directory, ["rounds=9"])
-        assert result.summary.rounds == 2
-        assert comparable(directory)["rounds.jsonl"] == before["rounds.jsonl"]
-        assert comparable(directory)["adapter.safetensors"] == before["adapter.safetensors"]
+        before = contents(directory)
+        message = r"finished: privacy.budget_epsilon 8 ended it after 2 rounds, and a budget can't become more$"
+        with pytest.raises(UserError, match=message):
+            resume(directory, overrides)
+        assert contents(directory) == before
+
+    def test_one_that_was_stopped_before_its_end_goes_on_to_it(self, raw_config: dict[str, Any]) -> None:
+        whole = comparable(simulate(parse_config({**self.raw(raw_config), "name": "whole"})).directory)
+        directory = simulate(parse_config(self.raw(raw_config))).directory
+        (directory / "summary.json").unlink()
+        assert resume(directory).summary.rounds == 2
+        assert comparable(directory)["rounds.jsonl"] == whole["rounds.jsonl"]
+
+    def test_a_sweep_leaves_it_as_it_is(self, raw_config: dict[str, Any]) -> None:
+        config = parse_config(self.raw(raw_config))
+        assert bring_to_their_end([config], Hooks()) == {config.name: None}
+        before = contents(Path(config.output, config.name))
+        assert bring_to_their_end([config], Hooks()) == {config.name: None}
+        assert contents(Path(config.output, config.name)) == before
 
     def test_a_budget_that_one_round_spends_is_refused(self, raw_config: dict[str, Any], capsys: Capture) -> None:
         raw = self.raw(raw_config)
@@ -161,6 +190,7 @@ def test_what_is_not_covered_is_left_out_of_records(raw_config: dict[str, Any]) 
     changes = {**MECHANISMS["adaptive"], "evaluation": {"clients_every": 1}}
     shown = simulate(parse_config({**raw_config, **changes, "name": "shown"}))
     raw = {**raw_config, **changes, "name": "hidden", "privacy": {**changes["privacy"], "publish": False}}
+    raw["trackers"] = ["csv"]
     hidden = simulate(parse_config(raw))
     secret = {name for name, metric in METRICS.items() if not metric.is_covered}
     assert {"train_loss", "num_clients", "clipped_fraction", "client_accuracy_mean", "aggregation_error"} < secret
@@ -176,6 +206,15 @@ def test_what_is_not_covered_is_left_out_of_records(raw_config: dict[str, Any]) 
     assert (hidden.directory / "clients.csv").read_text().splitlines() == ["client", "0", "1", "2", "3"]
     assert "training loss" not in (hidden.directory / "log.txt").read_text()
     assert "epsilon" in page([read_files(hidden.directory)])
+    for draw in (partition_map, participation):
+        assert "<svg" in draw(read_files(shown.directory))
+        for is_live in (False, True):
+            with pytest.raises(Absent, match=r"no noise covers what single clients have"):
+                draw(read_files(hidden.directory, is_live=is_live))
+    with (hidden.directory / "metrics.csv").open(newline="") as file:
+        tracked = list(csv.DictReader(file))
+    assert float(tracked[2]["epsilon"]) == hidden.summary.epsilon
+    assert not any(row[name] for row in tracked for name in secret & row.keys())
     assert resume_finished(hidden.directory) == hidden.summary.epsilon
 
 

@@ -78,7 +78,7 @@ def test_a_round_is_the_plain_one_to_half_a_unit_a_client(tiny_model: str, bits:
     deltas = [tree.subtract(ends[client].adapter, start.adapter) for client in range(5)]
     weights = [1.0] * 5 if weighting == "uniform" else [float(size) for size in SIZES]
     mean = tree.weighted_mean(deltas, weights)
-    unit = sum_format(secure, options, 5).numbers.unit
+    unit = sum_format(secure, options, 5, 1).numbers.unit
     assert 5 * max(weights) * 4.0 / unit < 2 ** (bits - 1) <= 2 * 6 * max(weights) * 4.0 / unit  # as fine as can be
     bound = 5 * unit / 2 / sum(weights)
     moved = tree.subtract(found.adapter, start.adapter)
@@ -335,7 +335,7 @@ def test_private_rounds_are_those_without_a_secure_sum_to_a_unit_a_client(tiny_m
     plain = parts_of(tiny_model, None, privacy=private(mechanism))
     found, results = rounds(secure, 3)
     expected, others = rounds(plain, 3)
-    assert sum_format(secure, options, 5).numbers.unit < 1e-12
+    assert sum_format(secure, options, 5, 1).numbers.unit < 1e-12
     for one, other in zip(found, expected, strict=True):
         assert_states_close(one.adapter, other.adapter)
         assert_states_close(one.privacy, other.privacy)
@@ -363,10 +363,10 @@ def test_rounding_toward_zero_makes_no_norm_larger(seed: int, bits: int) -> None
 def test_with_privacy_clients_send_numbers_rounded_toward_zero(tiny_model: str) -> None:
     options = PairwiseMasks(bits=16, range=1.0)
     parts = parts_of(tiny_model, options, privacy=private(Central(clip_norm=0.05, noise_multiplier=0.5)))
-    assert sum_format(parts, options, 5).numbers.rounding is np.trunc
-    assert sum_format(parts, options, 5).numbers.limit == 0.05
+    assert sum_format(parts, options, 5, 1).numbers.rounding is np.trunc
+    assert sum_format(parts, options, 5, 1).numbers.limit == 0.05
     local = parts_of(tiny_model, options, privacy=private(Local(clip_norm=0.05, noise_multiplier=0.5)))
-    assert sum_format(local, options, 5).numbers.limit == 1.0
+    assert sum_format(local, options, 5, 1).numbers.limit == 1.0
 
 
 def test_without_a_sum_a_private_round_steps_along_noise_alone(tiny_model: str) -> None:

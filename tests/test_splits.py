@@ -117,6 +117,15 @@ def test_a_sample_holds_each_class_in_proportion(sizes: list[int], number: int, 
     assert np.abs(np.bincount(sample.labels, minlength=len(sizes)) - expected).max() <= len(sizes) / 2 + 1
 
 
+@given(sizes=st.lists(st.integers(1, 60), min_size=2, max_size=8), shots=st.integers(1, 80), seed=st.integers(0, 99))
+def test_a_sample_by_shots_holds_so_many_of_each_class(sizes: list[int], shots: int, seed: int) -> None:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    whole = Split(ImageArrays(np.zeros((len(labels), 1, 1), np.uint8), "x"), np.arange(len(labels)), labels)
+    sample = Sample(shots=shots).split(ImageData(whole, whole, ()), Rng(seed)).train
+    assert np.bincount(sample.labels).tolist() == [min(size, shots) for size in sizes]
+    assert np.all(np.diff(sample.source_indices) > 0)
+
+
 def test_a_split_without_images_is_refused() -> None:
     tiny = ImageData(arrays(1, 0), arrays(1, 1), ("a", "b", "c", "d"))
     with pytest.raises(UserError, match=r"split\.test_fraction: of 2 images none would be left to test on"):

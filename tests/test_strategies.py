@@ -22,9 +22,11 @@ from helpers import (
     train,
     variant,
 )
+from helpers import rounds as several_rounds
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flora.audit.updates import sent_updates
 from flora.client.local_training import LocalTraining
 from flora.client.optimizers import Adam, Sgd
 from flora.clip.adapters.full import FullFineTuning
@@ -47,7 +49,15 @@ from flora.federated.federation import Federation
 from flora.federated.round import RoundResult, run_round
 from flora.federated.synchronous import Synchronous
 from flora.server.aggregators import Aggregator, BoundedMean, Mean, Median, MultiKrum, TrimmedMean
-from flora.server.optimizers import Adaptive, ServerAdagrad, ServerAdam, ServerOptimizer, ServerSgd, ServerYogi
+from flora.server.optimizers import (
+    Adaptive,
+    GaussianAverage,
+    ServerAdagrad,
+    ServerAdam,
+    ServerOptimizer,
+    ServerSgd,
+    ServerYogi,
+)
 from flora.server.strategies.averaging import FedAvg
 from flora.server.strategies.base import Strategy
 from flora.server.strategies.factors import FfaLora, RoLora
@@ -196,6 +206,36 @@ def test_tensors_without_a_delta_are_left_alone(optimizer: ServerOptimizer) -> N
     assert after["a"] is adapter["a"]
     assert all(next_state[name] is state[name] for name in state if name.endswith(".a"))
     assert not torch.equal(after["b"], adapter["b"])
+
+
+@pytest.mark.parametrize(("mean", "std"), [(2.0, 0.7), (-3.0, 2.0), (300.0, 1.0)])
+def test_a_gaussian_average_is_one_of_the_rounds_without_it(tiny_model: str, mean: float, std: float) -> None:
+    """After each round; clients go on as if there were none."""
+    model = adapt(tiny_model)
+    plain = several_rounds(federation(model, LOCAL, per_block=5, optimizer=ServerSgd(momentum=0.5)), 4)[0]
+    parts = federation(model, LOCAL, per_block=5, optimizer=GaussianAverage(momentum=0.5, mean=mean, std=std))
+    states = several_rounds(parts, 4)[0]
+    for round in range(1, 5):
+        logs = [-((each - mean) ** 2) / (2 * std**2) for each in range(1, round + 1)]
+        weights = torch.tensor(logs, dtype=torch.float64).softmax(dim=0).tolist()
+        expected = tree.weighted_mean([state.adapter for state in plain[1 : round + 1]], weights)
+        assert_states_close(states[round].adapter, expected)
+        assert_states_close(parts.continued(states[round]).adapter, plain[round].adapter, atol=0)
+
+
+def test_an_audit_repeats_the_rounds_of_an_average(tiny_model: str) -> None:
+    sent: list[ClientUpdate] = []
+
+    def note(round: int, update: ClientUpdate) -> ClientUpdate:
+        sent.append(update)
+        return update
+
+    optimizer, hooks = GaussianAverage(mean=1.0), Hooks(update=note)
+    parts = federation(adapt(tiny_model), LOCAL, per_block=5, optimizer=optimizer, hooks=hooks)
+    states, _ = several_rounds(parts, 2)
+    again = [update for _, update in sent_updates(parts, states[1])]
+    for update, expected in zip(again, sent[len(again) :], strict=True):
+        assert_states_close(update.delta, expected.delta)
 
 
 # The error of averaging the factors

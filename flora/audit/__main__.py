@@ -62,7 +62,9 @@ def audit(subject: Subject, options: Any) -> dict[str, Any]:
                 subject, after, num_references=options.references, most=options.examples, advance=progress.update
             )
     if "clients" in options.only:
-        found["clients"] = client_membership(subject)
+        total = options.references * subject.last_round
+        with bar("reference runs of clients", total, "round", shown=options.references > 0) as progress:
+            found["clients"] = client_membership(subject, num_references=options.references, advance=progress.update)
     hides_updates = subject.run.config.server.secure_sum is not None
     if hides_updates:
         _say("single updates: not attacked, because with server.secure_sum nobody sees them")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flora.audit.references import Reference, train_references
+from flora.audit.references import Reference, train_client_references, train_references
 from flora.audit.subject import Subject
 from flora.core.errors import UserError
 from flora.core.rng import Rng
@@ -107,11 +107,19 @@ def _scores(
     scores = {"loss": observed}
     if references:
         seen = np.stack([subject.confidences(each.adapters[round], targets.examples) for each in references])
-        # An example that its client keeps in all references can't be told by them.
-        told = was_in.any(axis=0) & ~was_in.all(axis=0)
-        for name, attack in (("likelihood ratio", likelihood_ratios), ("offline likelihood ratio", offline_scores)):
-            scores[name] = np.full(len(observed), np.nan)
-            scores[name][told] = attack(observed[told], seen[:, told], was_in[:, told])
+        scores |= _ratios(observed, seen, was_in)
+    return scores
+
+
+def _ratios(observed: np.ndarray, seen: np.ndarray, was_in: np.ndarray) -> dict[str, np.ndarray]:
+    """The scores `(N,)` of the likelihood ratio attacks, for `observed` `(N,)` and what references say, `(R, N)`.
+
+    `was_in` `(R, N)` says which reference had what. What was in all of them, or in none, can't be told: NaN.
+    """
+    told, scores = was_in.any(axis=0) & ~was_in.all(axis=0), {}
+    for name, attack in (("likelihood ratio", likelihood_ratios), ("offline likelihood ratio", offline_scores)):
+        scores[name] = np.full(len(observed), np.nan)
+        scores[name][told] = attack(observed[told], seen[:, told], was_in[:, told])
     return scores
 
 
@@ -142,15 +150,41 @@ def as_json(found: Success | None) -> dict[str, Any]:
     return {"auc": None} if found is None else found.to_dict()
 
 
-def client_membership(subject: Subject) -> dict[str, Any]:
+def client_membership(
+    subject: Subject, *, num_references: int, advance: Callable[[int], object] = lambda rounds: None
+) -> dict[str, Any]:
     """Attack which clients took part at all, with their training examples in hand, and return what came out.
 
-    A client's score is by how much surer the last adapter is of the labels of its training examples than the first.
-    The area is None where all took part, or none did.
+    A client's score is by how much surer the last adapter is of the labels of its training examples than the first;
+    with `num_references` also the likelihood ratio of arXiv:2112.03570, of that mean, against runs with half of the
+    clients each. The area is None where all took part, or none did, and then there are no reference runs.
     """
     known = [client not in canary_clients(subject) for client in range(len(subject.experiment.federation.clients))]
     clients = np.flatnonzero(known)
     took_part = np.isin(clients, subject.participants)
+    content: dict[str, Any] = {"num_in": int(took_part.sum()), "num_out": int((~took_part).sum())}
     scores = client_scores(clients, subject.evidence) if len(clients) else np.empty(0)
-    found = success(scores[took_part], scores[~took_part], subject.rng.child("clients"))
-    return {"num_in": int(took_part.sum()), "num_out": int((~took_part).sum())} | as_json(found)
+    content |= as_json(success(scores[took_part], scores[~took_part], subject.rng.child("clients")))
+    if num_references and took_part.any() and not took_part.all():
+        found = _client_ratios(subject, clients, num_references, advance)
+        content["ratios"] = {
+            name: _told(each, took_part, subject.rng.child("clients", name)) for name, each in found.items()
+        }
+    return content
+
+
+def _client_ratios(
+    subject: Subject, clients: np.ndarray, num_references: int, advance: Callable[[int], object]
+) -> dict[str, np.ndarray]:
+    """The scores of clients `(len(clients),)` by each likelihood ratio attack; NaN for those that can't be told."""
+    references = train_client_references(
+        subject.experiment,
+        num_references,
+        clients,
+        rounds=subject.last_round,
+        rng=subject.rng.child("client references"),
+        advance=advance,
+    )
+    was_in = np.array([np.isin(clients, each.took_part) for each in references])
+    gains = [client_scores(clients, subject.evidence_of(each.adapter)) for each in references]
+    return _ratios(client_scores(clients, subject.evidence), np.stack(gains), was_in)

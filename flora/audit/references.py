@@ -1,4 +1,4 @@
-"""Reference runs: the audited run again, with half of the examples, to see what adapters without an example know of it.
+"""Reference runs: the audited run again, with half of the examples or of the clients, to see what is known without.
 
 All of them run at once, and their clients share steps.
 """
@@ -11,14 +11,15 @@ from functools import partial
 
 import numpy as np
 
+from flora.communication.network import COLUMNS, Profiles
 from flora.core.hooks import Hooks
 from flora.core.rng import Rng
-from flora.core.states import ClientData
+from flora.core.states import ClientData, ServerState
 from flora.core.tree import State
 from flora.engine.together import Member, Together
 from flora.experiment.build import Experiment
 from flora.federated.federation import Federation
-from flora.federated.round import run_round
+from flora.federated.round import RoundResult, run_round
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,27 +56,103 @@ def train_references(
         for index in range(number)
     ]
 
-    def live(index: int, member: Member) -> None:
-        reference = references[index]
-        engine = member.join(experiment.federation.engine)
-        federation = _with_clients(replace(experiment.federation, engine=engine), reference.clients)
-        federation = replace(federation, rng=rng.child("reference", index))
-        state = federation.initial_state(experiment.initial_adapter)
-        for round in range(1, max(rounds) + 1):
-            state, _ = run_round(federation, state)
-            if round in rounds:
-                reference.adapters[round] = state.adapter
-            advance(1)
+    def note(index: int, state: ServerState, result: RoundResult) -> None:
+        if state.round in rounds:
+            references[index].adapters[state.round] = state.adapter
+        advance(1)
 
-    for error in Together(Hooks()).run([partial(live, index) for index in range(number)]):
+    federations = [_with_clients(experiment.federation, each.clients) for each in references]
+    _run_together(federations, experiment.initial_adapter, max(rounds), note, rng)
+    return references
+
+
+@dataclass(frozen=True, eq=False)
+class ClientReference:
+    """A reference run with some of the clients: whose updates came in some round, and the server's last adapter."""
+
+    took_part: np.ndarray
+    adapter: State
+
+
+def train_client_references(
+    experiment: Experiment,
+    number: int,
+    clients: np.ndarray,
+    *,
+    rounds: int,
+    rng: Rng,
+    advance: Callable[[int], object] = lambda rounds: None,
+) -> list[ClientReference]:
+    """Run an experiment `number` times, an even one, for `rounds`, each with one half of `clients`, ids, and return it.
+
+    They come in pairs that have one half each, drawn at random; cohorts are half as large, so that a client is in one
+    as often as in the run. Cohorts, batches and noise are drawn anew. `advance` is told of each round done. Raises what
+    ended one of them.
+    """
+    halves = [
+        np.sort(rng.child("halves", index // 2).numpy().permutation(clients)[index % 2 :: 2]) for index in range(number)
+    ]
+    took_part: list[set[int]] = [set() for _ in halves]
+    adapters: list[State] = [{} for _ in halves]
+
+    def note(index: int, state: ServerState, result: RoundResult) -> None:
+        took_part[index].update(halves[index][list(result.cohort or ())].tolist())
+        adapters[index] = state.adapter
+        advance(1)
+
+    federations = [_of_some(experiment.federation, half) for half in halves]
+    _run_together(federations, experiment.initial_adapter, rounds, note, rng)
+    return [
+        ClientReference(np.array(sorted(ids), dtype=int), adapter)
+        for ids, adapter in zip(took_part, adapters, strict=True)
+    ]
+
+
+def _run_together(
+    federations: Sequence[Federation],
+    adapter: State,
+    num_rounds: int,
+    note: Callable[[int, ServerState, RoundResult], object],
+    rng: Rng,
+) -> None:
+    """Run federations from one adapter, each with random numbers of its own; `note` is told of each round of each."""
+
+    def live(index: int, member: Member) -> None:
+        engine = member.join(federations[index].engine)
+        federation = replace(federations[index], engine=engine, rng=rng.child("reference", index))
+        state = federation.initial_state(adapter)
+        for _ in range(num_rounds):
+            state, result = run_round(federation, state)
+            note(index, state, result)
+
+    for error in Together(Hooks()).run([partial(live, index) for index in range(len(federations))]):
         if error is not None:
             raise error
-    return references
 
 
 def _with_clients(federation: Federation, clients: Sequence[ClientData]) -> Federation:
     sizes = np.array([len(client.train) for client in clients])
     return replace(federation, clients=clients, participation=replace(federation.participation, sizes=sizes))
+
+
+def _of_some(federation: Federation, ids: np.ndarray) -> Federation:
+    """The federation with some of its clients, numbered anew, and as much smaller cohorts; it says who took part."""
+    participation, private = federation.participation, federation.privacy
+    sampler, profiles = participation.sampler, participation.profiles
+    if sampler.number is not None:
+        share = len(ids) / len(federation.clients)
+        sampler = replace(sampler, number=max(1, round(sampler.number * share)))
+    if profiles is not None:
+        profiles = Profiles(*(getattr(profiles, name)[ids] for name in COLUMNS))
+    if private is not None:
+        private = replace(private, mechanism=replace(private.mechanism, publish=True))
+    return replace(
+        _with_clients(federation, [federation.clients[index] for index in ids.tolist()]),
+        participation=replace(participation, sampler=sampler, profiles=profiles, sizes=participation.sizes[ids]),
+        ranks=None if federation.ranks is None else federation.ranks[ids],
+        privacy=private,
+        canaries=None,
+    )
 
 
 def _half(clients: Sequence[ClientData], spared: np.ndarray, rng: Rng, which: int) -> list[ClientData]:

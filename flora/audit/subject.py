@@ -81,7 +81,11 @@ class Subject:
     @cached_property
     def evidence(self) -> Evidence:
         """What an attacker has of the last adapter and the first."""
-        first, last = self.initial, self.states[self.last_round].adapter
+        return self.evidence_of(self.states[self.last_round].adapter)
+
+    def evidence_of(self, last: StateLike) -> Evidence:
+        """What an attacker has of an adapter that training ended with, and the first."""
+        first = self.initial
         return Evidence(
             moved={name: last[name] - first[name] for name in last if not is_residual(name)},
             gains=lambda examples: self.confidences(last, examples) - self.confidences(first, examples),

@@ -30,7 +30,7 @@ def sent_updates(federation: Federation, state: ServerState) -> list[tuple[State
 
     Nothing of a run has to be stored for this: training is repeated as it was.
     """
-    plan = federation.schedule.plan(federation, state)
+    plan = federation.schedule.plan(federation, federation.continued(state))
     starts = {task.client: task.adapter for task in plan.tasks}
     sent = send_updates(federation, plan, federation.engine.train(plan.tasks))
     return [(starts[client], update) for client, (update, _) in sorted(sent.items())]

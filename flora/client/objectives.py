@@ -22,6 +22,8 @@ class Objective(Component):
     needs_frozen: ClassVar[bool] = False
     weighs_examples: ClassVar[bool] = False
     """Whether it is a mean over examples in which each counts as much as it weighs (`StepView.mean`)."""
+    from_logits: ClassVar[bool] = False
+    """Whether it looks at logits alone, in whatever way these come about, and at no features."""
 
     @abstractmethod
     def loss(self, view: StepView) -> Tensor:
@@ -34,6 +36,7 @@ class CrossEntropy(Objective):
     """Each image against all class prompts (the default)."""
 
     weighs_examples: ClassVar[bool] = True
+    from_logits: ClassVar[bool] = True
     label_smoothing: float = option("share of the target spread evenly over all classes", 0.0, at_least=0, below=1)
 
     def loss(self, view: StepView) -> Tensor:
@@ -84,6 +87,7 @@ class MultiPositive(Objective):
     """
 
     in_batch: ClassVar[bool] = True
+    from_logits: ClassVar[bool] = True
 
     def loss(self, view: StepView) -> Tensor:
         labels, example_mask, logits = view.labels, view.example_mask, view.logits

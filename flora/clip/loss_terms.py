@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flora.clip.comparison import COSINES, Comparison
+
 ImagesAndClasses = tuple[Tensor, Tensor]
 """Features of images `(K, B, embed_dim)` and of classes `(K, C, embed_dim)`."""
 
@@ -23,7 +25,8 @@ class StepView:
     tensors by name: `labels` `(K, B)` int64, `example_mask` `(K, B)`, True for real examples, of which each client has
     one, and where examples count differently `weights` `(K, B)`. `others` are the features that the clients' other
     models make of the same step, where an adapter stands for several. `more` are features of other images of the step,
-    by name, `(K, U, d)`: of those without labels; `frozen_more` the same without adapters.
+    by name, `(K, U, d)`: of those without labels; `frozen_more` the same without adapters. Where `comparison` is not by
+    cosines, features with adapters have the shapes that it reads.
     """
 
     images: Tensor
@@ -35,6 +38,7 @@ class StepView:
     others: tuple[ImagesAndClasses, ...] = ()
     more: Mapping[str, Tensor] = field(default_factory=dict)
     frozen_more: Mapping[str, Tensor] = field(default_factory=dict)
+    comparison: Comparison = COSINES
 
     @property
     def labels(self) -> Tensor:
@@ -54,16 +58,33 @@ class StepView:
     @property
     def logits(self) -> Tensor:
         """The scaled similarities of images and classes, `(K, B, C)`."""
-        return self.logit_scale * torch.bmm(self.images, self.classes.transpose(1, 2))
+        return self.logit_scale * self.comparison.similarities(self.images, self.classes)
 
     def logits_of(self, name: str) -> Tensor:
         """The scaled similarities of the images called `name` and the classes, `(K, U, C)`."""
-        return self.logit_scale * torch.bmm(self.more[name], self.classes.transpose(1, 2))
+        return self.logit_scale * self.comparison.similarities(self.more[name], self.classes)
 
     def frozen_logits_of(self, name: str) -> Tensor:
         """The same of the frozen model."""
         assert self.frozen_classes is not None
         return self.logit_scale * self.frozen_more[name] @ self.frozen_classes.mT
+
+
+@dataclass(frozen=True, eq=False)
+class LogitsView(StepView):
+    """What a loss sees that reads logits alone: those that are `known`, `(K, B, C)`. It has no features."""
+
+    known: Tensor = field(kw_only=True)
+
+    @classmethod
+    def of(cls, logits: Tensor, logit_scale: Tensor, batch: Mapping[str, Tensor]) -> LogitsView:
+        """Return the view of a step's logits `(K, B, C)` and the tensors of its batch."""
+        none = logits.new_empty(0)
+        return cls(none, none, logit_scale, batch, known=logits)
+
+    @property
+    def logits(self) -> Tensor:
+        return self.known
 
 
 class LossTerm(Protocol):

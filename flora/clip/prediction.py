@@ -125,11 +125,11 @@ class Prediction:
         return self.fusion.combine(adapted, self._logits(model, stem, frozen_classes))
 
     def _logits(self, model: AdaptedClip, stem: Tensor, classes: Tensor) -> Tensor:
-        texts = classes.transpose(1, 2)
         if self.patches is None or not self.patches.alpha:
-            return model.logit_scale() * torch.bmm(model.image_features(stem, len(classes)), texts)
+            return model.logits(stem, classes)
         images, patches = model.image_and_patch_features(stem, len(classes))
-        return model.logit_scale() * (torch.bmm(images, texts) + self.patches.cosines(patches, classes))
+        own = model.comparison.similarities(images, classes)
+        return model.logit_scale() * (own + self.patches.cosines(patches, classes))
 
 
 PLAIN = Prediction()

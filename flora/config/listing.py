@@ -11,7 +11,7 @@ from typing import Any
 from flora import catalogue  # noqa: F401  (the catalogue registers the components)
 from flora.config import presets
 from flora.config.parse import config_to_dict
-from flora.config.presets import PRESETS
+from flora.config.presets import PRESETS, SCENARIOS
 from flora.config.schema import ExperimentConfig
 from flora.core.registry import Bounds, Component, Options, components, kinds, name_of
 
@@ -29,6 +29,10 @@ def list_components() -> str:
     for name in PRESETS:
         preset = presets.read_preset(name)
         parts += [f"  {name}: {preset.about}", *(f"      {line}" for line in presets.lines(preset))]
+    parts += ["", "SCENARIOS: sets of values between an experiment's own and its preset's"]
+    for name in SCENARIOS:
+        scenario = presets.read_scenario(name)
+        parts += [f"  {name}: {scenario.about}", *(f"      {line}" for line in presets.lines(scenario))]
     return "\n".join(parts)
 
 

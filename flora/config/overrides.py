@@ -28,7 +28,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], root: type[Op
             values[key] = read_plain_yaml(override.partition("=")[2])
         except YAML_ERRORS as error:
             raise ConfigError(f"command line: {shown}: not valid YAML: {yaml_reason(error)}") from None
-    for key in sorted(values, key=lambda key: (key.count("."), key != "preset", key)):
+    for key in sorted(values, key=lambda key: (key.count("."), key not in ("preset", "scenario"), key)):
         _set(raw, key.split("."), values[key], root)
 
 

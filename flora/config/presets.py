@@ -4,6 +4,8 @@ A preset is written like an experiment. Below `where` it has sections that count
 the one named: `adapter=full: {local: {learning_rate: 1.0e-3}}`. One rule merges them: the experiment's own file lies
 above what `where` adds, and that above the preset's other values. A component of another name takes nothing from the
 one below.
+
+A scenario (`flora/presets/scenarios`) is a set of values, too: it lies between the preset and the experiment's file.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ Nested = Mapping[str, Any]
 FOLDER = Path(__file__).parents[1] / "presets"
 PRESETS = ("standard", *sorted({path.stem for path in FOLDER.glob("*.yaml")} - {"standard"}))
 DEFAULT = "standard"
+SCENARIO_FOLDER = FOLDER / "scenarios"
+SCENARIOS = tuple(sorted(path.stem for path in SCENARIO_FOLDER.glob("*.yaml")))
+NO_SCENARIO = "none"
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,27 @@ class Preset:
     where: Mapping[str, Nested]
 
 
+@dataclass(frozen=True)
+class Scenario:
+    """A scenario: what it is, its values, the settings that it needs beside them, and the figures that are its result.
+
+    These are names of figures in a run's summary.
+    """
+
+    about: str
+    values: Nested
+    needs: tuple[str, ...]
+    results: tuple[str, ...]
+
+
+@cache
+def read_scenario(name: str) -> Scenario:
+    """The scenario of this name, one of `SCENARIOS`."""
+    raw = dict(read_plain_yaml((SCENARIO_FOLDER / f"{name}.yaml").read_text()))
+    about, needs, results = raw.pop("about"), tuple(raw.pop("needs", ())), tuple(raw.pop("results"))
+    return Scenario(about, raw, needs, results)
+
+
 @cache
 def read_preset(name: str) -> Preset:
     """The preset of this name, one of `PRESETS`."""
@@ -40,14 +66,16 @@ def read_preset(name: str) -> Preset:
 
 
 def with_preset(raw: Nested) -> Nested:
-    """`raw` over the values of the preset that it names; unchanged if it names none that is known.
+    """`raw` over the values of the scenario and the preset that it names; unchanged if it names none that is known.
 
     What `raw` gives always wins, a null in place of a value included. Weights belong to their model: whoever names
     another one gets none from the preset.
     """
-    name = raw.get("preset", DEFAULT)
-    if name not in PRESETS:
+    name, scenario = raw.get("preset", DEFAULT), raw.get("scenario", NO_SCENARIO)
+    if name not in PRESETS or scenario not in (NO_SCENARIO, *SCENARIOS):
         return raw
+    if scenario != NO_SCENARIO:
+        raw = _over(read_scenario(scenario).values, raw)
     preset = read_preset(name)
     backbone = raw.get("backbone")
     names_model = isinstance(backbone, Mapping) and "model" in backbone
@@ -60,10 +88,10 @@ def with_preset(raw: Nested) -> Nested:
     return dict(_over(values, raw))
 
 
-def lines(preset: Preset) -> Iterator[str]:
-    """A preset's values as `key: value` with dotted keys."""
+def lines(preset: Preset | Scenario) -> Iterator[str]:
+    """A preset's or a scenario's values as `key: value` with dotted keys."""
     yield from _flat(preset.values)
-    for condition, added in preset.where.items():
+    for condition, added in getattr(preset, "where", {}).items():
         yield from (f"{line}  (where {condition.replace('=', ' is ')})" for line in _flat(added))
 
 

@@ -18,7 +18,8 @@ from flora.communication.network import Network, StragglerPolicy
 from flora.communication.options import CommunicationOptions
 from flora.communication.ranks import Ranks
 from flora.communication.sampling import Sampler, Uniform
-from flora.config.presets import DEFAULT, PRESETS
+from flora.config.presets import DEFAULT, NO_SCENARIO, PRESETS, SCENARIOS, read_scenario
+from flora.core.counts import part_of
 from flora.core.registry import (
     OptionError,
     Options,
@@ -57,6 +58,13 @@ class ClientOptions(Options):
     centralized: bool = option("one client trains on what all of them would have: centralised training", False)
     cohort: Sampler = option("which of them take part in a round", Uniform())
     holdout_fraction: float = option("share of a client's examples kept for its own test", 0.2, at_least=0, below=1)
+    held_out_fraction: float = option(
+        "share of the clients that never train, drawn at random: what the last adapter gives them, and one pass of "
+        "fine-tuning from it, on their own test images",
+        0.0,
+        at_least=0,
+        below=1,
+    )
     labelled_fraction: float = option(
         "share of a client's training images of which it knows the label, at least one; the others wait for "
         "local.self_training",
@@ -71,10 +79,29 @@ class ClientOptions(Options):
         "clients trained in one step; changes the speed only; none: automatic", None, at_least=1
     )
 
+    def check(self) -> None:
+        if self.held_out_fraction and not self.holdout_fraction:
+            raise OptionError(
+                "held_out_fraction", "expected 0 without holdout_fraction: there are no images to test such clients on"
+            )
+
     @property
     def number_training(self) -> int | None:
         """How many clients train: one where training is centralised, None if that is for the data to say."""
-        return 1 if self.centralized else self.number
+        if self.centralized or self.number is None:
+            return 1 if self.centralized else None
+        return self.number - self.num_unseen(self.number)
+
+    def num_unseen(self, number: int) -> int:
+        """How many of `number` clients never train: the share of them, but at least one, where that is asked for.
+
+        Raises `OptionError` if none would be left to train.
+        """
+        if not self.held_out_fraction:
+            return 0
+        if number < 2:
+            raise OptionError("clients.held_out_fraction", f"expected at least two clients, one to train, got {number}")
+        return min(max(round(part_of(self.held_out_fraction, number)), 1), number - 1)
 
 
 @dataclass(frozen=True)
@@ -126,6 +153,11 @@ class EvaluationOptions(Options):
         "adapter are evaluated on",
         (),
     )
+    held_classes: bool = option(
+        "evaluate each client's adapter (the server's, where it has none of its own) on the test images of the classes "
+        "that it holds, told apart among these, and on the others', told apart among those",
+        False,
+    )
     auroc: bool = option(
         "compute the area under the ROC curve, too; takes memory for a probability of each test image and class", False
     )
@@ -168,6 +200,11 @@ class ExperimentConfig(Options):
     data: Dataset = option("where the images come from")
     partition: Partitioner = option("how the training examples are dealt out to the clients")
     preset: str = option("the set of values below this file's own", DEFAULT, choices=PRESETS)
+    scenario: str = option(
+        "the set of values of a benchmark's scenario, above the preset's",
+        NO_SCENARIO,
+        choices=(NO_SCENARIO, *SCENARIOS),
+    )
     name: str = option("the run's name, and its folder's below `output`; none: the file's name", "")
     seed: int = option("root of all random numbers", 0, at_least=0)
     rounds: int = option("rounds of federated training; 0: zero-shot only", 20, at_least=0)
@@ -206,6 +243,11 @@ class ExperimentConfig(Options):
         names = [name_of(tracker) for tracker in self.trackers]
         if len(set(names)) != len(names):
             raise OptionError("trackers", f"expected each once, got {', '.join(names)}")
+        needs = () if self.scenario == NO_SCENARIO else read_scenario(self.scenario).needs
+        for key in needs:
+            section, _, name = key.rpartition(".")
+            if not getattr(getattr(self, section), name, None):
+                raise OptionError(key, f"missing: the scenario {self.scenario} needs it")
         if self.clients.number is None and not self.partition.names_clients:
             raise OptionError(
                 "clients.number", f"expected a number: {name_of(self.partition)} takes none from the data"

@@ -85,6 +85,7 @@ class Sample(Splitter):
 
     num_train: int = option("images to train on", 10_000, at_least=1)
     num_test: int = option("images to test on", 2_000, at_least=1)
+    shots: int | None = option("images of each class to train on, in place of `num_train`", None, at_least=1)
     of: Splitter = option("what the sample is drawn from", Official())
 
     def check(self) -> None:
@@ -92,7 +93,10 @@ class Sample(Splitter):
 
     def split(self, data: ImageData, rng: Rng) -> ImageData:
         data = self.of.split(data, rng.child("of"))
-        train = _some(data.train, self.num_train, rng.child("train"))
+        if self.shots is None:
+            train = _some(data.train, self.num_train, rng.child("train"))
+        else:
+            train = _of_each(data.train, self.shots, rng.child("train"))
         return ImageData(train, _some(data.test, self.num_test, rng.child("test")), data.class_names)
 
 
@@ -164,6 +168,13 @@ def _some(split: Split, number: int, rng: Rng) -> Split:
         # How deep into its class an example lies, from 0 to 1: a sample takes all classes to the same depth.
         depth[members] = (np.arange(len(members)) + 0.5) / len(members)
     return split.subset(np.sort(order[np.argsort(depth[order], kind="stable")[:number]]))
+
+
+def _of_each(split: Split, number: int, rng: Rng) -> Split:
+    """`number` of the examples of each class; all of a class that has no more."""
+    order = rng.numpy().permutation(len(split))
+    chosen = [order[split.labels[order] == label][:number] for label in np.unique(split.labels)]
+    return split.subset(np.sort(np.concatenate(chosen)))
 
 
 @dataclass(frozen=True, eq=False)

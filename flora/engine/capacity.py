@@ -63,6 +63,8 @@ def _trained_streams(model: AdaptedClip, batch_size: int) -> list[int]:
     prompts = model.prompts.tokens
     tokens = {"text": prompts.shape[0] * prompts.shape[1], "vision": batch_size * model.vision.num_tokens}
     streams = []
+    if model.adapter.comparison.by_image:
+        tokens["text"] *= batch_size
     for tower, first_stage in model.adapter.trained_from.items():
         shape = architecture.tower(tower)
         num_trained = max(shape.num_layers + 1 - max(first_stage, 1), 0)

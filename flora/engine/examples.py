@@ -1,7 +1,9 @@
 """Gradients of which each example's part is bounded, and their noise: DP-SGD for K clients (arXiv:1607.00133).
 
 An example is a client of one example here that has its client's adapter, so one pass through the model gives each
-example a gradient of its own. What depends on the adapter alone, the text tower's forward pass, is the client's.
+example a gradient of its own. What depends on the adapter alone, the text tower's forward pass, is the client's. Heads
+and feature adapters need none of that: gradients of linear layers are outer products, whose norms are known without
+them (arXiv:1510.01799).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from flora.clip.loss_terms import LogitsView
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.tree import StateLike
 from flora.engine.batch import Batch, Compute
@@ -28,8 +31,10 @@ def bounded_gradient_function(
     As many examples go through the model at once as memory and caches are good for. `residual` are tensors `(1, ...)`
     that are bound with every client's own.
     """
+    if model.adapter.is_linear and loss.from_logits:
+        return _closed_form(model, loss, flat, privacy)
     at_once = examples_at_once(model, num_trained=flat.num_trained)
-    shares_texts = model.text.trains_blocks and model.adapter.num_models == 1 and not model.adapter.is_large
+    shares_texts = model.text.trains_blocks and model.adapter.num_models == 1 and model.adapter.can_share_texts
 
     def compute(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed losses and bounded gradients of clients whose examples go in at once, or of one in parts."""
@@ -50,6 +55,44 @@ def bounded_gradient_function(
             losses += torch.where(mask, part_losses.detach().view(number, -1), 0.0).sum(dim=1)
             sums += privacy.clipped_sums(gradients.view(number, -1, flat.num_trained), mask)
         return losses, sums
+
+    return _in_parts(compute, at_once)
+
+
+def _closed_form(model: AdaptedClip, loss: Loss, flat: FlatStack, privacy: ExamplePrivacy) -> Compute:
+    """As `bounded_gradient_function` for an adapter that is linear layers on features, and a loss of logits alone.
+
+    All examples of a client go through its layers together. The square of a gradient's norm is the sum over layers of
+    |g|^2 |x|^2, with a bias |g|^2 (|x|^2 + 1), for the gradient g by what came out and what went in, x.
+    """
+
+    def compute(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        mask = batch.tensors["example_mask"]
+        state = {name: tensor.detach() for name, tensor in flat.state(parameters).items()}
+        with model.adapter.bind(state):
+            logits, uses = model.traced_logits(batch.tensors["stem"], len(mask), batch.drawn)
+        view = LogitsView.of(logits.flatten(0, 1).unsqueeze(1), model.logit_scale(), batch.as_clients().tensors)
+        losses = loss.total([view])
+        by_outputs = torch.autograd.grad(losses.sum(), [use.outputs for use in uses])
+        by_outputs = tuple(each.masked_fill(~mask.unsqueeze(-1), 0.0) for each in by_outputs)
+        squares = torch.zeros(mask.shape, device=mask.device, dtype=parameters.dtype)
+        for use, gradient in zip(uses, by_outputs, strict=True):
+            inputs = use.inputs.square().sum(dim=-1) * (f"{use.layer}.weight" in flat.trained)
+            squares += gradient.square().sum(dim=-1) * (inputs + (f"{use.layer}.bias" in flat.trained))
+        factors = privacy.factors(squares.sqrt()).unsqueeze(-1)
+        sums = {}
+        for use, gradient in zip(uses, by_outputs, strict=True):
+            bounded = factors * gradient
+            sums[f"{use.layer}.weight"] = torch.bmm(bounded.mT, use.inputs).flatten(1)
+            sums[f"{use.layer}.bias"] = bounded.sum(dim=1)
+        summed = torch.where(mask, losses.detach().view_as(mask), 0.0).sum(dim=1)
+        return summed, torch.cat([sums[name] for name in flat.trained], dim=1)
+
+    return _in_parts(compute, examples_at_once(model, num_trained=0))
+
+
+def _in_parts(compute: Compute, at_once: int) -> Compute:
+    """Let clients into `compute` of whom about `at_once` examples are seen together; it sums losses, this has means."""
 
     def compute_in_parts(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         mask = batch.tensors["example_mask"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flora.client.local_training import LocalTraining
+from flora.client.penalties import Guide
 from flora.client.self_training import SelfTrainingTerm
-from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.adapters.base import HELD_CLASSES, AttachedAdapter
 from flora.clip.loss_terms import ImagesAndClasses, LossTerm, StepView
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.contracts import checked_tensor
@@ -24,37 +26,62 @@ from flora.engine.recording import Recorder, is_recorded
 class Loss:
     """What a step minimises: the sum of terms, each with the setting that it comes from.
 
-    It is of the models of a step from `first_model` on.
+    It is of the models of a step from `first_model` on. The gradient of a `guide`, if there is one, is not added to
+    that of the terms but changes it. `from_logits` says that nothing of it looks at features.
     """
 
     terms: tuple[tuple[str, LossTerm], ...]
     first_model: int = 0
+    guide: Guide | None = None
+    from_logits: bool = False
 
     @classmethod
     def of(cls, local: LocalTraining, adapter: AttachedAdapter) -> Loss:
         """The objective, the penalty unless it is idle, self-training if it is on, and the adapter's own terms."""
         terms: list[tuple[str, LossTerm]] = [("local.objective", local.objective)]
-        if not local.penalty.is_idle:
+        guide = local.penalty if isinstance(local.penalty, Guide) else None
+        if guide is None and not local.penalty.is_idle:
             terms.append(("local.penalty", local.penalty))
         if local.active_self_training is not None:
             terms.append(("local.self_training", SelfTrainingTerm(local.active_self_training)))
-        return cls((*terms, *(("adapter", term) for term in adapter.loss_terms)), adapter.first_loss_model)
+        terms += (("adapter", term) for term in adapter.loss_terms)
+        from_logits = len(terms) == 1 and guide is None and local.objective.from_logits
+        return cls(tuple(terms), adapter.first_loss_model, guide, from_logits)
 
     @property
     def in_batch(self) -> bool:
         """Whether no class matters but those of the batch."""
-        return all(term.in_batch for _, term in self.terms)
+        return all(term.in_batch for _, term in (*self.terms, *self._guides))
 
     @property
     def needs_frozen(self) -> bool:
         """Whether a term compares with the frozen model's features."""
-        return any(term.needs_frozen for _, term in self.terms)
+        return any(term.needs_frozen for _, term in (*self.terms, *self._guides))
+
+    @property
+    def _guides(self) -> tuple[tuple[str, LossTerm], ...]:
+        return () if self.guide is None else (("local.penalty", self.guide),)
 
     def total(self, views: Sequence[StepView]) -> Tensor:
         """Each client's loss `(K,)`: the sum of all terms over the models, of a step's `views`, that it is of."""
+        return self._sum(self.terms, views)
+
+    def gradients(self, views: Sequence[StepView], rows: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        """Return each client's loss `(K,)`, detached, and the gradient `(K, P)` that a step goes along.
+
+        `rows(losses)` are the gradients of losses `(K,)`; with `keep_graph=True` it can be called once more.
+        """
+        losses = self.total(views)
+        if self.guide is None:
+            return losses.detach(), rows(losses)
+        own = rows(self._sum(self._guides, views), keep_graph=True)
+        gradients = self.guide.guided(rows(losses), own)
+        return losses.detach(), checked_tensor("local.penalty", self.guide, gradients, own.shape)
+
+    def _sum(self, terms: Sequence[tuple[str, LossTerm]], views: Sequence[StepView]) -> Tensor:
         labels = views[0].labels
         losses = torch.zeros(len(labels), device=labels.device)
-        for setting, term in self.terms:
+        for setting, term in terms:
             for view in views[self.first_model :]:
                 losses = losses + checked_tensor(setting, term, term.loss(view), losses.shape)
         return losses
@@ -63,13 +90,13 @@ class Loss:
 class FlatStack:
     """K adapters as one matrix `(K, P)`, so that an optimiser's step is a few operations however many layers there are.
 
-    The tensors called `trained` have the first `num_trained` columns. The matrix is a copy; `state` and `leaves` are
-    views into it, or into another of its kind.
+    Those called `trained`, in this order, have the first `num_trained` columns. The matrix is a copy; `state` and
+    `leaves` are views into it, or into another of its kind.
     """
 
     def __init__(self, stack: StateLike, device: torch.device, trained: Collection[str] | None = None) -> None:
-        self._trained = list(stack) if trained is None else [name for name in stack if name in trained]
-        self._shapes = {name: stack[name].shape[1:] for name in self._trained}
+        self.trained = [name for name in stack if trained is None or name in trained]
+        self._shapes = {name: stack[name].shape[1:] for name in self.trained}
         self.num_trained = sum(shape.numel() for shape in self._shapes.values())
         self._shapes |= {name: tensor.shape[1:] for name, tensor in stack.items()}
         size = len(next(iter(stack.values())))
@@ -81,25 +108,33 @@ class FlatStack:
 
     def state(self, matrix: Tensor) -> State:
         """The rows of a matrix `(K, P)` as a state dict of tensors `(K, ...)`."""
-        parts = matrix.split([shape.numel() for shape in self._shapes.values()], dim=1)
+        return self._split(list(self._shapes), matrix)
+
+    def gradients(self, matrix: Tensor) -> State:
+        """The rows of gradients `(K, num_trained)` as a state dict of the trained tensors alone, `(K, ...)`."""
+        return self._split(self.trained, matrix)
+
+    def _split(self, names: Sequence[str], matrix: Tensor) -> State:
+        shapes = [self._shapes[name] for name in names]
+        parts = matrix.split([shape.numel() for shape in shapes], dim=1)
         return {
             name: part.unflatten(1, shape) if shape else part.squeeze(1)
-            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+            for name, shape, part in zip(names, shapes, parts, strict=True)
         }
 
     def trained_part(self, matrix: Tensor) -> State:
         """The rows of a matrix `(K, P)` as a state dict of the trained tensors alone, `(K, ...)`."""
-        return {name: tensor for name, tensor in self.state(matrix).items() if name in self._trained}
+        return {name: tensor for name, tensor in self.state(matrix).items() if name in self.trained}
 
     @property
     def layout(self) -> tuple[int, tuple[str, ...]]:
         """What the columns mean: how many tensors are trained, and the names of all in their order."""
-        return len(self._trained), tuple(self._shapes)
+        return len(self.trained), tuple(self._shapes)
 
     def leaves(self, matrix: Tensor) -> tuple[State, list[Tensor]]:
         """The rows of a matrix `(K, P)` as detached tensors; also those that are trained, as leaves for autograd."""
         state = {name: tensor.detach() for name, tensor in self.state(matrix).items()}
-        return state, [state[name].requires_grad_() for name in self._trained]
+        return state, [state[name].requires_grad_() for name in self.trained]
 
 
 def gradient_function(
@@ -131,8 +166,9 @@ def gradient_function(
         alike = _Alike.of(parameters) if shares else None
         texts = None if alike is None else SharedTexts(model, flat.leaves(parameters[alike.first]), residual)
         leaf = None if texts is None or alike is None else texts.leaf(alike.which, alike.turn)
-        losses = loss.total(step_views(model, loss, {**state, **residual}, batch, generators, leaf))
-        return losses.detach(), rows_of(losses, leaves) if texts is None else texts.rows(losses, leaves)
+        views = step_views(model, loss, {**state, **residual}, batch, generators, leaf)
+        rows = functools.partial(rows_of if texts is None else texts.rows, leaves=leaves)
+        return loss.gradients(views, rows)
 
     def compute_in_parts(parameters: Tensor, batch: Batch, residual: StateLike) -> tuple[Tensor, Tensor]:
         nonlocal is_first
@@ -157,7 +193,7 @@ def _can_share_texts(model: AdaptedClip, flat: FlatStack) -> bool:
     """Whether clients that start from one adapter may encode the classes once. On CUDA steps are recorded instead."""
     if model.device.type != "cpu" or not model.speed.share_first_step or not model.text.trains_blocks:
         return False
-    return not model.adapter.is_large and len(model.adapter.models(flat.state(flat.matrix[:1]))) == 1
+    return model.adapter.can_share_texts and len(model.adapter.models(flat.state(flat.matrix[:1]))) == 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,10 +252,10 @@ class SharedTexts:
         self._leaf = self._features.detach()[which].requires_grad_()
         return self._leaf
 
-    def rows(self, losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    def rows(self, losses: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = False) -> Tensor:
         """As `rows_of`: through the last `leaf`, and what reaches the rows' `leaves` in other ways."""
         *direct, by_leaf = torch.autograd.grad(
-            losses.sum(), [*leaves, self._leaf], allow_unused=True, materialize_grads=True
+            losses.sum(), [*leaves, self._leaf], allow_unused=True, materialize_grads=True, retain_graph=keep_graph
         )
         # (M, U, C, embed_dim): each of the M passes is for one row of each adapter, or for none.
         places = self._places
@@ -259,6 +295,8 @@ def step_views(
     if loss.needs_frozen:
         with torch.no_grad():
             frozen, frozen_classes = _images(model, batch, number), model.frozen_class_features(batch.drawn)
+    if model.adapter.reads_held_classes:
+        stack = {**stack, HELD_CLASSES: batch.tensors[HELD_CLASSES]}
     features: list[ImagesAndClasses] = []
     more: list[dict[str, Tensor]] = []
     for bound in model.adapter.models_of_step(stack):
@@ -270,6 +308,7 @@ def step_views(
                 classes = model.drawn_class_features(batch.drawn)
             else:
                 classes = model.class_features(number, batch.classes)
+            classes = model.classes_of(images[""], classes, batch.classes)
             features.append((images.pop(""), classes))
             more.append(images)
             scale = model.logit_scale()
@@ -284,6 +323,7 @@ def step_views(
             others=(*features[:place], *features[place + 1 :]),
             more=more[place],
             frozen_more=frozen,
+            comparison=model.adapter.comparison,
         )
         for place, (images, classes) in enumerate(features)
     ]
@@ -298,7 +338,9 @@ def _images(model: AdaptedClip, batch: Batch, number: int) -> dict[str, Tensor]:
     return {name: model.image_features(stem, number) for name, stem in stems.items()}
 
 
-def rows_of(losses: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+def rows_of(losses: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = False) -> Tensor:
     """The gradient of the summed losses with respect to all leaves, as rows; zero for those that the loss ignores."""
-    gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        losses.sum(), leaves, allow_unused=True, materialize_grads=True, retain_graph=keep_graph
+    )
     return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)

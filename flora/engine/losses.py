@@ -103,14 +103,13 @@ def _logits(
     stack = _stack(model, tasks)
     for bound in model.adapter.models(stack):
         with model.adapter.bind(bound):
-            classes = model.class_features(len(examples)).transpose(1, 2)
+            classes = model.class_features(len(examples))
             for start in range(0, most, batch_size):
                 columns = slice(start, min(start + batch_size, most))
                 chosen = places[:, columns]
                 streams = [task.rng.child("weak", start) for task in tasks] if is_training else None
                 stem = features.take(chosen.flatten().to(features.device), model.device, streams)
-                images = model.image_features(stem, len(examples))
-                yield model.logit_scale() * torch.bmm(images, classes), chosen, columns
+                yield model.logits(stem, classes), chosen, columns
 
 
 def _stack(model: AdaptedClip, tasks: Sequence[ClientTask]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flora.client.corrections import NoCorrection
 from flora.client.optimizers import Rate, clip_rows
+from flora.clip.adapters.base import HELD_CLASSES
 from flora.clip.towers.towers import AdaptedClip
 from flora.core import tree
 from flora.core.contracts import checked_state, checked_tensor
@@ -55,6 +56,7 @@ def train_block(
             losses, gradients = gradients_of(parameters, batches.of_step(step, num_active))
             if noise is not None:
                 gradients = noise.add(gradients, step)
+            gradients = _projected(model, flat, block, gradients, step)
             # A sum is not finite if one of its terms isn't: one pass over the gradients, and no wait for the device.
             broke = ~torch.isfinite(losses + gradients.sum(dim=1)) & (failed[:num_active] < 0)
             failed[:num_active].masked_fill_(broke, step)
@@ -104,6 +106,16 @@ def _optimizer_state(block: Block, trained: Tensor) -> State:
         for name in state.keys() & task.state.optimizer.keys():
             state[name][row] = task.state.optimizer[name].to(trained.device)
     return state
+
+
+def _projected(model: AdaptedClip, flat: FlatStack, block: Block, gradients: Tensor, step: int) -> Tensor:
+    """Return what the first k clients go along at a step, `(k, P)`: what the adapter makes of their gradients."""
+    if model.adapter.project is None:
+        return gradients
+    number, named = len(gradients), flat.gradients(gradients)
+    generators = [task.rng.child("projection", step).torch() for task in block.tasks[:number]]
+    projected = model.adapter.project(flat.state(flat.matrix[:number]), named, generators)
+    return torch.cat([projected[name].flatten(1) for name in named], dim=1)
 
 
 def _gradient_function(model: AdaptedClip, loss: Loss, flat: FlatStack, block: Block) -> Compute:
@@ -238,6 +250,7 @@ class _Batches:
         self._counts = None if block.setup.local.privacy is None else block.example_mask.sum(dim=2)
         self._labels = features.labels[block.indices]
         self._labels_on_device = self._labels.to(model.device)
+        self._held = _held_classes(model, features, block) if model.adapter.reads_held_classes else None
         self._self_training = block.setup.local.active_self_training
         self._unlabelled = block.extra.get("unlabelled")
         self._extra = {
@@ -260,6 +273,8 @@ class _Batches:
             classes, labels = selected[0], selected[1].to(self._model.device)
         tensors = {"stem": stem, "labels": labels, "example_mask": self._mask[step, :num_active, :width]}
         extra = {name: tensor[step, :num_active] for name, tensor in self._extra.items()}
+        if self._held is not None:
+            extra[HELD_CLASSES] = self._held[:num_active]
         for name, target in self._features.targets.items():
             extra[name] = target[self._places[step, :num_active, :width]].to(self._model.device)
         return Batch({**tensors, **extra, **self._other_stems(step, num_active)}, classes, drawn)
@@ -276,3 +291,11 @@ class _Batches:
                 streams = [rng.child("unlabelled views", step) for rng in self._rngs[:num_active]]
             stems[OTHER_STEM + name] = images.take(indices.to(images.device), self._model.device, streams)
         return stems
+
+
+def _held_classes(model: AdaptedClip, features: Features, block: Block) -> Tensor:
+    """Which classes each client has examples of, `(K, C)`, on the device."""
+    held = torch.zeros(len(block.tasks), len(model.class_names), dtype=torch.bool)
+    for row, task in zip(held, block.tasks, strict=True):
+        row[features.labels[task.examples]] = True
+    return held.to(model.device)

@@ -41,6 +41,7 @@ def evaluate(
     columns: list[list[torch.Tensor]] = [[] for _ in range(5 + keep_probabilities)]
     with bound(model, stack):
         classes = model.class_features(num_adapters)
+        class_means = model.comparison.means(classes)
     batches = logits_in_batches(model, stack, classes, features, batch_size=batch_size, prediction=prediction)
     for logits, labels in zip(batches, features.labels.split(batch_size), strict=True):
         targets = labels.to(model.device).unsqueeze(0).expand(num_adapters, -1)
@@ -49,7 +50,7 @@ def evaluate(
     correct, losses, predicted, confidences, ranks, *probabilities = (
         torch.cat(column, dim=1).cpu().numpy() for column in columns
     )
-    all_classes = classes.cpu().numpy()
+    all_classes = class_means.cpu().numpy()
     return [
         Evaluation(*each)
         for each in zip(correct, losses, predicted, confidences, ranks, all_classes, *probabilities, strict=True)

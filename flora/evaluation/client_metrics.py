@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flora.evaluation.declaring import figure, figures_of_spread, of_last
+from flora.evaluation.declaring import figure, figures_of_spread, of_first_and_last, of_last
 
 figures_of_spread(
     "client_accuracy",
@@ -21,6 +21,38 @@ of_last(
     "server",
     "classes not held",
 )
+of_first_and_last(
+    "unseen_accuracy",
+    "mean over the clients that never train (`clients.held_out_fraction`) of the accuracy of the server's adapter on "
+    "the examples that each holds out",
+    ("clients not seen", "clients not seen"),
+)
+of_first_and_last(
+    "unseen_tuned_accuracy",
+    "the same of what one pass of fine-tuning on a client's training examples makes of the adapter",
+    ("not seen, one pass", "not seen, one pass"),
+    has_frozen=False,
+)
+of_first_and_last(
+    "held_class_accuracy",
+    "mean over clients of the accuracy of each one's adapter on the test images of the classes that it holds, told "
+    "apart among these, with `evaluation.held_classes`",
+    ("held classes", "held classes"),
+)
+of_first_and_last(
+    "other_class_accuracy",
+    "the same on the test images of the classes that only others hold, told apart among those",
+    ("others' classes", "others' classes"),
+)
+of_last(
+    "held_other_harmonic_mean",
+    "harmonic mean of `held_class_accuracy` and `other_class_accuracy`",
+    "fraction",
+    "clients",
+    "mean of both",
+    "mean of both",
+)
+figure("num_unseen", "clients that never train")
 figure("num_local_only", "clients that were also trained without the others")
 figure(
     "local_only_accuracy_mean", "their mean accuracy on the common test images", "fraction", None, "one client alone"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flora.core.errors import UserError
-from flora.core.metrics import Figure, Metric, last, total
+from flora.core.metrics import Figure, Metric, first, last, total
 from flora.core.records import Evaluation, RoundRecord
 from flora.core.states import ServerState
 from flora.evaluation.accuracy import class_accuracy
@@ -80,6 +80,18 @@ def of_last(name: str, about: str, unit: str, of: str, column: str | None = None
     """Declare a metric whose last value is in the summary under the same name."""
     figure = Figure(name, f"{about}, after the last round", unit, last(name), column, row)
     declare(Metric(name, about, unit, of, (figure,)))
+
+
+def of_first_and_last(name: str, about: str, titles: tuple[str, str], *, has_frozen: bool = True) -> None:
+    """Declare an accuracy over clients that is measured in round 0 and after the last one, and its deviation (n).
+
+    `titles` are those of its column and its row. With `has_frozen` the summary has round 0's as `zero_shot_NAME`.
+    """
+    figures: tuple[Figure, ...] = (Figure(name, f"{about}, after the last round", "fraction", last(name), *titles),)
+    if has_frozen:
+        figures = (Figure(f"zero_shot_{name}", f"{about}, the frozen model", "fraction", first(name)), *figures)
+    declare(Metric(name, about, "fraction", "clients", figures))
+    of_last(f"{name}_std", f"standard deviation (n) of `{name}` over these clients", "fraction", "clients")
 
 
 def of_total(name: str, about: str, unit: str, of: str, *, figure: str, default: Any = 0) -> None:

@@ -9,6 +9,11 @@ from flora.evaluation.collapse import effective_rank, mean_cosine, over_adapters
 from flora.evaluation.declaring import COMPUTED, declare, figure, of_last
 from flora.evaluation.over_rounds import best, rounds_to_accuracy
 
+
+def _mean_over_domains(by_domain: dict[str, float] | None) -> float | None:
+    return sum(by_domain.values()) / len(by_domain) if by_domain else None
+
+
 figure("name", "the run's name", "text")
 figure("rounds", "rounds done", of=lambda records: records[-1].round)
 figure("num_clients", "clients there are")
@@ -187,6 +192,15 @@ declare(
 )
 of_last("domain_accuracy", "accuracy of test images by the client or folder that the data name", "by name", "server")
 COMPUTED["domain_accuracy"] = lambda view: domain_accuracy(view.evaluation, view.domains)
+of_last(
+    "domain_accuracy_mean",
+    "mean of `domain_accuracy` over the domains, each of them once",
+    "fraction",
+    "server",
+    "domains alike",
+    "domains alike",
+)
+COMPUTED["domain_accuracy_mean"] = lambda view: _mean_over_domains(domain_accuracy(view.evaluation, view.domains))
 of_last(
     "template_accuracy",
     "accuracy with the prompts of each of `evaluation.templates` alone, by template",

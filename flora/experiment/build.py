@@ -60,7 +60,8 @@ class Experiment:
     test image belongs to, empty where that is not known; None where the data have no groups. `data` are the images as
     they were split, unreadable ones included; None once they are written down, because the paths of a million images
     take memory. `by_template` is the same model and adapter with the prompts of each of `evaluation.templates`.
-    `other_data` are those of `evaluation.also`, by name.
+    `other_data` are those of `evaluation.also`, by name. `unseen` are the clients that never train; their ids follow
+    those of the federation's.
     """
 
     config: ExperimentConfig
@@ -80,6 +81,12 @@ class Experiment:
     data: ImageData | None = None
     by_template: Mapping[str, AdaptedClip] = field(default_factory=dict)
     other_data: Mapping[str, OtherData] = field(default_factory=dict)
+    unseen: Sequence[ClientData] = ()
+
+    @cached_property
+    def unseen_held_out(self) -> Features:
+        """The held-out examples of the clients that never train, one client after the other."""
+        return self.federation.engine.features.subset(np.concatenate([client.held_out for client in self.unseen]))
 
     @cached_property
     def held_classes(self) -> np.ndarray:
@@ -139,7 +146,7 @@ def build_experiment(
         server_data = find_server_data(config, images.data, rng.child("server"), tell)
     data, prepared = images.data, _prepared(config, images, rng, tell, processes, known)
     model, (train, test, *new) = prepared.models[0], prepared.features
-    chosen = _clients_per_block(config, model, clients_per_block, len(images.clients), processes.size)
+    chosen = _clients_per_block(config, model, clients_per_block, len(images.shares.clients), processes.size)
     clients_per_block = processes.first(lambda: Message(chosen)).fields
     training = server_training(config, server_data, prepared.models, clients_per_block, tell, processes)
     digests = prepared.digests | server_digests(training, server_data)
@@ -151,14 +158,15 @@ def build_experiment(
     check_classes(labels, test_labels, images.class_names)
     warn_of_untested_classes(test_labels, images.class_names, log)
     groups = None if data.train.groups is None else data.train.groups[train.split_indices]
-    roster, clients = images.roster, images.clients
+    roster, shares = images.roster, images.shares
     if prepared.unreadable:
-        roster, clients = roster_of(config, groups, rng), deal_out(config, labels, groups, rng)
+        roster, shares = roster_of(config, groups, rng), deal_out(config, labels, groups, rng)
+    clients, unseen = shares.clients, shares.unseen
     if roster.profiles is not None:
         digests["network_sha256"] = roster.profiles.digest()
     log(
         f"{len(labels):,} training and {len(test):,} test images, {len(images.class_names)} classes, "
-        f"{len(clients)} clients"
+        f"{len(clients)} clients" + f", {len(unseen)} more that never train" * bool(unseen)
     )
     if new:
         log(f"{len(new[0]):,} more test images, of {len(images.new_class_names)} new classes")
@@ -186,6 +194,7 @@ def build_experiment(
         data=data,
         by_template=prepared.by_template,
         other_data=prepared.other_data,
+        unseen=unseen,
     )
 
 
@@ -239,6 +248,7 @@ def _initial_adapter(federation: Federation, start: State, rng: Rng, log: Callab
     adapter = {**federation.engine.model.initial_adapter(rng.child("adapter")), **start}
     with below("server"):
         federation.server.strategy.check_names(tuple(adapter))
+    check_sums(federation, adapter)
     synthetic = federation.server_training.synthetic
     if synthetic is None:
         return adapter
@@ -293,7 +303,8 @@ def adapted_models(
     All share the adapter. `descriptions` are more sentences for some classes, by their names.
     """
     given = config.prompts.templates or config.data.templates
-    clip = replace(clip, reads_patches=config.evaluation.patches is not None)
+    reads_patches = config.evaluation.patches is not None or config.adapter.comparison.reads_patches
+    clip = replace(clip, reads_patches=reads_patches)
     clip = with_classes(clip, groups, given)
     adapter = config.attach(clip)
     templates = config.adapter.templates(given)
@@ -348,7 +359,6 @@ def _federation(
         ranks=ranks_of(config, len(clients), rng.child("ranks")),
         privacy=_private_rounds(config, len(clients), engine.log),
     )
-    check_sums(federation)
     return federation
 
 

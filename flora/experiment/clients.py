@@ -30,14 +30,31 @@ class Roster:
     profiles: Profiles | None
 
 
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """The training examples of the clients that train, and of those that never do (`clients.held_out_fraction`)."""
+
+    clients: Sequence[ClientData] = ()
+    unseen: Sequence[ClientData] = ()
+
+
+def _never_train(config: ExperimentConfig, number: int, rng: Rng) -> np.ndarray:
+    """Which of `number` clients never train, `(number,)` bool: drawn at random, whatever examples they have."""
+    chosen = rng.child("unseen").numpy().choice(number, config.clients.num_unseen(number), replace=False)
+    return np.isin(np.arange(number), chosen)
+
+
 def roster_of(config: ExperimentConfig, groups: np.ndarray | None, rng: Rng) -> Roster:
-    """The clients among whom training examples of these `groups` are dealt out.
+    """The clients that train, where training examples of these `groups` are dealt out.
 
     Raises `UserError` if the data name as many clients as something in the configuration can't go with.
     """
     names = None
     if config.partition.names_clients and not config.clients.centralized:
         names = config.partition.client_names(groups, config.clients.number)
+        if config.clients.held_out_fraction:
+            away = _never_train(config, len(names), rng)
+            names = tuple(name for name, is_away in zip(names, away, strict=True) if not is_away)
     number = config.clients.number_training if names is None else len(names)
     assert number is not None
     if names is not None:
@@ -116,8 +133,11 @@ def _check_unlabelled(config: ExperimentConfig, clients: Sequence[ClientData]) -
         )
 
 
-def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | None, rng: Rng) -> list[ClientData]:
-    """Each client's share of the training examples. Raises `UserError` if one would have nothing to train on."""
+def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | None, rng: Rng) -> Shares:
+    """Each client's share of the training examples. Raises `UserError` if one would have nothing to train on.
+
+    Clients that never train are dealt theirs as if they did, and are then left out.
+    """
     names = config.partition.client_names(groups, config.clients.number)
     number = config.clients.number or len(names)
     parts = config.partition.split(labels, number, rng.child("partition"), groups=groups)
@@ -137,5 +157,12 @@ def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | 
     labelled = config.clients.labelled_fraction
     if labelled < 1:
         clients = [hide_labels(each, labelled, rng.child("labelled", index)) for index, each in enumerate(clients)]
-    _check_unlabelled(config, clients)
-    return clients
+    shares = Shares(clients)
+    if config.clients.held_out_fraction:
+        away = _never_train(config, number, rng)
+        shares = Shares(
+            [client for client, is_away in zip(clients, away, strict=True) if not is_away],
+            [client for client, is_away in zip(clients, away, strict=True) if is_away],
+        )
+    _check_unlabelled(config, shares.clients)
+    return shares

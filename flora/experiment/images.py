@@ -21,12 +21,11 @@ from flora.core.progress import Tell
 from flora.core.registry import name_of
 from flora.core.rng import Rng
 from flora.core.shared import Shared
-from flora.core.states import ClientData
 from flora.data.augmentation import Augmentation, NoAugmentation
 from flora.data.datasets.base import Dataset, ImageData, Split, checked_images, with_jpeg_side
 from flora.data.value_range import with_one_range
 from flora.data.views import views_of
-from flora.experiment.clients import Roster, deal_out, ranks_of, roster_of
+from flora.experiment.clients import Roster, Shares, deal_out, ranks_of, roster_of
 from flora.features.features import Features, StoredFeatures
 from flora.features.live import LiveFeatures, live_features
 from flora.features.loading import load_features
@@ -37,8 +36,8 @@ from flora.features.views import ViewFeatures
 class Images:
     """The images before they were split and after it, how their classes are called, and whom the data name.
 
-    `descriptions` are the sentences of `prompts.descriptions`, by what the classes are called in prompts. `clients` are
-    the clients' shares, if all images can be read. `other` are the data sets of `evaluation.also`, by name.
+    `descriptions` are the sentences of `prompts.descriptions`, by what the classes are called in prompts. `shares` are
+    the clients', if all images can be read. `other` are the data sets of `evaluation.also`, by name.
     """
 
     whole: ImageData
@@ -48,7 +47,7 @@ class Images:
     roster: Roster
     value_range: tuple[float, float] | None
     descriptions: Mapping[str, tuple[str, ...]]
-    clients: Sequence[ClientData] = ()
+    shares: Shares = field(default_factory=Shares)
     other: Mapping[str, ImageData] = field(default_factory=dict)
 
     @property
@@ -63,11 +62,11 @@ class Images:
 def find_images(config: ExperimentConfig, rng: Rng, tell: Tell, shared: Shared) -> Images:
     """Find the images, split them, and check all that can be checked of them before the model is loaded."""
     images = _split_images(config, rng, tell, shared)
-    clients = _dealt_out(config, images.data, images.class_names, rng)
+    shares = _dealt_out(config, images.data, images.class_names, rng)
     also = config.seed, repr(config.evaluation.also)
     other = shared.of(("other images", also), lambda: _other_images(config, rng, tell))
     roster = roster_of(config, images.data.train.groups, rng)
-    images = replace(images, roster=roster, clients=clients, other=other)
+    images = replace(images, roster=roster, shares=shares, other=other)
     return _with_one_range(config, images, tell, shared)
 
 
@@ -258,12 +257,12 @@ def data_digest(data: ImageData) -> str:
     return digest.hexdigest()
 
 
-def _dealt_out(config: ExperimentConfig, data: ImageData, class_names: Sequence[str], rng: Rng) -> list[ClientData]:
+def _dealt_out(config: ExperimentConfig, data: ImageData, class_names: Sequence[str], rng: Rng) -> Shares:
     """Each client's share. Raises `UserError` for what labels alone show to be wrong: before any image is read."""
     check_classes(data.train.labels, data.test.labels, class_names)
-    clients = deal_out(config, data.train.labels, data.train.groups, rng)
-    ranks_of(config, len(clients), rng.child("ranks"))
-    return clients
+    shares = deal_out(config, data.train.labels, data.train.groups, rng)
+    ranks_of(config, len(shares.clients), rng.child("ranks"))
+    return shares
 
 
 def check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:

@@ -118,6 +118,14 @@ def stepped(federation: Federation, state: ServerState, delta: State) -> tuple[S
     return adapter, after
 
 
+def released(federation: Federation, before: State, adapter: State, state: State, round: int) -> tuple[State, State]:
+    """The server's adapter after a round that has come to `adapter`, and its optimizer's state; `before` as there."""
+    optimizer = federation.server.optimizer
+    result, after = optimizer.released(before, adapter, state, round)
+    result = checked_state("server.optimizer", optimizer, result, with_any_residual(adapter))
+    return result, checked_state("server.optimizer", optimizer, after, state)
+
+
 def moved_by(adapter: StateLike, delta: StateLike) -> State:
     """The adapter after a step of 1 along a delta, which may lack some of its tensors."""
     return {**adapter, **tree.add(tree.select(adapter, delta), delta)}

@@ -156,6 +156,10 @@ class Federation:
         """The most images without a label that a client has."""
         return max(len(client.unlabelled) for client in self.clients)
 
+    def num_sent(self, num_numbers: int) -> int:
+        """Return how many numbers go into a secure sum for an update of `num_numbers`."""
+        return num_numbers if self.privacy is None else self.privacy.mechanism.num_sent(num_numbers)
+
     def initial_state(self, adapter: State) -> ServerState:
         """The server before the first round, from the adapter that clients start with."""
         trained = tree.select(adapter, self.roles.trained(adapter, round=1))
@@ -173,6 +177,11 @@ class Federation:
             correction=self.local.correction.memory(tree.vector_like(trained)),
             privacy={} if self.privacy is None else self.privacy.initial_state(),
         )
+
+    def continued(self, state: ServerState) -> ServerState:
+        """Return the state that the next round works on: its adapter is what clients go on from."""
+        adapter = self.server.optimizer.continued(state.adapter, state.optimizer)
+        return dataclasses.replace(state, adapter=adapter)
 
     def client_state(self, adapter: StateLike) -> ClientState:
         """Return what one client may carry between its rounds: names and shapes."""
@@ -213,7 +222,7 @@ class Federation:
         extra = self.local.correction.sent(fresh, fresh) if fresh else {}
         secure_sum, in_sum = self.server.secure_sum, {}
         if secure_sum is not None:
-            payload = Ring(secure_sum.bits, tree.count(sent) + 1).payload_bytes
+            payload = Ring(secure_sum.bits, self.num_sent(tree.count(sent)) + 1).payload_bytes
             traffic = secure_sum.client_traffic(self.participation.most_asked(round), payload)
             in_sum = {
                 "num_trips": len(PHASES),

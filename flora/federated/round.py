@@ -14,7 +14,7 @@ from flora.core.records import Rejection
 from flora.core.states import FRESH, ClientState, ClientUpdate, ServerState
 from flora.core.tree import State
 from flora.engine.tasks import ClientResult
-from flora.federated.aggregation import Step, in_server_terms, step
+from flora.federated.aggregation import Step, in_server_terms, released, step
 from flora.federated.exposure import count_releases, example_epsilon
 from flora.federated.federation import Federation, Received, RoundPlan
 from flora.federated.movement import movement_of
@@ -89,6 +89,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     """
     engine, schedule = federation.engine, federation.schedule
     started = engine.seconds()
+    before, state = state.adapter, federation.continued(state)
     plan = schedule.plan(federation, state)
     reports: dict[int, Mapping[str, int]] = {}
     results = _noted(train_clients(engine, plan), reports)
@@ -111,6 +112,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         adapter, server_losses = _trained_by_server(federation, plan, state.adapter, accepted, adapter)
     if federation.server.strategy.restarts and accepted:
         adapter = {**adapter, **engine.model.adapter.initial_state(plan.rng.child("adapter"))}
+    adapter, optimizer = released(federation, before, adapter, after.optimizer, plan.round)
     clock = state.clock + (plan.outcome.seconds or 0.0)
     result = _result(federation, plan, received, accepted, rejections)
     result = dataclasses.replace(
@@ -126,7 +128,7 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     )
     if federation.privacy is not None and not federation.privacy.mechanism.publish:
         result = dataclasses.replace(result, cohort=None, rejected_clients=())
-    return ServerState(plan.round, adapter, after.optimizer, after.correction, clock, carried, after.privacy), result
+    return ServerState(plan.round, adapter, optimizer, after.correction, clock, carried, after.privacy), result
 
 
 def _noted(results: Iterable[ClientResult], reports: dict[int, Mapping[str, int]]) -> Iterator[ClientResult]:

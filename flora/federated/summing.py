@@ -18,8 +18,9 @@ from flora.core.states import ClientUpdate
 from flora.core.tree import State, StateLike
 from flora.federated.federation import Federation, RoundPlan
 from flora.privacy.discrete import discrete_gaussian
-from flora.privacy.distributed import noisy_format
+from flora.privacy.distributed import DistributedDiscreteGaussian, Terms
 from flora.privacy.fixed_point import FixedPoint, Ring, Words
+from flora.privacy.rotation import Rotation, rounded_at_random
 from flora.privacy.secure_sums import SecureSum
 from flora.privacy.traffic import SumOutcome
 
@@ -28,25 +29,33 @@ from flora.privacy.traffic import SumOutcome
 class SumFormat:
     """How a client's numbers are written: each of its delta, at most `range`, times its weight, and then the weight.
 
-    `noise_variance` is that of the discrete Gaussian noise that a client adds to each number, in squared units.
+    `noise_variance` is that of the discrete Gaussian noise that a client adds to each number, in squared units. With a
+    `rotation` numbers are rotated first, and rounded at random to a norm of at most `largest` units.
     """
 
     range: float
     numbers: FixedPoint
     weight: FixedPoint
     noise_variance: int = 0
+    largest: float | None = None
+    rotation: Rotation | None = None
 
     def encode(self, delta: StateLike, weight: float, rng: Rng) -> Words:
         """Return the words `(P + 1,)` of a delta of P numbers, with noise where clients add some."""
         ring, vector = Ring(self.numbers.bits, 0), vector_of(delta).clip(-self.range, self.range)
-        words = self.numbers.encode(vector * weight)
+        if self.rotation is None or self.largest is None:
+            words = self.numbers.encode(vector * weight)
+        else:
+            rotated = np.ldexp(self.rotation.apply(vector * weight), self.numbers.fraction_bits)
+            words = ring.reduced(rounded_at_random(rotated, self.largest, rng.child("rounding").numpy()))
         if self.noise_variance:
             words = ring.reduced(words + ring.reduced(discrete_gaussian(self.noise_variance, len(words), rng.numpy())))
         return np.concatenate([words, self.weight.encode(np.array([weight]))])
 
-    def decode(self, words: Words) -> tuple[np.ndarray, float]:
-        """Return the sum `(P,)` of weighted deltas, and the sum of the weights."""
-        return self.numbers.decode(words[:-1]), float(self.weight.decode(words[-1:])[0])
+    def decode(self, words: Words, number: int) -> tuple[np.ndarray, float]:
+        """Return the sum `(P,)` of weighted deltas of P = `number` numbers, and the sum of the weights."""
+        numbers, weight = self.numbers.decode(words[:-1]), float(self.weight.decode(words[-1:])[0])
+        return (numbers if self.rotation is None else self.rotation.undo(numbers, number)), weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +94,8 @@ class Summed:
         }
 
 
-def sum_format(federation: Federation, secure_sum: SecureSum, num_asked: int) -> SumFormat:
-    """Return how numbers are written so that no sum over the clients asked can overflow.
+def sum_format(federation: Federation, secure_sum: SecureSum, num_asked: int, num_numbers: int) -> SumFormat:
+    """Return how a delta's `num_numbers` are written so that no sum over the clients asked can overflow.
 
     With differential privacy all clients count alike, and numbers are rounded toward zero, which makes no update's norm
     larger than its bound. Raises `UserError` if the ring is too small.
@@ -106,18 +115,19 @@ def sum_format(federation: Federation, secure_sum: SecureSum, num_asked: int) ->
             f"server.secure_sum.bits: {bits} bits can't hold {num_asked:,} clients' weights of up to {most:g}: "
             "expected more bits, or weighting uniform"
         )
-    if private is not None and private.mechanism.noises_in_sum:
-        share = private.noise_multiplier * private.fixed_norm / math.sqrt(secure_sum.smallest_sum(num_asked))
-        noisy = noisy_format(bits, limit, num_asked, share)
-        return SumFormat(limit, noisy.numbers, weight, noisy.variance)
+    if private is not None and isinstance(private.mechanism, DistributedDiscreteGaussian):
+        terms = Terms(num_asked, secure_sum.smallest_sum(num_asked), num_numbers)
+        noisy = private.mechanism.format_of(bits, limit, private.noise_multiplier, terms)
+        return SumFormat(limit, noisy.numbers, weight, noisy.variance, noisy.largest)
     numbers = replace(FixedPoint.for_sum(bits, limit * most, num_asked), rounding=rounding)
     return SumFormat(limit, numbers, weight)
 
 
-def check_sums(federation: Federation) -> None:
-    """Raise `UserError` if a secure sum is asked for whose ring is too small for round 1."""
+def check_sums(federation: Federation, adapter: StateLike) -> None:
+    """Raise `UserError` if the ring of a secure sum is too small for round 1 from the adapter of the server."""
     if federation.server.secure_sum is not None and federation.num_rounds:
-        sum_format(federation, federation.server.secure_sum, federation.participation.most_asked(1))
+        number = tree.count(tree.select(adapter, federation.roles.sent(adapter, 1)))
+        sum_format(federation, federation.server.secure_sum, federation.participation.most_asked(1), number)
 
 
 def vector_of(delta: StateLike) -> np.ndarray:
@@ -134,12 +144,15 @@ def sum_securely(federation: Federation, plan: RoundPlan, accepted: Sequence[Cli
     secure_sum, outcome, private = federation.server.secure_sum, plan.outcome, federation.privacy
     if secure_sum is None or not outcome.asked:
         return None
-    fmt, rng = sum_format(federation, secure_sum, len(outcome.asked)), plan.rng.child("secure_sum")
+    like = tree.select(plan.view.adapter, federation.roles.sent(plan.view.adapter, plan.round))
+    rng, number = plan.rng.child("secure_sum"), tree.count(like)
+    fmt, num_sent = sum_format(federation, secure_sum, len(outcome.asked), number), federation.num_sent(number)
+    if fmt.largest is not None:
+        fmt = replace(fmt, rotation=Rotation.drawn(num_sent, rng.child("rotation")))
     fit = {update.client: update for update in accepted}
     deltas = {client: update.delta for client, update in fit.items()}
     weights = {client: federation.server.strategy.weight(update.num_examples) for client, update in fit.items()}
     silent = [client for client in outcome.clients.tolist() if client not in fit]
-    like = tree.select(plan.view.adapter, federation.roles.sent(plan.view.adapter, plan.round))
     if private is not None:
         deltas = {client: private.within(delta) for client, delta in deltas.items()}
         if (
@@ -150,13 +163,13 @@ def sum_securely(federation: Federation, plan: RoundPlan, accepted: Sequence[Cli
     attendance = secure_sum.attendance(
         outcome.asked, dropped=outcome.dropped.tolist(), late=outcome.late.tolist(), silent=silent, rng=rng
     )
-    ring = Ring(secure_sum.bits, tree.count(like) + 1)
+    ring = Ring(secure_sum.bits, num_sent + 1)
     inputs = {
         client: fmt.encode(delta, weights[client], rng.child("noise", client)) for client, delta in deltas.items()
     }
     added = secure_sum.add_up(inputs, attendance, ring, rng)
     words = np.zeros(ring.num_words, ring.dtype) if added.words is None else added.words
-    total, weight = fmt.decode(words)
+    total, weight = fmt.decode(words, number)
     beyond = sum(int((np.abs(vector_of(delta)) > fmt.range).sum()) for delta in deltas.values())
     return Summed(
         updates=tuple(fit[client] for client in added.summed if client in fit),
@@ -164,5 +177,5 @@ def sum_securely(federation: Federation, plan: RoundPlan, accepted: Sequence[Cli
         weight=weight,
         outcome=added,
         num_lost=sum(attendance.num_phases[client] < 3 for client in fit),
-        saturated_fraction=beyond / max(len(fit) * (ring.num_words - 1), 1),
+        saturated_fraction=beyond / max(len(fit) * number, 1),
     )

@@ -1,6 +1,7 @@
 """Discrete Gaussian noise, drawn exactly: with whole numbers alone (arXiv:2004.00010, algorithms 1 to 3).
 
-The generator is seeded, for research: a deployment needs a cryptographic one.
+The generator is seeded, for research: a deployment needs a cryptographic one, and must not let anybody measure how long
+drawing takes, which depends on what is drawn (arXiv:2112.05307).
 """
 
 from __future__ import annotations

@@ -63,9 +63,12 @@ class ExamplePrivacy(Options):
         Those where `mask` `(K, n)` is False count nothing, whatever they are.
         """
         gradients = gradients.masked_fill(~mask.unsqueeze(-1), 0.0)
-        norms = torch.linalg.vector_norm(gradients, dim=-1)
-        factors = self.clip_norm / norms.clamp(min=self.clip_norm)
+        factors = self.factors(torch.linalg.vector_norm(gradients, dim=-1))
         return torch.bmm(factors.unsqueeze(1), gradients).squeeze(1)
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """Return by how much gradients of these norms are scaled down: 1 for those within the bound."""
+        return self.clip_norm / norms.clamp(min=self.clip_norm)
 
     def noise(self, like: Tensor, rng: Rng) -> Tensor:
         """Return the noise `(P,)` of a sum such as `like`, from the stream `rng`: drawn in single precision."""

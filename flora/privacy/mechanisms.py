@@ -61,6 +61,10 @@ class Privacy(Component):
         """Return what a client sends of its delta."""
         return dict(delta)
 
+    def num_sent(self, num_numbers: int) -> int:
+        """Return how many numbers go into a secure sum for an update of `num_numbers`."""
+        return num_numbers
+
     def on_sum(self, like: StateLike, deviation: float, round: int, streams: Streams) -> State:
         """Return the noise on a round's sum, with the names and shapes of `like`, in double precision."""
         return gaussian(like, deviation, streams(round))
@@ -96,7 +100,8 @@ class Local(FixedNorm):
     """Each client bounds its update and adds Gaussian noise to it before it sends it (NbAFL, arXiv:1911.00222).
 
     Against the server, too: `epsilon` is that of all that a client sends. Who sees nothing but sums has their noise
-    added up to be protected by: `sum_epsilon`.
+    added up to be protected by: `sum_epsilon`. Differs from the paper: there parameters are noised, not updates, and
+    the server adds noise of its own before it broadcasts; epsilon is not the paper's but that of Gaussian mechanisms.
     """
 
     noises_at_clients: ClassVar[bool] = True

@@ -54,7 +54,9 @@ def rows_of(content: Mapping[str, Any]) -> list[Sequence[str]]:
         rows.append(_row(f"membership, {each['attack']}", f"adapter after round {each['round']}", each))
     clients = content.get("clients")
     if clients is not None:
-        rows.append(_row("who took part", f"{clients['num_in']} clients in, {clients['num_out']} out", clients))
+        on = f"{clients['num_in']} clients in, {clients['num_out']} out"
+        rows.append(_row("who took part", on, clients))
+        rows += (_row(f"who took part, {name}", on, each) for name, each in clients.get("ratios", {}).items())
     for each in (content.get("updates") or {}).get("rounds", ()):
         rows.append(_row("classes that a client holds", f"its update of round {each['round']}", each))
     canaries = content.get("canaries")

@@ -1,4 +1,4 @@
-"""The pictures of one run: how it went over rounds, bytes and time, its clients, its classes."""
+"""The pictures of one run: how it went over rounds, bytes, time and privacy, its clients, its classes."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ SHOWN = ("accuracy", "loss", "train_loss", "client_accuracy_mean", "client_accur
          "macro_f1", "balanced_accuracy")  # fmt: skip
 ABBREVIATIONS = {"auroc": "AUROC"}
 SENT = "megabytes sent, up and down, all clients"
+SPENT = "epsilon spent by then"
 # Clients drawn as points of their own; more are lines.
 MAX_POINTS = 150
 # Width and height of a picture above another one, in inches.
@@ -69,10 +70,16 @@ def elapsed(run: RunFiles) -> dict[int, float] | None:
     return dict(zip((record.round for record in run.records), total, strict=True))
 
 
-def axes_of(run: RunFiles) -> dict[str, tuple[str, dict[int, float]]]:
-    """Return what curves can go over, and the axis's title and each round's place: rounds, bytes and simulated time.
+def spent(run: RunFiles) -> dict[int, float] | None:
+    """Return the epsilon of clients' privacy that was spent by the end of each round; None where none is counted."""
+    found = {record.round: record.metrics.get("epsilon") or 0.0 for record in run.records}
+    return found if any(found.values()) and all(map(math.isfinite, found.values())) else None
 
-    Without bytes if none travelled, without time if there was no clock.
+
+def axes_of(run: RunFiles) -> dict[str, tuple[str, dict[int, float]]]:
+    """Return what curves can go over, and the axis's title and each round's place: rounds, bytes, time, epsilon.
+
+    Without bytes if none travelled, without time if there was no clock, without epsilon if no privacy was spent.
     """
     found = {"rounds": ("round", {record.round: float(record.round) for record in run.records})}
     sent, seconds = sent_bytes(run), elapsed(run)
@@ -81,6 +88,9 @@ def axes_of(run: RunFiles) -> dict[str, tuple[str, dict[int, float]]]:
     if seconds is not None:
         unit, length = time_unit(max(seconds.values()))
         found["simulated time"] = (f"simulated {unit}", scaled(seconds, length))
+    epsilon = spent(run)
+    if epsilon is not None:
+        found["privacy spent"] = (SPENT, epsilon)
     return found
 
 

@@ -145,12 +145,12 @@ def draw_curves(curves: Sequence[Curve], folder: Path) -> list[Path]:
         for over_bytes, title in ((False, "accuracy_over_rounds"), (True, "accuracy_over_bytes")):
             for number, some in enumerate(_of_readable_size(panels), start=1):
                 name = f"{title}.png" if number == 1 else f"{title}-{number}.png"
-                pictures[folder / name] = _png(_figure(some, names, over_bytes=over_bytes))
+                pictures[folder / name] = png(_figure(some, names, over_bytes=over_bytes))
     for old in folder.glob("accuracy_over_*-[0-9]*.png"):
         if old not in pictures:
             old.unlink(missing_ok=True)
     for path, content in pictures.items():
-        _write(path, content)
+        write_picture(path, content)
     return list(pictures)
 
 
@@ -273,7 +273,7 @@ def _columns(entries: Sequence[T], number: int) -> list[list[T]]:
     return [list(entries[start:end]) for start, end in itertools.pairwise(starts)]
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     """The figure as PNG, without a date or a version in it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -283,7 +283,8 @@ def _png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_picture(path: Path, content: bytes) -> None:
+    """Write a picture whole. Raises `UserError` if that is not possible."""
     try:
         write_whole(path, content)
     except OSError as error:

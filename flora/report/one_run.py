@@ -89,12 +89,17 @@ def _bars(run: RunFiles) -> Html:
         ("all images in one place", run.figure("centralized_accuracy"), ""),
         ("classes set aside, zero-shot", run.figure("zero_shot_new_accuracy"), ""),
         ("classes set aside, last round", run.figure("new_accuracy"), "result"),
+        ("the classes that each client holds", run.figure("held_class_accuracy"), "result"),
+        ("the classes that only others hold", run.figure("other_class_accuracy"), "result"),
     ]
     own = [
         ("alone", run.figure("held_out_local_only_accuracy"), ""),
         ("own adapters", run.figure("held_out_personal_accuracy") or run.figure("personal_accuracy_mean"), ""),
         (together, run.figure("held_out_federated_accuracy") or run.figure("client_accuracy_mean"), "result"),
         ("all images in one place", run.figure("held_out_centralized_accuracy"), ""),
+        ("clients that never train, zero-shot", run.figure("zero_shot_unseen_accuracy"), ""),
+        ("clients that never train", run.figure("unseen_accuracy"), "result"),
+        ("clients that never train, one pass", run.figure("unseen_tuned_accuracy"), "result"),
     ]
     parts = []
     for title, rows in (("on the common test images", common), ("on the clients' own held-out images, mean", own)):

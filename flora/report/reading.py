@@ -115,7 +115,12 @@ def evaluations_of(run: RunFiles) -> dict[str, Mapping[str, Any] | None]:
 
 
 def partition_of(run: RunFiles) -> tuple[list[str], list[str], np.ndarray]:
-    """Return the classes, the clients' names and the counts `(C, N)` of training images. Raises `Absent`."""
+    """Return the classes, the clients' names and the counts `(C, N)` of training images.
+
+    Raises `Absent`, also where a run doesn't publish what differential privacy does not cover.
+    """
+    if run.setting("privacy.publish") is False:
+        raise Absent("Left out: no noise covers what single clients have (privacy.publish: false).")
     content = run.json("partition.json")
     try:
         classes = [str(name) for name in content["class_names"]]

@@ -20,13 +20,15 @@ from flora.report.reading import Absent, RunFiles, numbers
 
 # Settings by which runs of one line may differ: their names, their seeds, and what decides no result, such as what else
 # is measured. Where weights and data lie is compared: others may lie there.
-NOT_COMPARED = ("name", "output", "seed", "preset", "device", "threads", "clients.per_block", "cache", "checkpoints",
-                "trackers", "data.download", "evaluation.every", "evaluation.clients_every", "evaluation.batch_size",
-                "evaluation.num_local_only", "evaluation.centralized", "evaluation.templates", "evaluation.also",
-                "evaluation.auroc", "evaluation.predictions")  # fmt: skip
+NOT_COMPARED = ("name", "output", "seed", "preset", "scenario", "device", "threads", "clients.per_block", "cache",
+                "checkpoints", "trackers", "data.download", "evaluation.every", "evaluation.clients_every",
+                "evaluation.batch_size", "evaluation.num_local_only", "evaluation.centralized", "evaluation.templates",
+                "evaluation.also", "evaluation.held_classes", "evaluation.auroc", "evaluation.predictions")  # fmt: skip
 # Settings that a line is named by, lines of a picture, bars of the headline, groups whose clients are shown.
 MAX_NAMED, MAX_LINES, MAX_BARS, MAX_SHOWN = 4, 35, 20, 8
 NONE = "–"
+# The setting that says which domain nobody trains on.
+DOMAIN = "split.domain"
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,9 +180,36 @@ def _means(groups: Sequence[Group]) -> Html:
         ]
         cells += [_mean_cell(FIGURES[name].unit, [run.figure(name) for run in group.runs]) for name in names]
         rows.append([*cells, _mean_cell("number", [_gini(run) for run in group.runs])])
+    rows += [_domain_row(some, groups, names) for some in _domains_of(groups)]
     note = "Means over runs that differ in their seed alone, ± the standard deviation (n − 1) where they differ."
     several = any(len(group.runs) > 1 for group in groups)
     return joined([table(titles, rows, sortable=True), element("p", note, class_="note") if several else ""])
+
+
+def _domains_of(groups: Sequence[Group]) -> list[list[Group]]:
+    """The groups, two or more, that differ in nothing but the domain that is left out."""
+    gathered: dict[str, list[Group]] = {}
+    for group in groups:
+        if DOMAIN in group.settings:
+            others = {key: value for key, value in group.settings.items() if key != DOMAIN}
+            gathered.setdefault(json.dumps(others, sort_keys=True, default=str), []).append(group)
+    return [some for some in gathered.values() if len(some) > 1]
+
+
+def _domain_row(some: Sequence[Group], groups: Sequence[Group], names: Sequence[str]) -> list[Any]:
+    """The row of a mean over domains: of each seed that all of them have, then over these seeds."""
+    keys = [key for key in naming([group.settings for group in groups]) if key != DOMAIN]
+    rest = _name(some[0].settings, keys)
+    by_seed = [{run.setting("seed"): run for run in group.runs} for group in some]
+    seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed)]
+    cells: list[Any] = [f"mean of {len(some)} domains" + (f", {rest}" if rest else ""), len(seeds)]
+    for name in names:
+        means = []
+        for seed in seeds:
+            known = [value for runs in by_seed if (value := runs[seed].figure(name)) is not None]
+            means.append(statistics.fmean(known) if len(known) == len(by_seed) else None)
+        cells.append(_mean_cell(FIGURES[name].unit, means))
+    return [*cells, Cell(NONE)]
 
 
 def _mean_cell(unit: str, values: Sequence[float | None]) -> Cell:
@@ -224,7 +253,7 @@ def averaged(name: str, runs: Sequence[Mapping[int, tuple[float, float]]], style
 
 
 def _overlaid(groups: Sequence[Group]) -> Html:
-    """Accuracies and loss of all groups over rounds, over bytes and over simulated time, as far as they have them."""
+    """Accuracies and loss of all groups over rounds, bytes, simulated time and privacy, as far as they have these."""
     found, some = [], groups[:MAX_LINES]
     for title, metric in (
         ("Accuracy", "accuracy"),
@@ -257,6 +286,7 @@ def _axes(groups: Sequence[Group]) -> dict[str, tuple[str, Places]]:
         "rounds": ("round", rounds),
         "bytes": (charts.SENT, {key: charts.scaled(each, 1e6) for key, each in sent.items() if max(each.values())}),
         "simulated time": (f"simulated {unit}", {key: charts.scaled(each, length) for key, each in clocks.items()}),
+        "privacy spent": (charts.SPENT, {id(run): each for run in runs if (each := charts.spent(run)) is not None}),
     }
 
 

@@ -38,6 +38,11 @@ CLIENT_COLUMNS: tuple[tuple[str, str], ...] = (
     ("personal_accuracy", "accuracy of its own adapter on its own held-out examples, where clients have one"),
     ("personal_adapter", "whether that is its `own` or, because it has none, the `server`'s"),
     ("personal_test_accuracy", "accuracy of its own adapter on the common test images, of those also trained alone"),
+    ("held_class_accuracy", "accuracy of its adapter on test images of its classes, with `evaluation.held_classes`"),
+    ("other_class_accuracy", "the same on those of the classes that only others hold"),
+    ("unseen", "yes: it never trains (`clients.held_out_fraction`)"),
+    ("unseen_accuracy", "what the server's adapter of the last round gives such a client on its held-out examples"),
+    ("unseen_tuned_accuracy", "what one pass of fine-tuning on its training examples makes of that"),
 )
 """The columns of `clients.csv`, in their order."""
 
@@ -86,7 +91,33 @@ def client_columns(
         spent = exposures(experiment.federation, state.clients)
         epsilons = [privacy.epsilon(spent[client]) if client in spent else 0.0 for client in range(len(clients))]
         columns["example_epsilon"] = _cells(np.array(epsilons))
+    by_holding = None if results.scenarios is None else results.scenarios.by_holding
+    if by_holding is not None:
+        columns["held_class_accuracy"], columns["other_class_accuracy"] = (
+            _cells(by_holding[:, 0]),
+            _cells(by_holding[:, 1]),
+        )
+    if experiment.unseen:
+        columns = _with_unseen(columns, experiment, results)
     return {name: columns[name] for name, _ in CLIENT_COLUMNS if name in columns}
+
+
+def _with_unseen(columns: dict[str, list[Any]], experiment: Experiment, results: ClientResults) -> dict[str, list[Any]]:
+    """The columns with a row for each client that never trains below those that do; what it doesn't have is empty."""
+    unseen, first = experiment.unseen, len(experiment.federation.clients)
+    theirs: dict[str, list[Any]] = {
+        "client": list(range(first, first + len(unseen))),
+        "name": [client.name for client in unseen],
+        "num_train": [len(client.train) for client in unseen],
+        "num_held_out": [len(client.held_out) for client in unseen],
+        "num_rounds": [0] * len(unseen),
+        "unseen": ["yes"] * len(unseen),
+    }
+    found = None if results.scenarios is None else results.scenarios.unseen
+    if found is not None:
+        theirs |= {"unseen_accuracy": _cells(found.server), "unseen_tuned_accuracy": _cells(found.tuned)}
+    new = {name: [""] * first for name in theirs if name.startswith("unseen")}
+    return {name: column + theirs.get(name, [""] * len(unseen)) for name, column in (columns | new).items()}
 
 
 def _pseudo_label_columns(records: Sequence[RoundRecord], numbers: list[int]) -> dict[str, list[Any]]:

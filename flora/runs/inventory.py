@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flora.clip.towers.towers import AdaptedClip
+from flora.core.states import ClientData
 from flora.data.datasets.base import Split
 from flora.experiment.build import Experiment
 from flora.features.features import Features
@@ -51,30 +52,36 @@ def partition_as_used(experiment: Experiment) -> dict[str, Any]:
     """The content of `partition.json`: what each client has, as JSON types."""
     federation, class_names = experiment.federation, experiment.class_names
     labels = federation.engine.features.labels.numpy()
-    rows = []
-    for index, client in enumerate(federation.clients):
-        counts = np.bincount(labels[client.train], minlength=len(class_names))
-        rows.append(
-            {
-                "client": index,
-                **({} if client.name is None else {"name": client.name}),
-                "num_train": len(client.train),
-                **({"num_unlabelled": len(client.unlabelled)} if len(client.unlabelled) else {}),
-                "num_held_out": len(client.held_out),
-                "class_counts": {name: int(count) for name, count in zip(class_names, counts, strict=True) if count},
-            }
-        )
+
+    def rows(clients: Sequence[ClientData], first: int) -> list[dict[str, Any]]:
+        return [_share(client, index, labels, class_names) for index, client in enumerate(clients, start=first)]
+
     content: dict[str, Any] = {
         "class_names": list(class_names),
         "num_train": len(labels),
         "num_test": len(experiment.test),
-        "clients": rows,
+        "clients": rows(federation.clients, 0),
     }
+    if experiment.unseen:
+        content["unseen_clients"] = rows(experiment.unseen, len(federation.clients))
     if federation.canaries is not None:
         content["canaries"] = federation.canaries.to_dict()
     if any(client.name is not None for client in federation.clients):
         content["clients_without_training_images"] = list(experiment.left_out)
     return content
+
+
+def _share(client: ClientData, index: int, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """What one client has, as JSON types; `labels` are those of all training examples."""
+    counts = np.bincount(labels[client.train], minlength=len(class_names))
+    return {
+        "client": index,
+        **({} if client.name is None else {"name": client.name}),
+        "num_train": len(client.train),
+        **({"num_unlabelled": len(client.unlabelled)} if len(client.unlabelled) else {}),
+        "num_held_out": len(client.held_out),
+        "class_counts": {name: int(count) for name, count in zip(class_names, counts, strict=True) if count},
+    }
 
 
 def environment_as_used(experiment: Experiment) -> dict[str, Any]:
@@ -92,18 +99,20 @@ def examples_as_used(experiment: Experiment) -> Iterator[tuple[str, str, str, st
     """The rows of `examples.csv`, as `EXAMPLE_COLUMNS`: whose each image is, and what for.
 
     `split` is train, unlabelled (a training image of which the client does not know the label), held_out, test or new
-    (classes that were set aside), or unused: a training image that no client has. An image that several clients have
+    (classes that were set aside), or unused: a training image that no client has; unseen_train, unseen_unlabelled and
+    unseen_held_out are those of clients that never train. An image that several clients have
     has a row for each. Images that can't be read have none.
     """
     data, federation = experiment.data, experiment.federation
     features = federation.engine.features
     assert data is not None
     used = np.zeros(len(features), bool)
-    for index, client in enumerate(federation.clients):
+    for index, client in enumerate([*federation.clients, *experiment.unseen]):
+        prefix = "unseen_" if index >= len(federation.clients) else ""
         for split, examples in (
-            ("train", client.train),
-            ("unlabelled", client.unlabelled),
-            ("held_out", client.held_out),
+            (f"{prefix}train", client.train),
+            (f"{prefix}unlabelled", client.unlabelled),
+            (f"{prefix}held_out", client.held_out),
         ):
             used[examples] = True
             for row in _rows(data.train, features, examples, data.class_names):

@@ -52,8 +52,8 @@ from flora.runs.resume import (
     RunFiles,
     Start,
     find_start,
-    finished_rounds,
     resumed_config,
+    why_over,
 )
 from flora.runs.run_directory import RunDirectory
 from flora.runs.saving import Saver
@@ -146,9 +146,9 @@ def resume(
     check_experiment(config)
     directory = shared_directory(processes, lambda: RunDirectory(Path(path), listeners.hooks.before_write))
     try:
-        finished = finished_rounds(directory.path) if processes.is_first else None
-        if finished is not None and finished >= config.rounds:
-            raise UserError(f"{path}: this run is finished, after {finished} rounds; for more of them: rounds=NUMBER")
+        over = why_over(directory.path, config) if processes.is_first else None
+        if over is not None:
+            raise UserError(f"{path}: {over}")
         checkpoints = CheckpointFolder(directory.path / "checkpoints", listeners.hooks.before_write)
 
         def start(experiment: Experiment, log: Callable[[str], object]) -> Start:
@@ -319,6 +319,7 @@ class _Run:
             self.records,
             name=self.directory.path.resolve().name,
             num_clients=len(federation.clients),
+            num_unseen=len(experiment.unseen),
             **local_only_figures(local_only),
             **compare_held_out(clients, local_only),
             wall_seconds=self.saver.wall_seconds,

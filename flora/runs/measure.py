@@ -11,12 +11,10 @@ import numpy as np
 
 from flora.clip.towers.towers import AdaptedClip
 from flora.core import tree
-from flora.core.clusters import clusters_of
 from flora.core.memory import peak_memory_bytes
 from flora.core.records import Evaluation, RoundRecord
 from flora.core.states import ServerState
 from flora.core.tree import StateLike
-from flora.engine.dealing import ARRAYS
 from flora.evaluation.accuracy import (
     client_macro_f1,
     client_means,
@@ -29,12 +27,13 @@ from flora.evaluation.accuracy import (
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters, train_centralized, train_local_only
 from flora.evaluation.metrics import ServerView, complete, computed
 from flora.evaluation.several import for_each_adapter, of_rows, one_after_the_other
-from flora.evaluation.shares import evaluate_in_shares
 from flora.experiment.build import Experiment
 from flora.features.features import Features
 from flora.federated.clusters import nearest_clusters
 from flora.federated.round import RoundResult
+from flora.runs.evaluating import evaluate_adapters, of_blocks, server_stacks
 from flora.runs.other_accuracies import by_template, on_other_data
+from flora.runs.scenarios import ScenarioResults, measure_scenarios
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +45,8 @@ class ClientResults:
     examples. `own_predictions` `(N, 2)` has a row a held-out example, one client's after the other's: the class that
     its client's own adapter predicts and its probability, NaN where it has none. `test` is the server's adapter on the
     common test images, if they were evaluated at the same time. Where the server keeps several models, `clusters`
-    says which of them fits each client best, and `server` and what goes with it are that one's.
+    says which of them fits each client best, and `server` and what goes with it are that one's. `scenarios` is what is
+    measured after the last round.
     """
 
     server: np.ndarray
@@ -57,6 +57,7 @@ class ClientResults:
     own_predictions: np.ndarray | None = None
     test: Evaluation | None = None
     clusters: np.ndarray | None = None
+    scenarios: ScenarioResults | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +114,10 @@ def measure(
     if clients is not None:
         sizes = experiment.held_out_sizes
         results |= _figures("client", clients.server, sizes) | _figures("personal", clients.own, sizes)
+    scenarios = clients.scenarios if clients is not None else None
+    if scenarios is None and not state.round:
+        scenarios = measure_scenarios(experiment, state)
+    results |= scenarios.figures() if scenarios is not None else {}
     measured = result.metrics() if result else {}
     measured["eval_seconds"] = engine.seconds() - started
     measured["peak_memory_bytes"] = peak_memory_bytes(engine.model.device)
@@ -127,8 +132,9 @@ def measure(
 def evaluate_test_images(experiment: Experiment, state: ServerState) -> Evaluation:
     """Evaluate the server's adapter on the common test images, or each cluster's, one after the other."""
     keeps = experiment.config.evaluation.auroc
+    stacks = server_stacks(state)
     return one_after_the_other(
-        [_evaluate(experiment, stack, experiment.test, keep_probabilities=keeps)[0] for stack in server_stacks(state)]
+        [evaluate_adapters(experiment, stack, experiment.test, keep_probabilities=keeps)[0] for stack in stacks]
     )
 
 
@@ -143,7 +149,7 @@ def _measure_server(experiment: Experiment, state: ServerState, evaluation: Eval
     if not state.round and (is_warm or experiment.has_start):
         begun = tree.expand(experiment.initial_adapter, 1)
         name = "warm_up_accuracy" if is_warm else "start_accuracy"
-        results[name] = _evaluate(experiment, begun, experiment.test)[0].accuracy
+        results[name] = evaluate_adapters(experiment, begun, experiment.test)[0].accuracy
     accuracy_of = partial(_accuracy, experiment, server_stacks(state))
     results |= by_template(experiment, accuracy_of)
     if state.round in (0, experiment.config.rounds):
@@ -163,51 +169,14 @@ def _accuracy(
     experiment: Experiment, stacks: Sequence[StateLike | None], model: AdaptedClip, features: Features
 ) -> float:
     """The mean accuracy of adapters `(1, ...)`, or of the frozen model for None, in `model` on `features`."""
-    found = [_evaluate(experiment, stack, features, model)[0].accuracy for stack in stacks]
+    found = [evaluate_adapters(experiment, stack, features, model)[0].accuracy for stack in stacks]
     return sum(found) / len(found)
-
-
-def _evaluate(
-    experiment: Experiment,
-    adapters: StateLike | None,
-    features: Features,
-    model: AdaptedClip | None = None,
-    *,
-    keep_probabilities: bool = False,
-) -> Sequence[Evaluation]:
-    """Evaluate adapters `(K, ...)` on `features` in the way that the configuration says, each process a share."""
-    config, engine = experiment.config.evaluation, experiment.federation.engine
-    model = model or engine.model
-
-    def compute(stack: StateLike | None) -> list[Evaluation]:
-        number = len(next(iter(stack.values()))) if stack else 1
-        batch_size = max(1, config.batch_size // number)
-        compute_share = partial(
-            evaluate,
-            model,
-            stack,
-            batch_size=batch_size,
-            prediction=config.prediction,
-            keep_probabilities=keep_probabilities,
-        )
-        return evaluate_in_shares(engine.processes, compute_share, features, batch_size=batch_size)
-
-    key = id(model), id(features), config.batch_size, config.prediction, keep_probabilities
-    return engine.evaluate(key, adapters, compute)
 
 
 def _mean(accuracies: np.ndarray) -> float | None:
     """The mean of those that are not NaN; None if all are."""
     known = accuracies[~np.isnan(accuracies)]
     return float(known.mean()) if len(known) else None
-
-
-def server_stacks(state: ServerState) -> list[tree.State | None]:
-    """The server's adapter `(1, ...)`, or one for each cluster.
-
-    None in round 0, which is the frozen model: some adapters change it at once.
-    """
-    return [tree.expand(each, 1) for each in clusters_of(state.adapter)] if state.round else [None]
 
 
 def _figures(whose: str, accuracies: np.ndarray | None, sizes: np.ndarray) -> dict[str, float]:
@@ -221,6 +190,13 @@ def _figures(whose: str, accuracies: np.ndarray | None, sizes: np.ndarray) -> di
 
 
 def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults:
+    """Accuracy on each client's held-out examples, and after the last round what the scenarios ask for."""
+    results = _on_held_out(experiment, state)
+    is_last = state.round == experiment.last_round
+    return replace(results, scenarios=measure_scenarios(experiment, state)) if is_last else results
+
+
+def _on_held_out(experiment: Experiment, state: ServerState) -> ClientResults:
     """Accuracy on each client's held-out examples."""
     sizes, federation = experiment.held_out_sizes, experiment.federation
     with_own = clients_with_own_adapters(federation, state)
@@ -229,7 +205,7 @@ def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults
     if len(stacks) > 1:
         clusters = nearest_clusters(federation, state.adapter, range(len(sizes)))
     if len(experiment.held_out):
-        found = [_evaluate(experiment, stack, experiment.held_out)[0] for stack in stacks]
+        found = [evaluate_adapters(experiment, stack, experiment.held_out)[0] for stack in stacks]
         evaluation = found[0] if clusters is None else of_rows(found, np.repeat(clusters, sizes))
         server, losses = client_means(evaluation.correct, sizes), client_means(evaluation.losses, sizes)
         labels = experiment.held_out.labels.cpu().numpy()
@@ -238,30 +214,12 @@ def measure_clients(experiment: Experiment, state: ServerState) -> ClientResults
         return ClientResults(server, losses, f1, clusters=clusters)
     predictions = np.full((len(experiment.held_out), 2), np.nan)
     for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
-        said = _of_blocks(experiment, clients, adapters, partial(_predicted_of_held_out, experiment))
+        said = of_blocks(experiment, clients, adapters, partial(_predicted_of_held_out, experiment))
         predictions[np.concatenate(_held_out_of(experiment, clients))] = said
     is_own = np.isin(np.arange(len(sizes)), with_own)
     right = predictions[:, 0] == experiment.held_out.labels.cpu().numpy()
     own = np.where(is_own, client_means(right, sizes), server)
     return ClientResults(server, losses, f1, own, is_own, predictions)
-
-
-def _of_blocks(
-    experiment: Experiment,
-    clients: Sequence[int],
-    adapters: StateLike,
-    evaluate_some: Callable[[Sequence[int], StateLike], np.ndarray],
-) -> np.ndarray:
-    """Evaluate each client's own of `adapters` `(K, ...)`, as many at once as fit; return all that comes of it."""
-    number = len(clients)
-
-    def block(places: Sequence[int]) -> np.ndarray:
-        # A residual `(1, ...)` is the same for all.
-        part = {name: tensor[places] if len(tensor) == number else tensor for name, tensor in adapters.items()}
-        return evaluate_some([clients[place] for place in places], part)
-
-    parts = experiment.federation.engine.in_blocks(range(number), block, travel=ARRAYS)
-    return np.concatenate(list(parts))
 
 
 def _held_out_of(experiment: Experiment, clients: Sequence[int]) -> list[np.ndarray]:
@@ -316,7 +274,7 @@ def measure_local_only(
     own = federation.engine.model.adapter.models(adapters)[-1]
     clients = chosen.tolist()
     results.test[chosen], results.unheld[chosen] = _of_test_images(experiment, clients, own)
-    predicted = _of_blocks(experiment, clients, own, partial(_predicted_of_held_out, experiment))[:, 0]
+    predicted = of_blocks(experiment, clients, own, partial(_predicted_of_held_out, experiment))[:, 0]
     labels = experiment.held_out.labels.cpu().numpy()[np.concatenate(_held_out_of(experiment, clients))]
     results.held_out[chosen] = client_means(predicted == labels, experiment.held_out_sizes[chosen])
     with_own = clients_with_own_adapters(federation, state)
@@ -335,15 +293,15 @@ def measure_centralized(experiment: Experiment, *, advance: Callable[[int], obje
     adapter = federation.engine.model.adapter.models(trained)[-1]
     held_out = np.full(len(sizes), np.nan)
     if len(experiment.held_out):
-        held_out = client_means(_evaluate(experiment, adapter, experiment.held_out)[0].correct, sizes)
-    return CentralizedResults(_evaluate(experiment, adapter, experiment.test)[0].accuracy, held_out)
+        held_out = client_means(evaluate_adapters(experiment, adapter, experiment.held_out)[0].correct, sizes)
+    return CentralizedResults(evaluate_adapters(experiment, adapter, experiment.test)[0].accuracy, held_out)
 
 
 def _of_test_images(
     experiment: Experiment, clients: Sequence[int], adapters: StateLike
 ) -> tuple[np.ndarray, np.ndarray]:
     """Accuracy of each client's own of `adapters` on all test images, and on those of classes not held, `(K,)`."""
-    found = _of_blocks(experiment, clients, adapters, lambda some, part: _on_test_images(experiment, some, part))
+    found = of_blocks(experiment, clients, adapters, lambda some, part: _on_test_images(experiment, some, part))
     return found[:, 0], found[:, 1]
 
 

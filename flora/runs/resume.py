@@ -17,6 +17,7 @@ from flora.core.errors import ConfigError, UserError
 from flora.core.records import RoundRecord
 from flora.core.registry import OptionError
 from flora.core.states import ClientState, ServerState
+from flora.privacy.rounds import PrivateRounds
 from flora.runs.checkpoints import Checkpoint, CheckpointFolder, DamagedError
 from flora.runs.run_directory import RunDirectory, read_json
 
@@ -177,6 +178,25 @@ def _start_without_all_records(files: RunFiles, found: Checkpoint, accept_lost_r
 def finished_rounds(path: Path) -> int | None:
     """Return how many rounds the finished run in `path` has; None if it is not finished."""
     return _whole_number(read_json(path / "summary.json"), "rounds")
+
+
+def why_over(path: Path, config: ExperimentConfig) -> str | None:
+    """Return why the run in `path` has no more rounds to do with `config`; None if it has some, or no end yet."""
+    finished = finished_rounds(path)
+    if finished is None:
+        return None
+    if finished >= config.rounds:
+        return f"this run is finished, after {finished} rounds; for more of them: rounds=NUMBER"
+    num_clients = _whole_number(read_json(path / "summary.json"), "num_clients")
+    if config.privacy is None or config.privacy.budget_epsilon is None or not num_clients:
+        return None
+    attendance = config.clients.cohort.attendance(num_clients)
+    if PrivateRounds.of(config.privacy, attendance, config.rounds).last_round > finished:
+        return None
+    return (
+        f"this run is finished: privacy.budget_epsilon {config.privacy.budget_epsilon:g} ended it after {finished} "
+        "rounds, and a budget can't become more"
+    )
 
 
 def recorded_clients_per_block(path: Path) -> int | None:

@@ -21,7 +21,8 @@ from flora.evaluation.predicting import most_probable, predict
 from flora.evaluation.several import for_each_adapter
 from flora.experiment.build import Experiment
 from flora.features.features import Features
-from flora.runs.measure import ClientResults, evaluate_test_images, server_stacks
+from flora.runs.evaluating import server_stacks
+from flora.runs.measure import ClientResults, evaluate_test_images
 
 # What `predictions.csv` says of a held-out image with its client's own adapter, where clients have one.
 OWN_COLUMNS = ("own_predicted", "own_probability")

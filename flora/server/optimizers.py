@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -26,6 +27,17 @@ class ServerOptimizer(Component):
     def step(self, adapter: State, delta: State, state: State) -> tuple[State, State]:
         """The next adapter and state. Tensors that have no delta, and what is remembered of them, stay as they are."""
 
+    def continued(self, adapter: State, state: State) -> State:
+        """The adapter that the next round goes on from: the server's, unless that is a mean over rounds."""
+        return adapter
+
+    def released(self, before: State, adapter: State, state: State, round: int) -> tuple[State, State]:
+        """The server's adapter after a round, counted from 1, and the next state.
+
+        `adapter` is what the round has come to, `before` the server's adapter before it.
+        """
+        return adapter, state
+
 
 @register("sgd")
 @dataclass(frozen=True)
@@ -42,6 +54,37 @@ class ServerSgd(ServerOptimizer):
             delta = {name: self.momentum * state[f"momentum.{name}"] + own for name, own in delta.items()}
             state = {**state, **{f"momentum.{name}": own for name, own in delta.items()}}
         return {**adapter, **tree.add({name: adapter[name] for name in delta}, delta, self.learning_rate)}, state
+
+
+@register("gaussian_average")
+@dataclass(frozen=True)
+class GaussianAverage(ServerSgd):
+    """As sgd, but the server's adapter is a Gaussian-weighted mean over rounds (PromptSRC, arXiv:2307.06948).
+
+    Round t of T counts g_t / (g_1 + ... + g_T), where g_t = exp(-(t - mean)^2 / (2 std^2)) (section 3.2.2, where it is
+    epochs). Clients go on from what the last round came to, not from the mean. Differs from the paper: after each round
+    it is the mean of the rounds so far; there it is computed once, after the last one, and the same then.
+    """
+
+    mean: float = option("the round that counts most", 15.0)
+    std: float = option("how many rounds on either side count, as a standard deviation", 1.0, above=0)
+
+    def init(self, adapter: State) -> State:
+        return super().init(adapter) | {f"last.{name}": tensor.clone() for name, tensor in adapter.items()}
+
+    def continued(self, adapter: State, state: State) -> State:
+        return {**adapter, **{name: state[f"last.{name}"] for name in adapter}}
+
+    def released(self, before: State, adapter: State, state: State, round: int) -> tuple[State, State]:
+        share = self.share(round)
+        averaged = {name: torch.lerp(before[name], tensor, share) for name, tensor in adapter.items()}
+        return averaged, {**state, **{f"last.{name}": tensor for name, tensor in adapter.items()}}
+
+    def share(self, round: int) -> float:
+        """How much a round counts in the mean of those up to it: g_t / (g_1 + ... + g_t)."""
+        logs = [-((each - self.mean) ** 2) / (2 * self.std**2) for each in range(1, round + 1)]
+        most = max(logs)
+        return math.exp(logs[-1] - most) / sum(math.exp(each - most) for each in logs)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from flora.config.parse import load_config
+from flora.config.presets import NO_SCENARIO, read_scenario
 from flora.config.rules import check_experiment
 from flora.config.schema import ExperimentConfig
 from flora.core.command_line import run_program, split_arguments
@@ -35,8 +36,11 @@ from flora.core.processes import Processes
 from flora.core.registry import suggest
 from flora.parsers import sweep_parser
 from flora.report.curves import draw_curves, undrawn
+from flora.report.dots import draw_dots
 from flora.runs.run_directory import lock_file
+from flora.sweep.choosing import Choices, Run, check_search, choose, read_choices, to_json
 from flora.sweep.folding import MOST_TOGETHER
+from flora.sweep.results import dots_of, to_results, with_domain_means
 from flora.sweep.runs import Outcomes, run_all
 from flora.sweep.table import Row, collect, to_csv, to_curves, to_markdown, to_overview, to_text, with_ratios
 
@@ -106,21 +110,36 @@ def split_values(text: str) -> list[str]:
     return [value.strip() for value in values]
 
 
-def configurations(grid: Sequence[Combination], folder: Path, shared: Sequence[str] = ()) -> list[ExperimentConfig]:
+def configurations(
+    grid: Sequence[Combination],
+    folder: Path,
+    shared: Sequence[str] = (),
+    choices: Choices | None = None,
+    *,
+    skip: Callable[[str], object] | None = None,
+) -> list[ExperimentConfig]:
     """The checked configuration of each run, which lies below `folder`; `shared` are overrides of all.
 
-    Raises `UserError` for the first bad one.
+    `choices` are more, of the runs that a search chose them for. Raises `UserError` for the first bad one; with `skip`
+    those that the rules refuse are left out, and it is told why.
     """
     _refuse_own_keys([override.partition("=")[0].strip() for override in shared])
-    configs = [
-        load_config(each.config, [*shared, *each.overrides, f"output={folder}", f"name={each.name}"]) for each in grid
-    ]
+    configs = []
+    for each in grid:
+        found = None if choices is None else choices.override(each.config, dict(each.values))
+        own = [*each.overrides, *([found] if found else []), f"output={folder}", f"name={each.name}"]
+        configs.append(load_config(each.config, [*shared, *own]))
+    allowed = []
     for each, config in zip(grid, configs, strict=True):
         try:
             check_experiment(config)
+            allowed.append(config)
         except UserError as error:
-            raise UserError(f"{each.config}: {' '.join(each.overrides)}: {error}") from None
-    return configs
+            problem = f"{each.config}: {' '.join(each.overrides)}: {error}"
+            if skip is None:
+                raise UserError(problem) from None
+            skip(f"left out: {problem}")
+    return allowed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,19 +160,15 @@ def _in_processes(options: argparse.Namespace) -> int:
 def _main(options: argparse.Namespace, processes: Processes) -> int:
     configs, axes = split_arguments(options.arguments)
     grid = combinations(configs, axes)
-    if not configs:
-        raise UserError("expected a config file; see --help")
-    names = {name for each in grid for name in (Path(each.config).stem, *dict(each.values).values())}
-    if options.reference not in (None, *names):
-        raise UserError(f"--reference: no run is called {options.reference!r}; {suggest(options.reference, names)}")
-    if not re.fullmatch("[1-9][0-9]{0,3}", options.jobs):
-        raise UserError(f"--jobs: expected a whole number of at least 1, got {options.jobs!r}")
+    _check_options(options, grid)
     fold = _most_together(options.fold)
     outcomes: Outcomes = {}
     stopped: Interrupted | None = None
     try:
         with Interrupts() as interrupts:
-            runs = configurations(grid, options.output, options.set)
+            runs = _configurations(options, grid, processes)
+            if options.choose is not None:
+                check_search(options.choose, [axis.partition("=")[0].strip() for axis in axes], runs)
             with _locked(options.output) if processes.is_first else nullcontext():
                 try:
                     run_all(
@@ -175,7 +190,10 @@ def _main(options: argparse.Namespace, processes: Processes) -> int:
     failures = [f"failed: {name}: {problem.splitlines()[-1]}" for name, problem in outcomes.items() if problem]
     if None in outcomes.values():
         try:
-            _report(grid, outcomes, options.output, options.reference or "full")
+            _report(grid, outcomes, options.output, options.reference or "full", _results(runs))
+            if options.choose is not None:
+                found = choose(options.choose, _finished(grid, outcomes, options.output))
+                print(f"chosen: {_write(options.output / 'chosen.json', to_json(found))}")
         except OSError as error:
             raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from None
     print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
@@ -183,6 +201,34 @@ def _main(options: argparse.Namespace, processes: Processes) -> int:
         print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
         return stopped.exit_status
     return 2 if failures else 0
+
+
+def _check_options(options: argparse.Namespace, grid: Sequence[Combination]) -> None:
+    """Raise `UserError` for options that are wrong whatever the runs are, and where there are no runs."""
+    if not grid:
+        raise UserError("expected a config file; see --help")
+    names = {name for each in grid for name in (Path(each.config).stem, *dict(each.values).values())}
+    if options.reference not in (None, *names):
+        raise UserError(f"--reference: no run is called {options.reference!r}; {suggest(options.reference, names)}")
+    if not re.fullmatch("[1-9][0-9]{0,3}", options.jobs):
+        raise UserError(f"--jobs: expected a whole number of at least 1, got {options.jobs!r}")
+
+
+def _configurations(
+    options: argparse.Namespace, grid: Sequence[Combination], processes: Processes
+) -> list[ExperimentConfig]:
+    """The checked configurations; process 0 says what is left out of them, and what a search has nothing for."""
+
+    def tell(line: str) -> None:
+        if processes.is_first:
+            print(line, file=sys.stderr)
+
+    choices = None if options.chosen is None else read_choices(options.chosen)
+    if choices is not None:
+        names = choices.without([(each.config, dict(each.values)) for each in grid])
+        if names:
+            tell(f"{options.chosen}: has no {choices.key} for {', '.join(names)}: their files' stays")
+    return configurations(grid, options.output, options.set, choices, skip=tell if options.skip_refused else None)
 
 
 def _most_together(text: str) -> int:
@@ -212,19 +258,35 @@ def _locked(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def _report(grid: Sequence[Combination], outcomes: Outcomes, folder: Path, reference: str) -> None:
-    """Tabulate and draw the runs that are finished, and print the table."""
+def _results(runs: Sequence[ExperimentConfig]) -> tuple[str, ...]:
+    """The figures that are the result of the scenario that all runs have; none where they have no common one."""
+    scenarios = {config.scenario for config in runs}
+    return read_scenario(*scenarios).results if len(scenarios) == 1 and NO_SCENARIO not in scenarios else ()
+
+
+def _finished(grid: Sequence[Combination], outcomes: Outcomes, folder: Path) -> list[Run]:
+    """The runs as the table reads them; those that are not finished have no folder."""
     finished = {name for name, problem in outcomes.items() if problem is None}
-    runs = [(folder / each.name if each.name in finished else None, each.config, dict(each.values)) for each in grid]
-    table = with_ratios(collect(runs), reference)
+    return [(folder / each.name if each.name in finished else None, each.config, dict(each.values)) for each in grid]
+
+
+def _report(
+    grid: Sequence[Combination], outcomes: Outcomes, folder: Path, reference: str, results: Sequence[str]
+) -> None:
+    """Tabulate and draw the runs that are finished, and print the table; `results` are those of their scenario."""
+    table = with_domain_means(with_ratios(collect(_finished(grid, outcomes, folder)), reference))
     print(to_text(table))  # first of all: it needs no disk
-    parts = [part for part in (to_overview(table), to_markdown(table)) if part]
+    parts = [part for part in (_overview(table, results), to_markdown(table)) if part]
     written = [
         _write(folder / "table.md", "\n".join(parts)),
         _write(folder / "table.csv", to_csv(table)),
-        *_curves(table, folder),
+        *_pictures(table, folder, results),
     ]
     print(f"\nwritten: {', '.join(map(str, written))}")
+
+
+def _overview(table: Sequence[Row], results: Sequence[str]) -> str:
+    return to_results(table, results) if results else to_overview(table)
 
 
 def _write(path: Path, text: str) -> Path:
@@ -232,8 +294,8 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def _curves(table: Sequence[Row], folder: Path) -> list[Path]:
-    """The pictures of the curves, if matplotlib is there to draw them."""
+def _pictures(table: Sequence[Row], folder: Path, results: Sequence[str]) -> list[Path]:
+    """The pictures of the curves and of a scenario's results, if matplotlib is there to draw them."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no curves: they need matplotlib (pip install 'flora-clip[report]')", file=sys.stderr)
         return []
@@ -241,7 +303,7 @@ def _curves(table: Sequence[Row], folder: Path) -> list[Path]:
     left_out = undrawn(curves)
     if left_out:
         print(f"not drawn, for want of rounds that all its runs evaluated: {'; '.join(left_out)}", file=sys.stderr)
-    return draw_curves(curves, folder)
+    return [*draw_curves(curves, folder), *draw_dots(dots_of(table, results), folder / "results.png")]
 
 
 if __name__ == "__main__":

@@ -108,6 +108,12 @@ def columns() -> dict[str, Figure]:
     return declared | {name: figure for name, (figure, _) in IMPLIED.items()}
 
 
+def frozen(name: str) -> str | None:
+    """The figure that says of the frozen model what the figure `name` says of an adapter; None if there is none."""
+    known = f"zero_shot_{name.removeprefix('last_')}"
+    return known if known in FIGURES else None
+
+
 def read_outcome(directory: Path) -> Outcome:
     """The outcome of a finished run. Raises `UserError` if its files are missing or damaged."""
     try:
@@ -130,6 +136,7 @@ def _outcome(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
     (arrived, *_) = (point for point in points if point.accuracy >= ARRIVED * summary["last_accuracy"])
     run = _Files(summary, records, travels, arrived)
     figures = {name: summary.get(name) for name in columns() if name not in IMPLIED}
+    figures |= {of: summary.get(of) for name in tuple(figures) if (of := frozen(name)) is not None}
     if not travels:
         figures["uplink_bytes_per_client_round"] = None
     return Outcome(tuple(points), figures | {name: of(run) for name, (_, of) in IMPLIED.items()})

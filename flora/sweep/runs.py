@@ -19,7 +19,7 @@ from flora.engine.dealing import deal
 from flora.engine.together import Member, Together
 from flora.evaluation.summary import percent
 from flora.runs.loop import resume, simulate
-from flora.runs.resume import changeable_overrides, finished_rounds, refuse_other_settings
+from flora.runs.resume import changeable_overrides, refuse_other_settings, why_over
 from flora.runs.run_directory import RunDirectory
 from flora.sweep.folding import described, foldable
 from flora.sweep.outcomes import read_outcome
@@ -114,8 +114,7 @@ def _needs_rounds(config: ExperimentConfig) -> bool:
     if not (directory / "config.yaml").is_file():
         return True
     refuse_other_settings(directory, config)
-    finished = finished_rounds(directory)
-    if finished is None or finished < config.rounds:
+    if why_over(directory, config) is None:
         return True
     read_outcome(directory)  # raises if it is damaged
     return False

@@ -34,11 +34,12 @@ class Ratios:
 
 @dataclass(frozen=True)
 class Row:
-    """The finished runs that differ in nothing but their seeds."""
+    """The finished runs that differ in nothing but their seeds, which are `seeds`, as the command line has them."""
 
     labels: dict[str, str]
     outcomes: tuple[Outcome, ...]
     ratios: Ratios | None = None
+    seeds: tuple[str, ...] = ()
 
     def mean(self, field: str) -> float | None:
         """The mean of a figure over the runs; None if one has none."""
@@ -104,15 +105,15 @@ def collect(runs: Sequence[tuple[Path | None, str, dict[str, str]]]) -> list[Row
 
     What is the same in all rows is not a label.
     """
-    groups: dict[tuple[tuple[str, str], ...], list[Outcome]] = {}
+    groups: dict[tuple[tuple[str, str], ...], dict[str, Outcome]] = {}
     for directory, config, values in runs:
         labels = {"experiment": Path(config).stem, **{key: each for key, each in values.items() if key != "seed"}}
-        outcomes = groups.setdefault(tuple(labels.items()), [])
+        outcomes = groups.setdefault(tuple(labels.items()), {})
         if directory is not None:
-            outcomes.append(read_outcome(directory))
-    rows = [Row(dict(labels), tuple(outcomes)) for labels, outcomes in groups.items()]
+            outcomes[values.get("seed", "")] = read_outcome(directory)
+    rows = [Row(dict(labels), tuple(of.values()), seeds=tuple(of)) for labels, of in groups.items()]
     varying = {key for row in rows for key in row.labels if len({other.labels.get(key) for other in rows}) > 1}
-    return [Row({key: each for key, each in row.labels.items() if key in varying}, row.outcomes) for row in rows]
+    return [replace(row, labels={key: each for key, each in row.labels.items() if key in varying}) for row in rows]
 
 
 def _named(key: str, value: str) -> str:
@@ -125,7 +126,7 @@ def _is_of_the_data(key: str) -> bool:
     return key.partition(".")[0] in ("data", "partition", "split")
 
 
-def _panel(row: Row, is_panel: Callable[[str], bool] = _is_of_the_data) -> tuple[str, str]:
+def panel_and_method(row: Row, is_panel: Callable[[str], bool] = _is_of_the_data) -> tuple[str, str]:
     """Where a row belongs: its data and partition, and all else, which is the method."""
     panel = [_named(key, each) for key, each in row.labels.items() if is_panel(key)]
     method = [_named(key, each) for key, each in row.labels.items() if not is_panel(key)]
@@ -144,7 +145,7 @@ def _keys_of_panels(rows: Sequence[Row]) -> set[str]:
     def num_lines(panel: set[str]) -> int:
         lines: dict[str, set[str]] = {}
         for row in rows:
-            name, line = _panel(row, panel.__contains__)
+            name, line = panel_and_method(row, panel.__contains__)
             lines.setdefault(name, set()).add(line)
         return max(map(len, lines.values()), default=0)
 
@@ -163,13 +164,14 @@ def to_curves(rows: Sequence[Row]) -> list[Curve]:
     keys = _keys_of_panels(rows)
     return [
         Curve(
-            *_panel(row, keys.__contains__),
+            *panel_and_method(row, keys.__contains__),
             rounds=tuple(point.round for point in outcome.points),
             sent_bytes=tuple(point.sent_bytes for point in outcome.points),
             accuracy=tuple(point.accuracy for point in outcome.points),
         )
         for row in rows
         for outcome in row.outcomes
+        if outcome.points
     ]
 
 
@@ -178,20 +180,22 @@ def to_overview(rows: Sequence[Row]) -> str:
 
     Empty where that would be a single column.
     """
-    panels = list(dict.fromkeys(_panel(row)[0] for row in rows))
+    panels = list(dict.fromkeys(panel_and_method(row)[0] for row in rows))
     if len(panels) < 2:
         return ""
-    place = {_panel(row): row for row in rows if row.outcomes}
-    methods = dict.fromkeys(_panel(row)[1] for row in rows)
-    frozen = [next((row for row in rows if row.outcomes and _panel(row)[0] == panel), None) for panel in panels]
-    lines = [["zero-shot", *(_accuracy(row, "zero_shot_accuracy") if row else "-" for row in frozen)]]
+    place = {panel_and_method(row): row for row in rows if row.outcomes}
+    methods = dict.fromkeys(panel_and_method(row)[1] for row in rows)
+    frozen = [
+        next((row for row in rows if row.outcomes and panel_and_method(row)[0] == panel), None) for panel in panels
+    ]
+    lines = [["zero-shot", *(accuracy_cell(row, "zero_shot_accuracy") if row else "-" for row in frozen)]]
     for method in methods:
         found = [place.get((panel, method)) for panel in panels]
-        lines.append([method, *(_accuracy(row, "last_accuracy") if row else "-" for row in found)])
-    return _markdown([["last round", *panels], *lines])
+        lines.append([method, *(accuracy_cell(row, "last_accuracy") if row else "-" for row in found)])
+    return markdown([["last round", *panels], *lines])
 
 
-def _accuracy(row: Row, field: str) -> str:
+def accuracy_cell(row: Row, field: str) -> str:
     mean, deviation = row.mean(field), row.deviation(field)
     if mean is None:
         return "-"
@@ -203,13 +207,13 @@ def _ratio(row: Row, field: str) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _cell(row: Row, figure: Figure) -> str:
+def figure_cell(row: Row, figure: Figure) -> str:
     """A figure's mean over a row's runs, with its deviation where it is a share; a dash where one has none."""
     mean = row.mean(figure.name)
     if mean is None:
         return "-"
     if figure.unit in ("fraction", "points"):
-        return _accuracy(row, figure.name)
+        return accuracy_cell(row, figure.name)
     if figure.unit == "milliseconds":
         return f"{1000 * mean:.3g}"
     return f"{mean:.2g}" if figure.unit == "number" and mean < 100 else shown(figure.unit, mean)
@@ -235,17 +239,17 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     for row in rows:
         own = [row.labels.get(key, "-") for key in labels]
         shown_ratios = [_ratio(row, field) for field in RATIOS.values()]
-        lines.append([*own, str(len(row.outcomes)), *(_cell(row, figure) for figure in figures), *shown_ratios])
+        lines.append([*own, str(len(row.outcomes)), *(figure_cell(row, figure) for figure in figures), *shown_ratios])
     kept = [any(line[column] != "-" for line in lines[1:]) for column in range(len(lines[0]))]
     return [[cell for cell, keep in zip(line, kept, strict=True) if keep] for line in lines]
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """The table in Markdown."""
-    return _markdown(cells(rows))
+    return markdown(cells(rows))
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
     head, *body = ([cell.replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body)) + "\n"
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from flora.clip.comparison import COSINES, Comparison
 from flora.clip.frozen import Architecture, FrozenClip
 from flora.clip.loss_terms import LossTerm
 from flora.core.registry import Component
@@ -17,6 +18,8 @@ from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 
 TOWERS = ("text", "vision")
+HELD_CLASSES = "held_classes"
+"""The name of what a local step binds an adapter with that `reads_held_classes`."""
 
 
 class AttachedAdapter(ABC):
@@ -28,6 +31,8 @@ class AttachedAdapter(ABC):
     `num_models` is how many models it stands for: see `models`. `loss_terms` are terms of its own that are added to a
     client's loss. `after_step(stack, learning_rate)`, if there is one, changes the trained tensors `(K, ...)` in place
     after each local step; the learning rate is a number, or `(K, 1)` where clients differ in it.
+    `project(stack, gradients, generators)`, if there is one, returns what a step goes along in place of the gradients
+    of the trained tensors `(K, ...)`, any noise of privacy included; each client and step has a generator.
     """
 
     trained_from: dict[str, int]
@@ -40,12 +45,35 @@ class AttachedAdapter(ABC):
     """From which of a step's models on the loss is of them; those before are there for the adapter's terms to read."""
     adapt_block: Callable[[int, Tensor], Tensor] | None = None
     """Changes what a block of the vision tower gets, `(K * B, T, width)`; its number is counted from 1."""
+    adapt_text_block: Callable[[Tensor | None, int, Tensor], Tensor] | None = None
+    """The same of the text tower, `(K * G, M, width)`; before the number, which learned vector stands in each slot."""
+    after_block: Callable[[str, int, Tensor, Tensor], Tensor] | None = None
+    """Changes what a block of a tower gives, from the tower's name, the block's number counted from 1, what it got and
+    what it gives, both `(N, R, width)` and client-major."""
     place_shares: tuple[float, ...] | None = None
     """How much each of a class's T prompts counts in its mean; None: all alike."""
+    reads_names = False
+    """Whether `adapt_tokens_by_names` takes the place of `adapt_tokens`."""
+    reads_held_classes = False
+    """Whether a local step binds it with `HELD_CLASSES` `(K, C)`, True for the classes of each client's examples."""
+    frozen_templates: tuple[str, ...] | None = None
+    """Those of the classes' frozen features, means over templates, that losses compare with; None: the prompts' own."""
     loss_terms: tuple[LossTerm, ...] = ()
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
+    project: Callable[[StateLike, StateLike, Sequence[torch.Generator]], StateLike] | None = None
+    is_linear = False
+    """Whether linear layers on features of images, each used once, are all that it trains: see `AttachedBeside`."""
     learned_context: Mapping[str, Any] | None = None
     """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
+    comparison: Comparison = COSINES
+    """How images and classes become logits while adapters are bound; another one than by cosines needs `stack`."""
+    stack: StateLike | None = None
+    """The tensors `(K, ...)` that are bound, where it works beside the model."""
+
+    @property
+    def can_share_texts(self) -> bool:
+        """Whether all that a step needs of its texts are class features, the same for clients with one adapter."""
+        return not (self.is_large or self.reads_held_classes or self.comparison.by_image)
 
     @abstractmethod
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
@@ -99,6 +127,10 @@ class AttachedAdapter(ABC):
         """
         return x
 
+    def adapt_tokens_by_names(self, x: Tensor, positions: Tensor, learned: Tensor | None, names: Tensor) -> Tensor:
+        """As `adapt_tokens`, with the frozen unit features `(C, embed_dim)` of the names of all classes."""
+        return self.adapt_tokens(x, positions, learned)
+
     def adapt_images(self, features: Tensor) -> Tensor:
         """Change image features `(K, B, embed_dim)`, before they are normalised."""
         return features
@@ -106,6 +138,13 @@ class AttachedAdapter(ABC):
     def adapt_classes(self, features: Tensor) -> Tensor:
         """Change the classes' unit features `(K, C, embed_dim)`."""
         return features
+
+    def for_images(self, images: Tensor) -> StateLike:
+        """What to bind for the class features of each of these images `(K, B, embed_dim)`: tensors `(K * B, ...)`.
+
+        It is asked for while adapters of K clients are bound, where `comparison` is `by_image`.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -128,9 +167,19 @@ class Adapter(Component):
         return False
 
     @property
+    def takes_fewer_tokens(self) -> bool:
+        """Whether the vision tower may go on with fewer tokens of an image."""
+        return not self.adds_image_tokens
+
+    @property
     def changes_images(self) -> bool:
         """Whether it changes the features of images."""
         return True
+
+    @property
+    def comparison(self) -> Comparison:
+        """How images and classes become logits."""
+        return COSINES
 
     @abstractmethod
     def check_fits(self, architecture: Architecture) -> None:

@@ -22,10 +22,26 @@ from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 
 
-class AttachedBeside(AttachedAdapter):
-    """An adapter outside of the frozen model: `stack` is its tensors `(K, ...)` while they are bound, else None."""
+@dataclass(frozen=True, eq=False)
+class LinearUse:
+    """One use of a linear layer: what went in, `(K, B, d_in)`, without a gradient, and what came out, with one.
 
-    stack: StateLike | None = None
+    The gradient of an example's loss by the layer's weight is the outer product of those by what came out,
+    `(K, B, d_out)`, and of what went in, so that its norm is the product of theirs.
+    """
+
+    layer: str
+    inputs: Tensor
+    outputs: Tensor
+
+
+class AttachedBeside(AttachedAdapter):
+    """An adapter outside of the frozen model: `stack` is its tensors `(K, ...)` while they are bound, else None.
+
+    `uses` are the uses of its linear layers so far, while they are noted down.
+    """
+
+    uses: list[LinearUse] | None = None
     mergeable = False
 
     def __init__(self, clip: FrozenClip) -> None:
@@ -34,11 +50,34 @@ class AttachedBeside(AttachedAdapter):
 
     @contextmanager
     def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Iterator[None]:
-        self.stack = stack
+        before, self.stack = self.stack, stack
         try:
             yield
         finally:
-            self.stack = None
+            self.stack = before
+
+    @contextmanager
+    def traced(self) -> Iterator[list[LinearUse]]:
+        """A context that notes down the uses of linear layers. Bind the adapter's tensors without gradients."""
+        uses: list[LinearUse] = []
+        self.uses = uses
+        try:
+            yield uses
+        finally:
+            self.uses = None
+
+    def linear(self, x: Tensor, layer: str) -> Tensor:
+        """Each client's linear layer on its own rows: `x` `(K, B, d_in)` to `(K, B, d_out)`. A stack is bound."""
+        assert self.stack is not None
+        outputs = linear(x, self.stack, layer)
+        if self.uses is not None:
+            outputs = outputs if outputs.requires_grad else outputs.requires_grad_()
+            self.uses.append(LinearUse(layer, x.detach(), outputs))
+        return outputs
+
+    def products(self, images: Tensor, classes: Tensor) -> Tensor:
+        """The products `(K, B, C)` of features of images `(K, B, d)` and of classes `(K, C, d)`."""
+        return torch.bmm(images, classes.transpose(1, 2))
 
     def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
         raise NotImplementedError
@@ -52,10 +91,9 @@ class FitsEveryModel(Adapter):
         """It fits every model."""
 
 
-@register("linear_head")
 @dataclass(frozen=True)
-class LinearHead(FitsEveryModel):
-    """A linear classifier on the frozen image features that starts as the zero-shot one (FedLC, arXiv:2404.15182)."""
+class Head(FitsEveryModel):
+    """A classifier on the frozen image features: it has weights for each class, and changes no image's features."""
 
     @property
     def knows_classes(self) -> bool:
@@ -65,6 +103,12 @@ class LinearHead(FitsEveryModel):
     def changes_images(self) -> bool:
         return False
 
+
+@register("linear_head")
+@dataclass(frozen=True)
+class LinearHead(Head):
+    """A linear classifier on the frozen image features that starts as the zero-shot one (FedLC, arXiv:2404.15182)."""
+
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedHead(clip)
 
@@ -72,11 +116,83 @@ class LinearHead(FitsEveryModel):
 class AttachedHead(AttachedBeside):
     """Its state dict is `head.weight` `(C, embed_dim)`; its rows stand for the classes' text features."""
 
+    is_linear = True
+
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         return {"head.weight": _head(class_features)}
 
     def adapt_classes(self, features: Tensor) -> Tensor:
         return features if self.stack is None else self.stack["head.weight"]
+
+    def products(self, images: Tensor, classes: Tensor) -> Tensor:
+        return self.linear(images, "head")
+
+
+@register("taskres")
+@dataclass(frozen=True)
+class TaskRes(Head):
+    """t_c + alpha x_c in place of a class's feature t_c, normalised, with a learned x_c that starts at zero.
+
+    Source: TaskRes, arXiv:2211.10277, where alpha is 0.5, for Flowers-102 1. Differs from the released code: t_c is of
+    unit length, where that takes the mean of the text tower's outputs as long as they are, so that an x_c turns a class
+    by more here.
+    """
+
+    alpha: float = option("what the learned residuals are multiplied with", 0.5, above=0)
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedTaskRes(self, clip)
+
+
+class AttachedTaskRes(AttachedBeside):
+    """Its state dict is `head.difference` `(C, embed_dim)`, the x_c."""
+
+    def __init__(self, options: TaskRes, clip: FrozenClip) -> None:
+        super().__init__(clip)
+        self._alpha = options.alpha
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        return {"head.difference": torch.zeros_like(_head(class_features))}
+
+    def adapt_classes(self, features: Tensor) -> Tensor:
+        if self.stack is None:
+            return features
+        return F.normalize(features + self._alpha * self.stack["head.difference"], dim=-1)
+
+
+@register("lp_plus_plus")
+@dataclass(frozen=True)
+class LpPlusPlus(Head):
+    """Logits s f (w_c + alpha_c t_c): a learned row for each class, and how much its text feature t_c counts.
+
+    Source: LP++, arXiv:2404.02285. Differs from the paper: s, the model's logit scale, is 1 there; w_c starts at zero
+    and alpha_c at a number that is given, where the paper computes both from the features of all images, which clients
+    do not share; and both are trained by the local optimizer at its rate, where the paper derives a step size for each
+    from these features. The released code has a learned bias for each class, too, and a step of alpha after every ten
+    of w.
+    """
+
+    alpha: float = option("how much the text features count at first; 1: as in the zero-shot classifier", 1.0, above=0)
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedLpPlusPlus(self, clip)
+
+
+class AttachedLpPlusPlus(AttachedBeside):
+    """Its state dict is `head.weight` `(C, embed_dim)`, the w_c, and `head.alpha` `(C,)`."""
+
+    def __init__(self, options: LpPlusPlus, clip: FrozenClip) -> None:
+        super().__init__(clip)
+        self._alpha = options.alpha
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        weight = torch.zeros_like(_head(class_features))
+        return {"head.weight": weight, "head.alpha": torch.full(weight.shape[:1], self._alpha, dtype=weight.dtype)}
+
+    def adapt_classes(self, features: Tensor) -> Tensor:
+        if self.stack is None:
+            return features
+        return self.stack["head.weight"] + self.stack["head.alpha"].unsqueeze(-1) * features
 
 
 @register("vision_and_head")
@@ -130,6 +246,8 @@ class AttentionAdapter(FitsEveryModel):
 class AttachedAttention(AttachedBeside):
     """Its state dict is `first.weight`, `second.weight` `(d, d)` and `first.bias`, `second.bias` `(d,)`."""
 
+    is_linear = True
+
     def __init__(self, clip: FrozenClip) -> None:
         super().__init__(clip)
         self._width = clip.architecture.embed_dim
@@ -144,8 +262,8 @@ class AttachedAttention(AttachedBeside):
     def adapt_images(self, features: Tensor) -> Tensor:
         if self.stack is None:
             return features
-        hidden = torch.tanh(linear(features, self.stack, "first"))
-        return features * linear(hidden, self.stack, "second").softmax(dim=-1)
+        hidden = torch.tanh(self.linear(features, "first"))
+        return features * self.linear(hidden, "second").softmax(dim=-1)
 
 
 @register("clip_adapter")
@@ -168,6 +286,8 @@ class ClipAdapter(FitsEveryModel):
 class AttachedClipAdapter(AttachedBeside):
     """Its state dict is `down.weight` `(d // reduction, d)` and `up.weight` `(d, d // reduction)`."""
 
+    is_linear = True
+
     def __init__(self, options: ClipAdapter, clip: FrozenClip) -> None:
         super().__init__(clip)
         self._ratio, self._width = options.ratio, clip.architecture.embed_dim
@@ -182,7 +302,7 @@ class AttachedClipAdapter(AttachedBeside):
     def adapt_images(self, features: Tensor) -> Tensor:
         if self.stack is None:
             return features
-        adapted = linear(linear(features, self.stack, "down").relu(), self.stack, "up").relu()
+        adapted = self.linear(self.linear(features, "down").relu(), "up").relu()
         return self._ratio * adapted + (1 - self._ratio) * features
 
 

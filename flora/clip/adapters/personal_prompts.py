@@ -26,7 +26,8 @@ class FedPgp(PromptContext):
 
     A client's own prompts have the context plus U V. The loss is the cross-entropy of these, and a contrast that draws
     the features of the context alone towards the frozen prompts' and away from the client's own. Differs from the
-    paper: V starts at zero, so that all begin with the context.
+    paper: V starts at zero, so that all begin with the context. The released code starts from sixteen random vectors
+    (`words: null`, `num_tokens: 16`) and has an inner width of 4.
     """
 
     has_personal = True
@@ -94,7 +95,9 @@ class PromptFolio(PromptContext):
     """Two contexts whose class features are mixed: one travels, one stays (PromptFolio, arXiv:2409.19610).
 
     A class's features are (1 - share) times those with the context that travels plus share times those with the
-    client's own, normalised. Both learn together; the server's model has the first alone.
+    client's own, normalised. Both learn together; the server's model has the first alone. Differs from the released
+    code: there the sum is not normalised, contexts start from eight random vectors (`words: null`, `num_tokens: 8`),
+    and the share is 0.4; the benchmark FLiP (arXiv:2503.22263) has 0.2.
     """
 
     has_personal = True
@@ -111,14 +114,10 @@ class PromptFolio(PromptContext):
         return AttachedPromptFolio(self, clip)
 
 
-class AttachedPromptFolio(AttachedContext):
-    """Beside `context`, which travels, `local_context` of the same shape, which stays."""
+class AttachedTwoContexts(AttachedContext):
+    """Beside `context`, which travels, `local_context` of the same shape, which stays: one for each of two prompts."""
 
     num_models = 2
-
-    def __init__(self, options: PromptFolio, clip: FrozenClip) -> None:
-        super().__init__(options, clip)
-        self.place_shares = (1 - options.share, options.share)
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         own = super().initial_state(rng.child("local"), class_features)["context"]
@@ -136,3 +135,64 @@ class AttachedPromptFolio(AttachedContext):
 
     def models_of_step(self, stack: StateLike) -> list[StateLike]:
         return self.models(stack)[1:]
+
+
+class AttachedPromptFolio(AttachedTwoContexts):
+    """Two contexts, as there, whose class features are mixed."""
+
+    def __init__(self, options: PromptFolio, clip: FrozenClip) -> None:
+        super().__init__(options, clip)
+        self.place_shares = (1 - options.share, options.share)
+
+
+@register("dp_fpl")
+@dataclass(frozen=True)
+class DpFpl(PromptContext):
+    """A context that travels, and one that stays, of which a step moves a low-rank part (DP-FPL, arXiv:2501.13904).
+
+    A client's own prompts have the sum of both. For each step its own context M is factorised anew as u v + rest, by
+    one power iteration from random vectors, with orthonormal columns of u and rows of v. Of the gradient G by M what u
+    and v can do is left: G v'v + u u'G - u u'G v'v. With `local.privacy` noise goes the same way, so that it reaches
+    the context that travels and the low-rank part alone; `privacy` adds it at the server to what travels.
+
+    Differs from the released code: it adds noise to the gradients by u and v, whose sizes it bounds for a batch, then
+    takes G from them, a tenth as long and with the last term added; here gradients of single examples are bounded
+    before their sum and its noise are cut down, which costs no more privacy. That code averages after each step.
+    """
+
+    has_personal = True
+
+    words: str | None = option("what the context that travels starts from; none: random vectors, as the other", None)
+    rank: int = option("inner width of u v; as many as there are vectors, or more: the whole gradient", 8, at_least=1)
+
+    def attach(self, clip: FrozenClip) -> AttachedAdapter:
+        return AttachedDpFpl(self, clip)
+
+
+class AttachedDpFpl(AttachedTwoContexts):
+    """Two contexts, as there, that are added."""
+
+    def __init__(self, options: DpFpl, clip: FrozenClip) -> None:
+        super().__init__(options, clip)
+        self._rank = options.rank
+        self.project = self._project
+
+    def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
+        state = AttachedContext.initial_state(self, rng, class_features)
+        own = torch.empty(state["context"].shape).normal_(0, 0.02, generator=rng.child("local").torch())
+        return {**state, "local_context": own.to(self.dtype)}
+
+    def models(self, stack: StateLike) -> list[StateLike]:
+        return [{"context": stack["context"]}, {"context": stack["context"] + stack["local_context"]}]
+
+    def _project(self, stack: StateLike, gradients: StateLike, generators: Sequence[torch.Generator]) -> State:
+        own, gradient = stack["local_context"], gradients["local_context"]
+        number, width = own.shape[-2:]
+        shape = width, min(self._rank, number)
+        starts = torch.stack([torch.empty(shape).normal_(generator=each) for each in generators]).to(own)
+        if own.dim() == 4:  # classes have contexts of their own
+            starts = starts.unsqueeze(1)
+        left = torch.linalg.qr(own @ starts).Q
+        right = torch.linalg.qr(own.mT @ left).Q
+        by_left = gradient @ right @ right.mT
+        return {**gradients, "local_context": by_left + left @ (left.mT @ (gradient - by_left))}

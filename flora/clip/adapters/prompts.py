@@ -79,14 +79,16 @@ class PromptContext(FitsEveryModel):
 class AttachedContext(AttachedBeside):
     """Its state dict is `context`: `(n, text width)` for n vectors, `(C, n, text width)` where classes have their own.
 
-    The first of them stand behind the prompt's first token, the others before its full stop.
+    The first of them stand behind the prompt's first token, the others before its full stop. Where only the first
+    `num_learned` of a context before the class name are learned, its other words stay.
     """
 
-    def __init__(self, options: PromptContext, clip: FrozenClip) -> None:
+    def __init__(self, options: PromptContext, clip: FrozenClip, num_learned: int | None = None) -> None:
         super().__init__(clip)
         self.trained_from["text"] = 1
         self._is_class_specific, text = options.class_specific, clip.text
-        tokens = [_words_of(clip, half) for half in options.halves]
+        tokens = [words_of(clip, half) for half in options.halves]
+        tokens[0] = tokens[0][:num_learned]
         self._num_before, number = len(tokens[0]), len(tokens[0]) + len(tokens[1])
         # Copies, because the embeddings leave memory with the stem.
         self._positional = text.positional_embedding.detach().clone()
@@ -105,18 +107,8 @@ class AttachedContext(AttachedBeside):
         return {"context": torch.empty(shape).normal_(0, 0.02, generator=rng.torch()).to(self.dtype)}
 
     def learned_places(self, ends: Tensor, length: int, num_classes: int) -> Tensor:
-        number, num_before = self._shape[0], self._num_before
-        num_behind = number - num_before
-        if num_behind and int(ends.max()) == length - 1:
-            raise UserError(
-                f"adapter.position: a class's name leaves no room for the context behind it: the model reads {length} "
-                "tokens of a prompt; expected front, a shorter context, or shorter prompts.class_names"
-            )
-        places = torch.full((len(ends), length), -1)
-        places[:, 1 : 1 + num_before] = torch.arange(num_before)
-        # A full stop and the last token follow.
-        columns = ends.unsqueeze(1) - 1 - num_behind + torch.arange(num_behind)
-        places.scatter_(1, columns, torch.arange(num_before, number).expand(len(ends), -1))
+        number = self._shape[0]
+        places = context_places(ends, length, number, self._num_before)
         prompts, num_places = torch.arange(len(ends)), len(ends) // num_classes
         offsets = number * (prompts if self._is_class_specific else prompts % num_places)
         return torch.where(places >= 0, places + offsets.unsqueeze(1), places)
@@ -125,11 +117,31 @@ class AttachedContext(AttachedBeside):
         if self.stack is None:
             return x
         assert learned is not None
-        return put_vectors(x, self.stack["context"].flatten(1, -2), self._positional[positions], learned)
+        return put_vectors(x, self.stack["context"].flatten(1, -2), learned, self._positional[positions])
 
 
-def put_vectors(x: Tensor, vectors: Tensor, positional: Tensor, learned: Tensor) -> Tensor:
-    """Put learned vectors `(K, V, width)` into embedded prompts `x` `(K * G, M, width)`, each client's into its own.
+def context_places(ends: Tensor, length: int, number: int, num_before: int) -> Tensor:
+    """Which of a context's `number` vectors stands at each position of prompts: `(P, length)`, -1 where none does.
+
+    `num_before` of them stand behind the prompts' first token, the others before the full stop. The prompts are read at
+    `ends` `(P,)`. Raises `UserError` if one has no room.
+    """
+    num_behind = number - num_before
+    if num_behind and int(ends.max()) == length - 1:
+        raise UserError(
+            f"adapter: a class's name leaves no room for the context behind it: the model reads {length} tokens of a "
+            "prompt; expected a shorter context, shorter prompts.class_names, or all of it in front"
+        )
+    places = torch.full((len(ends), length), -1)
+    places[:, 1 : 1 + num_before] = torch.arange(num_before)
+    # A full stop and the last token follow.
+    columns = ends.unsqueeze(1) - 1 - num_behind + torch.arange(num_behind)
+    places.scatter_(1, columns, torch.arange(num_before, number).expand(len(ends), -1))
+    return places
+
+
+def put_vectors(x: Tensor, vectors: Tensor, learned: Tensor, positional: Tensor | float = 0.0) -> Tensor:
+    """Put learned vectors `(K, V, width)` into prompts `x` `(K * G, M, width)`, each client's into its own.
 
     `learned` `(K * G, M)` says which stands where, -1 where none does; `positional` `(K * G, M, width)` is
     added to them.
@@ -140,7 +152,7 @@ def put_vectors(x: Tensor, vectors: Tensor, positional: Tensor, learned: Tensor)
     return torch.where((learned >= 0).unsqueeze(-1), (chosen + positional).to(x.dtype), x)
 
 
-def _words_of(clip: FrozenClip, words: str) -> list[int]:
+def words_of(clip: FrozenClip, words: str) -> list[int]:
     """The tokens of some words, without those that every text begins and ends with."""
     if not words:
         return []

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.adapters.base import Adapter, AttachedAdapter
 from flora.clip.adapters.beside import AttachedBeside, FitsEveryModel
 from flora.clip.frozen import Architecture, FrozenClip
-from flora.core.registry import OptionError, option, register
+from flora.core.registry import OptionError, name_of, option, register
 from flora.core.rng import Rng
 from flora.core.tree import State
 
@@ -30,9 +30,7 @@ class VisualPrompt(FitsEveryModel):
     depth: int = option("blocks that have learned tokens of their own", 1, at_least=1)
 
     def check_fits(self, architecture: Architecture) -> None:
-        if not architecture.reads_class_token:
-            needs = "a vision tower that is read at its class token"
-            raise OptionError("", f"visual_prompt needs {needs}: {architecture.name} is read at the mean of all")
+        check_reads_class_token(self, architecture)
         limit = architecture.vision.num_layers
         if self.depth > limit:
             raise OptionError("depth", f"expected at most {limit}, the blocks of {architecture.name}, got {self.depth}")
@@ -43,6 +41,13 @@ class VisualPrompt(FitsEveryModel):
 
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedVisualPrompt(self, clip)
+
+
+def check_reads_class_token(adapter: Adapter, architecture: Architecture) -> None:
+    """Raise `OptionError` if a model's features of images are a mean over tokens, those that are learned among them."""
+    if not architecture.reads_class_token:
+        needs = f"{name_of(adapter)} needs a vision tower that is read at its class token"
+        raise OptionError("", f"{needs}: {architecture.name} is read at the mean of all")
 
 
 class AttachedVisualPrompt(AttachedBeside):
@@ -62,9 +67,16 @@ class AttachedVisualPrompt(AttachedBeside):
         """What block `number` gets: the image's tokens `(K * B, T, width)` and behind them those learned for it."""
         if self.stack is None or number > self._shape[0]:
             return x
-        tokens = self.stack["visual.prompt"][:, number - 1]
-        if number == 1:
-            tokens = self._norm(tokens)
-        else:
-            x = x[:, : -self._shape[1]]
-        return torch.cat([x, tokens.repeat_interleave(len(x) // len(tokens), dim=0).to(x.dtype)], dim=1)
+        return put_tokens(number, x, self.stack["visual.prompt"][:, number - 1], self._norm)
+
+
+def put_tokens(number: int, x: Tensor, tokens: Tensor, norm: nn.Module) -> Tensor:
+    """Put each client's learned tokens `(K, P, width)` behind an image's `(K * B, T, width)`, for block `number`.
+
+    The first block's pass the `norm` before the blocks; the others' stand in the places of those before them.
+    """
+    if number == 1:
+        tokens = norm(tokens)
+    else:
+        x = x[:, : -tokens.shape[1]]
+    return torch.cat([x, tokens.repeat_interleave(len(x) // len(tokens), dim=0).to(x.dtype)], dim=1)

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AroundBlocks:
+    """What an adapter does around the blocks of a tower, which are counted from 1.
+
+    `before(number, x)` changes what a block gets, `(N, M, width)`. `after(number, given, x)` changes what it gives, `x`
+    `(N, R, width)`, where `given` is what it got at the same tokens.
+    """
+
+    before: Callable[[int, Tensor], Tensor] | None = None
+    after: Callable[[int, Tensor, Tensor], Tensor] | None = None
+
+
+NOTHING = AroundBlocks()
 
 
 def at(x: Tensor, reads: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flora.clip.frozen import FrozenClip
-from flora.clip.towers.blocks import at, block_at, project
+from flora.clip.towers.blocks import NOTHING, AroundBlocks, at, block_at, project
 from flora.clip.towers.layout import Layout, Prompts
 from flora.clip.towers.packing import one_by_one, pack
 from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
@@ -20,8 +20,8 @@ from flora.core.errors import UserError
 LearnedPlaces = Callable[[Tensor, int, int], Tensor | None]
 """Where vectors are learned in place of words: see `AttachedAdapter.learned_places`."""
 
-# Text tokens through the stem at once: at width 768 an MLP's inner layer then takes 200 MB.
-STEM_TOKENS = 2**14
+# Text tokens at once where no gradient is wanted: at width 768 an MLP's inner layer then takes 200 MB.
+MAX_TEXT_TOKENS = 2**14
 
 
 class TextTower:
@@ -147,7 +147,7 @@ class TextTower:
         """The part that no adapter changes, for all prompts: `(G, M, ...)`, `(G, R, width)` if only the head is behind
         it, or `(P, embed_dim)` if it is everything."""
         layout, tokens = prompts.layout.to(self._clip.device), prompts.tokens.to(self._clip.device)
-        size = max(1, STEM_TOKENS // tokens.shape[1])
+        size = max(1, MAX_TEXT_TOKENS // tokens.shape[1])
         stages = range(min(self.cut, self._num_stages - 1))
         with self._clip.autocast():
             parts = [
@@ -157,11 +157,15 @@ class TextTower:
             return self._run(torch.cat(parts), layout, range(len(stages), self.cut))
 
     def suffix(
-        self, stem: Tensor, layout: Layout, adapt: Callable[[Tensor, Layout], Tensor] = lambda x, layout: x
+        self,
+        stem: Tensor,
+        layout: Layout,
+        adapt: Callable[[Tensor, Layout], Tensor] = lambda x, layout: x,
+        around: AroundBlocks = NOTHING,
     ) -> Tensor:
         """The rest, from the stem's output to the features of the layout's K clients, `(K * P, embed_dim)`.
 
-        `adapt` changes tokens between stem and suffix.
+        `adapt` changes tokens between stem and suffix, `around` says what is done around the blocks behind.
         """
         if self.trains_blocks and layout.slots is not None:
             stem = stem.flatten(0, 1)[layout.slots]
@@ -170,7 +174,7 @@ class TextTower:
         with self._clip.autocast():
             if self.trains_blocks:
                 stem = adapt(stem, layout)
-            return self._run(stem, layout, range(self.cut, self._num_stages))
+            return self._run(stem, layout, range(self.cut, self._num_stages), around)
 
     def release_stem(self) -> None:
         """Take the stem's weights out of memory, once nothing will run through it any more."""
@@ -179,21 +183,30 @@ class TextTower:
         for block in range(min(self.cut - 1, len(self._blocks))):
             self._blocks[block] = nn.Identity()
 
-    def _run(self, x: Tensor, layout: Layout, stages: range) -> Tensor:
-        text, mask = self._text, layout.mask
+    def _run(self, x: Tensor, layout: Layout, stages: range, around: AroundBlocks = NOTHING) -> Tensor:
+        text = self._text
         for stage in stages:
             if stage == 0:
                 x = text.token_embedding(x) + text.positional_embedding[layout.positions]
-            elif stage < len(self._blocks):
-                x = self._blocks[stage - 1](x, attn_mask=mask)
-            elif stage == len(self._blocks):
-                if self._speed.trim_last_block:
-                    x = block_at(self._blocks[stage - 1], x, layout.reads, mask)
-                else:
-                    x = at(self._blocks[stage - 1](x, attn_mask=mask), layout.reads)
+            elif stage <= len(self._blocks):
+                x = self._block(stage, x, layout, around)
             else:
                 x = project(text.ln_final(x.flatten(0, 1)[layout.ends]), text.text_projection)
         return x
+
+    def _block(self, number: int, x: Tensor, layout: Layout, around: AroundBlocks) -> Tensor:
+        """Run a block, counted from 1; the last one gives the slots that are read alone."""
+        block, mask, is_last = self._blocks[number - 1], layout.mask, number == len(self._blocks)
+        given = x if around.before is None else around.before(number, x)
+        if not is_last:
+            x = block(given, attn_mask=mask)
+        elif self._speed.trim_last_block:
+            x = block_at(block, given, layout.reads, mask)
+        else:
+            x = at(block(given, attn_mask=mask), layout.reads)
+        if around.after is None:
+            return x
+        return around.after(number, at(given, layout.reads) if is_last else given, x)
 
 
 def with_classes(clip: FrozenClip, groups: Sequence[Sequence[str]], templates: Sequence[str]) -> FrozenClip:
@@ -203,12 +216,18 @@ def with_classes(clip: FrozenClip, groups: Sequence[Sequence[str]], templates: S
     """
     if clip.tokens.is_idle or not clip.tokens.reads_classes:
         return clip
-    tower, features = TextTower(clip, 2 + clip.architecture.text.num_layers), []
-    for names in groups:
-        if names:
-            prompts = F.normalize(tower.stem(tower.prompts(names, templates)).to(clip.dtype), dim=-1)
-            features.append(F.normalize(prompts.unflatten(0, (len(names), -1)).mean(dim=1), dim=-1))
+    features = [frozen_features(clip, names, templates) for names in groups if names]
     return replace(clip, token_classes=torch.cat(features))
+
+
+def frozen_features(clip: FrozenClip, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Return the frozen model's unit text features of classes `(C, embed_dim)`, which are means over templates.
+
+    No adapter may be bound. Raises `UserError` as `TextTower.prompts` does.
+    """
+    tower = TextTower(clip, 2 + clip.architecture.text.num_layers)
+    prompts = F.normalize(tower.stem(tower.prompts(class_names, templates)).to(clip.dtype), dim=-1)
+    return F.normalize(prompts.unflatten(0, (len(class_names), -1)).mean(dim=1), dim=-1)
 
 
 def _with_places(prompts: Prompts, numbers: Sequence[int]) -> Prompts:

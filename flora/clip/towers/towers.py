@@ -6,7 +6,8 @@ gradients; what they give is all that training and evaluation ever see.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.adapters.beside import AttachedBeside, LinearUse
+from flora.clip.comparison import COSINES, Comparison
 from flora.clip.frozen import FrozenClip
+from flora.clip.towers.blocks import AroundBlocks
 from flora.clip.towers.layout import Layout, Prompts
 from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
-from flora.clip.towers.text import TextTower
+from flora.clip.towers.text import MAX_TEXT_TOKENS, TextTower, frozen_features
 from flora.clip.towers.vision import VisionTower
 from flora.core.rng import Rng
 from flora.core.tree import State
@@ -50,16 +54,33 @@ class AdaptedClip:
         self.prompts = self.text.prompts(class_names, templates, self.descriptions, adapter.learned_places)
         self._learned = None if self.prompts.learned is None else self.prompts.learned.flatten().to(self.device)
         self._shares = _shares(self.prompts, adapter.place_shares, clip.dtype, self.device)
+        self._names = frozen_features(clip, class_names, ("{}",)) if adapter.reads_names else None
         self._text_stem = self.text.stem(self.prompts)
         self._selects = speed.batch_classes and not adapter.has_dropout and self.text.trains_blocks
         # For all classes, each for more clients than the one before. None is dropped: recorded steps point into them.
         self._layouts = [self.prompts.for_clients(1).to(self.device)]
         self._frozen_features = self._encode_classes(self._layouts[0], self._shares) if self.text.is_frozen else None
-        self._unadapted: Tensor | None = None
+        compared = adapter.frozen_templates
+        self._unadapted = None if compared is None else frozen_features(clip, class_names, compared)
         self._unadapted_prompts: Tensor | None = None
 
+    @property
+    def comparison(self) -> Comparison:
+        """How images and classes become logits: as the adapter says while one is bound, without one by cosines."""
+        return COSINES if self.adapter.stack is None else self.adapter.comparison
+
+    def logits(self, stem: Tensor, classes: Tensor) -> Tensor:
+        """The logits `(K, B, C)` of stem outputs `(K * B, ...)`; `classes` are as `class_features` gives them."""
+        images = self.image_features(stem, len(classes))
+        return self.logit_scale() * self.comparison.similarities(images, self.classes_of(images, classes))
+
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
-        """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major."""
+        """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major.
+
+        Of patches, `(K, B, P, embed_dim)`, where the comparison reads these.
+        """
+        if self.comparison.reads_patches:
+            return self.image_and_patch_features(stem, num_clients)[1]
         features = self._encode_images(stem)
         return self._adapted_images(features[:, 0] if self.vision.reads_patches else features, num_clients)
 
@@ -81,12 +102,18 @@ class AdaptedClip:
 
     def _encode_images(self, stem: Tensor) -> Tensor:
         x = self.adapter.adapt_patches(stem)
-        return self.vision.suffix(x, self.adapter.adapt_block).to(self.clip.dtype)
+        around = AroundBlocks(self.adapter.adapt_block, self._after("vision"))
+        return self.vision.suffix(x, around).to(self.clip.dtype)
+
+    def _after(self, tower: str) -> Callable[[int, Tensor, Tensor], Tensor] | None:
+        """What the adapter does behind the blocks of a tower, if it does something there."""
+        return None if self.adapter.after_block is None else partial(self.adapter.after_block, tower)
 
     def class_features(self, num_clients: int, classes: Tensor | None = None) -> Tensor:
         """Unit text features, `(K, C, embed_dim)`: of all classes, or of each client's own `classes` `(K, C)`.
 
-        An ensemble's mean is normalised once more.
+        An ensemble's mean is normalised once more. Where the comparison reads prompts they are those of each of a
+        class's T prompts, `(K, C, T, embed_dim)`.
         """
         if self._frozen_features is not None:
             return self.adapter.adapt_classes(self._frozen_features.expand(num_clients, -1, -1))
@@ -94,6 +121,39 @@ class AdaptedClip:
             shares = None if self._shares is None else self._shares[classes.to(self.device)]
             return self._encode_classes(self.prompts.of_classes(classes).to(self.device), shares)
         return self._encode_classes(self._layout_of_all(num_clients), self._shares)
+
+    def classes_of(self, images: Tensor, classes: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """What images `(K, B, d)` are compared with: `classes`, or where each image has its own, these `(K, B, C, d)`.
+
+        `chosen` `(K, C)` are the classes that `classes` are of, if these are not all.
+        """
+        if not self.comparison.by_image:
+            return classes
+        number, size = images.shape[:2]
+        chosen = None if chosen is None else chosen.repeat_interleave(size, dim=0)
+        stack, parts = self.adapter.for_images(images), []
+        # Where nothing is kept for a gradient a few images at a time bound the memory.
+        at_once = number * size
+        if not torch.is_grad_enabled():
+            at_once = max(1, min(at_once, MAX_TEXT_TOKENS // self.prompts.tokens.numel()))
+        for start in range(0, number * size, at_once):
+            part = {name: tensor[start : start + at_once] for name, tensor in stack.items()}
+            with self.adapter.bind(part):
+                rows = None if chosen is None else chosen[start : start + at_once]
+                parts.append(self.class_features(min(at_once, number * size - start), rows))
+        return torch.cat(parts).unflatten(0, (number, size))
+
+    def traced_logits(self, stem: Tensor, num_clients: int, drawn: Tensor | None) -> tuple[Tensor, list[LinearUse]]:
+        """The logits `(K, B, C)` of images, and the uses of the linear layers that they come through.
+
+        For an adapter that `is_linear`, bound without gradients: the uses' outputs have them. `drawn` are the places of
+        the prompts, where one of each class is drawn.
+        """
+        assert isinstance(self.adapter, AttachedBeside)
+        classes = self.class_features(num_clients) if drawn is None else self.drawn_class_features(drawn)
+        with self.adapter.traced() as uses:
+            products = self.adapter.products(self.image_features(stem, num_clients), classes)
+        return self.logit_scale() * products, uses
 
     def drawn_class_features(self, places: Tensor) -> Tensor:
         """Unit text features `(K, C, embed_dim)` of one prompt of each class, for each of K clients.
@@ -126,23 +186,37 @@ class AdaptedClip:
         return self._unadapted
 
     def _encode_classes(self, layout: Layout, shares: Tensor | None) -> Tensor:
-        """Unit features `(K, C, embed_dim)` of a layout's classes; `shares` as `_shares`, or `(K, C, T)`."""
+        """Unit features of a layout's classes, as `class_features`; `shares` as `_shares`, or `(K, C, T)`."""
         ensembles = self._encode_prompts(layout, None)
+        if self.comparison.reads_prompts:
+            return ensembles
         if shares is None:
             return F.normalize(ensembles.mean(dim=2), dim=-1)
         return F.normalize((ensembles * shares.unsqueeze(-1)).sum(dim=2), dim=-1)
 
     def _encode_prompts(self, layout: Layout, num_places: int | None) -> Tensor:
         """Unit features `(K, C, T, embed_dim)` of a layout's prompts, `num_places` (None: T) of each class."""
-        features = self.text.suffix(self._text_stem, layout, self._adapt_tokens).to(self.clip.dtype)
+        around = AroundBlocks(self._before_text_blocks(layout), self._after("text"))
+        features = self.text.suffix(self._text_stem, layout, self._adapt_tokens, around).to(self.clip.dtype)
         places = num_places or self.prompts.num_places
         return F.normalize(features, dim=-1).unflatten(0, (layout.num_clients, -1, places))
 
     def _adapt_tokens(self, x: Tensor, layout: Layout) -> Tensor:
-        learned = self._learned
-        if learned is not None:
-            learned = learned.view_as(layout.positions) if layout.slots is None else learned[layout.slots]
-        return self.adapter.adapt_tokens(x, layout.positions, learned)
+        learned = self._learned_in(layout)
+        if self._names is None:
+            return self.adapter.adapt_tokens(x, layout.positions, learned)
+        return self.adapter.adapt_tokens_by_names(x, layout.positions, learned, self._names)
+
+    def _before_text_blocks(self, layout: Layout) -> Callable[[int, Tensor], Tensor] | None:
+        """What the adapter does to what the text tower's blocks get, if it does something there."""
+        adapt = self.adapter.adapt_text_block
+        return None if adapt is None else partial(adapt, self._learned_in(layout))
+
+    def _learned_in(self, layout: Layout) -> Tensor | None:
+        """Which learned vector stands in each slot of a layout, `(K * G, M)`, if there are any."""
+        if self._learned is None:
+            return None
+        return self._learned.view_as(layout.positions) if layout.slots is None else self._learned[layout.slots]
 
     def draw_places(self, rngs: Iterable[Rng]) -> Tensor | None:
         """Draw one prompt of each class for each of K clients, from its own stream: their places `(K, C)`, on the CPU.

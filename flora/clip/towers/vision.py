@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import PIL
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.clip.frozen import FrozenClip
-from flora.clip.towers.blocks import block_at, project
+from flora.clip.towers.blocks import NOTHING, AroundBlocks, block_at, project
 from flora.clip.towers.speed import ALL_SPEED, SpeedOptions
 from flora.clip.towers.tokens import Reducer, ones, pack_sizes, pool, size_mask, unpack_sizes
 from flora.core.errors import UserError
@@ -52,13 +51,10 @@ class VisionTower:
             parts = [self._run(part.to(self._clip.dtype), range(self.cut)) for part in pixels.split(number)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def suffix(self, x: Tensor, before_block: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
-        """The rest, from the stem's output to the features.
-
-        `before_block(number, x)` changes what a block gets, counted from 1, where no tokens are merged.
-        """
+    def suffix(self, x: Tensor, around: AroundBlocks = NOTHING) -> Tensor:
+        """The rest, from the stem's output to the features; blocks `around` which something is done merge no tokens."""
         with self._clip.autocast():
-            return self._run(x, range(self.cut, self._num_stages), before_block)
+            return self._run(x, range(self.cut, self._num_stages), around)
 
     def stem_key(self) -> dict[str, Any]:
         """Everything but the images that the stem's output depends on, as JSON types."""
@@ -96,7 +92,7 @@ class VisionTower:
         if self.cut == self._num_stages:
             visual.proj = None
 
-    def _run(self, x: Tensor, stages: range, before_block: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
+    def _run(self, x: Tensor, stages: range, around: AroundBlocks = NOTHING) -> Tensor:
         sizes: Tensor | None = None
         if self._carries_sizes(stages.start):
             x, sizes = unpack_sizes(x, self.num_tokens - 1)
@@ -104,8 +100,10 @@ class VisionTower:
             if stage == 0:
                 x = self._visual._embeds(x)
             elif stage < self._num_stages - 1:
-                x = x if before_block is None else before_block(stage, x)
-                x, sizes = self._block(stage, x, sizes)
+                given = x if around.before is None else around.before(stage, x)
+                x, sizes = self._block(stage, given, sizes)
+                if around.after is not None:  # the last block may give the first token alone
+                    x = around.after(stage, given[:, : x.shape[1]], x)
             elif self.reads_patches:
                 x = project(self._visual.ln_post(x), self._visual.proj)
             else:

@@ -52,4 +52,16 @@ CLUSTERS: tuple[Rule, ...] = (
         lambda c: _has_clusters(c) and c.evaluation.predictions > 0,
         "expected 0, because with {strategy} the server has no single model",
     ),
+    Rule(
+        "clients.held_out_fraction",
+        "and no clients that never train, who have no cluster",
+        lambda c: _has_clusters(c) and c.clients.held_out_fraction > 0,
+        "expected 0, because with {strategy} the server has a model for each cluster of those who train",
+    ),
+    Rule(
+        "evaluation.held_classes",
+        "nor accuracies by the classes that clients hold",
+        lambda c: _has_clusters(c) and c.evaluation.held_classes,
+        "expected false, because with {strategy} the server has no single model",
+    ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flora.client.sampling import Shuffled
+from flora.clip.adapters.generated import FedTpg
 from flora.clip.adapters.lora import Lora
 from flora.config.combinations.rule import Rule
 from flora.config.schema import ExperimentConfig
@@ -20,8 +21,8 @@ EXAMPLE_PRIVACY: tuple[Rule, ...] = (
         "local.penalty",
         "and a penalty that is a mean over examples, or the same for each (none, anchor, distillation)",
         lambda c: _is_private(c) and not c.local.penalty.is_by_example,
-        "expected none, anchor or distillation with local.privacy: the loss of {penalty} couples the examples of a "
-        "batch, and none has a gradient of its own",
+        "expected none, anchor or distillation with local.privacy: {penalty} couples the examples of a batch, and none "
+        "has a gradient of its own",
     ),
     Rule(
         "local.sampling",
@@ -41,6 +42,12 @@ EXAMPLE_PRIVACY: tuple[Rule, ...] = (
         "and no dropout",
         lambda c: _is_private(c) and isinstance(c.adapter, Lora) and c.adapter.dropout > 0,
         "expected 0 with local.privacy: its masks are drawn for a whole batch, not for single examples",
+    ),
+    Rule(
+        "adapter.names",
+        "and no context that is made of the names of a client's own classes (fedtpg)",
+        lambda c: _is_private(c) and isinstance(c.adapter, FedTpg) and c.adapter.names == "client",
+        "expected all with local.privacy: which classes a client has would change every example's gradient",
     ),
     Rule(
         "clients.ranks",

@@ -79,7 +79,8 @@ PRIVACY: tuple[Rule, ...] = (
         "privacy.publish",
         "figures that are left out (privacy.publish: false) are not to be asked for",
         lambda c: c.privacy is not None and not c.privacy.publish and _asks_for_clients(c),
-        "expected true, or neither evaluation.num_local_only nor evaluation.predictions: both tell of single clients",
+        "expected true, or none of evaluation.num_local_only, evaluation.predictions, evaluation.held_classes and "
+        "clients.held_out_fraction: they tell of single clients",
     ),
     Rule(
         "clients.cohort",
@@ -97,4 +98,5 @@ PRIVACY: tuple[Rule, ...] = (
 
 
 def _asks_for_clients(config: ExperimentConfig) -> bool:
-    return bool(config.evaluation.num_local_only or config.evaluation.predictions)
+    asked = config.evaluation
+    return bool(asked.num_local_only or asked.predictions or asked.held_classes or config.clients.held_out_fraction)

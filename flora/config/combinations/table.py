@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from flora.config.combinations.averaging import AVERAGING
 from flora.config.combinations.clusters import CLUSTERS
+from flora.config.combinations.comparison import COMPARISON
 from flora.config.combinations.example_privacy import EXAMPLE_PRIVACY
 from flora.config.combinations.privacy import PRIVACY
 from flora.config.combinations.rounds import ROUNDS
@@ -25,6 +26,7 @@ RULES: tuple[Rule, ...] = (
     *ROUNDS,
     *SERVER_TRAINING,
     *TRAINING,
+    *COMPARISON,
     *PRIVACY,
     *EXAMPLE_PRIVACY,
     *SECURE_SUMS,

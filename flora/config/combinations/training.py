@@ -62,13 +62,14 @@ TRAINING: tuple[Rule, ...] = (
     ),
     Rule(
         "backbone.tokens",
-        "fewer tokens of an image need an adapter that adds none (visual_prompt)",
-        lambda c: not c.backbone.tokens.is_idle and c.adapter.adds_image_tokens,
-        "expected all, because {adapter} adds tokens to those of the image",
+        "fewer tokens of an image need an adapter that adds none (visual_prompt, maple, prompt_src) and changes none "
+        "behind a block (pfedmma)",
+        lambda c: not c.backbone.tokens.is_idle and not c.adapter.takes_fewer_tokens,
+        "expected all, because {adapter} needs all tokens of an image",
     ),
     Rule(
         "evaluation.patches",
-        "and so does what patches add to a similarity",
+        "what patches add to a similarity needs an adapter that adds none to those of the image",
         lambda c: c.evaluation.patches is not None and c.adapter.adds_image_tokens,
         "expected none, because {adapter} adds tokens to those of the image",
     ),
@@ -97,6 +98,12 @@ TRAINING: tuple[Rule, ...] = (
         "training on all images in one place, for comparison, needs clients (no clients.centralized)",
         lambda c: c.evaluation.centralized and c.clients.centralized,
         "expected false: with clients.centralized the run itself trains on all images in one place",
+    ),
+    Rule(
+        "clients.held_out_fraction",
+        "clients that never train need others that do (no clients.centralized)",
+        lambda c: bool(c.clients.held_out_fraction) and c.clients.centralized,
+        "expected 0, because with clients.centralized there is one client, with the images of all",
     ),
     Rule(
         "local.self_training",
