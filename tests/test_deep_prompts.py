@@ -90,17 +90,20 @@ def image_features(plain: Any, state: StateLike, pixels: Tensor) -> Tensor:
     return F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1)
 
 
-def regulation(plain: Any, tokenize: Callable[[list[str]], Tensor], texts: Tensor, images: Tensor, x: Tensor) -> Tensor:
-    """What PromptSRC adds to the cross-entropy; `x` are the images' pixels."""
-    with torch.no_grad():
-        by_template = [
-            plain.encode_text(tokenize([template.format(name) for name in CLASSES]), normalize=True)
-            for template in SRC.frozen_templates
-        ]
-        frozen_texts = F.normalize(torch.stack(by_template).mean(dim=0), dim=-1)
-        frozen_images = plain.encode_image(x, normalize=True)
-        scale = plain.logit_scale.exp()
-        target = (scale * frozen_images @ frozen_texts.T).softmax(dim=-1)
+@torch.no_grad()
+def frozen_texts_of(plain: Any, tokenize: Callable[[list[str]], Tensor]) -> Tensor:
+    """The classes' unit features, means over PromptSRC's templates."""
+    by_template = [
+        plain.encode_text(tokenize([template.format(name) for name in CLASSES]), normalize=True)
+        for template in SRC.frozen_templates
+    ]
+    return F.normalize(torch.stack(by_template).mean(dim=0), dim=-1)
+
+
+def regulation(plain: Any, frozen_texts: Tensor, texts: Tensor, images: Tensor, pixels: Tensor) -> Tensor:
+    """What PromptSRC adds to the cross-entropy."""
+    frozen_images, scale = plain.encode_image(pixels, normalize=True), plain.logit_scale.exp()
+    target = (scale * frozen_images @ frozen_texts.T).softmax(dim=-1)
     own = (scale * images @ texts.T).log_softmax(dim=-1)
     divergence = (target * (target.log() - own)).sum() / target.numel()
     return 25 * (texts - frozen_texts).abs().mean() + 10 * (images - frozen_images).abs().mean() + 0.7 * divergence
@@ -114,7 +117,7 @@ def test_rounds_equal_a_plain_loop(tiny_model: str, method: DeepPrompts) -> None
     local = LocalTraining(learning_rate=1e-3, batch_size=100, epochs=2, optimizer=Sgd(momentum=0.9))
     runs = [several_rounds(federation(model, local, per_block=number), 2) for number in (1, 2, 5)]
     clients, (first, *_) = federation(model, local).clients, runs[0][0]
-    server = first.adapter
+    server, frozen_texts = first.adapter, frozen_texts_of(plain, whole.tokenize)
     for round in (1, 2):
         ends = []
         for data in clients:
@@ -126,7 +129,7 @@ def test_rounds_equal_a_plain_loop(tiny_model: str, method: DeepPrompts) -> None
                 images = image_features(plain, leaves, PIXELS[data.train])
                 loss = F.cross_entropy(plain.logit_scale.exp() * images @ texts.T, LABELS[data.train])
                 if method is SRC:
-                    loss = loss + regulation(plain, whole.tokenize, texts, images, PIXELS[data.train])
+                    loss = loss + regulation(plain, frozen_texts, texts, images, PIXELS[data.train])
                 loss.backward()
                 optimizer.step()
             ends.append({name: leaf.detach() for name, leaf in leaves.items()})
@@ -173,11 +176,8 @@ def test_each_clients_features_for_classes_old_and_new(
 @torch.no_grad()
 def test_frozen_texts_are_means_over_their_own_templates(tiny_model: str) -> None:
     model, whole = adapt(tiny_model, SRC, templates=SRC.templates(())), load_plain(tiny_model)
-    plain: Any = whole.model
-    sentences = [f"{before} {name}." for before in ("a photo of a", "art of the") for name in CLASSES]
-    features = plain.encode_text(whole.tokenize(sentences), normalize=True).view(2, len(CLASSES), -1)
     found = model.frozen_class_features()
-    torch.testing.assert_close(found, F.normalize(features.mean(dim=0), dim=-1), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(found, frozen_texts_of(whole.model, whole.tokenize), atol=TOLERANCE, rtol=0)
     assert (found - model.class_features(1)[0]).abs().max() > 1e-4
 
 

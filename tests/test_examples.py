@@ -133,7 +133,7 @@ def plain_gradient(model: AdaptedClip, state: State, stem: Tensor, label: int) -
     target, logits = torch.tensor([label]), []
     for bound in model.adapter.models_of_step(leaves):
         with model.adapter.bind(bound):
-            classes = model.class_features(1)
+            images, classes = model.image_features(stem.unsqueeze(0), 1), model.class_features(1)
             logits.append((model.logits(stem.unsqueeze(0), classes)[0], classes[0]))
     loss = sum(F.cross_entropy(each, target) for each, _ in logits[model.adapter.first_loss_model :])
     if model.adapter.first_loss_model:  # FedPGP: towards the frozen classes, away from the client's own
@@ -142,7 +142,6 @@ def plain_gradient(model: AdaptedClip, state: State, stem: Tensor, label: int) -
         loss = loss + F.softplus((to_own - to_frozen) / 0.5).mean()
     elif model.adapter.comparison.reads_prompts:  # ProDA: its bound, and cosines of prompts without names
         batch = {"labels": target.unsqueeze(0), "example_mask": torch.ones(1, 1, dtype=torch.bool)}
-        images = model.image_features(stem.unsqueeze(0), 1)
         view = StepView(images, classes, model.logit_scale(), batch, comparison=model.adapter.comparison)
         loss = loss + sum(term.loss(view).sum() for term in model.adapter.loss_terms)
     elif len(logits) == 2:  # both learn from the other's probabilities

@@ -269,7 +269,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "alone, unpublished": (
         {"evaluation": {"num_local_only": 1}, "privacy": {**CENTRAL, "publish": False}},
-        "privacy.publish: expected true, or neither",
+        "privacy.publish: expected true, or none of evaluation.num_local_only",
     ),
     "in turn, networked": (
         {"clients": {"cohort": {"name": "in_turn", "number": 2}}, "network": "drawn"},

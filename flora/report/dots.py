@@ -7,9 +7,14 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flora.core.errors import UserError
 from flora.report.curves import COLOURS, STYLE, png, write_picture
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
 
 # Panels of a picture, beside each other.
 MAX_COLUMNS = 4
@@ -24,6 +29,15 @@ class Dot:
     figure: str
     mean: float
     deviation: float | None
+
+
+def _of_all(grid: Sequence[Axes]) -> tuple[list[Artist], list[str]]:
+    """The legend's entries, each label once, whichever of the panels has it."""
+    found: dict[str, Artist] = {}
+    for axes in grid:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)
 
 
 def draw_dots(dots: Sequence[Dot], path: Path) -> list[Path]:
@@ -43,7 +57,7 @@ def draw_dots(dots: Sequence[Dot], path: Path) -> list[Path]:
     )
     num_columns = min(len(panels), MAX_COLUMNS)
     num_rows = math.ceil(len(panels) / num_columns)
-    size = 1.8 + 2.6 * num_columns, num_rows * (0.9 + 0.24 * len(methods)) + 0.5
+    size = 1.8 + 2.6 * num_columns, num_rows * (0.9 + 0.24 * len(methods)) + 0.4 + 0.2 * len(figures)
     with style.context(["default", STYLE]):
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flatten()
@@ -53,6 +67,8 @@ def draw_dots(dots: Sequence[Dot], path: Path) -> list[Path]:
             axes.tick_params(labelbottom=True)  # above a place without a panel, too
             for order, name in enumerate(figures):
                 some = [dot for dot in dots if dot.panel == panel and dot.figure == name]
+                if not some:
+                    continue
                 # Dots of one method lie a little below each other, so that none hides another.
                 shift = (order - (len(figures) - 1) / 2) * 0.6 / len(figures)
                 axes.errorbar(
@@ -66,7 +82,11 @@ def draw_dots(dots: Sequence[Dot], path: Path) -> list[Path]:
         for axes in grid[len(panels) :]:
             axes.remove()
         figure.supxlabel("accuracy, %; bars: ± 1 standard deviation over seeds", fontsize=9.5)
-        handles, labels = grid[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4), frameon=False)
+        # 0.07 inches a character of 9 points, and 0.8 for the sample and the gaps.
+        fitting = int(size[0] / (0.07 * max(map(len, figures)) + 0.8))
+        handles, labels = _of_all(grid[: len(panels)])
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=max(min(len(labels), fitting), 1), frameon=False
+        )
         write_picture(path, png(figure))
     return [path]

@@ -70,11 +70,7 @@ def client_columns(
     }
     if any(client.name is not None for client in clients):
         columns["name"] = [client.name for client in clients]
-    if results.clusters is not None:
-        columns["cluster"] = results.clusters.tolist()
-        if results.test is not None:
-            by_cluster = np.split(results.test.correct, experiment.federation.server.strategy.num_clusters)
-            columns["test_accuracy"] = _cells(np.array([each.mean() for each in by_cluster])[results.clusters])
+    columns |= _cluster_columns(experiment, results)
     if results.own is not None and results.has_own is not None:
         columns["personal_accuracy"] = _cells(results.own)
         columns["personal_adapter"] = ["own" if has_own else "server" for has_own in results.has_own]
@@ -91,15 +87,24 @@ def client_columns(
         spent = exposures(experiment.federation, state.clients)
         epsilons = [privacy.epsilon(spent[client]) if client in spent else 0.0 for client in range(len(clients))]
         columns["example_epsilon"] = _cells(np.array(epsilons))
-    by_holding = None if results.scenarios is None else results.scenarios.by_holding
-    if by_holding is not None:
-        columns["held_class_accuracy"], columns["other_class_accuracy"] = (
-            _cells(by_holding[:, 0]),
-            _cells(by_holding[:, 1]),
-        )
+    if results.scenarios is not None and results.scenarios.by_holding is not None:
+        held, others = results.scenarios.by_holding.T
+        columns |= {"held_class_accuracy": _cells(held), "other_class_accuracy": _cells(others)}
     if experiment.unseen:
         columns = _with_unseen(columns, experiment, results)
     return {name: columns[name] for name, _ in CLIENT_COLUMNS if name in columns}
+
+
+def _cluster_columns(experiment: Experiment, results: ClientResults) -> dict[str, list[Any]]:
+    """Which of the server's models is each client's, and how good that is; nothing where there is but one."""
+    clusters = results.clusters
+    if clusters is None:
+        return {}
+    columns: dict[str, list[Any]] = {"cluster": clusters.tolist()}
+    if results.test is not None:
+        by_cluster = np.split(results.test.correct, experiment.federation.server.strategy.num_clusters)
+        columns["test_accuracy"] = _cells(np.array([each.mean() for each in by_cluster])[clusters])
+    return columns
 
 
 def _with_unseen(columns: dict[str, list[Any]], experiment: Experiment, results: ClientResults) -> dict[str, list[Any]]:
