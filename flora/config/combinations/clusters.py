@@ -47,12 +47,6 @@ CLUSTERS: tuple[Rule, ...] = (
         "expected synchronous, because with {strategy} an update is of the model that its client took in its round",
     ),
     Rule(
-        "server.strategy",
-        "and no scenario that measures one model (clients.held_out_fraction, evaluation.held_classes)",
-        lambda c: _has_clusters(c) and bool(c.clients.held_out_fraction or c.evaluation.held_classes),
-        "{strategy} can't be used with clients.held_out_fraction or evaluation.held_classes, which measure one model",
-    ),
-    Rule(
         "evaluation.predictions",
         "and no table of predictions, which are one model's",
         lambda c: _has_clusters(c) and c.evaluation.predictions > 0,
