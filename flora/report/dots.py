@@ -84,7 +84,7 @@ def draw_dots(dots: Sequence[Dot], path: Path) -> list[Path]:
         figure.supxlabel("accuracy, %; bars: ± 1 standard deviation over seeds", fontsize=9.5)
         # 0.07 inches a character of 9 points, and 0.8 for the sample and the gaps.
         fitting = int(size[0] / (0.07 * max(map(len, figures)) + 0.8))
-        handles, labels = _of_all(grid[: len(panels)])
+        handles, labels = _of_all(list(grid[: len(panels)]))
         figure.legend(
             handles, labels, loc="outside upper center", ncols=max(min(len(labels), fitting), 1), frameon=False
         )
