@@ -240,6 +240,8 @@ NO_PRIVACY = "server.strategy: ifca can't be used with privacy, local.privacy, s
          "local.optimizer_state fresh, local.correction none or fedprox"),
         ({"privacy": {"name": "central", "clip_norm": 0.1, "noise_multiplier": 0.5}},
          f"{NO_PRIVACY}a cluster's number tells of its client's examples"),
+        ({"evaluation": {"held_classes": True}},
+         "evaluation.held_classes: expected false, because with ifca the server has no single model"),
         ({"evaluation": {"predictions": 2}},
          "evaluation.predictions: expected 0, because with ifca the server has no single model"),
     ],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,6 @@ from flora.core.tree import State, StateLike
 # What the names of the copy that stays end with, and the name of its share.
 OWN = ".own"
 SHARE = "own_share"
-# What it has as the adapter of which it has two copies.
-AS_THE_OTHER = (
-    "trained_from", "max_clients_per_block", "has_dropout", "is_large", "mergeable", "adapt_block", "adapt_text_block",
-    "after_block", "place_shares", "reads_names", "reads_held_classes", "frozen_templates", "loss_terms",
-    "learned_context", "comparison",
-)  # fmt: skip
 
 
 class Interpolated(AttachedAdapter):
@@ -32,12 +26,20 @@ class Interpolated(AttachedAdapter):
     """
 
     num_models = 2
+    first_loss_model = 0
+    is_linear = False
 
     def __init__(self, inner: AttachedAdapter, share: float, *, learns_share: bool) -> None:
         self._inner, self._share, self._learns_share = inner, share, learns_share
-        for name in AS_THE_OTHER:
-            setattr(self, name, getattr(inner, name))
         self.after_step = self._after_step if inner.after_step is not None or learns_share else None
+        self.project = None if inner.project is None else self._project
+
+    def __getattribute__(self, name: str) -> Any:
+        """What is not said here is as the other adapter has it, whenever it is asked for."""
+        own = object.__getattribute__(self, "__dict__")
+        if name.startswith("__") or name in own or name in vars(Interpolated):
+            return object.__getattribute__(self, name)
+        return getattr(own["_inner"], name)
 
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
         state = self._inner.initial_state(rng, class_features)
@@ -50,26 +52,21 @@ class Interpolated(AttachedAdapter):
         return name.endswith(OWN) or name == SHARE
 
     def models(self, stack: StateLike) -> list[StateLike]:
-        shared, mixed = _shared(stack), {}
-        for name, tensor in shared.items():
-            if name + OWN not in stack:  # what a step binds beside the copies is no tensor of theirs
-                mixed[name] = tensor
-                continue
+        shared = _shared(stack)
+        mixed = dict(shared)  # what a step binds beside tensors that are trained has no copy
+        for name in shared.keys() & {name.removesuffix(OWN) for name in stack if name.endswith(OWN)}:
             own = stack[name + OWN]
             share: float | Tensor = self._share
             if self._learns_share:  # one number, or one for each client
                 share = stack[SHARE].reshape(*stack[SHARE].shape, *[1] * (own.dim() - stack[SHARE].dim()))
-            mixed[name] = share * own + (1 - share) * tensor.detach()
+            mixed[name] = share * own + (1 - share) * shared[name].detach()
         return [shared, mixed]
 
-    @contextmanager
-    def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Iterator[None]:
-        before, self.stack = self.stack, _shared(stack)
-        try:
-            with self._inner.bind(self.stack, generators):
-                yield
-        finally:
-            self.stack = before
+    def models_of_step(self, stack: StateLike) -> list[StateLike]:
+        return self.models(stack)
+
+    def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Any:
+        return self._inner.bind(_shared(stack), generators)
 
     def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
         return self._inner.merged_state_dict(state_dict, _shared(adapter))
@@ -77,31 +74,28 @@ class Interpolated(AttachedAdapter):
     def _after_step(self, stack: StateLike, learning_rate: float | Tensor) -> None:
         """Do after each step what the other adapter does with both copies, and keep the share between 0 and 1."""
         if self._inner.after_step is not None:
-            for copy in (_shared(stack), {name: stack[name + OWN] for name in _shared(stack)}):
-                self._inner.after_step(copy, learning_rate)
+            for ending in ("", OWN):
+                self._inner.after_step(_copy(stack, ending), learning_rate)
         if self._learns_share:
             stack[SHARE].clamp_(0, 1)
 
-    def adapt_patches(self, x: Tensor) -> Tensor:
-        return self._inner.adapt_patches(x)
+    def _project(self, stack: StateLike, gradients: StateLike, generators: Sequence[torch.Generator]) -> State:
+        """What a step goes along: of both copies what the other adapter makes of their gradients."""
+        assert self._inner.project is not None
+        along = dict(gradients)
+        for ending in ("", OWN):
+            made = self._inner.project(_copy(stack, ending), _copy(gradients, ending), generators)
+            along |= {name + ending: tensor for name, tensor in made.items()}
+        return along
 
-    def learned_places(self, ends: Tensor, length: int, num_classes: int) -> Tensor | None:
-        return self._inner.learned_places(ends, length, num_classes)
 
-    def adapt_tokens(self, x: Tensor, positions: Tensor, learned: Tensor | None) -> Tensor:
-        return self._inner.adapt_tokens(x, positions, learned)
-
-    def adapt_tokens_by_names(self, x: Tensor, positions: Tensor, learned: Tensor | None, names: Tensor) -> Tensor:
-        return self._inner.adapt_tokens_by_names(x, positions, learned, names)
-
-    def for_images(self, images: Tensor) -> StateLike:
-        return self._inner.for_images(images)
-
-    def adapt_images(self, features: Tensor) -> Tensor:
-        return self._inner.adapt_images(features)
-
-    def adapt_classes(self, features: Tensor) -> Tensor:
-        return self._inner.adapt_classes(features)
+def _copy(stack: StateLike, ending: str) -> State:
+    """One of the two copies, under the names of the one that travels."""
+    return (
+        _shared(stack)
+        if not ending
+        else {name.removesuffix(ending): tensor for name, tensor in stack.items() if name.endswith(ending)}
+    )
 
 
 def _shared(stack: StateLike) -> State:
