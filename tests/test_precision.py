@@ -23,6 +23,7 @@ from flora.core import tree
 from flora.core.registry import components
 from flora.federated.federation import Federation
 from flora.runs.stored_state import client_tensors, server_tensors
+from flora.server.strategies.averaging import FedRep
 from flora.server.strategies.base import Strategy
 from flora.simulate import resume, simulate
 
@@ -30,7 +31,7 @@ ADAPTERS = {name: cls() for name, cls in components(Adapter).items()} | {
     "lora": Lora(towers=("text", "vision"), targets=TARGETS, rank=2),
     "dual_lora": DualLora(rank=2, local_rank=2),
 }
-STRATEGIES = {name: cls() for name, cls in components(Strategy).items()}
+STRATEGIES = {name: cls() for name, cls in components(Strategy).items()} | {"fedrep": FedRep(stay=("*.lora_B",))}
 CORRECTIONS = {"fedprox": FedProx(), "scaffold": Scaffold(), "feddyn": FedDyn(alpha=0.5)}
 COMPRESSORS = {name: cls() for name, cls in components(Compressor).items()}
 
@@ -39,7 +40,9 @@ def in_both(model: str, adapter: Adapter, **parts: Any) -> tuple[tree.State, tre
     """The server's adapter after two rounds in fp32 and in fp64, and where the latter began."""
     ends, begin = [], {}
     for precision in ("fp32", "fp64"):
-        whole: Federation = federation(adapt(model, adapter, precision=precision), parts.get("local", GENTLE))
+        templates = adapter.templates(("a photo of a {}.",))
+        adapted = adapt(model, adapter, templates=templates, precision=precision)
+        whole: Federation = federation(adapted, parts.get("local", GENTLE))
         others = {name: part for name, part in parts.items() if name != "local"}
         states, _ = rounds(variant(whole, **others), 2)
         begin = states[0].adapter
