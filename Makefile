@@ -57,18 +57,21 @@ paper: $(VENV)/.installed-report ## run and tabulate experiments/paper: DATASETS
 	$(BIN)/python -m flora.sweep $(paper_files) data.name=$(call or_all,$(DATASETS),$(ALL_DATASETS)) \
 	  partition=$(call or_all,$(PARTITIONS),$(ALL_PARTITIONS)) seed=$(SEEDS) --output $(OUTPUT) $(ARGS)
 
+# What others are compared with, where it is among them.
+reference = $(if $(filter %/fedavg.yaml,$(1)),--reference fedavg)
+
 STRATEGIES ?= all
 averaging_files = $(patsubst %,experiments/averaging/%.yaml,$(subst $(comma), ,$(call or_all,$(STRATEGIES),*)))
 
 averaging: $(VENV)/.installed-report ## run and tabulate experiments/averaging: STRATEGIES= SEEDS= ARGS=
-	$(BIN)/python -m flora.sweep $(averaging_files) seed=$(SEEDS) --reference fedavg --output runs/averaging $(ARGS)
+	$(BIN)/python -m flora.sweep $(averaging_files) seed=$(SEEDS) $(call reference,$(averaging_files)) --output runs/averaging $(ARGS)
 
 COMMUNICATION ?= all
 communication_files = $(patsubst %,experiments/communication/%.yaml,$(subst $(comma), ,$(call or_all,$(COMMUNICATION),*)))
 
 communication: $(VENV)/.installed-report ## run and tabulate experiments/communication: COMMUNICATION= DATASETS= SEEDS=
 	$(BIN)/python -m flora.sweep $(communication_files) data.name=$(call or_all,$(DATASETS),$(ALL_DATASETS)) \
-	  seed=$(SEEDS) --reference fedavg --output runs/communication $(ARGS)
+	  seed=$(SEEDS) $(call reference,$(communication_files)) --output runs/communication $(ARGS)
 
 LEARNERS ?= all
 CLIENTS ?= 100,1000
