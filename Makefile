@@ -58,7 +58,7 @@ paper: $(VENV)/.installed-report ## run and tabulate experiments/paper: DATASETS
 	  partition=$(call or_all,$(PARTITIONS),$(ALL_PARTITIONS)) seed=$(SEEDS) --output $(OUTPUT) $(ARGS)
 
 # What others are compared with, where it is among them.
-reference = $(if $(filter %/fedavg.yaml,$(1)),--reference fedavg)
+reference = $(if $(filter %/fedavg.yaml %/*.yaml,$(1)),--reference fedavg)
 
 STRATEGIES ?= all
 averaging_files = $(patsubst %,experiments/averaging/%.yaml,$(subst $(comma), ,$(call or_all,$(STRATEGIES),*)))
