@@ -119,7 +119,10 @@ def stepped(federation: Federation, state: ServerState, delta: State) -> tuple[S
 
 
 def released(federation: Federation, before: State, adapter: State, state: State, round: int) -> tuple[State, State]:
-    """The server's adapter after a round that has come to `adapter`, and its optimizer's state; `before` as there."""
+    """Return the adapter that the server releases after a round, and its optimizer's state.
+
+    `adapter` is what the round has come to, `before` what was released after the one before.
+    """
     optimizer = federation.server.optimizer
     result, after = optimizer.released(before, adapter, state, round)
     result = checked_state("server.optimizer", optimizer, result, with_any_residual(adapter))

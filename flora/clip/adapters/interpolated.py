@@ -54,8 +54,7 @@ class Interpolated(AttachedAdapter):
     def models(self, stack: StateLike) -> list[StateLike]:
         shared = _shared(stack)
         mixed = dict(shared)  # what a step binds beside tensors that are trained has no copy
-        for name in shared.keys() & {name.removesuffix(OWN) for name in stack if name.endswith(OWN)}:
-            own = stack[name + OWN]
+        for name, own in _own(stack).items():
             share: float | Tensor = self._share
             if self._learns_share:  # one number, or one for each client
                 share = stack[SHARE].reshape(*stack[SHARE].shape, *[1] * (own.dim() - stack[SHARE].dim()))
@@ -74,8 +73,8 @@ class Interpolated(AttachedAdapter):
     def _after_step(self, stack: StateLike, learning_rate: float | Tensor) -> None:
         """Do after each step what the other adapter does with both copies, and keep the share between 0 and 1."""
         if self._inner.after_step is not None:
-            for ending in ("", OWN):
-                self._inner.after_step(_copy(stack, ending), learning_rate)
+            for copy in (_shared, _own):
+                self._inner.after_step(copy(stack), learning_rate)
         if self._learns_share:
             stack[SHARE].clamp_(0, 1)
 
@@ -83,21 +82,17 @@ class Interpolated(AttachedAdapter):
         """What a step goes along: of both copies what the other adapter makes of their gradients."""
         assert self._inner.project is not None
         along = dict(gradients)
-        for ending in ("", OWN):
-            made = self._inner.project(_copy(stack, ending), _copy(gradients, ending), generators)
+        for copy, ending in ((_shared, ""), (_own, OWN)):
+            made = self._inner.project(copy(stack), copy(gradients), generators)
             along |= {name + ending: tensor for name, tensor in made.items()}
         return along
-
-
-def _copy(stack: StateLike, ending: str) -> State:
-    """One of the two copies, under the names of the one that travels."""
-    return (
-        _shared(stack)
-        if not ending
-        else {name.removesuffix(ending): tensor for name, tensor in stack.items() if name.endswith(ending)}
-    )
 
 
 def _shared(stack: StateLike) -> State:
     """The copy that travels."""
     return {name: tensor for name, tensor in stack.items() if not name.endswith(OWN) and name != SHARE}
+
+
+def _own(stack: StateLike) -> State:
+    """The copy that stays, under the names of the one that travels."""
+    return {name.removesuffix(OWN): tensor for name, tensor in stack.items() if name.endswith(OWN)}
