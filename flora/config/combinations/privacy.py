@@ -71,9 +71,10 @@ PRIVACY: tuple[Rule, ...] = (
     ),
     Rule(
         "privacy",
-        "noise of a tree (privacy tree) needs a strategy that sends the same tensors each round",
+        "noise that rounds share (privacy tree, banded) needs a strategy that sends the same tensors each round",
         lambda c: c.privacy is not None and c.privacy.same_tensors and c.server.strategy.alternates,
-        "tree can't be used, because the strategy trains other tensors from round to round than the tree's sums have",
+        "tree and banded can't be used, because the strategy trains other tensors from round to round than the noise "
+        "before was for",
     ),
     Rule(
         "privacy.publish",
