@@ -301,7 +301,7 @@ def test_what_breaks_the_guarantee_is_refused_with_a_reason(
         ("privacy=central", "privacy.clip_norm: missing: largest norm of an update"),
         ("privacy={name: central, clip_norm: 1}", "privacy.noise_multiplier: expected either this or `target_epsilon`"),
         ("privacy={name: central, clip_norm: -1, noise_multiplier: 1}", "privacy.clip_norm: expected a number above 0"),
-        ("privacy={name: gaussian}", "privacy.name: 'gaussian' is not known; expected one of banded, central"),
+        ("privacy={name: gaussian}", "privacy.name: 'gaussian' is not known; expected one of central, local, tree"),
         ("clients.cohort=poisson", "clients.cohort.fraction: missing: poisson needs the probability"),
     ],
 )
