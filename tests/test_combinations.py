@@ -59,7 +59,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "few_shot_chunks": {"clients": {"number": 3}},
     "poisson": {"clients": {"cohort": {"fraction": 0.7}}},
     **{name: {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5}} for name in ("central", "local", "tree")},
-    "banded": {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5, "bands": 2}},
+    "banded": {
+        "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5, "bands": 2},
+        "clients": {"cohort": {"name": "in_turn", "number": 2}},
+    },
     "distributed_discrete_gaussian": {
         "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5, "encoding": "rotated"},
         "server": {"secure_sum": "pairwise_masks"},

@@ -272,8 +272,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "privacy: tree and banded can't be used",
     ),
     "bands of alternating tensors": (
-        {"server": {"strategy": "rolora"}, "privacy": {**CENTRAL, "name": "banded", "bands": 2}},
+        {"server": {"strategy": "rolora"}, "privacy": {**CENTRAL, "name": "banded", "bands": 1}},
         "privacy: tree and banded can't be used",
+    ),
+    "bands of cohorts that are drawn": (
+        {"clients": {"cohort": POISSON}, "privacy": {**CENTRAL, "name": "banded", "bands": 2}},
+        "privacy.bands: expected 1, or clients.cohort in_turn",
     ),
     "alone, unpublished": (
         {"evaluation": {"num_local_only": 1}, "privacy": {**CENTRAL, "publish": False}},
