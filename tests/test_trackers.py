@@ -188,8 +188,13 @@ SECRET_FIGURES = {figure.name for name in SECRET & METRICS.keys() for figure in 
 
 
 def secrets(names: Iterable[str]) -> set[str]:
-    """Those of figures' names, `metric/key` included, that privacy doesn't cover."""
-    return {name for name in names if name.removeprefix("summary/").partition("/")[0] in SECRET | SECRET_FIGURES}
+    """Those of figures' names, `metric/key` and `summary/figure` included, that privacy doesn't cover."""
+    parts = {name: name.split("/") for name in names}
+    return {
+        name
+        for name, (first, *others) in parts.items()
+        if (others[0] in SECRET_FIGURES if first == "summary" else first in SECRET)
+    }
 
 
 class Witness(Following):
@@ -204,7 +209,7 @@ class Witness(Following):
         self.last_round = number
 
     def finish(self, figures: Mapping[str, Any]) -> None:
-        self.heard.append(figures)
+        self.heard.append({f"summary/{name}": value for name, value in figures.items()})
 
 
 def test_no_tracker_is_handed_what_privacy_does_not_cover(
@@ -224,7 +229,7 @@ def test_no_tracker_is_handed_what_privacy_does_not_cover(
         assert sorted(heard) == names and len({str(told) for told in heard.values()}) == 1
         settings, *figures = heard["csv"]
         told = {name for each in figures for name, value in each.items() if value is not None}
-        assert len(figures) == 3 and {"accuracy", "epsilon", "last_accuracy"} <= told
+        assert len(figures) == 3 and {"accuracy", "epsilon", "summary/last_accuracy"} <= told
         assert settings["privacy.publish"] is publish and ("seed" in settings) is publish
         if publish:
             assert {"train_loss", "num_clients", "client_accuracy_mean", "rejected_clients"} <= secrets(told)
