@@ -32,7 +32,9 @@ BANDS = [1, 2, 5, 12, 99]
 def dense(column: np.ndarray) -> np.ndarray:
     """The lower triangular Toeplitz matrix of a first column `(n,)`, `(n, n)`."""
     number = len(column)
-    return np.array([[column[row - place] if row >= place else 0.0 for place in range(number)] for row in range(number)])
+    return np.array(
+        [[column[row - place] if row >= place else 0.0 for place in range(number)] for row in range(number)]
+    )
 
 
 def test_the_factor_is_a_square_root_of_the_sums_over_rounds() -> None:
@@ -93,7 +95,9 @@ def patterns(number: int, most: int, separation: int) -> list[tuple[int, ...]]:
 )
 def test_no_pattern_of_participation_adds_more(number: int, bands: int, most: int, separation: int, seed: int) -> None:
     matrix = dense(square_root(bands, number))
-    norms = [float(np.linalg.norm(matrix[:, list(rounds)].sum(axis=1))) for rounds in patterns(number, most, separation)]
+    norms = [
+        float(np.linalg.norm(matrix[:, list(rounds)].sum(axis=1))) for rounds in patterns(number, most, separation)
+    ]
     largest = sensitivity(square_root(bands, number), most, separation)
     assert largest == pytest.approx(max(norms), abs=1e-9)  # attained by the same update in each round
     generator = np.random.default_rng(seed)
