@@ -224,7 +224,8 @@ def test_no_tracker_is_handed_what_privacy_does_not_cover(
     raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With `privacy.publish: false`, every tracker that there is, each in place of its library a witness."""
-    names, heard = sorted(components(Tracker)), {}
+    names = sorted(components(Tracker))
+    heard: dict[str, list[Mapping[str, Any]]] = {}
     for name, kind in components(Tracker).items():
         monkeypatch.setattr(kind, "require", lambda tracker: None)
         monkeypatch.setattr(kind, "follow", lambda tracker, run, name=name: Witness(name, run, heard))

@@ -81,8 +81,8 @@ PRIVACY: tuple[Rule, ...] = (
         "privacy.bands",
         "noise of several bands (privacy banded) needs cohorts in turn (clients.cohort in_turn)",
         lambda c: isinstance(c.privacy, Banded) and c.privacy.bands > 1 and not c.clients.cohort.takes_turns,
-        "expected 1, or clients.cohort in_turn: with other cohorts a client may take part in every round, and noise that "
-        "rounds share protects it less than independent noise",
+        "expected 1, or clients.cohort in_turn: with other cohorts a client may take part in every round, and then "
+        "noise that rounds share is worse than independent noise",
     ),
     Rule(
         "privacy.publish",
