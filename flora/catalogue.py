@@ -37,6 +37,7 @@ import flora.data.partition
 import flora.data.splits
 import flora.federated.buffered
 import flora.federated.synchronous
+import flora.privacy.banded
 import flora.privacy.bounds
 import flora.privacy.canaries
 import flora.privacy.distributed

@@ -59,6 +59,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "few_shot_chunks": {"clients": {"number": 3}},
     "poisson": {"clients": {"cohort": {"fraction": 0.7}}},
     **{name: {"privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5}} for name in ("central", "local", "tree")},
+    "banded": {
+        "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5, "bands": 2},
+        "clients": {"cohort": {"name": "in_turn", "number": 2}},
+    },
     "distributed_discrete_gaussian": {
         "privacy": {"clip_norm": 0.1, "noise_multiplier": 0.5, "encoding": "rotated"},
         "server": {"secure_sum": "pairwise_masks"},
@@ -272,6 +276,7 @@ def test_every_rule_refuses_something_and_names_its_setting(raw_config: dict[str
         "images that are augmented have no features to keep, unless a number of views of each is kept (cache.views)",
         "self-training needs images without a label",  # all pairs here have some
         "and no run that one client's update ends",  # all pairs here skip or clip
+        "noise of several bands (privacy banded) needs cohorts in turn (clients.cohort in_turn)",  # its pairs have them
         "and no dropout",  # no adapter here has any
         "noise that clients share (distributed_discrete_gaussian) needs a secure sum",  # its pairs have one
     ]

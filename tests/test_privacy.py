@@ -27,6 +27,7 @@ from flora.core.tree import State
 from flora.federated.federation import Federation
 from flora.federated.round import run_round
 from flora.privacy.accounting import Attendance, spent_epsilon, tree_sensitivity
+from flora.privacy.banded import Banded
 from flora.privacy.bounds import AdaptiveNorm, bounded, gaussian, summed
 from flora.privacy.mechanisms import Central, Local, Privacy, Tree
 from flora.privacy.rounds import PrivateRounds
@@ -72,7 +73,10 @@ def test_a_round_by_hand(tiny_model: str) -> None:
     assert result.epsilon == spent_epsilon(0.5, 1, None, 1e-5)
 
 
-@pytest.mark.parametrize("mechanism", [Central(0.02, 0.5), Local(0.02, 0.5), Tree(0.02, 0.5)])
+MECHANISMS = [Central(0.02, 0.5), Local(0.02, 0.5), Tree(0.02, 0.5), Banded(0.02, 0.5, bands=2)]
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_how_many_clients_share_a_step_changes_nothing(tiny_model: str, mechanism: Privacy) -> None:
     states = []
     for per_block in (1, 5):
@@ -136,7 +140,7 @@ def without_clients(parts: Federation) -> Federation:
     return variant(parts, sampler=Poisson(fraction=1e-12))
 
 
-@pytest.mark.parametrize("mechanism", [Central(0.02, 0.5), Tree(0.02, 0.5), Central(AdaptiveNorm(), 0.5)])
+@pytest.mark.parametrize("mechanism", [*MECHANISMS[::2], MECHANISMS[3], Central(AdaptiveNorm(), 0.5)])
 def test_a_round_of_nobody_releases_noise_all_the_same(tiny_model: str, mechanism: Privacy) -> None:
     parts = without_clients(federation(adapt(tiny_model), LOCAL))
     expected = parts.participation.expected_size(1)

@@ -42,6 +42,10 @@ MECHANISMS: dict[str, dict[str, Any]] = {
         "privacy": {**CENTRAL, "name": "tree", "restart_every": 3},
         "clients": {"number": 4, "cohort": {"name": "in_turn", "number": 2}},
     },
+    "banded": {
+        "privacy": {**CENTRAL, "name": "banded", "bands": 3},
+        "clients": {"number": 4, "cohort": {"name": "in_turn", "number": 2}},
+    },
 }
 
 
@@ -88,7 +92,7 @@ def test_what_a_mechanism_carries_is_in_checkpoints_and_nothing_without_one(raw_
         server = load_file(directory / "checkpoints" / "round-0002" / "server.safetensors")
         stored[name] = {key for key in server if key.startswith("privacy.")}
     assert stored["none"] == set()
-    assert stored["central"] == stored["tree"] == {"privacy.noise_multiplier"}
+    assert stored["central"] == stored["tree"] == stored["banded"] == {"privacy.noise_multiplier"}
     assert stored["adaptive"] == {"privacy.noise_multiplier", "privacy.clip_norm"}
     assert stored["local"] == {"privacy.noise_multiplier", "privacy.precision"}
 
@@ -265,7 +269,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "by size": ({"clients": {"cohort": {"name": "by_size", "number": 2}}}, "clients.cohort: expected uniform, poisson"),
     "tree of alternating tensors": (
         {"server": {"strategy": "rolora"}, "privacy": {**CENTRAL, "name": "tree"}},
-        "privacy: tree can't be used",
+        "privacy: tree and banded can't be used",
+    ),
+    "bands of alternating tensors": (
+        {"server": {"strategy": "rolora"}, "privacy": {**CENTRAL, "name": "banded", "bands": 1}},
+        "privacy: tree and banded can't be used",
+    ),
+    "bands of cohorts that are drawn": (
+        {"clients": {"cohort": POISSON}, "privacy": {**CENTRAL, "name": "banded", "bands": 2}},
+        "privacy.bands: expected 1, or clients.cohort in_turn",
     ),
     "alone, unpublished": (
         {"evaluation": {"num_local_only": 1}, "privacy": {**CENTRAL, "publish": False}},

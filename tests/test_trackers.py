@@ -8,7 +8,7 @@ import importlib.util
 import json
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,8 @@ import pytest
 
 from flora.config.parse import parse_config
 from flora.core.errors import UserError
-from flora.core.registry import OptionError, option, register
+from flora.core.registry import OptionError, components, option, register
+from flora.evaluation.metrics import METRICS
 from flora.runs.run_directory import read_json
 from flora.simulate import resume, simulate
 from flora.trackers import files, services
@@ -129,6 +130,14 @@ def test_mlflow(raw_config: dict[str, Any], tmp_path: Path) -> None:
     content.write_text(content.read_text().replace('"last_round": 4', '"last_round": 2'))
     resume(directory, ["rounds=5"])
     assert [point.step for point in client.get_metric_history(runs[0].info.run_id, "loss")] == [*ROUNDS, 5]
+    tracker = {"name": "mlflow", "tracking_uri": uri, "experiment": "hidden"}
+    simulate(parse_config({**raw_config, **HIDDEN, "name": "hidden", "trackers": [tracker]}))
+    (run,) = client.search_runs([client.get_experiment_by_name("hidden").experiment_id])
+    steps = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+    told = {name for name, points in steps.items() if any(point.step for point in points)}
+    assert {"accuracy", "epsilon"} <= told and secrets(told) == set()
+    assert secrets(name for name, value in run.data.tags.items() if value != "None") == set()
+    assert "privacy.publish" in run.data.params and "seed" not in run.data.params
     with pytest.raises(UserError, match="trackers: mlflow: "):
         simulate(parse_config({**raw_config, "name": "b", "trackers": [{"name": "mlflow", "tracking_uri": "no://"}]}))
     assert not (directory.parent / "b").exists()
@@ -174,6 +183,79 @@ def test_trackio(raw_config: dict[str, Any]) -> None:
     name = read_json(directory / "trackers.json")["trackio"]["id"]
     logs = SQLiteStorage.get_logs("flora", name)
     assert [(each["step"], each["accuracy"]) for each in logs] == list(enumerate(accuracies(directory)))
+
+
+HIDDEN: dict[str, Any] = {
+    "clients": {"number": 4, "cohort": {"name": "poisson", "fraction": 0.7}},
+    "evaluation": {"clients_every": 1},
+    "seed": 5,
+    "privacy": {"name": "central", "clip_norm": 0.1, "noise_multiplier": 1.0, "accountant": "rdp", "publish": False},
+}
+SECRET = {name for name, metric in METRICS.items() if not metric.is_covered} | {"rejected_clients"}
+SECRET_FIGURES = {figure.name for name in SECRET & METRICS.keys() for figure in METRICS[name].figures}
+
+
+def secrets(names: Iterable[str]) -> set[str]:
+    """Those of figures' names, `metric/key` and `summary/figure` included, that privacy doesn't cover."""
+    parts = {name: name.split("/") for name in names}
+    return {
+        name
+        for name, (first, *others) in parts.items()
+        if (others[0] in SECRET_FIGURES if first == "summary" else first in SECRET)
+    }
+
+
+class Witness(Following):
+    """Remembers all that a tracker of this name is handed."""
+
+    def __init__(self, name: str, run: TrackedRun, heard: dict[str, list[Mapping[str, Any]]]) -> None:
+        self.id, self.last_round, self.heard = name, run.last_round, heard.setdefault(name, [run.settings])
+
+    def round(self, number: int, figures: Figures) -> None:
+        if number:  # before the first round there is nobody's secret
+            self.heard.append(figures)
+        self.last_round = number
+
+    def finish(self, figures: Mapping[str, Any]) -> None:
+        self.heard.append({f"summary/{name}": value for name, value in figures.items()})
+
+
+def test_no_tracker_is_handed_what_privacy_does_not_cover(
+    raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `privacy.publish: false`, every tracker that there is, each in place of its library a witness."""
+    names = sorted(components(Tracker))
+    heard: dict[str, list[Mapping[str, Any]]] = {}
+    for name, kind in components(Tracker).items():
+        monkeypatch.setattr(kind, "require", lambda tracker: None)
+        monkeypatch.setattr(kind, "follow", lambda tracker, run, name=name: Witness(name, run, heard))
+    assert {"csv", "tensorboard", "wandb", "mlflow", "trackio"} <= set(names)
+    for publish in (True, False):
+        heard.clear()
+        privacy = {**HIDDEN["privacy"], "publish": publish}
+        raw = {**raw_config, **HIDDEN, "privacy": privacy, "name": f"publish-{publish}", "trackers": names}
+        simulate(parse_config(raw))
+        assert sorted(heard) == names and len({str(told) for told in heard.values()}) == 1
+        settings, *figures = heard["csv"]
+        told = {name for each in figures for name, value in each.items() if value is not None}
+        assert len(figures) == 3 and {"accuracy", "epsilon", "summary/last_accuracy"} <= told
+        assert settings["privacy.publish"] is publish and ("seed" in settings) is publish
+        if publish:
+            assert {"train_loss", "num_clients", "client_accuracy_mean", "rejected_clients"} <= secrets(told)
+        else:
+            assert secrets(told) == set()
+
+
+def test_nor_do_tensorboards_files_have_it(raw_config: dict[str, Any]) -> None:
+    needs("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory = simulate(parse_config({**raw_config, **HIDDEN, "trackers": ["tensorboard"]})).directory
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    told = {name for name in events.Tags()["scalars"] if any(event.step for event in events.Scalars(name))}
+    assert {"accuracy", "epsilon"} <= told and secrets(told) == set()
+    (settings,) = (event.tensor_proto.string_val[0] for event in events.Tensors("settings/text_summary"))
+    assert b"privacy.publish" in settings and b"seed" not in settings
 
 
 def test_a_tracker_that_fails_is_left_with_one_line_and_told_what_it_missed(raw_config: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ class Canaries(Component):
 
     def flip(self, clients: Sequence[ClientData], rng: Rng) -> Coins:
         """Choose the canaries, and flip a coin for each. Raises `OptionError` if there are too few to choose from."""
-        candidates = self.candidates(clients)
+        candidates = self.candidates(clients, rng)
         if self.number > len(candidates):
             raise OptionError(
                 "canaries.number", f"expected at most {len(candidates)}, what can be a canary, got {self.number}"
@@ -63,7 +63,7 @@ class Canaries(Component):
         ids = np.sort(rng.child("ids").numpy().choice(candidates, self.number, replace=False))
         return Coins(ids, rng.child("coins").numpy().integers(2, size=self.number) == 1, rng)
 
-    def candidates(self, clients: Sequence[ClientData]) -> np.ndarray:
+    def candidates(self, clients: Sequence[ClientData], rng: Rng) -> np.ndarray:
         """Return the ids of what can be a canary, sorted."""
         return np.arange(len(clients))
 
@@ -155,9 +155,11 @@ class Examples(Canaries):
 
     unit = "example"
 
-    def candidates(self, clients: Sequence[ClientData]) -> np.ndarray:
-        # All but one of each client, which would have nothing to train on if it lost its last one.
-        return np.sort(np.concatenate([client.train[1:] for client in clients]))
+    def candidates(self, clients: Sequence[ClientData], rng: Rng) -> np.ndarray:
+        # All but one of each client, which would have nothing to train on if it lost its last one. That one is drawn:
+        # examples are in the order of their classes, and the first would make canaries unlike the others.
+        generator = rng.child("spared").numpy()
+        return np.sort(np.concatenate([generator.permutation(client.train)[1:] for client in clients]))
 
     def deal(self, clients: Sequence[ClientData], coins: Coins) -> list[ClientData]:
         out = coins.ids[~coins.was_in]

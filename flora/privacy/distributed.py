@@ -63,7 +63,7 @@ class DistributedDiscreteGaussian(FixedNorm):
     gained by sampling. Neighbours differ in one client's update being zero: it adds its noise all the same.
 
     `encoding: rotated` is the paper's: a randomised Hadamard transform, then rounding at random on condition that the
-    norm grows no larger than equation 2 says; D is that norm, and the noise is as many times larger. Differs from the
+    norm grows no larger than theorem 1 says; D is that norm, and the noise is as many times larger. Differs from the
     paper: units are powers of two, and the ring has room for 6 deviations of a sum, where the authors' code takes 4.
     `truncated` differs more: numbers are rounded toward zero, which makes no norm larger, and are not rotated. That
     pulls each toward zero by up to a unit, which is nothing in 32 bits and everything in 16.

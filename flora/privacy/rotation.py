@@ -63,8 +63,8 @@ def hadamard(vector: np.ndarray) -> np.ndarray:
 def rounded_norm(norm: float, number: int) -> float:
     """Return the largest norm that a vector of `number` numbers and at most `norm`, in units, may have when rounded.
 
-    Source: arXiv:2102.06387, theorem 1, equation 2, with the unit as 1: whatever is drawn, rounding adds at most the
-    square root of the dimension; and at most the other bound but for a probability of `BETA`.
+    Source: arXiv:2102.06387, theorem 1, its sensitivity, with the unit as 1: whatever is drawn, rounding adds at most
+    the square root of the dimension; and at most the other bound but for a probability of `BETA`.
     """
     root = math.sqrt(number)
     square = norm**2 + number / 4 + math.sqrt(2 * math.log(1 / BETA)) * (norm + root / 2)

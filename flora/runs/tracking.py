@@ -60,8 +60,11 @@ class Trackers(Sink):
     def _tracked(self, name: str) -> TrackedRun:
         known = self._known.get(name, {})
         path = self._directory.path
-        # An address of one tracker, which may hold a password, is no other's business.
-        settings = {key: value for key, value in flat_settings(self._config).items() if key != "trackers"}
+        # An address of one tracker, which may hold a password, is no other's business; whoever knows the seed knows
+        # the noise that hides clients.
+        private = self._config.privacy
+        left_out = {"trackers"} if private is None or private.publish else {"trackers", "seed"}
+        settings = {key: value for key, value in flat_settings(self._config).items() if key not in left_out}
         return TrackedRun(path.resolve().name, path, settings, known.get("id"), known.get("last_round", -1))
 
     def _tell(self, name: str, record: RoundRecord, following: Following) -> None:
@@ -93,10 +96,13 @@ class Trackers(Sink):
 
 
 def figures_of(record: RoundRecord) -> dict[str, float | None]:
-    """The numbers of a record by name, `metric/key` where a metric has one for each of several."""
+    """The numbers of a record by name, `metric/key` where a metric has one for each of several.
+
+    How many clients were rejected is None where the record doesn't say who took part.
+    """
     figures: dict[str, float | None] = {}
     for name, value in record.metrics.items():
         named = {f"{name}/{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
         figures |= {key: each for key, each in named.items() if each is None or isinstance(each, int | float)}
-    figures["rejected_clients"] = len(record.rejected_clients)
+    figures["rejected_clients"] = None if record.cohort is None else len(record.rejected_clients)
     return figures

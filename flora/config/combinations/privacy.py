@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flora.config.combinations.rule import Rule, remembers, waits_for_buffer
 from flora.config.schema import ExperimentConfig
+from flora.privacy.banded import Banded
 from flora.server.aggregators import Mean
 from flora.server.strategies.base import Strategy
 
@@ -71,9 +72,17 @@ PRIVACY: tuple[Rule, ...] = (
     ),
     Rule(
         "privacy",
-        "noise of a tree (privacy tree) needs a strategy that sends the same tensors each round",
+        "noise that rounds share (privacy tree, banded) needs a strategy that sends the same tensors each round",
         lambda c: c.privacy is not None and c.privacy.same_tensors and c.server.strategy.alternates,
-        "tree can't be used, because the strategy trains other tensors from round to round than the tree's sums have",
+        "tree and banded can't be used, because the strategy trains other tensors from round to round than the noise "
+        "before was for",
+    ),
+    Rule(
+        "privacy.bands",
+        "noise of several bands (privacy banded) needs cohorts in turn (clients.cohort in_turn)",
+        lambda c: isinstance(c.privacy, Banded) and c.privacy.bands > 1 and not c.clients.cohort.takes_turns,
+        "expected 1, or clients.cohort in_turn: with other cohorts a client may take part in every round, and then "
+        "noise that rounds share is worse than independent noise",
     ),
     Rule(
         "privacy.publish",
