@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 
@@ -108,6 +107,8 @@ def load_clip(model: str, device: str = "cpu", precision: str = "fp64", *, reads
 
 def load_plain(model: str, precision: str = "fp64") -> FrozenClip:
     """The same weights in a model that OpenCLIP built and nobody touched: what ours is compared with."""
+    import open_clip  # here, because processes that import this file for its data set alone start faster without it
+
     clip, config = load_clip(model, precision=precision), json.loads(Path(model).read_text())
     plain_class = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
     plain = plain_class(**config).eval().to(clip.dtype)

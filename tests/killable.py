@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import helpers  # noqa: F401  (registers the data set "patterns", and uses one thread)
+from several import forking
 
 from flora.config.parse import parse_config
 from flora.core.errors import UserError
@@ -23,9 +23,7 @@ def start(raw: dict[str, Any], directory: Path, kill_at_write: int | None = None
 
     It kills itself before write number `kill_at_write`, if that is given.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flora.simulate", "flora.catalogue", "pytest"])
-    process = context.Process(target=work, args=(raw, directory, kill_at_write), daemon=True)
+    process = forking().Process(target=work, args=(raw, directory, kill_at_write), daemon=True)
     process.start()
     return process
 
