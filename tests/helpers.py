@@ -22,6 +22,7 @@ from flora.clip.backbone import Backbone
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.speed import SpeedOptions
 from flora.clip.towers.towers import AdaptedClip
+from flora.communication.options import payload_bytes
 from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform
 from flora.core import tree
@@ -280,6 +281,47 @@ def assert_states_close(left: tree.State, right: tree.State, atol: float = TOLER
         torch.testing.assert_close(
             left[name], right[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def assert_equal_to_a_plain_loop(
+    model: AdaptedClip,
+    loss: Callable[[State, np.ndarray], torch.Tensor],
+    *,
+    epochs: int = 2,
+    learning_rate: float = 1e-3,
+    stays: Callable[[str], bool] = lambda name: False,
+) -> tuple[State, State]:
+    """Two rounds are SGD on `loss(adapter, examples)` of one client after another, however many of them share a step.
+
+    What `stays` is a client's own from round to round, and never travels. Returns the first client's adapters, the one
+    that it begins with and the last.
+    """
+    local = LocalTraining(learning_rate=learning_rate, batch_size=100, epochs=epochs, optimizer=Sgd(momentum=0.9))
+    runs = [rounds(federation(model, local, per_block=number), 2) for number in (1, 2, 5)]
+    first = server = runs[0][0][0].adapter
+    clients: list[tuple[ClientData, State]] = [(data, {}) for data in federation(model, local).clients]
+    for round in (1, 2):
+        ends = []
+        for data, own in clients:
+            leaves = {name: tensor.clone().requires_grad_() for name, tensor in {**server, **own}.items()}
+            optimizer = torch.optim.SGD(leaves.values(), lr=learning_rate, momentum=0.9)
+            for _ in range(epochs):
+                optimizer.zero_grad()
+                loss(leaves, data.train).backward()
+                optimizer.step()
+            ends.append({name: leaf.detach() for name, leaf in leaves.items()})
+            own.update({name: tensor for name, tensor in ends[-1].items() if stays(name)})
+        mean = tree.weighted_mean(ends, SIZES)
+        server = {name: tensor if stays(name) else mean[name] for name, tensor in server.items()}
+        for states, _ in runs:
+            assert_states_close(states[round].adapter, server)
+            for client, (_, own) in enumerate(clients):
+                if own:
+                    assert_states_close(states[round].clients[client].own, own)
+    sent = payload_bytes({name: tensor for name, tensor in server.items() if not stays(name)})
+    for _, results in runs:
+        assert results[0].uplink_bytes == results[0].downlink_bytes == len(SIZES) * sent
+    return first, {**server, **clients[0][1]}
 
 
 LOCAL = LocalTraining(learning_rate=0.1, batch_size=4, optimizer=Sgd())
