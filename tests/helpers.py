@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +43,8 @@ from flora.federated.synchronous import Synchronous
 
 # The tensors here are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
+# No test turns the power off: what is written need not reach the disk, for which a run would wait longer than it trains.
+os.fsync = lambda descriptor: None
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -108,13 +113,19 @@ def load_clip(model: str, device: str = "cpu", precision: str = "fp64", *, reads
 
 def load_plain(model: str, precision: str = "fp64") -> FrozenClip:
     """The same weights in a model that OpenCLIP built and nobody touched: what ours is compared with."""
-    import open_clip  # here, because processes that import this file for its data set alone start faster without it
-
-    clip, config = load_clip(model, precision=precision), json.loads(Path(model).read_text())
-    plain_class = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    plain = plain_class(**config).eval().to(clip.dtype)
+    clip = load_clip(model, precision=precision)
+    plain = copy.deepcopy(_built_by_openclip(Path(model).read_text())).to(clip.dtype)
     plain.load_state_dict(clip.model.state_dict())
     return dataclasses.replace(clip, model=plain)
+
+
+@lru_cache(maxsize=16)
+def _built_by_openclip(config: str) -> torch.nn.Module:
+    import open_clip  # here, because processes that import this file for its data set alone start faster without it
+
+    options = json.loads(config)
+    plain_class = open_clip.CustomTextCLIP if options.pop("custom_text", False) else open_clip.CLIP
+    return plain_class(**options).eval()
 
 
 def plain_texts(
