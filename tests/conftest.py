@@ -23,7 +23,7 @@ BUILD = backbone._build
 
 @pytest.fixture(scope="session", autouse=True)
 def models_are_built_once() -> Iterator[None]:
-    """Small models with random weights are copies of one that was built: that takes longer than most of what follows."""
+    """Small models with random weights are copies of one: to build each takes longer than most of what follows."""
 
     @lru_cache(maxsize=32)
     def built(name: str, config: str, rng: Rng) -> nn.Module:

@@ -43,7 +43,7 @@ from flora.federated.synchronous import Synchronous
 
 # The tensors here are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
-# No test turns the power off: what is written need not reach the disk, for which a run would wait longer than it trains.
+# No test turns the power off: nothing need reach the disk, for which a run would wait longer than it trains.
 os.fsync = lambda descriptor: None
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -129,6 +129,7 @@ def work(
     environment: dict[str, str], command: list[str], output: Path, mischief: Mischief | None, stem_batch: int
 ) -> None:
     os.environ.update(environment)
+    os.chdir(Path(__file__).parents[1])  # whatever it was in the test that needed the first process
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     torch.set_num_threads(1)
