@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
 from collections.abc import Iterator
@@ -19,6 +20,12 @@ from flora.clip import backbone
 from flora.core.rng import Rng
 
 BUILD = backbone._build
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays: nothing of it need be looked through for garbage again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
