@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 
@@ -23,6 +25,7 @@ from flora.clip.backbone import Backbone
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.speed import SpeedOptions
 from flora.clip.towers.towers import AdaptedClip
+from flora.communication.options import payload_bytes
 from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform
 from flora.core import tree
@@ -40,6 +43,8 @@ from flora.federated.synchronous import Synchronous
 
 # The tensors here are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
+# No test turns the power off: nothing need reach the disk, for which a run would wait longer than it trains.
+os.fsync = lambda descriptor: None
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -108,11 +113,19 @@ def load_clip(model: str, device: str = "cpu", precision: str = "fp64", *, reads
 
 def load_plain(model: str, precision: str = "fp64") -> FrozenClip:
     """The same weights in a model that OpenCLIP built and nobody touched: what ours is compared with."""
-    clip, config = load_clip(model, precision=precision), json.loads(Path(model).read_text())
-    plain_class = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    plain = plain_class(**config).eval().to(clip.dtype)
+    clip = load_clip(model, precision=precision)
+    plain = copy.deepcopy(_built_by_openclip(Path(model).read_text())).to(clip.dtype)
     plain.load_state_dict(clip.model.state_dict())
     return dataclasses.replace(clip, model=plain)
+
+
+@lru_cache(maxsize=16)
+def _built_by_openclip(config: str) -> torch.nn.Module:
+    import open_clip  # here, because processes that import this file for its data set alone start faster without it
+
+    options = json.loads(config)
+    plain_class = open_clip.CustomTextCLIP if options.pop("custom_text", False) else open_clip.CLIP
+    return plain_class(**options).eval()
 
 
 def plain_texts(
@@ -279,6 +292,47 @@ def assert_states_close(left: tree.State, right: tree.State, atol: float = TOLER
         torch.testing.assert_close(
             left[name], right[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def assert_equal_to_a_plain_loop(
+    model: AdaptedClip,
+    loss: Callable[[State, np.ndarray], torch.Tensor],
+    *,
+    epochs: int = 2,
+    learning_rate: float = 1e-3,
+    stays: Callable[[str], bool] = lambda name: False,
+) -> tuple[State, State]:
+    """Two rounds are SGD on `loss(adapter, examples)` of one client after another, however many of them share a step.
+
+    What `stays` is a client's own from round to round, and never travels. Returns the first client's adapters, the one
+    that it begins with and the last.
+    """
+    local = LocalTraining(learning_rate=learning_rate, batch_size=100, epochs=epochs, optimizer=Sgd(momentum=0.9))
+    runs = [rounds(federation(model, local, per_block=number), 2) for number in (1, 2, 5)]
+    first = server = runs[0][0][0].adapter
+    clients: list[tuple[ClientData, State]] = [(data, {}) for data in federation(model, local).clients]
+    for round in (1, 2):
+        ends = []
+        for data, own in clients:
+            leaves = {name: tensor.clone().requires_grad_() for name, tensor in {**server, **own}.items()}
+            optimizer = torch.optim.SGD(leaves.values(), lr=learning_rate, momentum=0.9)
+            for _ in range(epochs):
+                optimizer.zero_grad()
+                loss(leaves, data.train).backward()
+                optimizer.step()
+            ends.append({name: leaf.detach() for name, leaf in leaves.items()})
+            own.update({name: tensor for name, tensor in ends[-1].items() if stays(name)})
+        mean = tree.weighted_mean(ends, SIZES)
+        server = {name: tensor if stays(name) else mean[name] for name, tensor in server.items()}
+        for states, _ in runs:
+            assert_states_close(states[round].adapter, server)
+            for client, (_, own) in enumerate(clients):
+                if own:
+                    assert_states_close(states[round].clients[client].own, own)
+    sent = payload_bytes({name: tensor for name, tensor in server.items() if not stays(name)})
+    for _, results in runs:
+        assert results[0].uplink_bytes == results[0].downlink_bytes == len(SIZES) * sent
+    return first, {**server, **clients[0][1]}
 
 
 LOCAL = LocalTraining(learning_rate=0.1, batch_size=4, optimizer=Sgd())

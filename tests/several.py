@@ -1,7 +1,8 @@
-"""Several processes of one run, as torchrun would start them, and cheap to start. Used by `test_processes.py`."""
+"""Programs in processes of their own, also several of one run as torchrun would start them, and cheap to start."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import torch
 
 from flora.core.hooks import Hooks
 from flora.core.states import ClientUpdate
-from flora.simulate import main
+from flora.sweep.workers import PRELOADED
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,24 @@ def run(
     return ended(processes, folder)
 
 
-def start(
-    number: int, arguments: Sequence[str], folder: Path, mischief: Mischief | None = None, *, stem_batch: int = 256
-) -> list[BaseProcess]:
-    """Start `number` processes, whose output goes to files in `folder`."""
+def forking() -> ForkServerContext:
+    """Where processes come from: forks of one that has imported all they need, which takes them seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flora.simulate", "flora.catalogue", "pytest"])
+    context.set_forkserver_preload([*PRELOADED, "helpers", "pytest"])
+    return context
+
+
+def start(
+    number: int,
+    arguments: Sequence[str],
+    folder: Path,
+    mischief: Mischief | None = None,
+    *,
+    stem_batch: int = 256,
+    program: str = "flora.simulate",
+) -> list[BaseProcess]:
+    """Start `number` processes of a program, whose output goes to files in `folder`."""
+    context = forking()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,10 +106,11 @@ def start(
     for rank in range(number):
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {"HOME": str(folder)}
         happens = mischief if mischief is not None and mischief.rank == rank else None
-        given = (own, list(arguments), folder / f"process-{rank}", happens, stem_batch)
+        given = (own, [program, *arguments], folder / f"process-{rank}", happens, stem_batch)
         for stream in ("out", "err"):  # it may be killed before it opens them
             (folder / f"process-{rank}.{stream}").write_text("")
-        processes.append(context.Process(target=work, args=given, daemon=True))
+        # A sweep starts processes, which a daemon may not.
+        processes.append(context.Process(target=work, args=given, daemon=program == "flora.simulate"))
         processes[-1].start()
     return processes
 
@@ -111,9 +126,10 @@ def ended(processes: Sequence[BaseProcess], folder: Path) -> list[Ended]:
 
 
 def work(
-    environment: dict[str, str], arguments: list[str], output: Path, mischief: Mischief | None, stem_batch: int
+    environment: dict[str, str], command: list[str], output: Path, mischief: Mischief | None, stem_batch: int
 ) -> None:
     os.environ.update(environment)
+    os.chdir(Path(__file__).parents[1])  # whatever it was in the test that needed the first process
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     torch.set_num_threads(1)
@@ -122,5 +138,6 @@ def work(
 
     reading.STEM_BATCH_SIZE = stem_batch
     processes.LONGEST_START = timedelta(seconds=60)
-    hooks = None if mischief is None else mischief.hooks()
-    sys.exit(main(arguments, hooks=hooks))
+    program, *arguments = command
+    hooks = {} if mischief is None else {"hooks": mischief.hooks()}
+    sys.exit(importlib.import_module(program).main(arguments, **hooks))

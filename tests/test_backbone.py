@@ -27,6 +27,7 @@ from flora.core.rng import Rng
 from flora.data.rgb import to_rgb
 from flora.simulate import main
 
+pytestmark = pytest.mark.usefixtures("built_anew")
 CPU = torch.device("cpu")
 REAL = SHARED / "weights" / "ViT-Ti-8-48.json"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import random
@@ -169,7 +168,6 @@ def is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 @cache
-@functools.cache
 def settings() -> dict[str, tuple[str, dict[str, Any]]]:
     """Each choice that is not the default: the setting that it is of, and what to write."""
     default = parse_config({"data": "patterns", "partition": "iid"})

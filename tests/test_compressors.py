@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flora.communication.compressors import (
@@ -61,6 +61,7 @@ def test_all_are_tried_here() -> None:
 
 
 @pytest.mark.parametrize("compressor", ALL, ids=str)
+@settings(max_examples=25, deadline=None)  # of each of these many
 @given(seed=st.integers(0, 99), rank=st.sampled_from([1, 2, 5]), scale=st.sampled_from([1e-20, 1e-3, 1.0, 1e20]))
 def test_names_shapes_and_sense(compressor: Compressor, seed: int, rank: int, scale: float) -> None:
     state = some(seed, rank, scale)

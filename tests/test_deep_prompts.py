@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,27 +15,20 @@ from helpers import (
     CLASSES,
     LABELS,
     PIXELS,
-    SIZES,
     TOLERANCE,
     adapt,
-    assert_states_close,
+    assert_equal_to_a_plain_loop,
     comparable,
-    federation,
     load_plain,
     random_adapters,
     write_model,
 )
-from helpers import rounds as several_rounds
 from torch import Tensor
 
-from flora.client.local_training import LocalTraining
-from flora.client.optimizers import Sgd
 from flora.clip.adapters.deep_prompts import DeepPrompts, Maple, PromptSrc
 from flora.clip.towers.speed import SpeedOptions
 from flora.clip.towers.towers import AdaptedClip
-from flora.communication.options import payload_bytes
 from flora.config.parse import parse_config
-from flora.core import tree
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
@@ -111,34 +105,19 @@ def regulation(plain: Any, frozen_texts: Tensor, texts: Tensor, images: Tensor, 
 
 @BOTH
 def test_rounds_equal_a_plain_loop(tiny_model: str, method: DeepPrompts) -> None:
-    """Whether one, two or five clients share a step."""
     model, whole = adapt(tiny_model, method, templates=method.templates(())), load_plain(tiny_model)
     plain: Any = whole.model.requires_grad_(False)
-    local = LocalTraining(learning_rate=1e-3, batch_size=100, epochs=2, optimizer=Sgd(momentum=0.9))
-    runs = [several_rounds(federation(model, local, per_block=number), 2) for number in (1, 2, 5)]
-    clients, (first, *_) = federation(model, local).clients, runs[0][0]
-    server, frozen_texts = first.adapter, frozen_texts_of(plain, whole.tokenize)
-    for round in (1, 2):
-        ends = []
-        for data in clients:
-            leaves = {name: tensor.clone().requires_grad_() for name, tensor in server.items()}
-            optimizer = torch.optim.SGD(leaves.values(), lr=1e-3, momentum=0.9)
-            for _ in range(2):
-                optimizer.zero_grad()
-                texts = text_features(plain, whole.tokenize, leaves, CLASSES)
-                images = image_features(plain, leaves, PIXELS[data.train])
-                loss = F.cross_entropy(plain.logit_scale.exp() * images @ texts.T, LABELS[data.train])
-                if method is SRC:
-                    loss = loss + regulation(plain, frozen_texts, texts, images, PIXELS[data.train])
-                loss.backward()
-                optimizer.step()
-            ends.append({name: leaf.detach() for name, leaf in leaves.items()})
-        server = tree.weighted_mean(ends, SIZES)
-        for states, results in runs:
-            assert_states_close(states[round].adapter, server)
-            assert results[0].uplink_bytes == results[0].downlink_bytes == 5 * payload_bytes(server)
-    for name, tensor in first.adapter.items():
-        assert (server[name] - tensor).abs().max() > 1e-6, f"{name} has not been trained"
+    frozen_texts = frozen_texts_of(plain, whole.tokenize)
+
+    def loss(state: State, examples: np.ndarray) -> Tensor:
+        pixels, texts = PIXELS[examples], text_features(plain, whole.tokenize, state, CLASSES)
+        images = image_features(plain, state, pixels)
+        found = F.cross_entropy(plain.logit_scale.exp() * images @ texts.T, LABELS[examples])
+        return found + regulation(plain, frozen_texts, texts, images, pixels) if method is SRC else found
+
+    first, last = assert_equal_to_a_plain_loop(model, loss)
+    for name, tensor in first.items():
+        assert (last[name] - tensor).abs().max() > 1e-6, f"{name} has not been trained"
 
 
 ALL_OFF = SpeedOptions(

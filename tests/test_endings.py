@@ -44,6 +44,7 @@ def images(folder: Path) -> None:
             Image.fromarray(pixels).save(folder / label / f"{index}.png")
 
 
+@pytest.mark.usefixtures("built_anew")
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("place", ["open_clip.CLIP.__init__", "PIL.Image.open", "torch.nn.Conv2d.forward"])
 def test_a_signal_before_the_first_step_ends_the_run_at_once(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,14 +45,29 @@ REFUSED = {
 }
 
 
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The models' files: one that lies in one place is built once."""
+    folder = tmp_path_factory.mktemp("models")
+    return {name: write_model(folder / f"{name}.json", **changes) for name, changes in MODELS.items()}
+
+
+SMALL = {
+    "rounds": 1,
+    "local": {"steps": 1, "batch_size": 4},
+    "data": {"name": "patterns", "num_train": 18, "num_test": 9},
+    "partition": "iid",
+    "clients": {"number": 2},
+}
+
+
 @pytest.mark.parametrize("adapter", sorted(components(Adapter)))
 @pytest.mark.parametrize("model", MODELS)
-def test_it_runs_a_round_or_is_refused(model: str, adapter: str, raw_config: dict[str, Any], tmp_path: Path) -> None:
-    path = write_model(tmp_path / "model.json", **MODELS[model])
-    backbone = {"model": path, "weights": "random"}
-    config = parse_config(
-        raw_config | {"backbone": backbone, "adapter": adapter, "rounds": 1, "local": {"steps": 1}, "data": "patterns"}
-    )
+def test_it_runs_a_round_or_is_refused(
+    model: str, adapter: str, raw_config: dict[str, Any], paths: dict[str, str]
+) -> None:
+    backbone = {"model": paths[model], "weights": "random"}
+    config = parse_config(raw_config | SMALL | {"backbone": backbone, "adapter": adapter})
     if (model, adapter) in REFUSED:
         with pytest.raises(UserError) as caught:
             check_experiment(config)

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
     CLASSES,
     LABELS,
-    SIZES,
+    PIXELS,
     TOLERANCE,
     adapt,
-    assert_states_close,
-    federation,
+    assert_equal_to_a_plain_loop,
     load_plain,
     plain_texts,
     random_adapters,
     random_pixels,
 )
-from helpers import rounds as several_rounds
 from torch import Tensor
 
-from flora.client.local_training import LocalTraining
-from flora.client.optimizers import Sgd
 from flora.clip.adapters.generated import CoCoOp, FedTpg
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers import towers
-from flora.communication.options import payload_bytes
 from flora.core import tree
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
@@ -71,31 +67,16 @@ def test_rounds_equal_a_plain_loop(tiny_model: str, names: str) -> None:
     method = dataclasses.replace(TPG, names=names)
     model, plain = adapt(tiny_model, method, templates=method.templates(())), load_plain(tiny_model)
     plain.model.requires_grad_(False)
-    local = LocalTraining(learning_rate=1e-3, batch_size=100, epochs=3, optimizer=Sgd(momentum=0.9))
-    parts = federation(model, local)
-    runs = [several_rounds(federation(model, local, per_block=number), 2) for number in (1, 2, 5)]
-    server = runs[0][0][0].adapter
-    for round in (1, 2):
-        ends = []
-        for data in parts.clients:
-            labels = LABELS[data.train]
-            own = [CLASSES[label] for label in sorted(set(labels.tolist()))]
-            leaves = {name: tensor.clone().requires_grad_() for name, tensor in server.items()}
-            optimizer = torch.optim.SGD(leaves.values(), lr=1e-3, momentum=0.9)
-            stem = parts.engine.features.take(torch.from_numpy(data.train), torch.device("cpu"))
-            images = model.logit_scale() * model.image_features(stem, 1)[0].detach()
-            for _ in range(3):
-                optimizer.zero_grad()
-                texts = texts_of(plain, leaves, CLASSES, tuple(own) if names == "client" else CLASSES)
-                F.cross_entropy(images @ texts.T, labels).backward()
-                optimizer.step()
-            ends.append({name: leaf.detach() for name, leaf in leaves.items()})
-        server = tree.weighted_mean(ends, SIZES)
-        for states, _ in runs:
-            assert_states_close(states[round].adapter, server)
-    assert tree.count(server) == NUMBERS
-    results = runs[0][1]
-    assert results[0].uplink_bytes == results[0].downlink_bytes == len(SIZES) * payload_bytes(server)
+    images = model.logit_scale() * model.image_features(model.vision.stem(PIXELS), 1)[0].detach()
+
+    def loss(state: State, examples: np.ndarray) -> Tensor:
+        labels = LABELS[examples]
+        own = tuple(CLASSES[label] for label in sorted(set(labels.tolist())))
+        texts = texts_of(plain, state, CLASSES, own if names == "client" else CLASSES)
+        return F.cross_entropy(images[examples] @ texts.T, labels)
+
+    _, last = assert_equal_to_a_plain_loop(model, loss, epochs=3)
+    assert tree.count(last) == NUMBERS
 
 
 @torch.no_grad()
@@ -151,29 +132,14 @@ def logits_by_image(plain: FrozenClip, state: State, images: Tensor) -> Tensor:
 def test_rounds_with_contexts_of_images_equal_a_plain_loop(tiny_model: str) -> None:
     model, plain = adapt(tiny_model, COCOOP, templates=COCOOP.templates(())), load_plain(tiny_model)
     plain.model.requires_grad_(False)
-    local = LocalTraining(learning_rate=1e-3, batch_size=100, epochs=2, optimizer=Sgd(momentum=0.9))
-    parts = federation(model, local)
-    runs = [several_rounds(federation(model, local, per_block=number), 2) for number in (1, 2, 5)]
-    server = runs[0][0][0].adapter
-    for round in (1, 2):
-        ends = []
-        for data in parts.clients:
-            leaves = {name: tensor.clone().requires_grad_() for name, tensor in server.items()}
-            optimizer = torch.optim.SGD(leaves.values(), lr=1e-3, momentum=0.9)
-            stem = parts.engine.features.take(torch.from_numpy(data.train), torch.device("cpu"))
-            images = model.image_features(stem, 1)[0].detach()
-            for _ in range(2):
-                optimizer.zero_grad()
-                logits = model.logit_scale() * logits_by_image(plain, leaves, images)
-                F.cross_entropy(logits, LABELS[data.train]).backward()
-                optimizer.step()
-            ends.append({name: leaf.detach() for name, leaf in leaves.items()})
-        server = tree.weighted_mean(ends, SIZES)
-        for states, _ in runs:
-            assert_states_close(states[round].adapter, server)
-    assert tree.count(server) == 4 * 32 + (16 + 1) * 4 + (4 + 1) * 32
-    results = runs[0][1]
-    assert results[0].uplink_bytes == results[0].downlink_bytes == len(SIZES) * payload_bytes(server)
+    images = model.image_features(model.vision.stem(PIXELS), 1)[0].detach()
+
+    def loss(state: State, examples: np.ndarray) -> Tensor:
+        logits = model.logit_scale() * logits_by_image(plain, state, images[examples])
+        return F.cross_entropy(logits, LABELS[examples])
+
+    _, last = assert_equal_to_a_plain_loop(model, loss)
+    assert tree.count(last) == 4 * 32 + (16 + 1) * 4 + (4 + 1) * 32
 
 
 @torch.no_grad()

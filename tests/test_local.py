@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,13 +25,16 @@ from helpers import (
 )
 
 from flora.client.local_training import LocalTraining
-from flora.client.objectives import Contrastive, CrossEntropy, MultiPositive
+from flora.client.objectives import Contrastive, CrossEntropy, MultiPositive, Objective
 from flora.client.optimizers import Adam, AdamW, Cosine, Sgd
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.towers.speed import SpeedOptions
+from flora.clip.towers.towers import AdaptedClip
 from flora.core import tree
 from flora.core.rng import Rng
+from flora.core.states import ServerState
+from flora.core.tree import State
 from flora.data.batching import BatchSizes, client_batches
 from flora.engine.gradients import FlatStack
 from flora.evaluation.local_only import train_local_only
@@ -53,12 +57,21 @@ LOCALS = {
 }
 
 
+@cache
+def one_after_another(model_path: str, towers: tuple[str, ...], local: LocalTraining) -> ServerState:
+    return run(model_of(model_path, towers), local, per_block=1)
+
+
+def model_of(path: str, towers: tuple[str, ...]) -> AdaptedClip:
+    return adapt(path, Lora(towers=towers, targets=TARGETS, dropout=0.1))
+
+
 @pytest.mark.parametrize("per_block", [2, 3, 5])
 @pytest.mark.parametrize("local", LOCALS.values(), ids=LOCALS.keys())
 @pytest.mark.parametrize("towers", [("text",), ("vision",), ("text", "vision")], ids="-".join)
 def test_the_number_of_clients_per_block_changes_nothing(tiny_model, towers, local, per_block: int) -> None:  # type: ignore[no-untyped-def]
-    model = adapt(tiny_model, Lora(towers=towers, targets=TARGETS, dropout=0.1))
-    alone, together = run(model, local, per_block=1), run(model, local, per_block=per_block)
+    model, alone = model_of(tiny_model, towers), one_after_another(tiny_model, towers, local)
+    together = run(model, local, per_block=per_block)
     moved = max((alone.adapter[name] - tensor).abs().max().item() for name, tensor in start(model).adapter.items())
     assert moved > 1e-3
     assert_states_close(alone.adapter, together.adapter)
@@ -73,24 +86,29 @@ ANIMALS = tuple(
 ALL_OFF = SpeedOptions(cut_prompts=False, share_prefixes=False, trim_last_block=False, batch_classes=False)
 
 
+@cache
+def rounds_with(model_path: str, speed: SpeedOptions, towers: tuple[str, ...], objective: Objective) -> State:
+    """The adapter after two rounds, with these of the cuts."""
+    local = LocalTraining(batch_size=5, learning_rate=0.1, optimizer=Sgd(), objective=objective)
+    model = adapt(
+        model_path,
+        Lora(towers=towers, targets=TARGETS),
+        class_names=ANIMALS,
+        templates=("a photo of a {}.", "{}"),
+        speed=speed,
+    )
+    return run(model, local, per_block=3).adapter
+
+
 @pytest.mark.parametrize("objective", [CrossEntropy(), Contrastive(), MultiPositive()])
 @pytest.mark.parametrize("towers", [("text",), ("vision",), ("text", "vision")], ids="-".join)
 @pytest.mark.parametrize("switch", ["all on", *(field.name for field in dataclasses.fields(SpeedOptions))])
 def test_every_cut_gives_the_same_adapter(tiny_model, switch, towers, objective) -> None:  # type: ignore[no-untyped-def]
-    local = LocalTraining(batch_size=5, learning_rate=0.1, optimizer=Sgd(), objective=objective)
-    results = []
-    for speed in (ALL_OFF, SpeedOptions() if switch == "all on" else SpeedOptions(**{switch: False})):
-        model = adapt(
-            tiny_model,
-            Lora(towers=towers, targets=TARGETS),
-            class_names=ANIMALS,
-            templates=("a photo of a {}.", "{}"),
-            speed=speed,
-        )
-        results.append(run(model, local, per_block=3).adapter)
-    moved = max((results[0][name] - tensor).abs().max().item() for name, tensor in start(model).adapter.items())
-    assert moved > 1e-3
-    assert_states_close(*results)
+    speed = SpeedOptions() if switch == "all on" else SpeedOptions(**{switch: False})
+    plain, found = (rounds_with(tiny_model, each, towers, objective) for each in (ALL_OFF, speed))
+    begin = start(adapt(tiny_model, Lora(towers=towers, targets=TARGETS))).adapter
+    assert max((plain[name] - tensor).abs().max().item() for name, tensor in begin.items()) > 1e-3
+    assert_states_close(plain, found)
 
 
 def test_the_same_seed_twice_is_the_same_bit_for_bit(tiny_model: str) -> None:

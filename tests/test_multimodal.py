@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,25 +13,19 @@ from helpers import (
     ALL_ON,
     LABELS,
     PIXELS,
-    SIZES,
     TEXTS,
     TOLERANCE,
     adapt,
-    assert_states_close,
-    federation,
+    assert_equal_to_a_plain_loop,
     load_plain,
     random_adapters,
     write_model,
 )
-from helpers import rounds as several_rounds
 from torch import Tensor
 
-from flora.client.local_training import LocalTraining
-from flora.client.optimizers import Sgd
 from flora.clip.adapters.multimodal import PFedMma
 from flora.clip.towers.speed import SpeedOptions
 from flora.clip.towers.towers import AdaptedClip
-from flora.communication.options import payload_bytes
 from flora.core import tree
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
@@ -67,39 +62,21 @@ def image_features(plain: Any, pixels: Tensor, state: StateLike, scale: float) -
 
 
 def test_rounds_equal_a_plain_loop(tiny_model: str) -> None:
-    """The middle is averaged; what is before and behind it stays, and never travels: however many share a step."""
+    """The middle is averaged; what is before and behind it stays, and never travels."""
     model, whole = adapt(tiny_model, METHOD), load_plain(tiny_model)
     plain: Any = whole.model.requires_grad_(False)
     tokens = whole.tokenize(TEXTS)
-    local = LocalTraining(learning_rate=0.01, batch_size=100, epochs=2, optimizer=Sgd(momentum=0.9))
-    runs = [several_rounds(federation(model, local, per_block=number), 2) for number in (1, 2, 5)]
-    clients, (first, *_) = federation(model, local).clients, runs[0][0]
-    kept: dict[int, State] = {}
-    server = first.adapter
-    for round in (1, 2):
-        ends = []
-        for client, data in enumerate(clients):
-            leaves = {n: t.clone().requires_grad_() for n, t in {**server, **kept.get(client, {})}.items()}
-            optimizer = torch.optim.SGD(leaves.values(), lr=0.01, momentum=0.9)
-            for _ in range(2):
-                optimizer.zero_grad()
-                texts = text_features(plain, tokens, leaves, METHOD.scale)
-                images = image_features(plain, PIXELS[data.train], leaves, METHOD.scale)
-                F.cross_entropy(plain.logit_scale.exp() * images @ texts.T, LABELS[data.train]).backward()
-                optimizer.step()
-            ends.append({name: leaf.detach() for name, leaf in leaves.items()})
-            kept[client] = {name: tensor for name, tensor in ends[-1].items() if not name.startswith("shared.")}
-        mean = tree.weighted_mean(ends, SIZES)
-        server = {name: mean[name] if name.startswith("shared.") else tensor for name, tensor in server.items()}
-        for states, _ in runs:
-            assert_states_close(states[round].adapter, server)
-            for client, expected in kept.items():
-                assert_states_close(states[round].clients[client].own, expected)
-    for name, tensor in {**server, **kept[0]}.items():
-        assert (tensor - first.adapter[name]).abs().max() > 1e-6, f"{name} has not been trained"
-    sent = {name: tensor for name, tensor in server.items() if name.startswith("shared.")}
-    for _, results in runs:
-        assert results[0].uplink_bytes == results[0].downlink_bytes == 5 * payload_bytes(sent)
+
+    def loss(state: State, examples: np.ndarray) -> Tensor:
+        texts = text_features(plain, tokens, state, METHOD.scale)
+        images = image_features(plain, PIXELS[examples], state, METHOD.scale)
+        return F.cross_entropy(plain.logit_scale.exp() * images @ texts.T, LABELS[examples])
+
+    first, last = assert_equal_to_a_plain_loop(
+        model, loss, learning_rate=0.01, stays=lambda name: not name.startswith("shared.")
+    )
+    for name, tensor in last.items():
+        assert (tensor - first[name]).abs().max() > 1e-6, f"{name} has not been trained"
 
 
 UNTRIMMED = SpeedOptions(cut_prompts=False, share_prefixes=False, trim_last_block=False, batch_classes=False)

@@ -42,7 +42,7 @@ def in_both(model: str, adapter: Adapter, **parts: Any) -> tuple[tree.State, tre
     for precision in ("fp32", "fp64"):
         templates = adapter.templates(("a photo of a {}.",))
         adapted = adapt(model, adapter, templates=templates, precision=precision)
-        whole: Federation = federation(adapted, parts.get("local", GENTLE))
+        whole: Federation = federation(adapted, parts.get("local", GENTLE), per_block=5)
         others = {name: part for name, part in parts.items() if name != "local"}
         states, _ = rounds(variant(whole, **others), 2)
         begin = states[0].adapter

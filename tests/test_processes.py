@@ -9,8 +9,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -229,8 +227,8 @@ def test_processes_that_come_to_different_adapters_say_so(config: str, tmp_path:
 
 def test_torchrun_starts_them(config: str, tmp_path: Path) -> None:
     done = torchrun(tmp_path, "flora.simulate", config)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to") == 1
+    assert done.status == 0, done.err
+    assert done.out.count("written to") == 1
     assert left_behind(tmp_path / "runs" / "run") == whole(tmp_path / "whole", config)
 
 
@@ -238,24 +236,23 @@ def test_a_sweeps_runs_are_dealt_out_among_processes(config: str, tmp_path: Path
     folder = tmp_path / "sweep"
     arguments = [config, "local.learning_rate=0.01,0.02,0.03,0.04", "rounds=1", "--output", str(folder)]
     done = torchrun(tmp_path, "flora.sweep", *arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     assert len(list(folder.glob("*/summary.json"))) == 4
-    assert done.stderr.count("2 runs train together: ") == 2  # in each process
-    assert done.stdout.count("written: ") == 1 and done.stderr.count(" s of training") == 4
+    assert done.err.count("2 runs train together: ") == 2  # in each process
+    assert done.out.count("written: ") == 1 and done.err.count(" s of training") == 4
     assert len(list(csv.DictReader((folder / "table.csv").open()))) == 4
     processes = {json.loads(path.read_text())["runs_in_one_step"] for path in folder.glob("*/environment.json")}
     assert processes == {2}
     assert not (folder / "lock").exists()
 
 
-def torchrun(folder: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(folder: Path, program: str, *arguments: str) -> Ended:
     """Have torchrun start two processes of a program, which know the tests' data set."""
     own = folder / "own_patterns.py"
     own.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport helpers\n")
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    environment = {**os.environ, "HOME": str(folder)}
-    command = [*start, program, *arguments, "--import", str(own)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    command = ["--standalone", "--nproc-per-node=2", "-m", program, *arguments, "--import", str(own)]
+    (end,) = several.ended(several.start(1, command, folder, program="torch.distributed.run"), folder)
+    return end
 
 
 def test_a_program_that_is_one_process_says_so(

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
     CLASSES,
     LABELS,
-    SIZES,
+    PIXELS,
     TOLERANCE,
     adapt,
-    assert_states_close,
-    federation,
+    assert_equal_to_a_plain_loop,
     load_plain,
     plain_texts,
     random_adapters,
     random_pixels,
 )
-from helpers import rounds as several_rounds
 from torch import Tensor
 
-from flora.client.local_training import LocalTraining
-from flora.client.optimizers import Sgd
 from flora.clip.adapters.prompt_distribution import MeanPrompts, ProDa, UpperBound
 from flora.clip.frozen import FrozenClip
 from flora.clip.loss_terms import StepView
-from flora.communication.options import payload_bytes
-from flora.core import tree
+from flora.core.tree import State
 
 METHOD = ProDa(words=None, num_tokens=3, orthogonality=0.3)
 
@@ -70,28 +66,13 @@ def plain_loss(plain: FrozenClip, context: Tensor, images: Tensor, labels: Tenso
 def test_rounds_equal_a_plain_loop(tiny_model: str) -> None:
     model, plain = adapt(tiny_model, METHOD, templates=METHOD.templates(())), load_plain(tiny_model)
     plain.model.requires_grad_(False)
-    local = LocalTraining(learning_rate=1e-3, batch_size=100, epochs=2, optimizer=Sgd(momentum=0.9))
-    parts = federation(model, local)
-    runs = [several_rounds(federation(model, local, per_block=number), 2) for number in (1, 2, 5)]
-    server = runs[0][0][0].adapter
-    for round in (1, 2):
-        ends = []
-        for data in parts.clients:
-            context = server["context"].clone().requires_grad_()
-            optimizer = torch.optim.SGD([context], lr=1e-3, momentum=0.9)
-            stem = parts.engine.features.take(torch.from_numpy(data.train), torch.device("cpu"))
-            images = model.image_features(stem, 1)[0].detach()
-            for _ in range(2):
-                optimizer.zero_grad()
-                plain_loss(plain, context, images, LABELS[data.train]).backward()
-                optimizer.step()
-            ends.append({"context": context.detach()})
-        server = tree.weighted_mean(ends, SIZES)
-        for states, _ in runs:
-            assert_states_close(states[round].adapter, server)
-    assert server["context"].shape == (4, 3, 32)
-    results = runs[0][1]
-    assert results[0].uplink_bytes == results[0].downlink_bytes == len(SIZES) * payload_bytes(server)
+    images = model.image_features(model.vision.stem(PIXELS), 1)[0].detach()
+
+    def loss(state: State, examples: np.ndarray) -> Tensor:
+        return plain_loss(plain, state["context"], images[examples], LABELS[examples])
+
+    _, last = assert_equal_to_a_plain_loop(model, loss)
+    assert {name: tensor.shape for name, tensor in last.items()} == {"context": (4, 3, 32)}
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,12 @@ def folder(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seed, adapter in (("one & two", 0, "lora"), ("second", 1, "lora"), ("third", 0, "linear_head")):
         simulate(parse_config({**raw, "name": name, "seed": seed, "adapter": adapter}))
     return output
+
+
+@pytest.fixture(scope="module")
+def shown(folder: Path) -> Callable[..., str]:
+    """The page of runs by their names, drawn once: drawing takes most of the time."""
+    return cache(lambda *names: page([read_files(folder / name) for name in names]))
 
 
 @pytest.fixture
@@ -110,9 +118,8 @@ class Balance(HTMLParser):
         assert self.open.pop() == tag, self.getpos()
 
 
-def test_the_page_of_a_run_says_what_it_was_and_what_came_out(folder: Path) -> None:
-    run = read_files(folder / "one & two")
-    content = page([run])
+def test_the_page_of_a_run_says_what_it_was_and_what_came_out(folder: Path, shown: Callable[..., str]) -> None:
+    run, content = read_files(folder / "one & two"), shown("one & two")
     assert "On other data" not in content
     text, summary = text_of(content), json.loads((run.path / "summary.json").read_text())
     assert text.count("one & two") > 2
@@ -154,9 +161,9 @@ def gini_of(path: Path) -> float:
 
 @pytest.mark.parametrize("names", [["one & two"], ["one & two", "second", "third"]], ids=["one", "several"])
 def test_a_page_is_one_whole_file_that_fetches_nothing_and_escapes_what_users_write(
-    folder: Path, names: list[str]
+    folder: Path, shown: Callable[..., str], names: list[str]
 ) -> None:
-    content = page([read_files(folder / name) for name in names])
+    content = shown(*names)
     assert html.escape(EVIL[:14]) in content and EVIL[:14] not in content
     assert len(re.findall("<script", content)) == 1
     parser = Balance()
@@ -170,11 +177,14 @@ def test_a_page_is_one_whole_file_that_fetches_nothing_and_escapes_what_users_wr
     assert content == page([read_files(folder / name) for name in names])
 
 
-def test_several_runs_are_overlaid_and_those_of_one_experiment_are_one_line(folder: Path) -> None:
-    runs = [read_files(folder / name) for name in ("one & two", "second", "third")]
+def test_several_runs_are_overlaid_and_those_of_one_experiment_are_one_line(
+    folder: Path, shown: Callable[..., str]
+) -> None:
+    names = ("one & two", "second", "third")
+    runs = [read_files(folder / name) for name in names]
     groups = groups_of(runs)
     assert [(group.name, len(group.runs)) for group in groups] == [("lora", 2), ("linear_head", 1)]
-    content = page(runs)
+    content = shown(*names)
     text = text_of(content)
     first, second = (run.figure("last_accuracy") for run in runs[:2])
     assert percent((first + second) / 2) in text

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -209,26 +208,10 @@ def test_a_signal_stops_a_run_that_then_goes_on(
 
 
 def test_two_signals_leave_at_once(raw: dict[str, Any], tmp_path: Path) -> None:
-    program = f"""
-import sys, time, os, signal
-sys.path[:0] = {sys.path!r}
-import helpers
-from flora.core.hooks import Hooks
-from flora.core.interrupts import Interrupts
-from flora.simulate import simulate
-from flora.config.parse import parse_config
-with Interrupts() as interrupts:
-    def before_block(round, clients):
-        interrupts.check()
-        if round == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(60)
-    simulate(parse_config({raw!r}), hooks=Hooks(before_block=before_block))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
-    assert done.returncode == 143
-    assert "Traceback" not in done.stderr
+    process = killable.terminate_twice(raw, tmp_path / "errors")
+    process.join(50)
+    assert process.exitcode == 143
+    assert "Traceback" not in (tmp_path / "errors").read_text()
     result = resume(directory_of(raw))
     assert result.summary.rounds == 4
     assert "going on after round 2" in (directory_of(raw) / "log.txt").read_text()
@@ -505,25 +488,17 @@ def test_other_data_are_noticed(raw: dict[str, Any]) -> None:
 
 def test_two_processes_in_one_directory(raw: dict[str, Any], tmp_path: Path) -> None:
     expected, directory = uninterrupted(raw, tmp_path), stopped(raw)
-    program = f"""
-import sys, time
-sys.path[:0] = {sys.path!r}
-from pathlib import Path
-from flora.runs.run_directory import RunDirectory
-held = RunDirectory(Path({str(directory)!r}))
-print("held", flush=True)
-time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=rf"in use by another process \({other.pid}\); wait for it, or stop it"):
-            resume(directory)
-        other.kill()
-    assert (directory / "lock").read_text() == f"{other.pid}\n"  # stale: its process is gone
+    other, lock, deadline = killable.hold(directory), directory / "lock", time.time() + 50
+    while not (lock.exists() and lock.read_text() == f"{other.pid}\n") and time.time() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(UserError, match=rf"in use by another process \({other.pid}\); wait for it, or stop it"):
+        resume(directory)
+    other.kill()
+    other.join()
+    assert lock.read_text() == f"{other.pid}\n"  # stale: its process is gone
     resume(directory)
     assert_same(directory, expected)
-    assert not (directory / "lock").exists()
+    assert not lock.exists()
 
 
 def test_a_disk_that_fills_up_in_round_three(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import several
 import yaml
 from helpers import comparable
 
@@ -157,17 +158,20 @@ def test_the_end_of_the_sweep_is_the_end_of_its_runs(config_file: str, tmp_path:
 
 
 def test_a_signal_stops_a_sweep(config_file: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import helpers, sys; from flora.sweep.__main__ import main; sys.exit(main())"]
     folder = tmp_path / "sweep"
     arguments = [config_file, "seed=0,1", "--jobs", "2", "--output", str(folder), "--set", "rounds=100000"]
-    process = subprocess.Popen([*command, *arguments], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while len(list(folder.glob("*/checkpoints"))) < 2 and time.time() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    assert process.stderr is not None
-    assert process.stderr.read().splitlines()[-1] == "stopped by SIGINT; the same command goes on"
+    (process,) = several.start(1, arguments, tmp_path, program="flora.sweep.__main__")
+    try:
+        deadline = time.time() + 120
+        while len(list(folder.glob("*/checkpoints"))) < 2 and time.time() < deadline:
+            time.sleep(0.1)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        (end,) = several.ended([process], tmp_path)
+    finally:
+        process.kill()  # which ends its runs, too
+    assert end.status == 130
+    assert end.err.splitlines()[-1] == "stopped by SIGINT; the same command goes on"
 
 
 def test_what_all_runs_lack_is_looked_for_once(
