@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flora.clip.adapters.base import Adapter, AttachedAdapter
+from flora.clip.adapters.base import Adapter, AttachedAdapter, check_depth
 from flora.clip.adapters.beside import uniform
 from flora.clip.adapters.prompts import AttachedContext, PromptContext, put_vectors
 from flora.clip.adapters.visual_prompts import check_reads_class_token, put_tokens
@@ -53,14 +53,11 @@ class DeepPrompts(Adapter):
     def check_fits(self, architecture: Architecture) -> None:
         check_reads_class_token(self, architecture)
         self.context.check_fits(architecture)
-        limit = _shallower(architecture)
-        if self.depth is not None and self.depth > limit:
-            blocks = f"at most {limit}, the blocks of the shallower tower of {architecture.name}"
-            raise OptionError("depth", f"expected {blocks}, got {self.depth}")
+        check_depth(self.depth, architecture)
 
     def depth_in(self, architecture: Architecture) -> int:
         """How many blocks of each tower have learned vectors."""
-        return self.depth or -(-3 * _shallower(architecture) // 4)
+        return self.depth or -(-3 * architecture.common_layers // 4)
 
     @property
     def adds_image_tokens(self) -> bool:
@@ -72,10 +69,6 @@ class DeepPrompts(Adapter):
     def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
         rest = () if self.words is None else self.words.split()[self.num_tokens :]
         return (" ".join(["[learned context]", *rest, "{}."]),)
-
-
-def _shallower(architecture: Architecture) -> int:
-    return min(architecture.text.num_layers, architecture.vision.num_layers)
 
 
 class AttachedDeepPrompts(AttachedContext):
