@@ -16,8 +16,9 @@ from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.report.curves import _figure
 from flora.report.dots import Dot, draw_dots
+from flora.report.groups import groups_of
 from flora.report.reading import read_files, runs_below
-from flora.report.several_runs import _means, groups_of
+from flora.report.several_runs import _means
 from flora.simulate import simulate
 from flora.sweep import __main__ as sweep
 from flora.sweep.choosing import Choice, Choices, choose, read_choices, to_json

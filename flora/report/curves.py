@@ -33,6 +33,11 @@ ZERO_SHOT: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth
 SAME_ZERO_SHOT = 0.01
 # Lines of a panel, and panels of a picture; more of them go into further panels and pictures.
 MAX_LINES, MAX_PANELS = 14, 12
+# How many numbers a setting has at least that is drawn over, and at most where each of them has a tick.
+MIN_NUMBERS, MAX_TICKS = 3, 10
+# Numbers of which the greatest is so many times the least are drawn over logarithms, and so are lines of which one goes
+# so many times further than another.
+FAR = 8
 STYLE = {
     "font.size": 9.0, "axes.titlesize": 9.5, "axes.labelsize": 9.5, "legend.fontsize": 9.0,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.linewidth": 0.7,
@@ -282,6 +287,18 @@ def scale_axis(axes: Axes, *, over_bytes: bool) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda megabytes, _: f"{megabytes:,.9g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def scale_numbers(axes: Axes, numbers: Sequence[float]) -> None:
+    """Set a tick at each of a setting's numbers, of few; on a logarithmic axis where they lie far apart."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    if numbers[-1] >= FAR * numbers[0] > 0:
+        axes.set_xscale("log")
+    if len(numbers) <= MAX_TICKS:
+        axes.set_xticks(numbers)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 TEST_ACCURACY = "accuracy on the common test set, %"

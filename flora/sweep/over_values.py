@@ -7,20 +7,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
-from flora.report.curves import SAME_ZERO_SHOT, Axis, Panels, Points
+from flora.report.curves import MIN_NUMBERS, SAME_ZERO_SHOT, Axis, Panels, Points, scale_numbers
 from flora.sweep.outcomes import frozen
 from flora.sweep.results import title_of
 from flora.sweep.table import Row, keys_of_panels, panel_and_method
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# How many numbers a setting has at least that is drawn over, and at most where each of them has a tick.
-MIN_NUMBERS, MAX_TICKS = 3, 10
-# The greatest number over the least one from which the axis is logarithmic.
-FAR = 8
 
 
 def pictures_over_values(rows: Sequence[Row], figures: Sequence[str]) -> dict[str, tuple[Panels, Axis]]:
@@ -29,7 +20,7 @@ def pictures_over_values(rows: Sequence[Row], figures: Sequence[str]) -> dict[st
     for key in dict.fromkeys(key for row in rows for key in row.labels):
         numbers = sorted({number for row in rows if (number := _number(row, key)) is not None})
         if len(numbers) >= MIN_NUMBERS:
-            axis = Axis(key, "accuracy, %", partial(_scale, numbers=numbers))
+            axis = Axis(key, "accuracy, %", partial(scale_numbers, numbers=numbers))
             pictures[f"results_over_{key}"] = _panels(rows, key, figures), axis
     return pictures
 
@@ -76,15 +67,3 @@ def _points(points: Sequence[tuple[float, Row]], figure: str) -> Points:
         deviation=tuple(each or 0.0 for each in deviations) if any(each is not None for each in deviations) else None,
         zero_shot=statistics.fmean(levels) if is_level else None,
     )
-
-
-def _scale(axes: Axes, *, numbers: Sequence[float]) -> None:
-    """Put a tick at each number, of few; on a logarithmic axis where they lie far apart."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
-    if numbers[-1] >= FAR * numbers[0] > 0:
-        axes.set_xscale("log")
-    if len(numbers) <= MAX_TICKS:
-        axes.set_xticks(numbers)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
