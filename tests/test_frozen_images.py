@@ -104,7 +104,9 @@ def test_they_are_those_of_the_examples_in_any_order_and_company(tiny_model: str
     frozen = FrozenImages(model, features)
     several = frozen.of_block(block((8, 3, 5, 1), (3, 2, 9, 8), (4, 7, 0, 6)))
     assert several is not None
-    torch.testing.assert_close(several.of_step(0, 2, None), expected[[[8, 3, 5], [3, 2, 9]]], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        several.of_step(0, 2, None), expected[torch.tensor([[8, 3, 5], [3, 2, 9]])], atol=TOLERANCE, rtol=0
+    )
     alone = FrozenImages(model, features).of_block(block((4, 7, 0, 6)))
     assert alone is not None
     assert torch.equal(alone.of_step(0, 1, 2)[0], several.of_step(0, 3, 2)[2])
@@ -119,5 +121,5 @@ def test_they_are_known_of_several_runs_examples(tiny_model: str) -> None:
     assert found is not None
     expected = model.frozen_image_features(stem)
     torch.testing.assert_close(
-        found.of_step(0, 2, None), expected[[[2, 0], [number - 3, number - 5]]], atol=TOLERANCE, rtol=0
+        found.of_step(0, 2, None), expected[torch.tensor([[2, 0], [number - 3, number - 5]])], atol=TOLERANCE, rtol=0
     )

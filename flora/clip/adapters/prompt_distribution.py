@@ -44,7 +44,7 @@ class ProDa(WithContext):
     orthogonality: float = option("weight of the cosines between prompts without a name, lambda", 0.1, at_least=0)
 
     @property
-    def contexts(self) -> tuple[PromptContext, ...]:
+    def prompt_contexts(self) -> tuple[PromptContext, ...]:
         """Where each prompt's vectors stand."""
         quarter = self.num_prompts // 4
         positions = ["front"] * (self.num_prompts - 2 * quarter) + ["middle"] * quarter + ["end"] * quarter
@@ -52,7 +52,7 @@ class ProDa(WithContext):
 
     @property
     def context(self) -> PromptContext:
-        return self.contexts[0]
+        return self.prompt_contexts[0]
 
     def check_fits(self, architecture: Architecture) -> None:
         super().check_fits(architecture)
@@ -71,12 +71,12 @@ class ProDa(WithContext):
 
     def templates(self, given: Sequence[str]) -> tuple[str, ...]:
         """P with the class's name, and the same contexts without it: those are the same for all classes."""
-        named = [each.templates(given)[0] for each in self.contexts]
+        named = [each.templates(given)[0] for each in self.prompt_contexts]
         without = " ".join(self.context.halves).strip() + "."
         return (*named, *[without] * self.num_prompts)
 
     def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
-        named = [each.shown_templates(given)[0] for each in self.contexts]
+        named = [each.shown_templates(given)[0] for each in self.prompt_contexts]
         return (*named, *["[learned context]."] * self.num_prompts)
 
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
@@ -147,7 +147,7 @@ class AttachedProDa(AttachedContext):
     def __init__(self, options: ProDa, clip: FrozenClip) -> None:
         number = options.num_prompts
         super().__init__(options.context, clip)
-        self._nums_before = [len(words_of(clip, each.halves[0])) for each in options.contexts]
+        self._nums_before = [len(words_of(clip, each.halves[0])) for each in options.prompt_contexts]
         self.comparison = options.comparison
         # For the frozen model, which is compared with unit means.
         self.place_shares = (1 / number,) * number + (0.0,) * number
