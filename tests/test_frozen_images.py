@@ -64,7 +64,7 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         (PromptSrc(num_tokens=2, depth=1), {}),
         (BOTH_TOWERS, {"penalty": Distillation(weight=0.5)}),
         (BOTH_TOWERS, {"penalty": ProGrad()}),
-        (PromptSrc(num_tokens=2, depth=1), {"privacy": ExamplePrivacy(clip_norm=0.5, noise_multiplier=0.5), "steps": 2}),
+        (PromptSrc(num_tokens=2, depth=1), {"privacy": ExamplePrivacy(clip_norm=0.5), "steps": 2}),
     ],
     ids=["prompt_src", "distillation", "prograd", "private"],
 )  # fmt: skip

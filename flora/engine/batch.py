@@ -21,8 +21,9 @@ class Batch:
     """What K clients see in one step, on the device: tensors by name, each client-major.
 
     `stem` `(K * B, ...)` are stem outputs, `labels` and `example_mask` are `(K, B)`; `OTHER_STEM` + NAME `(K * U, ...)`
-    are stem outputs of other images, `FROZEN_IMAGES` `(K, B, embed_dim)` the frozen model's unit features. With `classes` `(K, C)`, on the CPU, only those are encoded, and labels are places
-    among them; with `drawn` `(K, C)`, on the CPU, only the prompt in that place of each class.
+    are stem outputs of other images, `FROZEN_IMAGES` `(K, B, embed_dim)` the frozen model's unit features. With
+    `classes` `(K, C)`, on the CPU, only those are encoded, and labels are places among them; with `drawn` `(K, C)`, on
+    the CPU, only the prompt in that place of each class.
     """
 
     tensors: Mapping[str, Tensor]

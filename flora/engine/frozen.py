@@ -17,7 +17,7 @@ from flora.features.reading import stem_batch_size
 
 @dataclass(frozen=True, eq=False)
 class BlockImages:
-    """The frozen model's unit features `(N, embed_dim)` of a block's examples, and whose each step sees, `(S, K, B)`."""
+    """The frozen model's unit features `(N, embed_dim)` of a block's examples, and which steps see, `(S, K, B)`."""
 
     features: Tensor
     rows: Tensor

@@ -36,8 +36,9 @@ def over_settings(groups: Sequence[Group]) -> Html:
 def _number(group: Group, key: str) -> float | None:
     """The number that a setting is in a group's runs; None where it is none."""
     value = group.settings.get(key)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def _lines(groups: Sequence[Group], key: str, figure: str) -> list[Line]:
