@@ -303,12 +303,7 @@ def step_views(
     for bound in model.adapter.models_of_step(stack):
         with model.adapter.bind(bound, generators):
             images = _images(model, batch, number)
-            if texts is not None:
-                classes = texts
-            elif batch.drawn is not None:
-                classes = model.drawn_class_features(batch.drawn)
-            else:
-                classes = model.class_features(number, batch.classes)
+            classes = _class_features(model, batch, number) if texts is None else texts
             classes = model.classes_of(images[""], classes, batch.classes)
             features.append((images.pop(""), classes))
             more.append(images)
@@ -328,6 +323,13 @@ def step_views(
         )
         for place, (images, classes) in enumerate(features)
     ]
+
+
+def _class_features(model: AdaptedClip, batch: Batch, number: int) -> Tensor:
+    """The features of the classes, or of the prompts, that a batch says, `(K, C, embed_dim)`."""
+    if batch.drawn is not None:
+        return model.drawn_class_features(batch.drawn)
+    return model.class_features(number, batch.classes)
 
 
 def _images(model: AdaptedClip, batch: Batch, number: int, known: Tensor | None = None) -> dict[str, Tensor]:
