@@ -33,7 +33,7 @@ def delta_of(client: int, scale: float = 1.0) -> State:
 
 def built(raw: dict[str, Any], **changes: Any) -> Experiment:
     config = parse_config({**raw, **changes})
-    return build_experiment(config, progress=lambda title, total: lambda number: None, log=lambda line: None)
+    return build_experiment(config)
 
 
 def test_coins_are_fair_and_name_distinct_canaries() -> None:

@@ -209,7 +209,7 @@ def two_rounds(raw: Mapping[str, Any]) -> str | None:
     try:
         config = parse_config(raw)
         check_experiment(config)
-        experiment = build_experiment(config, progress=lambda title, total: lambda done: None, log=lambda line: None)
+        experiment = build_experiment(config)
     except UserError as error:
         return str(error)
     state = experiment.initial_state()

@@ -13,11 +13,15 @@ from PIL import Image
 
 from flora.core.errors import UserError
 from flora.report.curves import (
+    BYTES,
     DASHES,
     MARKERS,
     MAX_LINES,
     MAX_PANELS,
+    ROUNDS,
+    Average,
     Curve,
+    Points,
     _columns,
     _figure,
     _of_readable_size,
@@ -94,12 +98,12 @@ def test_runs_of_one_panel_and_line_are_seeds() -> None:
 
 def test_one_zero_shot_line_where_all_agree() -> None:
     def levels(*zero_shots: float) -> list[float]:
-        return zero_shot_levels([average([curve([each, 0.9])]) for each in zero_shots])
+        return zero_shot_levels([average([curve([each, 0.9])]).zero_shot for each in zero_shots])
 
     assert levels(0.2, 0.2) == [0.2]
     assert levels(0.2, 0.204) == pytest.approx([0.202])
     assert levels(0.5, 0.2) == [0.2, 0.5]
-    assert zero_shot_levels([average([curve([0.5], rounds=[3])])]) == []
+    assert zero_shot_levels([average([curve([0.5], rounds=[3])]).zero_shot]) == []
 
 
 def test_every_line_looks_different_without_colour() -> None:
@@ -132,11 +136,17 @@ def test_pictures(num_panels: int, num_lines: int, num_seeds: int, tmp_path: Pat
             assert "Software" not in image.info and "Creation Time" not in image.info
 
 
+def drawn(curves: list[Curve], names: list[str], *, over_bytes: bool) -> Any:
+    """The figure of curves over rounds or over bytes."""
+    of, axis = (Average.over_bytes, BYTES) if over_bytes else (Average.over_rounds, ROUNDS)
+    panels = {panel: {name: of(line) for name, line in lines.items()} for panel, lines in averages(curves).items()}
+    return _figure(panels, names, axis)
+
+
 def test_what_is_in_a_picture() -> None:
-    panels = averages(sweep(2, 3, 2))
     names = ["line 0", "line 1", "line 2"]
     for over_bytes in (False, True):
-        figure = _figure(panels, names, over_bytes=over_bytes)
+        figure = drawn(sweep(2, 3, 2), names, over_bytes=over_bytes)
         top, bottom = figure.subfigs
         assert [axes.get_title() for axes in top.axes] == ["panel 0", "panel 1"]
         for axes in top.axes:
@@ -148,7 +158,7 @@ def test_what_is_in_a_picture() -> None:
             assert axes.get_xscale() == ("log" if over_bytes else "linear")
         texts = [text.get_text() for text in bottom.legends[0].get_texts()]
         assert texts == [*names, "zero-shot", "± 1 standard deviation"]
-    alone = _figure(averages(sweep(1, 1, 1)), ["line 0"], over_bytes=False)
+    alone = drawn(sweep(1, 1, 1), ["line 0"], over_bytes=False)
     assert [text.get_text() for text in alone.subfigs[1].legends[0].get_texts()] == ["line 0", "zero-shot"]
 
 
@@ -164,18 +174,18 @@ def test_the_legend_has_what_is_drawn_and_nothing_else() -> None:
         curve([0.2], line="never at once", rounds=[1]),
         curve([0.2], line="never at once", rounds=[2]),
     ]
-    panels, names = averages(curves), ["sends", "centralised"]
-    assert legend(_figure(panels, names, over_bytes=False)) == ["sends", "centralised", "zero-shot"]
-    assert legend(_figure(panels, names, over_bytes=True)) == ["sends", "zero-shot"]
+    names = ["sends", "centralised"]
+    assert legend(drawn(curves, names, over_bytes=False)) == ["sends", "centralised", "zero-shot"]
+    assert legend(drawn(curves, names, over_bytes=True)) == ["sends", "zero-shot"]
     assert undrawn(curves) == ["p: never at once"]
     assert undrawn(curves[:2]) == []
 
 
 @pytest.mark.parametrize(("num_panels", "num_lines", "num_pictures"), [(1, 144, 1), (13, 2, 2), (30, 1, 3)])
-def test_what_is_too_much_for_a_picture_goes_into_more(
-    num_panels: int, num_lines: int, num_pictures: int, tmp_path: Path
-) -> None:
-    pictures = _of_readable_size(averages(sweep(num_panels, num_lines, 1, num_rounds=2)))
+def test_what_is_too_much_for_a_picture_goes_into_more(num_panels: int, num_lines: int, num_pictures: int) -> None:
+    line = Points((1.0,), (0.5,))
+    every = {f"panel {panel}": {f"line {each}": line for each in range(num_lines)} for panel in range(num_panels)}
+    pictures = _of_readable_size(every)
     assert len(pictures) == num_pictures
     assert all(len(panels) <= MAX_PANELS for panels in pictures)
     assert all(len(lines) <= MAX_LINES for panels in pictures for lines in panels.values())

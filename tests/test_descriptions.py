@@ -401,7 +401,7 @@ def things(tmp_path: Path) -> Path:
 
 
 def built(raw: dict[str, Any]) -> Experiment:
-    return build_experiment(parse_config(raw), progress=lambda title, total: lambda done: None, log=lambda line: None)
+    return build_experiment(parse_config(raw))
 
 
 def test_what_is_written_down_has_the_sentences(raw_config: dict[str, Any], things: Path) -> None:

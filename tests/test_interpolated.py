@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from helpers import (
 )
 
 from flora.client.personalization import Apfl
-from flora.clip.adapters.base import Adapter
+from flora.clip.adapters.base import Adapter, AttachedAdapter
 from flora.clip.adapters.beside import Norm
 from flora.clip.adapters.deep_prompts import Maple
 from flora.clip.adapters.generated import CoCoOp, FedTpg
@@ -31,6 +33,7 @@ from flora.clip.adapters.interpolated import OWN, SHARE, Interpolated
 from flora.clip.adapters.lora import Lora
 from flora.clip.adapters.prompts import PromptContext
 from flora.clip.adapters.transport import Plot
+from flora.clip.adapters.wrapper import AdapterWrapper
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
@@ -157,6 +160,22 @@ def test_the_server_and_what_travels_are_as_without(tiny_model: str, adapter: Ad
             assert result.aggregation_error == pytest.approx(other.aggregation_error, abs=TOLERANCE)
     initial = ours.initial_state(ours.engine.model.initial_adapter(Rng(1))).adapter
     assert all(torch.equal(state.adapter[name], initial[name]) for name in initial if ours.roles.stays(name))
+
+
+def test_a_wrapper_hands_on_all_that_adapters_have() -> None:
+    """Every name of their base class, one that is added to it as well."""
+    inner = Mock()
+    wrapper = AdapterWrapper(inner)
+    for name in vars(AttachedAdapter).keys() | AttachedAdapter.__annotations__.keys():
+        if name.startswith("_"):
+            continue
+        method, given = inspect.getattr_static(AttachedAdapter, name, None), getattr(inner, name)
+        if not inspect.isfunction(method):
+            assert getattr(wrapper, name) is given, name
+            continue
+        arguments = [object() for _ in list(inspect.signature(method).parameters)[1:]]
+        assert getattr(wrapper, name)(*arguments) is given.return_value, name
+        given.assert_called_once_with(*arguments)
 
 
 def halve(stack: tree.StateLike, learning_rate: float | torch.Tensor) -> None:

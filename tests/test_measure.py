@@ -94,7 +94,7 @@ def test_both_adapters_on_both_sets(raw_config: dict[str, Any]) -> None:
     raw = {**raw_config, "data": {"name": "patterns", "num_train": 240, "num_classes": 8}, "rounds": 3}
     raw |= {"clients": {"number": 5, "per_block": 2, "holdout_fraction": 0.4}, "evaluation": {"num_local_only": 3}}
     result = simulate(parse_config(raw))
-    experiment = build_experiment(parse_config(raw), progress=lambda *_: lambda _: None, log=lambda _: None)
+    experiment = build_experiment(parse_config(raw))
     federation = experiment.federation
     adapters = train_local_only(federation, experiment.initial_adapter, np.array([0, 2, 4]), advance=lambda _: None)
     rows, held_out = client_rows(result), []
@@ -120,7 +120,7 @@ def test_both_adapters_on_both_sets(raw_config: dict[str, Any]) -> None:
 
 
 def built(raw: dict[str, Any]) -> Experiment:
-    return build_experiment(parse_config(raw), progress=lambda *_: lambda _: None, log=lambda _: None)
+    return build_experiment(parse_config(raw))
 
 
 def test_all_images_in_one_place_come_to_what_a_centralised_run_does(raw_config: dict[str, Any]) -> None:

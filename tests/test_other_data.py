@@ -39,8 +39,6 @@ def test_experiments_of_one_process_share_other_data(raw_config: dict[str, Any])
     one, other = (
         build_experiment(
             parse_config(raw_config | {"evaluation": {"also": ["digits"]}, "local": {"learning_rate": rate}}),
-            progress=lambda title, total: lambda done: None,
-            log=lambda line: None,
             shared=shared,
         )
         for rate in (0.01, 0.02)

@@ -166,13 +166,9 @@ RUN: dict[str, Any] = {"rounds": 2, "partition": {"name": "pathological", "class
 def test_images_without_a_label_are_held_too(raw_config: dict[str, Any]) -> None:
     """With one class at each client, whatever its labels."""
     config = {**raw_config, **RUN, "clients": {"number": 3, "labelled_fraction": 0.1}}
-    experiment = build_experiment(
-        parse_config(config), progress=lambda title, total: lambda done: None, log=lambda line: None
-    )
+    experiment = build_experiment(parse_config(config))
     assert experiment.held_classes.sum(axis=1).tolist() == [1, 1, 1]
-    mixed = build_experiment(
-        parse_config({**config, "partition": "iid"}), progress=lambda title, total: lambda done: None, log=print
-    )
+    mixed = build_experiment(parse_config({**config, "partition": "iid"}))
     labels = mixed.federation.engine.features.labels.numpy()
     for row, client in zip(mixed.held_classes, mixed.federation.clients, strict=True):
         assert set(np.flatnonzero(row)) == set(labels[[*client.train, *client.unlabelled]])

@@ -17,9 +17,10 @@ from flora.core.errors import UserError
 from flora.core.hooks import Hooks
 from flora.evaluation.metrics import METRICS
 from flora.report.charts import SPENT, axes_of, participation, partition_map
+from flora.report.groups import groups_of
 from flora.report.page import page
 from flora.report.reading import Absent, read_files
-from flora.report.several_runs import _axes, groups_of
+from flora.report.several_runs import _axes
 from flora.simulate import main, resume, simulate
 from flora.sweep.folding import why_alone
 from flora.sweep.runs import bring_to_their_end

@@ -26,12 +26,14 @@ from flora.report import several_runs
 from flora.report.__main__ import main
 from flora.report.charts import gini, other_metrics
 from flora.report.elements import Cell, Html, bars, element, joined, table
+from flora.report.groups import groups_of, naming
 from flora.report.live import LivePage
 from flora.report.one_run import evaluations, settings
+from flora.report.over_settings import _lines, over_settings
 from flora.report.page import page
 from flora.report.pictures import Line, heat_map, lines_picture
 from flora.report.reading import RunFiles, read_files
-from flora.report.several_runs import averaged, groups_of, naming
+from flora.report.several_runs import averaged
 from flora.runs.sinks import Sink
 from flora.simulate import main as simulate_main
 from flora.simulate import simulate
@@ -207,6 +209,29 @@ def test_a_line_is_the_mean_of_its_seeds_with_a_band() -> None:
     alone = averaged("x", [{0: (0.0, 0.5)}], 0)
     assert alone is not None and alone.low is None
     assert averaged("x", [{0: (0.0, 0.5)}, {1: (0.0, 0.5)}], 0) is None
+
+
+def test_results_over_a_setting_are_means_of_seeds_with_a_band() -> None:
+    def run(method: str, rank: Any, seed: int, last: float | None) -> RunFiles:
+        settings = {"adapter": {"name": method, "rank": rank}, "seed": seed}
+        return RunFiles(Path(f"runs/{method} {rank} {seed}"), settings, None, (), {"last_accuracy": last})
+
+    runs = [run(method, rank, seed, (0.5 if method == "lora" else 0.3) + rank / 100 + seed / 10)
+            for method in ("lora", "dual_lora") for rank in (16, 1, 4) for seed in (0, 1)]  # fmt: skip
+    runs += [run("lora", None, 0, 0.9), run("norm", 4, 0, 0.2), run("norm", 1, 0, None)]
+    groups = groups_of(runs)
+    lora, dual, norm = _lines(
+        [group for group in groups if group.settings["adapter.rank"]], "adapter.rank", "last_accuracy"
+    )
+    assert (lora.name, lora.xs, dual.name, dual.style, norm.name) == ("lora", [1, 4, 16], "dual_lora", 1, "norm")
+    assert lora.ys == pytest.approx([0.56, 0.59, 0.71])
+    assert lora.low is not None and lora.low[0] == pytest.approx(0.56 - 0.1 / 2**0.5)
+    assert (norm.xs, norm.ys, norm.low) == ([4], [0.2], None)
+    content = over_settings(groups)
+    assert content.count("<figure>") == 1 and "<h3>Accuracy over adapter.rank</h3><svg " in content
+    assert re.findall(r">(1|4|16)</text>", content) == ["1", "4", "16"]
+    few = [each for each in groups if each.settings["adapter.rank"] in (1, 4)]
+    assert over_settings(few) == over_settings([]) == ""
 
 
 def test_runs_are_named_by_what_tells_them_apart() -> None:

@@ -31,7 +31,7 @@ UNSEEN = {"clients": {"number": 5, "held_out_fraction": 0.4, "holdout_fraction":
 
 
 def built(raw: dict[str, Any]) -> Experiment:
-    return build_experiment(parse_config(raw), progress=lambda title, total: lambda done: None, log=lambda line: None)
+    return build_experiment(parse_config(raw))
 
 
 def rows(result: RunResult) -> list[dict[str, str]]:

@@ -313,7 +313,7 @@ def test_each_step_sees_views_of_its_own(tiny_model: str) -> None:
     parts, state = federation(model, SelfTraining(threshold=0.0), batch_size=50, epochs=2), start(model)
     setup = parts.setup(1, state.adapter)
     block = parts.engine._laid_out([parts.task(2, state.adapter, setup, Rng(0))])
-    batches = _Batches(model, parts.engine.features, block, in_batch=False)
+    batches = _Batches(model, parts.engine.features, block, None, in_batch=False)
     looks = [batches.of_step(step, 1).tensors["stem of strong"] for step in range(2)]
     places = [block.extra["unlabelled"][step, 0] for step in range(2)]
     order = [each.argsort() for each in places]

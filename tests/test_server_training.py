@@ -137,9 +137,7 @@ def test_text_rounds_learn_classes_that_nobody_holds(raw_config: dict[str, Any],
     path.write_text(json.dumps({f"thing {i}": [f"number {i} of all", f"{i} it is"] for i in range(6)}))
     texts = {"descriptions": str(path), "steps": 40, "learning_rate": 0.02}
     config = six(raw_config, server={"text_rounds": texts}, local={"learning_rate": 1e-9})
-    experiment = build_experiment(
-        parse_config(config), progress=lambda title, total: lambda done: None, log=lambda line: None
-    )
+    experiment = build_experiment(parse_config(config))
     own = experiment.federation.server_training.texts
     assert own is not None
     examples, model = own.engine.features, own.engine.model
@@ -162,9 +160,7 @@ def test_sentences_are_those_of_the_file_and_with_the_descriptions_of_classes(
     """The model that the server trains has every class's prompts, its descriptions included."""
     path = describe(tmp_path / "d.json", 6)
     config = six(raw_config, server={"text_rounds": {"descriptions": path}}, prompts={"descriptions": path})
-    experiment = build_experiment(
-        parse_config(config), progress=lambda title, total: lambda done: None, log=lambda line: None
-    )
+    experiment = build_experiment(parse_config(config))
     own = experiment.federation.server_training.texts
     assert own is not None and len(own.engine.features) == 12
     assert set(own.engine.model.descriptions) == {f"thing {i}" for i in range(6)}
@@ -173,9 +169,7 @@ def test_sentences_are_those_of_the_file_and_with_the_descriptions_of_classes(
 def test_what_a_strategy_does_not_train_the_server_leaves_alone(raw_config: dict[str, Any]) -> None:
     own = {"data": {"name": "patterns", "num_train": 30}, "steps": 5, "learning_rate": 0.01}
     config = {**raw_config, "rounds": 2, "server": {"strategy": "ffa_lora", "synthetic": own, "distillation": own}}
-    experiment = build_experiment(
-        parse_config(config), progress=lambda title, total: lambda done: None, log=lambda line: None
-    )
+    experiment = build_experiment(parse_config(config))
     cold = experiment.federation.engine.model.initial_adapter(Rng(0).child("adapter"))
     result = simulate(parse_config(config))
     for name, tensor in result.adapter.items():

@@ -14,13 +14,16 @@ from PIL import Image
 
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
+from flora.report.curves import _figure
 from flora.report.dots import Dot, draw_dots
+from flora.report.groups import groups_of
 from flora.report.reading import read_files, runs_below
-from flora.report.several_runs import _means, groups_of
+from flora.report.several_runs import _means
 from flora.simulate import simulate
 from flora.sweep import __main__ as sweep
 from flora.sweep.choosing import Choice, Choices, choose, read_choices, to_json
 from flora.sweep.outcomes import Outcome, Point, columns
+from flora.sweep.over_values import pictures_over_values
 from flora.sweep.results import dots_of, to_results, with_domain_means
 from flora.sweep.runs import Outcomes
 from flora.sweep.table import Row, to_csv, to_curves
@@ -105,6 +108,57 @@ def test_results_are_drawn(tmp_path: Path) -> None:
     first = path.read_bytes()
     assert draw_dots(dots, tmp_path / "again.png")[0].read_bytes() == first
     assert draw_dots(dots[:1], tmp_path / "other.png")[0].read_bytes() != first
+
+
+def shots(method: str, number: str, *lasts: float, data: str = "eurosat", zero_shot: float = 0.25) -> Row:
+    outcomes = tuple(outcome(last, zero_shot_accuracy=zero_shot, harmonic_mean=last / 2) for last in lasts)
+    return Row({"experiment": method, "data": data, "partition.shots": number}, outcomes)
+
+
+def test_results_over_a_setting_that_is_a_number() -> None:
+    rows = [shots(method, number, 0.25 + i / 10, 0.35 + i / 10) for i, method in enumerate(("lora", "norm"))
+            for number in ("16", "1", "4")]  # fmt: skip
+    rows += [shots("lora", "1", 0.5, data="digits"), shots("lora", "2", data="digits")]
+    rows += [shots("lora", "null", 0.9, data="digits"), shots("lora", "4", 0.7, 0.7, data="digits", zero_shot=0.3)]
+    ((name, (panels, axis)),) = pictures_over_values(rows, ("last_accuracy", "auroc")).items()
+    assert (name, axis.x_title) == ("results_over_partition.shots", "partition.shots")
+    assert {panel: list(lines) for panel, lines in panels.items()} == {
+        "eurosat: last round": ["lora", "norm"], "digits: last round": ["lora"],
+    }  # fmt: skip
+    line, other = panels["eurosat: last round"]["norm"], panels["digits: last round"]["lora"]
+    assert line.xs == (1, 4, 16) and line.means == pytest.approx((0.4,) * 3)
+    assert line.deviation == pytest.approx((0.1 / 2**0.5,) * 3) and line.zero_shot == pytest.approx(0.25)
+    assert other.xs == (1, 4) and other.means == pytest.approx((0.5, 0.7))
+    assert other.deviation == (0, 0) and other.zero_shot is None  # of one seed, and of several levels
+    panels, _ = pictures_over_values(rows, ("harmonic_mean",))[name]
+    assert panels["digits: harmonic mean"]["lora"].means == pytest.approx((0.25, 0.35))
+
+
+def test_two_numbers_and_names_are_not_drawn_over() -> None:
+    assert pictures_over_values([shots("lora", number, 0.5) for number in ("1", "2")], ("last_accuracy",)) == {}
+    assert pictures_over_values([domain(name, 0.5) for name in ("ink", "oil", "nan")], ("last_accuracy",)) == {}
+    assert pictures_over_values([], ("last_accuracy",)) == {}
+
+
+@pytest.mark.parametrize(("numbers", "scale"), [("1 2 4 8 16", "log"), ("1 2 4", "linear"), ("0 1 16", "linear")])
+def test_ticks_are_at_the_numbers(numbers: str, scale: str) -> None:
+    rows = [shots("lora", number, 0.5, 0.6) for number in numbers.split()]
+    ((panels, axis),) = pictures_over_values(rows, ("last_accuracy",)).values()
+    figure = _figure(panels, ["lora"], axis)
+    (axes,) = figure.subfigs[0].axes
+    assert axes.get_xscale() == scale
+    figure.draw_without_rendering()
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == numbers.split()
+
+
+def test_many_numbers_have_few_ticks() -> None:
+    ((panels, axis),) = pictures_over_values(
+        [shots("lora", str(number), 0.5) for number in range(1, 40)], ("last_accuracy",)
+    ).values()
+    figure = _figure(panels, ["lora"], axis)
+    figure.draw_without_rendering()
+    labels = [tick.get_text() for tick in figure.subfigs[0].axes[0].get_xticklabels()]
+    assert 1 <= len(labels) < 12 and "$" not in "".join(labels)
 
 
 # Choosing

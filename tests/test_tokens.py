@@ -476,7 +476,7 @@ def test_patches_are_compared_with_new_classes_too(raw_config: dict[str, Any]) -
     raw_config |= {"data": {"name": "patterns", "num_classes": 5}, "split": "base_to_new"}
     config = parse_config(raw_config)
     assert isinstance(config.split, BaseToNew)
-    built = build_experiment(config, progress=lambda title, total: lambda done: None, log=lambda line: None)
+    built = build_experiment(config)
     model = built.federation.engine.model
     assert built.new is not None and model.clip.token_classes is built.new[0].clip.token_classes
     expected = [each.frozen_class_features() for each in (model, built.new[0])]

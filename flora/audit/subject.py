@@ -17,7 +17,7 @@ from flora.core import tree
 from flora.core.errors import UserError
 from flora.core.files import read_bytes
 from flora.core.low_rank import is_residual
-from flora.core.progress import Progress
+from flora.core.progress import Progress, Tell
 from flora.core.records import RoundRecord
 from flora.core.rng import Rng
 from flora.core.states import ServerState
@@ -130,9 +130,7 @@ def audited(path: Path, overrides: Sequence[str] = (), *, progress: Progress, lo
         raise UserError(f"{path}: this run has no rounds: nothing was trained, and there is nothing to audit")
     if run.config.server.strategy.num_clusters > 1:
         raise UserError(f"{path}: its server keeps several models, and attacks read one")
-    experiment = build_experiment(
-        run.config, progress=progress, log=log, clients_per_block=recorded_clients_per_block(path)
-    )
+    experiment = build_experiment(run.config, Tell(progress, log), clients_per_block=recorded_clients_per_block(path))
     _check_same(run, experiment)
     run.check_fits(experiment.initial_adapter)
     return Subject(run, experiment, _states(run, experiment, log), _records(run.path))

@@ -48,7 +48,7 @@ def measure_method(path: str, overrides: Sequence[str], num_rounds: int) -> dict
     config = load_config(path, [*overrides, f"rounds={num_rounds + 1}", "evaluation.num_local_only=0"])
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    experiment = build_experiment(config, progress=lambda title, total: lambda done: None, log=lambda line: None)
+    experiment = build_experiment(config)
     state, seconds = experiment.initial_state(), []
     for _ in range(num_rounds + 1):
         state, result = run_round(experiment.federation, state)

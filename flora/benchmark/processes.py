@@ -89,9 +89,7 @@ def measure_rounds(path: str, overrides: Sequence[str]) -> dict[str, Any] | None
     with Processes.of_environment() as processes:
         config = load_config(path, [*overrides, f"rounds={NUM_ROUNDS + 1}"])
         torch.set_num_threads(config.threads or 1)
-        experiment = build_experiment(
-            config, progress=lambda title, total: lambda done: None, log=lambda line: None, processes=processes
-        )
+        experiment = build_experiment(config, processes=processes)
         plain = experiment.federation.engine
         engine = TimedEngine(**{each.name: getattr(plain, each.name) for each in fields(Engine)})
         experiment = replace(experiment, federation=replace(experiment.federation, engine=engine))

@@ -26,7 +26,7 @@ def profile_round(path: str, overrides: Sequence[str] = ()) -> list[str]:
     Raises `UserError` as a run would.
     """
     config = load_config(path, overrides)
-    experiment = build_experiment(config, progress=lambda title, total: lambda done: None, log=lambda line: None)
+    experiment = build_experiment(config)
     state, _ = run_round(experiment.federation, experiment.initial_state())
     profiler = cProfile.Profile()
     _, result = profiler.runcall(run_round, experiment.federation, state)

@@ -43,6 +43,11 @@ class Architecture:
         """The shape of the tower called `name`: "vision" or "text"."""
         return self.vision if name == "vision" else self.text
 
+    @property
+    def common_layers(self) -> int:
+        """How many blocks both towers have: those of the shallower one."""
+        return min(self.vision.num_layers, self.text.num_layers)
+
 
 @dataclass(frozen=True, eq=False)
 class FrozenClip:

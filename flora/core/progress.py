@@ -21,11 +21,13 @@ Progress = Callable[[str, int], Callable[[int], object]]
 
 @dataclass(frozen=True)
 class Tell:
-    """Who is told how far it is, and what a user should know."""
+    """Who is told how far it is, and what a user should know: nobody, unless it is said."""
 
-    progress: Progress
-    log: Callable[[str], object]
+    progress: Progress = lambda title, total: lambda number: None
+    log: Callable[[str], object] = lambda line: None
 
+
+SILENT = Tell()
 
 # Lines about the rounds of a run, at most about so many.
 MAX_ROUND_LINES = 50

@@ -12,6 +12,8 @@ from flora.core.tree import StateLike
 
 # What the names of a batch's stem outputs begin with that are not those of its labelled images.
 OTHER_STEM = "stem of "
+# The name of what the frozen model makes of its labelled images, where that is known.
+FROZEN_IMAGES = "frozen images"
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +21,9 @@ class Batch:
     """What K clients see in one step, on the device: tensors by name, each client-major.
 
     `stem` `(K * B, ...)` are stem outputs, `labels` and `example_mask` are `(K, B)`; `OTHER_STEM` + NAME `(K * U, ...)`
-    are stem outputs of other images. With `classes` `(K, C)`, on the CPU, only those are encoded, and labels are places
-    among them; with `drawn` `(K, C)`, on the CPU, only the prompt in that place of each class.
+    are stem outputs of other images, `FROZEN_IMAGES` `(K, B, embed_dim)` the frozen model's unit features. With
+    `classes` `(K, C)`, on the CPU, only those are encoded, and labels are places among them; with `drawn` `(K, C)`, on
+    the CPU, only the prompt in that place of each class.
     """
 
     tensors: Mapping[str, Tensor]

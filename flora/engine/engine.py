@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from flora.core.tree import StateLike
 from flora.engine.blocks import Block, block_bytes, longest_first, make_block
 from flora.engine.capacity import client_bytes
 from flora.engine.dealing import RESULTS, Travel, Work, compute_all, parts_of
+from flora.engine.frozen import FrozenImages
 from flora.engine.losses import example_losses, pseudo_labels
 from flora.engine.tasks import ClientResult, ClientTask, TrainingSetup
 from flora.engine.training import train_block
@@ -46,6 +47,15 @@ class Engine:
     hooks: Hooks = field(default_factory=Hooks)
     log: Callable[[str], object] = lambda line: None
     processes: Processes = ALONE
+
+    def __post_init__(self) -> None:
+        self._frozen_images = FrozenImages(self.model, self.features)
+
+    def with_targets(self, targets: StateLike) -> Engine:
+        """The same engine with other `targets` of its examples, whose images are the same."""
+        other = replace(self, features=replace(self.features, targets=targets))
+        other._frozen_images = self._frozen_images
+        return other
 
     def train(self, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         """Train every task's client and hand on its result, block by block: in no particular order.
@@ -175,7 +185,7 @@ class Engine:
 
     def _train_block(self, tasks: Sequence[ClientTask], advance: Callable[[int], object]) -> list[ClientResult]:
         self.hooks.before_block(tasks[0].setup.round, tuple(task.client for task in tasks))
-        return train_block(self.model, self.features, self._laid_out(tasks), advance)
+        return train_block(self.model, self.features, self._laid_out(tasks), self._frozen_images, advance)
 
     def _training_advice(self, setup: TrainingSetup) -> str:
         need = client_bytes(self.model, batch_size=setup.local.images_per_step)

@@ -17,7 +17,7 @@ from flora.clip.loss_terms import ImagesAndClasses, LossTerm, StepView
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.contracts import checked_tensor
 from flora.core.tree import State, StateLike
-from flora.engine.batch import OTHER_STEM, Batch, Compute
+from flora.engine.batch import FROZEN_IMAGES, OTHER_STEM, Batch, Compute
 from flora.engine.capacity import clients_at_once
 from flora.engine.recording import Recorder, is_recorded
 
@@ -294,7 +294,8 @@ def step_views(
     frozen_classes: Tensor | None = None
     if loss.needs_frozen:
         with torch.no_grad():
-            frozen, frozen_classes = _images(model, batch, number), model.frozen_class_features(batch.drawn)
+            frozen = _images(model, batch, number, batch.tensors.get(FROZEN_IMAGES))
+            frozen_classes = model.frozen_class_features(batch.drawn)
     if model.adapter.reads_held_classes:
         stack = {**stack, HELD_CLASSES: batch.tensors[HELD_CLASSES]}
     features: list[ImagesAndClasses] = []
@@ -302,12 +303,7 @@ def step_views(
     for bound in model.adapter.models_of_step(stack):
         with model.adapter.bind(bound, generators):
             images = _images(model, batch, number)
-            if texts is not None:
-                classes = texts
-            elif batch.drawn is not None:
-                classes = model.drawn_class_features(batch.drawn)
-            else:
-                classes = model.class_features(number, batch.classes)
+            classes = _class_features(model, batch, number) if texts is None else texts
             classes = model.classes_of(images[""], classes, batch.classes)
             features.append((images.pop(""), classes))
             more.append(images)
@@ -329,13 +325,23 @@ def step_views(
     ]
 
 
-def _images(model: AdaptedClip, batch: Batch, number: int) -> dict[str, Tensor]:
-    """The image features of all stem outputs of a batch, `(K, B, embed_dim)` by name; the labelled ones' name is ""."""
-    stems = {"": batch.tensors["stem"]}
+def _class_features(model: AdaptedClip, batch: Batch, number: int) -> Tensor:
+    """The features of the classes, or of the prompts, that a batch says, `(K, C, embed_dim)`."""
+    if batch.drawn is not None:
+        return model.drawn_class_features(batch.drawn)
+    return model.class_features(number, batch.classes)
+
+
+def _images(model: AdaptedClip, batch: Batch, number: int, known: Tensor | None = None) -> dict[str, Tensor]:
+    """The image features of all stem outputs of a batch, `(K, B, embed_dim)` by name.
+
+    The labelled images' name is ""; their features may be `known`.
+    """
+    features = {"": model.image_features(batch.tensors["stem"], number) if known is None else known}
     for name, tensor in batch.tensors.items():
         if name.startswith(OTHER_STEM):
-            stems[name.removeprefix(OTHER_STEM)] = tensor
-    return {name: model.image_features(stem, number) for name, stem in stems.items()}
+            features[name.removeprefix(OTHER_STEM)] = model.image_features(tensor, number)
+    return features
 
 
 def rows_of(losses: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = False) -> Tensor:

@@ -16,9 +16,10 @@ from flora.core.contracts import checked_state, checked_tensor
 from flora.core.low_rank import is_residual
 from flora.core.states import ClientState
 from flora.core.tree import State, StateLike
-from flora.engine.batch import OTHER_STEM, Batch, Compute
+from flora.engine.batch import FROZEN_IMAGES, OTHER_STEM, Batch, Compute
 from flora.engine.blocks import Block
 from flora.engine.examples import Noise, bounded_gradient_function
+from flora.engine.frozen import BlockImages, FrozenImages
 from flora.engine.gradients import FlatStack, Loss, gradient_function
 from flora.engine.tasks import ClientResult, TrainingSetup
 from flora.features.features import Features
@@ -28,13 +29,14 @@ def train_block(
     model: AdaptedClip,
     features: Features,
     block: Block,
+    frozen_images: FrozenImages,
     advance: Callable[[int], object] = lambda number: None,
 ) -> list[ClientResult]:
     """Train K clients together and return their results, in the order of the block.
 
     A step minimises the sum over clients of each one's mean loss over its real examples, so no client's gradient
-    depends on another. Clients that have taken all their steps are no longer touched. `advance` is told after each step
-    how many clients took it.
+    depends on another. Clients that have taken all their steps are no longer touched. `frozen_images` are those of
+    `features`. `advance` is told after each step how many clients took it.
     """
     local, rates = block.setup.local, _learning_rates(block, model.device)
     flat = FlatStack(_stacked([task.adapter for task in block.tasks]), model.device, block.setup.trained)
@@ -44,7 +46,8 @@ def train_block(
     loss = Loss.of(local, model.adapter)
     gradients_of = _gradient_function(model, loss, flat, block)
     noise = None if local.privacy is None else Noise(block, flat.matrix.dtype, model.device)
-    batches = _Batches(model, features, block, in_batch=loss.in_batch)
+    frozen = frozen_images.of_block(block) if loss.needs_frozen else None
+    batches = _Batches(model, features, block, frozen, in_batch=loss.in_batch)
     totals = torch.zeros(len(block.tasks), device=model.device, dtype=flat.matrix.dtype)
     failed = torch.full((len(block.tasks),), -1, device=model.device)
     for num_active, steps in block.segments():
@@ -240,8 +243,10 @@ class _CorrectionState:
 class _Batches:
     """The steps of a block, moved to the device at once where they can be."""
 
-    def __init__(self, model: AdaptedClip, features: Features, block: Block, *, in_batch: bool) -> None:
-        self._model, self._features, self._in_batch = model, features, in_batch
+    def __init__(
+        self, model: AdaptedClip, features: Features, block: Block, frozen: BlockImages | None, *, in_batch: bool
+    ) -> None:
+        self._model, self._features, self._frozen, self._in_batch = model, features, frozen, in_batch
         self._rngs = [task.rng for task in block.tasks]
         self._draws = block.setup.local.prompts == "random"
         self._places, self._indices = block.indices, block.indices.to(features.device)
@@ -275,6 +280,8 @@ class _Batches:
         extra = {name: tensor[step, :num_active] for name, tensor in self._extra.items()}
         if self._held is not None:
             extra[HELD_CLASSES] = self._held[:num_active]
+        if self._frozen is not None:
+            extra[FROZEN_IMAGES] = self._frozen.of_step(step, num_active, width)
         for name, target in self._features.targets.items():
             extra[name] = target[self._places[step, :num_active, :width]].to(self._model.device)
         return Batch({**tensors, **extra, **self._other_stems(step, num_active)}, classes, drawn)

@@ -19,7 +19,7 @@ from flora.config.schema import ExperimentConfig
 from flora.core.devices import choose_device
 from flora.core.hooks import Hooks
 from flora.core.processes import ALONE, Message, Processes
-from flora.core.progress import Progress, Tell
+from flora.core.progress import SILENT, Tell
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.core.shared import Shared
@@ -121,9 +121,8 @@ class Experiment:
 
 def build_experiment(
     config: ExperimentConfig,
+    tell: Tell = SILENT,
     *,
-    progress: Progress,
-    log: Callable[[str], object],
     hooks: Hooks | None = None,
     clients_per_block: int | None = None,
     processes: Processes = ALONE,
@@ -131,16 +130,15 @@ def build_experiment(
 ) -> Experiment:
     """Load the model and the data, run the frozen stems over all images, deal the examples out.
 
-    `clients_per_block` is used where the configuration leaves the choice open. `log` is given what a user should know.
-    All `processes` of a run do this together. `shared` keeps models, images and features for other experiments of this
-    process that have the same; the frozen stems then stay in memory, too. Raises `UserError` naming the setting or the
-    file.
+    `tell` hears how far that is, and what a user should know. `clients_per_block` is used where the configuration
+    leaves the choice open. All `processes` of a run do this together. `shared` keeps models, images and features for
+    other experiments of this process that have the same; the frozen stems then stay in memory, too. Raises `UserError`
+    naming the setting or the file.
     """
     check_experiment(config)
     if config.server.secure_sum is not None:
         config.server.secure_sum.require()
-    rng, tell = Rng(config.seed), Tell(progress, log)
-    known = shared or Shared()
+    rng, known, log = Rng(config.seed), shared or Shared(), tell.log
     with processes.one_first(if_needed=getattr(config.data, "download", False)):
         images = find_images(config, rng, tell, known)
         server_data = find_server_data(config, images.data, rng.child("server"), tell)

@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ class Features(_Beside, ABC):
     labels: Tensor
     split_indices: np.ndarray
     digests: np.ndarray | None
+    is_constant: ClassVar[bool] = False
+    """Whether an example's stem output is known, and the same at each look."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,6 +75,7 @@ class StoredFeatures(Features):
     `computed_as` is the type in which the stem gave them, where they are kept in another.
     """
 
+    is_constant: ClassVar[bool] = True
     stem: Tensor
     rows: Tensor
     labels: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from flora.features.features import Features, StoredFeatures
 class JoinedFeatures(Features):
     """The examples of several `parts`, one part after the other; part p's first one is example `starts[p]`."""
 
+    is_constant: ClassVar[bool] = True
     parts: tuple[StoredFeatures, ...]
     starts: tuple[int, ...]
     labels: Tensor

@@ -64,10 +64,8 @@ class ServerExamples:
 
     def with_teacher(self, adapters: Sequence[StateLike]) -> ServerExamples:
         """Return the same examples, each with the mean of the logits that `adapters` give it."""
-        features = self.engine.features
         teacher = _mean_logits(self.engine, adapters, self.local.batch_size)
-        features = dataclasses.replace(features, targets={"teacher_logits": teacher})
-        return dataclasses.replace(self, engine=dataclasses.replace(self.engine, features=features))
+        return dataclasses.replace(self, engine=self.engine.with_targets({"teacher_logits": teacher}))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Accuracy curves of a sweep as pictures: over rounds, and over the bytes sent. Needs the extra `[report]`."""
+"""Lines in panels as pictures; a sweep's accuracy over rounds and over the bytes sent. Needs the extra `[report]`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import itertools
 import math
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +33,11 @@ ZERO_SHOT: dict[str, Any] = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth
 SAME_ZERO_SHOT = 0.01
 # Lines of a panel, and panels of a picture; more of them go into further panels and pictures.
 MAX_LINES, MAX_PANELS = 14, 12
+# How many numbers a setting has at least that is drawn over, and at most where each of them has a tick.
+MIN_NUMBERS, MAX_TICKS = 3, 10
+# Numbers of which the greatest is so many times the least are drawn over logarithms, and so are lines of which one goes
+# so many times further than another.
+FAR = 8
 STYLE = {
     "font.size": 9.0, "axes.titlesize": 9.5, "axes.labelsize": 9.5, "legend.fontsize": 9.0,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.linewidth": 0.7,
@@ -40,6 +46,32 @@ STYLE = {
     # A dollar sign in a name is a dollar sign.
     "text.parse_math": False,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Points:
+    """A line of a panel: fractions over `xs`, and their deviation over seeds, None without several.
+
+    `zero_shot` is the level that it is to be compared with, if there is one.
+    """
+
+    xs: tuple[float, ...]
+    means: tuple[float, ...]
+    deviation: tuple[float, ...] | None = None
+    zero_shot: float | None = None
+
+
+Panels = Mapping[str, Mapping[str, Points]]
+"""Lines by their names, by the titles of their panels."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What lines go over and what they show, and how the axis below them is laid out."""
+
+    x_title: str
+    y_title: str
+    scale: Callable[[Axes], None]
 
 
 @dataclass(frozen=True)
@@ -66,6 +98,20 @@ class Average:
     def zero_shot(self) -> float | None:
         """The accuracy of round 0, if that was evaluated."""
         return self.accuracy[0] if self.rounds[:1] == (0,) else None
+
+    def over_rounds(self) -> Points:
+        """The line over rounds."""
+        return Points(self.rounds, self.accuracy, self.deviation, self.zero_shot)
+
+    def over_bytes(self) -> Points:
+        """The line over megabytes: a logarithmic axis has no place for 0, where zero-shot is the dotted level."""
+        places = [place for place, sent in enumerate(self.sent_bytes) if sent > 0]
+        return Points(
+            tuple(self.sent_bytes[place] / 1e6 for place in places),
+            tuple(self.accuracy[place] for place in places),
+            None if self.deviation is None else tuple(self.deviation[place] for place in places),
+            self.zero_shot,
+        )
 
 
 def average(runs: Sequence[Curve]) -> Average:
@@ -106,9 +152,9 @@ def undrawn(curves: Sequence[Curve]) -> list[str]:
     return [f"{panel}: {line}" for panel, line in every if (panel, line) not in drawn]
 
 
-def _of_readable_size(panels: dict[str, dict[str, Average]]) -> list[dict[str, dict[str, Average]]]:
+def _of_readable_size(panels: Panels) -> list[Panels]:
     """The panels of each picture; one with too many lines is several."""
-    small: dict[str, dict[str, Average]] = {}
+    small: dict[str, Mapping[str, Points]] = {}
     for panel, lines in panels.items():
         parts = [list(lines.items())[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
         for number, part in enumerate(parts, start=1):
@@ -117,44 +163,58 @@ def _of_readable_size(panels: dict[str, dict[str, Average]]) -> list[dict[str, d
     return [dict(items[start : start + MAX_PANELS]) for start in range(0, len(items), MAX_PANELS)]
 
 
-def zero_shot_levels(lines: Sequence[Average]) -> list[float]:
+def zero_shot_levels(of_lines: Sequence[float | None]) -> list[float]:
     """The zero-shot accuracies to show in a panel: one for all its lines if they agree, else each."""
-    levels = sorted({each.zero_shot for each in lines if each.zero_shot is not None})
+    levels = sorted({each for each in of_lines if each is not None})
     return [statistics.fmean(levels)] if levels and levels[-1] - levels[0] < SAME_ZERO_SHOT else levels
 
 
 def draw_curves(curves: Sequence[Curve], folder: Path) -> list[Path]:
     """Write `accuracy_over_rounds.png` and `accuracy_over_bytes.png` into `folder`; return their paths.
 
-    Runs of one panel and line are seeds: drawn are their mean and a band of one standard deviation to either side.
-    What is too much for one picture goes on in `accuracy_over_rounds-2.png` and so on; such pictures of an earlier call
-    are removed. The same curves give the same bytes (with one version of matplotlib). Without a point to draw nothing
-    is written. Raises `UserError` if matplotlib is missing or a file can't be written.
+    Runs of one panel and line are seeds: drawn are their mean and a band of one standard deviation to either side. The
+    rest is as for `draw_lines`.
+    """
+    panels = averages(curves)
+
+    def over(of: Callable[[Average], Points]) -> Panels:
+        return {panel: {name: of(line) for name, line in lines.items()} for panel, lines in panels.items()}
+
+    pictures = {
+        "accuracy_over_rounds": (over(Average.over_rounds), ROUNDS),
+        "accuracy_over_bytes": (over(Average.over_bytes), BYTES),
+    }
+    return draw_lines(pictures, folder)
+
+
+def draw_lines(pictures: Mapping[str, tuple[Panels, Axis]], folder: Path) -> list[Path]:
+    """Write each picture as `NAME.png` into `folder`; return the paths.
+
+    What is too much for one goes on in `NAME-2.png` and so on; such pictures of an earlier call are removed. The same
+    lines give the same bytes (with one version of matplotlib). A picture without a line is not written. Raises
+    `UserError` if matplotlib is missing or a file can't be written.
     """
     try:
         from matplotlib import style
     except ImportError:
         raise UserError("curves need matplotlib: pip install 'flora-clip[report]' (or matplotlib)") from None
-    panels = averages(curves)
-    if not panels:
-        return []
-    names = list(dict.fromkeys(line for lines in panels.values() for line in lines))
-    pictures: dict[Path, bytes] = {}
-    # The user's own matplotlibrc has no say: the pictures of two machines are to look alike.
-    with style.context(["default", STYLE]):
-        for over_bytes, title in ((False, "accuracy_over_rounds"), (True, "accuracy_over_bytes")):
+    contents: dict[Path, bytes] = {}
+    for name, (panels, axis) in pictures.items():
+        lines = list(dict.fromkeys(line for lines in panels.values() for line in lines))
+        # The user's own matplotlibrc has no say: the pictures of two machines are to look alike.
+        with style.context(["default", STYLE]):
             for number, some in enumerate(_of_readable_size(panels), start=1):
-                name = f"{title}.png" if number == 1 else f"{title}-{number}.png"
-                pictures[folder / name] = png(_figure(some, names, over_bytes=over_bytes))
-    for old in folder.glob("accuracy_over_*-[0-9]*.png"):
-        if old not in pictures:
-            old.unlink(missing_ok=True)
-    for path, content in pictures.items():
+                path = folder / (f"{name}.png" if number == 1 else f"{name}-{number}.png")
+                contents[path] = png(_figure(some, lines, axis))
+        for old in folder.glob(f"{name}-[0-9]*.png") if panels else ():
+            if old not in contents:
+                old.unlink(missing_ok=True)
+    for path, content in contents.items():
         write_picture(path, content)
-    return list(pictures)
+    return list(contents)
 
 
-def _figure(panels: dict[str, dict[str, Average]], names: Sequence[str], *, over_bytes: bool) -> Figure:
+def _figure(panels: Panels, names: Sequence[str], axis: Axis) -> Figure:
     """The panels in one to three columns with one y axis for all, and the legend below."""
     from matplotlib.figure import Figure
 
@@ -162,7 +222,7 @@ def _figure(panels: dict[str, dict[str, Average]], names: Sequence[str], *, over
     num_rows = math.ceil(len(panels) / num_columns)
     width = {1: 6.4, 2: 8.4, 3: 10.8}[num_columns]
     height = num_rows * {1: 3.8, 2: 3.0, 3: 2.6}[num_columns] + 0.3
-    handles = _handles(panels, names, over_bytes=over_bytes)
+    handles = _handles(panels, names)
     labels = [textwrap.fill(str(handle.get_label()), 60) for handle in handles]
     num_legend_columns = _legend_columns(labels, width)
     legend_height = 0.2 * _legend_lines(labels, num_legend_columns) + 0.15
@@ -171,34 +231,29 @@ def _figure(panels: dict[str, dict[str, Average]], names: Sequence[str], *, over
     grid = top.subplots(num_rows, num_columns, sharey=True, squeeze=False).flatten()
     for axes, (panel, lines) in zip(grid, panels.items(), strict=False):
         axes.set_title(textwrap.fill(panel, int(13 * width / num_columns)))
-        _draw_panel(axes, lines, names, over_bytes=over_bytes)
+        _draw_panel(axes, lines, names)
+        axis.scale(axes)
     for axes in grid[len(panels) :]:
         axes.remove()
     low, high = grid[0].get_ylim()
     grid[0].set_ylim(max(low, -2), min(high, 102))  # a band may leave the possible; markers need room
-    top.supxlabel("megabytes sent, up and down, all clients" if over_bytes else "round", fontsize=9.5)
-    top.supylabel("accuracy on the common test set, %", fontsize=9.5)
+    top.supxlabel(axis.x_title, fontsize=9.5)
+    top.supylabel(axis.y_title, fontsize=9.5)
     bottom.legend(handles, labels, loc="upper center", ncols=num_legend_columns, handlelength=4, frameon=False)
     return figure
 
 
-def _draw_panel(axes: Axes, lines: dict[str, Average], names: Sequence[str], *, over_bytes: bool) -> None:
-    for level in zero_shot_levels(list(lines.values())):
+def _draw_panel(axes: Axes, lines: Mapping[str, Points], names: Sequence[str]) -> None:
+    for level in zero_shot_levels([line.zero_shot for line in lines.values()]):
         axes.axhline(100 * level, **ZERO_SHOT)
     for name, line in lines.items():
-        xs = [sent / 1e6 for sent in line.sent_bytes] if over_bytes else list(line.rounds)
-        # A logarithmic axis has no place for 0 bytes: zero-shot is the dotted line.
-        kept = [index for index, x in enumerate(xs) if x > 0 or not over_bytes]
-        xs, means = [xs[index] for index in kept], [100 * line.accuracy[index] for index in kept]
-        order = names.index(name)
-        markers = None if len(xs) <= 10 else (0.1 * order / len(names), 0.1)
-        axes.plot(xs, means, markevery=markers, **line_style(order))
+        order, means = names.index(name), [100 * mean for mean in line.means]
+        markers = None if len(line.xs) <= 10 else (0.1 * order / len(names), 0.1)
+        axes.plot(line.xs, means, markevery=markers, **line_style(order))
         if line.deviation is not None:
-            spread = [100 * line.deviation[index] for index in kept]
-            low = [mean - each for mean, each in zip(means, spread, strict=True)]
-            high = [mean + each for mean, each in zip(means, spread, strict=True)]
-            axes.fill_between(xs, low, high, color=line_style(order)["color"], alpha=0.13, linewidth=0)
-    scale_axis(axes, over_bytes=over_bytes)
+            low = [mean - 100 * each for mean, each in zip(means, line.deviation, strict=True)]
+            high = [mean + 100 * each for mean, each in zip(means, line.deviation, strict=True)]
+            axes.fill_between(line.xs, low, high, color=line_style(order)["color"], alpha=0.13, linewidth=0)
 
 
 def line_style(order: int) -> dict[str, Any]:
@@ -234,15 +289,30 @@ def scale_axis(axes: Axes, *, over_bytes: bool) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _handles(panels: dict[str, dict[str, Average]], names: Sequence[str], *, over_bytes: bool) -> list[Artist]:
+def scale_numbers(axes: Axes, numbers: Sequence[float]) -> None:
+    """Set a tick at each of a setting's numbers, of few; on a logarithmic axis where they lie far apart."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    if numbers[-1] >= FAR * numbers[0] > 0:
+        axes.set_xscale("log")
+    if len(numbers) <= MAX_TICKS:
+        axes.set_xticks(numbers)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+TEST_ACCURACY = "accuracy on the common test set, %"
+ROUNDS = Axis("round", TEST_ACCURACY, partial(scale_axis, over_bytes=False))
+BYTES = Axis("megabytes sent, up and down, all clients", TEST_ACCURACY, partial(scale_axis, over_bytes=True))
+
+
+def _handles(panels: Panels, names: Sequence[str]) -> list[Artist]:
     """The legend's entries: the lines that there are to see, and what else there is."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     drawn = [line for lines in panels.values() for line in lines.values()]
-    seen = {
-        name for lines in panels.values() for name, line in lines.items() if not over_bytes or max(line.sent_bytes) > 0
-    }
+    seen = {name for lines in panels.values() for name, line in lines.items() if line.xs}
     handles: list[Artist] = [
         Line2D([], [], label=name, **line_style(order)) for order, name in enumerate(names) if name in seen
     ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flora.core.errors import UserError
-from flora.report.curves import COLOURS, GREY, STYLE, scale_axis
+from flora.report.curves import COLOURS, FAR, GREY, STYLE, scale_axis, scale_numbers
 from flora.report.elements import Html, element
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2), (1, 3))
 MAX_CELLS, MAX_NAMES = 12, 24
 # Points of a line, and columns of a heat map, that a picture has room for.
 MAX_COLUMNS = 1500
-# Lines of which one goes so many times further than another are drawn over logarithms.
-FAR = 8
 
 
 def require_matplotlib() -> None:
@@ -123,14 +121,23 @@ def _inline(text: str, about: str) -> Html:
 
 
 def lines_picture(
-    lines: Sequence[Line], about: str, x_title: str, *, percent: bool = False, has_legend: bool | None = None
+    lines: Sequence[Line],
+    about: str,
+    x_title: str,
+    *,
+    percent: bool = False,
+    has_legend: bool | None = None,
+    numbers: Sequence[float] = (),
 ) -> Html:
-    """Return lines over `x_title`, in percent or as they are; with a legend, if not said, where they are several."""
+    """Return lines over `x_title`, in percent or as they are; with a legend, if not said, where they are several.
+
+    `numbers` are those of a setting that they are over, if it is one, in ascending order.
+    """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         ends = [max(line.xs) for line in lines if len(line.xs)]
-        is_far = max(ends) > FAR * min(ends) > 0
+        is_far = not numbers and max(ends) > FAR * min(ends) > 0
         for line in lines:
             _draw_line(axes, line, 100 if percent else 1, above_zero=is_far)
         axes.set_xlabel(x_title)
@@ -139,7 +146,9 @@ def lines_picture(
             bottom, top = axes.get_ylim()
             axes.set_ylim(max(bottom, -2), min(top, 102))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        if is_far:
+        if numbers:
+            scale_numbers(axes, numbers)
+        elif is_far:
             scale_axis(axes, over_bytes=True)
         elif all(float(x).is_integer() for line in lines for x in line.xs):
             scale_axis(axes, over_bytes=False)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,106 +12,16 @@ from flora.evaluation.summary import percent, shown
 from flora.report import charts
 from flora.report.charts import picture
 from flora.report.elements import Cell, Html, bars, element, folded, joined, section, table
+from flora.report.groups import NONE, Group, alike_but_for, differing, groups_of, name_by, naming, plain
 from flora.report.one_run import grid, sentence
+from flora.report.over_settings import over_settings
 from flora.report.pictures import Line, lines_picture, sample
 from flora.report.reading import Absent, RunFiles, numbers
 
-# Settings by which runs of one line may differ: their names, their seeds, and what decides no result, such as what else
-# is measured. Where weights and data lie is compared: others may lie there.
-NOT_COMPARED = ("name", "output", "seed", "preset", "scenario", "device", "threads", "clients.per_block", "cache",
-                "checkpoints", "trackers", "data.download", "evaluation.every", "evaluation.clients_every",
-                "evaluation.batch_size", "evaluation.num_local_only", "evaluation.centralized", "evaluation.templates",
-                "evaluation.also", "evaluation.held_classes", "evaluation.auroc", "evaluation.predictions")  # fmt: skip
-# Settings that a line is named by, lines of a picture, bars of the headline, groups whose clients are shown.
-MAX_NAMED, MAX_LINES, MAX_BARS, MAX_SHOWN = 4, 35, 20, 8
-NONE = "–"
+# Lines of a picture, bars of the headline, groups whose clients are shown.
+MAX_LINES, MAX_BARS, MAX_SHOWN = 35, 20, 8
 # The setting that says which domain nobody trains on.
 DOMAIN = "split.domain"
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Runs that differ in nothing but their seeds, under the name that tells them from others."""
-
-    name: str
-    runs: tuple[RunFiles, ...]
-    settings: Mapping[str, Any]
-
-
-def groups_of(runs: Sequence[RunFiles]) -> list[Group]:
-    """Return the runs by what they differ in, in their order, each group named by it."""
-    flat = {id(run): _compared(_flat(run.settings, "")) for run in runs}
-    gathered: dict[str, list[RunFiles]] = {}
-    for run in runs:
-        gathered.setdefault(json.dumps(flat[id(run)], sort_keys=True, default=str), []).append(run)
-    settings = [flat[id(members[0])] for members in gathered.values()]
-    keys, first_names = naming(settings), [members[0].name for members in gathered.values()]
-    names = [_name(own, keys) or first for own, first in zip(settings, first_names, strict=True)]
-    if len(keys) > MAX_NAMED or len(set(names)) < len(names):
-        names = first_names
-    return [
-        Group(name, tuple(members), own) for name, members, own in zip(names, gathered.values(), settings, strict=True)
-    ]
-
-
-def _flat(nested: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _compared(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in flat.items()
-        if not any(key == name or key.startswith(f"{name}.") for name in NOT_COMPARED)
-    }
-
-
-def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys whose values are not the same in all."""
-    keys = dict.fromkeys(key for own in settings for key in own)
-    return [key for key in keys if len({_plain(own.get(key, NONE)) for own in settings}) > 1]
-
-
-def naming(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return few keys that tell all settings from each other: those of components first, then those that tell most."""
-    keys = differing(settings)
-    chosen: list[str] = []
-
-    def worth(key: str) -> tuple[bool, int]:
-        gain = _num_told(settings, [*chosen, key]) - _num_told(settings, chosen)
-        return gain > 0 and key.endswith(".name"), gain
-
-    while keys and worth(best := max(keys, key=worth))[1] > 0:
-        chosen.append(best)
-    return chosen
-
-
-def _num_told(settings: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> int:
-    """How many different values of `keys` there are."""
-    return len({tuple(_plain(own.get(key, NONE)) for key in keys) for own in settings})
-
-
-def _name(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """What settings are called by the values of `keys`: "lora, learning rate 0.01"."""
-    parts = []
-    for key in keys:
-        section, _, last = key.rpartition(".")
-        is_unique = [other.rpartition(".")[2] for other in keys].count(last) == 1
-        short, value = last.replace("_", " ") if is_unique else key, settings.get(key, NONE)
-        if key not in settings:  # a whole section, or an option of another component
-            parts += [short] if any(other.startswith(f"{key}.") for other in settings) else []
-        elif last == "name":
-            parts.append(f"{section.rpartition('.')[2]} none" if value == "none" else _plain(value))
-        else:
-            parts.append(f"no {short}" if value is None else f"{short} {_plain(value)}")
-    return ", ".join(parts)
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def sections(runs: Sequence[RunFiles]) -> dict[str, Html]:
@@ -121,6 +29,7 @@ def sections(runs: Sequence[RunFiles]) -> dict[str, Html]:
     groups = groups_of(runs)
     made = {
         "Results": (_headline(groups), _means(groups), folded("Every run", _results(groups))),
+        "Over settings": (over_settings(groups),),
         "Over rounds": (_overlaid(groups),),
         "Differences in settings": (_differences(groups),),
         "Side by side": (_side_by_side(groups),),
@@ -180,26 +89,16 @@ def _means(groups: Sequence[Group]) -> Html:
         ]
         cells += [_mean_cell(FIGURES[name].unit, [run.figure(name) for run in group.runs]) for name in names]
         rows.append([*cells, _mean_cell("number", [_gini(run) for run in group.runs])])
-    rows += [_domain_row(some, groups, names) for some in _domains_of(groups)]
+    rows += [_domain_row(some, groups, names) for some in alike_but_for(groups, DOMAIN) if len(some) > 1]
     note = "Means over runs that differ in their seed alone, ± the standard deviation (n − 1) where they differ."
     several = any(len(group.runs) > 1 for group in groups)
     return joined([table(titles, rows, sortable=True), element("p", note, class_="note") if several else ""])
 
 
-def _domains_of(groups: Sequence[Group]) -> list[list[Group]]:
-    """The groups, two or more, that differ in nothing but the domain that is left out."""
-    gathered: dict[str, list[Group]] = {}
-    for group in groups:
-        if DOMAIN in group.settings:
-            others = {key: value for key, value in group.settings.items() if key != DOMAIN}
-            gathered.setdefault(json.dumps(others, sort_keys=True, default=str), []).append(group)
-    return [some for some in gathered.values() if len(some) > 1]
-
-
 def _domain_row(some: Sequence[Group], groups: Sequence[Group], names: Sequence[str]) -> list[Any]:
     """The row of a mean over domains: of each seed that all of them have, then over these seeds."""
     keys = [key for key in naming([group.settings for group in groups]) if key != DOMAIN]
-    rest = _name(some[0].settings, keys)
+    rest = name_by(some[0].settings, keys)
     by_seed = [{run.setting("seed"): run for run in group.runs} for group in some]
     seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed)]
     cells: list[Any] = [f"mean of {len(some)} domains" + (f", {rest}" if rest else ""), len(seeds)]
@@ -308,7 +207,7 @@ def _differences(groups: Sequence[Group]) -> Html:
     if not keys:
         return element("p", "None but seeds: they are one experiment.")
     titles = ["setting", *(group.name for group in groups)]
-    rows = [[element("code", key), *(_plain(group.settings.get(key, NONE)) for group in groups)] for key in keys]
+    rows = [[element("code", key), *(plain(group.settings.get(key, NONE)) for group in groups)] for key in keys]
     return table(titles, rows)
 
 

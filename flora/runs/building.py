@@ -12,7 +12,7 @@ import torch
 from flora.config.schema import ExperimentConfig
 from flora.core.hooks import Hooks
 from flora.core.processes import Processes
-from flora.core.progress import image_progress
+from flora.core.progress import Tell, image_progress
 from flora.engine.together import Member
 from flora.experiment.build import Experiment, build_experiment
 from flora.runs.resume import recorded_clients_per_block, recorded_threads
@@ -57,8 +57,7 @@ def built(
     build = partial(
         build_experiment,
         config,
-        progress=image_progress(log, shows_bars=listeners.progress),
-        log=log,
+        Tell(image_progress(log, shows_bars=listeners.progress), log),
         hooks=listeners.hooks,
         clients_per_block=recorded_clients_per_block(directory.path),
         processes=listeners.processes,

@@ -89,5 +89,7 @@ def _training_step(experiment: Experiment) -> Callable[[], object] | None:
     trained = federation.roles.trained(experiment.initial_adapter, round=1)
     setup = replace(federation.setup(1, trained, local), learning_rate=1e-6, width=local.batch_size)
     tasks = [federation.task(client, experiment.initial_adapter, setup, Rng(0)) for client in range(number)]
+    # Those that a step sees: before it, things are computed of all examples of a task.
+    tasks = [replace(task, examples=task.examples[: local.batch_size]) for task in tasks]
     quiet = Engine(engine.model, engine.features, clients_per_block=number)
     return lambda: list(quiet.train(tasks))

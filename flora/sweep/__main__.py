@@ -35,11 +35,12 @@ from flora.core.interrupts import Interrupted, Interrupts
 from flora.core.processes import Processes
 from flora.core.registry import suggest
 from flora.parsers import sweep_parser
-from flora.report.curves import draw_curves, undrawn
+from flora.report.curves import draw_curves, draw_lines, undrawn
 from flora.report.dots import draw_dots
 from flora.runs.run_directory import lock_file
 from flora.sweep.choosing import Choices, Run, check_search, choose, read_choices, to_json
 from flora.sweep.folding import MOST_TOGETHER
+from flora.sweep.over_values import pictures_over_values
 from flora.sweep.results import dots_of, to_results, with_domain_means
 from flora.sweep.runs import Outcomes, run_all
 from flora.sweep.table import Row, collect, to_csv, to_curves, to_markdown, to_overview, to_text, with_ratios
@@ -295,7 +296,7 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _pictures(table: Sequence[Row], folder: Path, results: Sequence[str]) -> list[Path]:
-    """The pictures of the curves and of a scenario's results, if matplotlib is there to draw them."""
+    """The pictures of the curves and of the results, a scenario's if there is one, if matplotlib is there for them."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no curves: they need matplotlib (pip install 'flora-clip[report]')", file=sys.stderr)
         return []
@@ -303,7 +304,12 @@ def _pictures(table: Sequence[Row], folder: Path, results: Sequence[str]) -> lis
     left_out = undrawn(curves)
     if left_out:
         print(f"not drawn, for want of rounds that all its runs evaluated: {'; '.join(left_out)}", file=sys.stderr)
-    return [*draw_curves(curves, folder), *draw_dots(dots_of(table, results), folder / "results.png")]
+    over_values = pictures_over_values(table, results or ("last_accuracy",))
+    return [
+        *draw_curves(curves, folder),
+        *draw_dots(dots_of(table, results), folder / "results.png"),
+        *draw_lines(over_values, folder),
+    ]
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def panel_and_method(row: Row, is_panel: Callable[[str], bool] = _is_of_the_data
     return ", ".join(panel) or "all runs", ", ".join(method) or "all runs"
 
 
-def _keys_of_panels(rows: Sequence[Row]) -> set[str]:
+def keys_of_panels(rows: Sequence[Row]) -> set[str]:
     """The swept keys that have panels of their own, as few as leave no more than `MAX_LINES` methods in one.
 
     These are data and partition; then, of what leaves the lines of a panel few enough, what leaves most of them, else
@@ -161,7 +161,7 @@ def to_curves(rows: Sequence[Row]) -> list[Curve]:
 
     Where that would be too many lines for a panel, other swept keys have panels of their own, too.
     """
-    keys = _keys_of_panels(rows)
+    keys = keys_of_panels(rows)
     return [
         Curve(
             *panel_and_method(row, keys.__contains__),

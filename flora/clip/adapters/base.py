@@ -13,7 +13,7 @@ from torch import Tensor
 from flora.clip.comparison import COSINES, Comparison
 from flora.clip.frozen import Architecture, FrozenClip
 from flora.clip.loss_terms import LossTerm
-from flora.core.registry import Component
+from flora.core.registry import Component, OptionError
 from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 
@@ -196,3 +196,11 @@ class Adapter(Component):
     def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
         """The templates for a reader: `[learned context]` stands where vectors are learned in place of words."""
         return self.templates(given)
+
+
+def check_depth(depth: int | None, architecture: Architecture) -> None:
+    """Raise `OptionError` where so many blocks of each tower are more than the shallower one has; None never are."""
+    limit = architecture.common_layers
+    if depth is not None and depth > limit:
+        blocks = f"at most {limit}, the blocks of the shallower tower of {architecture.name}"
+        raise OptionError("depth", f"expected {blocks}, got {depth}")

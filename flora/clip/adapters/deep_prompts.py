@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flora.clip.adapters.base import Adapter, AttachedAdapter
+from flora.clip.adapters.base import AttachedAdapter, check_depth
 from flora.clip.adapters.beside import uniform
-from flora.clip.adapters.prompts import AttachedContext, PromptContext, put_vectors
+from flora.clip.adapters.prompts import AttachedContext, PromptContext, WithContext, put_vectors
 from flora.clip.adapters.visual_prompts import check_reads_class_token, put_tokens
 from flora.clip.frozen import Architecture, FrozenClip
 from flora.clip.loss_terms import StepView, divergence
@@ -22,7 +22,7 @@ from flora.core.tree import State
 
 
 @dataclass(frozen=True)
-class DeepPrompts(Adapter):
+class DeepPrompts(WithContext):
     """Learned vectors before the class name, and tokens behind those of an image, in the first blocks of both towers.
 
     The data set's own prompts are not used: prompts are the context, the class name and a full stop.
@@ -41,41 +41,30 @@ class DeepPrompts(Adapter):
 
     @property
     def context(self) -> PromptContext:
-        """The first block's context, all of its words."""
         return PromptContext(words=self.words, num_tokens=self.num_tokens)
 
     def check(self) -> None:
         if self.words is not None and self.num_tokens > len(self.words.split()) > 0:
             limit = f"at most {len(self.words.split())}, the words of {self.words!r}"
             raise OptionError("num_tokens", f"expected {limit}, got {self.num_tokens}")
-        self.context.check()
+        super().check()
 
     def check_fits(self, architecture: Architecture) -> None:
         check_reads_class_token(self, architecture)
-        self.context.check_fits(architecture)
-        limit = _shallower(architecture)
-        if self.depth is not None and self.depth > limit:
-            blocks = f"at most {limit}, the blocks of the shallower tower of {architecture.name}"
-            raise OptionError("depth", f"expected {blocks}, got {self.depth}")
+        super().check_fits(architecture)
+        check_depth(self.depth, architecture)
 
     def depth_in(self, architecture: Architecture) -> int:
         """How many blocks of each tower have learned vectors."""
-        return self.depth or -(-3 * _shallower(architecture) // 4)
+        return self.depth or -(-3 * architecture.common_layers // 4)
 
     @property
     def adds_image_tokens(self) -> bool:
         return True
 
-    def templates(self, given: Sequence[str]) -> tuple[str, ...]:
-        return self.context.templates(given)
-
     def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
         rest = () if self.words is None else self.words.split()[self.num_tokens :]
         return (" ".join(["[learned context]", *rest, "{}."]),)
-
-
-def _shallower(architecture: Architecture) -> int:
-    return min(architecture.text.num_layers, architecture.vision.num_layers)
 
 
 class AttachedDeepPrompts(AttachedContext):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora.clip.adapters.base import HELD_CLASSES, AttachedAdapter
-from flora.clip.adapters.beside import FitsEveryModel, linear, uniform
-from flora.clip.adapters.prompts import AttachedContext, PromptContext, put_vectors
+from flora.clip.adapters.beside import linear, uniform
+from flora.clip.adapters.prompts import AttachedContext, PromptContext, WithContext, put_vectors
 from flora.clip.comparison import Comparison, CosinesByImage
 from flora.clip.frozen import Architecture, FrozenClip
 from flora.core.registry import OptionError, option, register
@@ -25,7 +24,7 @@ INNER_FACTOR = 4
 
 @register("fedtpg")
 @dataclass(frozen=True)
-class FedTpg(FitsEveryModel):
+class FedTpg(WithContext):
     """A generator that makes the context of the classes' names (FedTPG, arXiv:2310.06123).
 
     Learned queries attend to the frozen unit features of the names, and a feed-forward layer follows: a vector for each
@@ -51,14 +50,10 @@ class FedTpg(FitsEveryModel):
 
     @property
     def context(self) -> PromptContext:
-        """Where the vectors stand."""
         return PromptContext(words=self.words, num_tokens=self.num_tokens)
 
-    def check(self) -> None:
-        self.context.check()
-
     def check_fits(self, architecture: Architecture) -> None:
-        self.context.check_fits(architecture)
+        super().check_fits(architecture)
         width = architecture.text.width
         if width % self.heads:
             raise OptionError("heads", f"expected a divisor of {width}, {architecture.name}'s text width")
@@ -66,12 +61,6 @@ class FedTpg(FitsEveryModel):
     @property
     def changes_images(self) -> bool:
         return False
-
-    def templates(self, given: Sequence[str]) -> tuple[str, ...]:
-        return self.context.templates(given)
-
-    def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
-        return self.context.shown_templates(given)
 
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedFedTpg(self, clip)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.adapters.wrapper import AdapterWrapper
 from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 
@@ -17,7 +18,7 @@ OWN = ".own"
 SHARE = "own_share"
 
 
-class Interpolated(AttachedAdapter):
+class Interpolated(AdapterWrapper):
     """Two copies w and v of what another adapter trains, and as the client's own model share * v + (1 - share) * w.
 
     w keeps its names and is the server's; `NAME.own` is v, which begins where w does and stays with its client, as does
@@ -25,24 +26,15 @@ class Interpolated(AttachedAdapter):
     gradient: so w is trained as without, and v and the share by the gradient at the mixture.
     """
 
-    num_models = 2
-    first_loss_model = 0
-    is_linear = False
-
     def __init__(self, inner: AttachedAdapter, share: float, *, learns_share: bool) -> None:
-        self._inner, self._share, self._learns_share = inner, share, learns_share
+        super().__init__(inner)
+        self._share, self._learns_share = share, learns_share
+        self.num_models, self.first_loss_model, self.is_linear = 2, 0, False
         self.after_step = self._after_step if inner.after_step is not None or learns_share else None
         self.project = None if inner.project is None else self._project
 
-    def __getattribute__(self, name: str) -> Any:
-        """What is not said here is as the other adapter has it, whenever it is asked for."""
-        own = object.__getattribute__(self, "__dict__")
-        if name.startswith("__") or name in own or name in vars(Interpolated):
-            return object.__getattribute__(self, name)
-        return getattr(own["_inner"], name)
-
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
-        state = self._inner.initial_state(rng, class_features)
+        state = self.inner.initial_state(rng, class_features)
         own = {name + OWN: tensor.clone() for name, tensor in state.items()}
         if self._learns_share:
             own[SHARE] = torch.tensor(self._share, dtype=next(iter(state.values())).dtype)
@@ -65,25 +57,25 @@ class Interpolated(AttachedAdapter):
         return self.models(stack)
 
     def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Any:
-        return self._inner.bind(_shared(stack), generators)
+        return self.inner.bind(_shared(stack), generators)
 
     def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
-        return self._inner.merged_state_dict(state_dict, _shared(adapter))
+        return self.inner.merged_state_dict(state_dict, _shared(adapter))
 
     def _after_step(self, stack: StateLike, learning_rate: float | Tensor) -> None:
         """Do after each step what the other adapter does with both copies, and keep the share between 0 and 1."""
-        if self._inner.after_step is not None:
+        if self.inner.after_step is not None:
             for copy in (_shared, _own):
-                self._inner.after_step(copy(stack), learning_rate)
+                self.inner.after_step(copy(stack), learning_rate)
         if self._learns_share:
             stack[SHARE].clamp_(0, 1)
 
     def _project(self, stack: StateLike, gradients: StateLike, generators: Sequence[torch.Generator]) -> State:
         """What a step goes along: of both copies what the other adapter makes of their gradients."""
-        assert self._inner.project is not None
+        assert self.inner.project is not None
         along = dict(gradients)
         for copy, ending in ((_shared, ""), (_own, OWN)):
-            made = self._inner.project(copy(stack), copy(gradients), generators)
+            made = self.inner.project(copy(stack), copy(gradients), generators)
             along |= {name + ending: tensor for name, tensor in made.items()}
         return along
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora.clip.adapters.base import TOWERS, Adapter, AttachedAdapter
+from flora.clip.adapters.base import TOWERS, Adapter, AttachedAdapter, check_depth
 from flora.clip.adapters.beside import AttachedBeside
 from flora.clip.frozen import Architecture, FrozenClip
-from flora.core.registry import OptionError, option, register
+from flora.core.registry import option, register
 from flora.core.rng import Rng
 from flora.core.tree import State
 
@@ -41,14 +41,11 @@ class PFedMma(Adapter):
     scale: float = option("factor of what is added", 0.001, above=0)
 
     def check_fits(self, architecture: Architecture) -> None:
-        limit = min(architecture.tower(tower).num_layers for tower in TOWERS)
-        if self.depth is not None and self.depth > limit:
-            blocks = f"at most {limit}, the blocks of the shallower tower of {architecture.name}"
-            raise OptionError("depth", f"expected {blocks}, got {self.depth}")
+        check_depth(self.depth, architecture)
 
     def depth_in(self, architecture: Architecture) -> int:
         """How many blocks of each tower have a bottleneck."""
-        return self.depth or -(-2 * min(architecture.tower(tower).num_layers for tower in TOWERS) // 3)
+        return self.depth or -(-2 * architecture.common_layers // 3)
 
     @property
     def takes_fewer_tokens(self) -> bool:

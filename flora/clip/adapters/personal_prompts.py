@@ -104,11 +104,9 @@ class PromptFolio(PromptContext):
 
     share: float = option("the part of the context that stays, theta", 0.2, above=0, below=1)
 
-    def templates(self, given: Sequence[str]) -> tuple[str, ...]:
-        return super().templates(given) * 2
-
-    def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
-        return super().shown_templates(given) * 2
+    @property
+    def prompts_of_class(self) -> int:
+        return 2
 
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedPromptFolio(self, clip)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter
-from flora.clip.adapters.beside import FitsEveryModel
-from flora.clip.adapters.prompts import AttachedContext, PromptContext, context_places, words_of
+from flora.clip.adapters.prompts import AttachedContext, PromptContext, WithContext, context_places, words_of
 from flora.clip.comparison import Comparison
 from flora.clip.frozen import Architecture, FrozenClip
 from flora.clip.loss_terms import StepView
@@ -22,7 +21,7 @@ from flora.core.tree import State
 
 @register("proda")
 @dataclass(frozen=True)
-class ProDa(FitsEveryModel):
+class ProDa(WithContext):
     """Several contexts, whose features are a Gaussian distribution of each class's (ProDA, arXiv:2205.03340).
 
     Half of the prompts have the class's name at the end, a quarter each in the middle and in front. Classes are
@@ -45,17 +44,18 @@ class ProDa(FitsEveryModel):
     orthogonality: float = option("weight of the cosines between prompts without a name, lambda", 0.1, at_least=0)
 
     @property
-    def contexts(self) -> tuple[PromptContext, ...]:
+    def prompt_contexts(self) -> tuple[PromptContext, ...]:
         """Where each prompt's vectors stand."""
         quarter = self.num_prompts // 4
         positions = ["front"] * (self.num_prompts - 2 * quarter) + ["middle"] * quarter + ["end"] * quarter
         return tuple(PromptContext(words=self.words, num_tokens=self.num_tokens, position=each) for each in positions)
 
-    def check(self) -> None:
-        self.contexts[0].check()
+    @property
+    def context(self) -> PromptContext:
+        return self.prompt_contexts[0]
 
     def check_fits(self, architecture: Architecture) -> None:
-        self.contexts[0].check_fits(architecture)
+        super().check_fits(architecture)
         if not architecture.reads_text_end:
             raise OptionError(
                 "", f"proda needs a text tower that is read at a prompt's end: {architecture.name} is not"
@@ -71,12 +71,12 @@ class ProDa(FitsEveryModel):
 
     def templates(self, given: Sequence[str]) -> tuple[str, ...]:
         """P with the class's name, and the same contexts without it: those are the same for all classes."""
-        named = [each.templates(given)[0] for each in self.contexts]
-        without = " ".join(self.contexts[0].halves).strip() + "."
+        named = [each.templates(given)[0] for each in self.prompt_contexts]
+        without = " ".join(self.context.halves).strip() + "."
         return (*named, *[without] * self.num_prompts)
 
     def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
-        named = [each.shown_templates(given)[0] for each in self.contexts]
+        named = [each.shown_templates(given)[0] for each in self.prompt_contexts]
         return (*named, *["[learned context]."] * self.num_prompts)
 
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
@@ -145,9 +145,9 @@ class AttachedProDa(AttachedContext):
     """Its state dict is `context` `(P, n, text width)`: P prompts' n vectors, from random numbers."""
 
     def __init__(self, options: ProDa, clip: FrozenClip) -> None:
-        contexts, number = options.contexts, options.num_prompts
-        super().__init__(contexts[0], clip)
-        self._nums_before = [len(words_of(clip, each.halves[0])) for each in contexts]
+        number = options.num_prompts
+        super().__init__(options.context, clip)
+        self._nums_before = [len(words_of(clip, each.halves[0])) for each in options.prompt_contexts]
         self.comparison = options.comparison
         # For the frozen model, which is compared with unit means.
         self.place_shares = (1 / number,) * number + (0.0,) * number

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flora.clip.adapters.base import AttachedAdapter
+from flora.clip.adapters.base import Adapter, AttachedAdapter
 from flora.clip.adapters.beside import AttachedBeside, FitsEveryModel
 from flora.clip.frozen import Architecture, FrozenClip
 from flora.core.errors import UserError
@@ -60,20 +61,44 @@ class PromptContext(FitsEveryModel):
         num_before = {"front": len(words), "middle": len(words) // 2, "end": 0}[self.position]
         return " ".join(words[:num_before]), " ".join(words[num_before:])
 
+    @property
+    def prompts_of_class(self) -> int:
+        """How many prompts each class has, all of the same words."""
+        return 1
+
     def templates(self, given: Sequence[str]) -> tuple[str, ...]:
         before, behind = self.halves
-        return (f"{before} {{}} {behind}".strip() + ".",)
+        return (f"{before} {{}} {behind}".strip() + ".",) * self.prompts_of_class
 
     def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
         learned = "[learned context]"
-        return (
-            {"front": f"{learned} {{}}.", "middle": f"{learned} {{}} {learned}.", "end": f"{{}} {learned}."}[
-                self.position
-            ],
-        )
+        shown = {"front": f"{learned} {{}}.", "middle": f"{learned} {{}} {learned}.", "end": f"{{}} {learned}."}
+        return (shown[self.position],) * self.prompts_of_class
 
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedContext(self, clip)
+
+
+@dataclass(frozen=True)
+class WithContext(Adapter):
+    """An adapter with the prompts of a context, whose vectors it makes or learns in its way."""
+
+    @property
+    @abstractmethod
+    def context(self) -> PromptContext:
+        """Where vectors stand in the prompts."""
+
+    def check(self) -> None:
+        self.context.check()
+
+    def check_fits(self, architecture: Architecture) -> None:
+        self.context.check_fits(architecture)
+
+    def templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        return self.context.templates(given)
+
+    def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
+        return self.context.shown_templates(given)
 
 
 class AttachedContext(AttachedBeside):

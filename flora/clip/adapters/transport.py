@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -129,11 +128,6 @@ class TransportedContexts(PromptContext):
     threshold: float = option("a plan is done when its scalings move by less than this", 1e-3, at_least=0)
 
     @property
-    @abstractmethod
-    def prompts_of_class(self) -> int:
-        """How many prompts each class has."""
-
-    @property
     def stop(self) -> Stop:
         return Stop(self.max_iterations, self.threshold)
 
@@ -142,12 +136,6 @@ class TransportedContexts(PromptContext):
         if not architecture.reads_class_token:
             needs = "a vision tower that is read at its class token"
             raise OptionError("", f"transport needs {needs}: {architecture.name} is read at the mean of all")
-
-    def templates(self, given: Sequence[str]) -> tuple[str, ...]:
-        return super().templates(given) * self.prompts_of_class
-
-    def shown_templates(self, given: Sequence[str]) -> tuple[str, ...]:
-        return super().shown_templates(given) * self.prompts_of_class
 
 
 @register("plot")

@@ -97,6 +97,11 @@ class AdaptedClip:
         patches = F.normalize(tokens[:, 1:].unflatten(0, (num_clients, -1)), dim=-1)
         return self._adapted_images(tokens[:, 0], num_clients), patches
 
+    @torch.no_grad()
+    def frozen_image_features(self, stem: Tensor) -> Tensor:
+        """Unit features `(N, embed_dim)` without an adapter, of stem outputs `(N, ...)`. None may be bound then."""
+        return torch.cat([self.image_features(part, 1)[0] for part in self.vision.in_parts(stem)])
+
     def _adapted_images(self, features: Tensor, num_clients: int) -> Tensor:
         return F.normalize(self.adapter.adapt_images(features.unflatten(0, (num_clients, -1))), dim=-1)
 

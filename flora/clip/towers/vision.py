@@ -38,18 +38,23 @@ class VisionTower:
             )
         self._reads_one = speed.trim_last_block and clip.visual.pool_type == "tok" and not self.reads_patches
         self._num_stages = 2 + len(self._visual.transformer.resblocks)
+        self.is_frozen = cut == self._num_stages
         self.num_tokens = int(self._visual.positional_embedding.shape[0])
         self._reducer = None if clip.tokens.is_idle else Reducer(clip.visual, clip.tokens, clip.token_classes)
 
     @torch.no_grad()
     def stem(self, pixels: Tensor) -> Tensor:
         """The part that no adapter changes."""
-        number = len(pixels)
-        if pixels.device.type == "cpu":
-            number = max(1, CPU_BATCH_BYTES // self.activation_bytes())
         with self._clip.autocast():
-            parts = [self._run(part.to(self._clip.dtype), range(self.cut)) for part in pixels.split(number)]
+            parts = [self._run(part.to(self._clip.dtype), range(self.cut)) for part in self.in_parts(pixels)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def in_parts(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images `(N, ...)` as they best go through without gradients: on a CPU some at a time."""
+        number = len(images)
+        if images.device.type == "cpu":
+            number = max(1, CPU_BATCH_BYTES // self.activation_bytes())
+        return images.split(number)
 
     def suffix(self, x: Tensor, around: AroundBlocks = NOTHING) -> Tensor:
         """The rest, from the stem's output to the features; blocks `around` which something is done merge no tokens."""
@@ -89,7 +94,7 @@ class VisionTower:
             visual.conv1 = visual.class_embedding = visual.positional_embedding = None
         for block in range(min(self.cut - 1, len(blocks))):
             blocks[block] = nn.Identity()
-        if self.cut == self._num_stages:
+        if self.is_frozen:
             visual.proj = None
 
     def _run(self, x: Tensor, stages: range, around: AroundBlocks = NOTHING) -> Tensor:
