@@ -147,7 +147,7 @@ def _results(
     block: Block, flat: FlatStack, totals: Tensor, failed: Tensor, states: Sequence[ClientState], sent: Sequence[State]
 ) -> list[ClientResult]:
     """A result for each client, from the block's parameters, summed losses `(K,)` and first failed steps `(K,)`."""
-    adapters = tree.unstack(flat.trained_part(flat.matrix.cpu()))
+    adapters = flat.trained_rows(flat.matrix.cpu())
     losses = (totals.cpu() / torch.tensor(block.num_steps)).tolist()
     return [
         ClientResult(
