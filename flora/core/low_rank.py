@@ -17,7 +17,7 @@ from flora.core.processes import ALONE, Message, Processes
 from flora.core.tree import State, StateLike
 
 # Numbers of a factor of some clients' products that a CPU's second-level cache holds beside the others.
-CACHED_NUMBERS = 2**18
+CACHED_NUMBERS = 2**16
 
 Pair = tuple[Tensor, Tensor]
 """The factors of a product: B `(d_out, r)` and A `(r, d_in)`."""
@@ -98,7 +98,7 @@ def aggregation_error(
         is_narrow = len(clients) * rank + left.shape[1] < min(sizes)  # else factors are larger than their product
         at_once = len(clients) if is_narrow else max(1, CACHED_NUMBERS // (rank * max(sizes)))
         parts: Iterable[Pair] = (
-            _side_by_side(_products(clients[start : start + at_once], shares[start : start + at_once], layer))
+            _in_a_row(*_factors(clients[start : start + at_once], shares[start : start + at_once], layer))
             for start in range(0, len(clients), at_once)
         )
         if is_narrow:
@@ -131,7 +131,7 @@ def residual_of(state: StateLike, layer: str) -> list[Pair]:
 
 def mean_product(clients: Sequence[StateLike], weights: Sequence[float], layer: str) -> list[Pair]:
     """The K products p_k B_k A_k, whose sum is the mean product; p_k is a client's share of the `weights`."""
-    return _products(clients, _shares(weights), layer)
+    return list(zip(*_factors(clients, _shares(weights), layer), strict=True))
 
 
 def _shares(weights: Sequence[float]) -> list[float]:
@@ -139,10 +139,15 @@ def _shares(weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _products(clients: Sequence[StateLike], shares: Sequence[float], layer: str) -> list[Pair]:
+def _factors(clients: Sequence[StateLike], shares: Sequence[float], layer: str) -> Pair:
+    """Return the clients' p_k B_k `(K, d_out, r)` and A_k `(K, r, d_in)`."""
     left, right = (tree.stacked(clients, f"{layer}.{factor}").double() for factor in ("lora_B", "lora_A"))
-    left = left * torch.tensor(shares, dtype=torch.float64).view(-1, 1, 1)
-    return list(zip(left, right, strict=True))
+    return left.mul_(torch.tensor(shares, dtype=torch.float64).view(-1, 1, 1)), right
+
+
+def _in_a_row(left: Tensor, right: Tensor) -> Pair:
+    """The factors of the sum of K products, of theirs `(K, d_out, r)` and `(K, r, d_in)`."""
+    return left.transpose(0, 1).flatten(1), right.flatten(0, 1)
 
 
 def _side_by_side(pairs: Sequence[Pair]) -> Pair:

@@ -181,6 +181,13 @@ def stacked(states: Sequence[StateLike], name: str) -> Tensor:
         deltas = [each.delta for each in states if isinstance(each, Moved) and each.start is first.start]
         if len(deltas) == len(states) and name in first.delta:
             return first.start[name] + stacked(deltas, name)
+    if isinstance(first, FlatState):
+        start, stop, shape = first.layout.places[name]
+        vectors = [
+            each.vector[start:stop] for each in states if isinstance(each, FlatState) and each.layout == first.layout
+        ]
+        if len(vectors) == len(states):
+            return torch.stack(vectors).view(-1, *shape)
     return torch.stack([state[name] for state in states])
 
 
@@ -264,6 +271,9 @@ def count(state: StateLike) -> int:
 
 def is_finite(state: StateLike) -> bool:
     """Whether no number in the state is NaN or infinite."""
+    # A sum of squares is finite only if they all are, and takes one pass; else they may just be large.
+    if isinstance(state, FlatState) and math.isfinite(float(state.vector @ state.vector)):
+        return True
     # The extremes of numbers among which one is NaN are NaN; they need one pass and no copy.
     extremes = [each for part in _parts(state) if part.numel() for each in torch.aminmax(part)]
     return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())

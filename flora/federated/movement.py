@@ -33,7 +33,7 @@ def movement_of(deltas: Sequence[StateLike]) -> Movement:
     total = torch.zeros(())
     for delta in deltas:
         vector = tree.flatten(delta).to(torch.float64, copy=True)
-        squares.append(vector.square().sum())
+        squares.append(vector @ vector)
         total = vector if len(squares) == 1 else total.add_(vector)
     squared = torch.stack(squares)
     mean_square, square_of_mean = float(squared.mean()), float((total / len(deltas)).square().sum())

@@ -35,7 +35,9 @@ def _send(
     """What the server reads of a client that began at `start`, the tensors that are sent, and what it carries on."""
     client, trained = task.client, result.adapter
     # Copies, so that no client keeps the memory of all that shared its steps.
-    own = {name: trained[name].clone() for name in trained if name not in start}
+    own = {}
+    if len(trained) > len(start):
+        own = {name: tensor.clone() for name, tensor in trained.items() if name not in start}
     failed_step = result.failed_step
     if failed_step is None and not tree.is_finite(own):
         failed_step = result.num_steps - 1
