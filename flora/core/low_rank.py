@@ -31,7 +31,7 @@ def factor_of(name: str) -> str | None:
 
 def is_residual(name: str) -> bool:
     """Whether the tensor is a factor of a residual."""
-    return name.rpartition(".")[2] in ("residual_A", "residual_B")
+    return name.endswith((".residual_A", ".residual_B"))
 
 
 def layers(state: StateLike) -> list[str]:
@@ -85,7 +85,8 @@ def aggregation_error(
 ) -> float | None:
     """|sum p_k B_k A_k - B A|_F / |sum p_k B_k A_k|_F over all layers: what averaging the factors gets wrong.
 
-    `clients` are the adapters that clients ended with, as the server reads them, p_k their share of the `weights`;
+    `clients` are the adapters that clients ended with, as the server reads them, padded to the server's rank, p_k
+    their share of the `weights`;
     `server` has B and A. By how much a residual has grown since `before` counts as a part of B A. None if there are no
     low-rank layers, or if the mean product is zero. Each of the `processes` computes some layers.
     """
@@ -131,7 +132,8 @@ def residual_of(state: StateLike, layer: str) -> list[Pair]:
 
 def mean_product(clients: Sequence[StateLike], weights: Sequence[float], layer: str) -> list[Pair]:
     """The K products p_k B_k A_k, whose sum is the mean product; p_k is a client's share of the `weights`."""
-    return list(zip(*_factors(clients, _shares(weights), layer), strict=True))
+    pairs = [product_of(client, layer) for client in clients]
+    return [(share * left, right) for share, (left, right) in zip(_shares(weights), pairs, strict=True)]
 
 
 def _shares(weights: Sequence[float]) -> list[float]:
@@ -140,7 +142,7 @@ def _shares(weights: Sequence[float]) -> list[float]:
 
 
 def _factors(clients: Sequence[StateLike], shares: Sequence[float], layer: str) -> Pair:
-    """Return the clients' p_k B_k `(K, d_out, r)` and A_k `(K, r, d_in)`."""
+    """Return the p_k B_k `(K, d_out, r)` and the A_k `(K, r, d_in)` of clients of one rank."""
     left, right = (tree.stacked(clients, f"{layer}.{factor}").double() for factor in ("lora_B", "lora_A"))
     return left.mul_(torch.tensor(shares, dtype=torch.float64).view(-1, 1, 1)), right
 

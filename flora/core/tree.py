@@ -50,10 +50,8 @@ class Layout:
     def split(self, matrix: Tensor) -> State:
         """The rows of a matrix `(K, P)` as tensors `(K, ...)`: views into it."""
         parts = matrix.split([shape.numel() for _, shape in self.shapes], dim=1)
-        return {
-            name: part.unflatten(1, shape) if shape else part.squeeze(1)
-            for (name, shape), part in zip(self.shapes, parts, strict=True)
-        }
+        number = len(matrix)
+        return {name: part.view(number, *shape) for (name, shape), part in zip(self.shapes, parts, strict=True)}
 
     def rows(self, matrix: Tensor) -> list[FlatState]:
         """The rows of a matrix `(K, P)` as K states: views into it."""
@@ -247,9 +245,9 @@ def expand(state: StateLike, size: int) -> State:
 
 def fits(tensor: Tensor, like: Tensor) -> bool:
     """Whether a tensor has the type and the shape of another, in which a size of 0 stands for any."""
-    if tensor.dtype != like.dtype or tensor.dim() != like.dim():
-        return False
-    return all(theirs in (0, own) for own, theirs in zip(tensor.shape, like.shape, strict=True))
+    if tensor.dtype != like.dtype or tensor.shape == like.shape:
+        return tensor.dtype == like.dtype
+    return tensor.dim() == like.dim() and all(theirs in (0, own) for own, theirs in zip(tensor.shape, like.shape))
 
 
 def kinds(state: StateLike) -> dict[str, tuple[torch.Size, torch.dtype]]:

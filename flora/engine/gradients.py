@@ -335,4 +335,5 @@ def rows_of(losses: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = Fals
     gradients = torch.autograd.grad(
         losses.sum(), leaves, allow_unused=True, materialize_grads=True, retain_graph=keep_graph
     )
-    return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
+    number = len(losses)
+    return torch.cat([gradient.reshape(number, -1) for gradient in gradients], dim=1)

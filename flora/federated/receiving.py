@@ -68,6 +68,8 @@ def personal_states(
     federation: Federation, plan: RoundPlan, results: Iterable[ClientResult]
 ) -> Iterator[tuple[int, tree.State]]:
     """The adapters that clients have trained for themselves, by id; one that diverged stays as it was."""
+    if not plan.personal_tasks:
+        return
     starts = {task.client: task.adapter for task in plan.personal_tasks}
     names = federation.roles.own(plan.view.adapter)
     for result in results:
