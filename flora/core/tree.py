@@ -247,7 +247,9 @@ def fits(tensor: Tensor, like: Tensor) -> bool:
     """Whether a tensor has the type and the shape of another, in which a size of 0 stands for any."""
     if tensor.dtype != like.dtype or tensor.shape == like.shape:
         return tensor.dtype == like.dtype
-    return tensor.dim() == like.dim() and all(theirs in (0, own) for own, theirs in zip(tensor.shape, like.shape))
+    if tensor.dim() != like.dim():
+        return False
+    return all(theirs in (0, own) for own, theirs in zip(tensor.shape, like.shape, strict=True))
 
 
 def kinds(state: StateLike) -> dict[str, tuple[torch.Size, torch.dtype]]:
