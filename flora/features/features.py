@@ -84,7 +84,7 @@ class StoredFeatures(Features):
         return self.stem.device
 
     def take(self, indices: Tensor, device: torch.device, rngs: Iterable[Rng] | None = None) -> Tensor:
-        stem = self.stem.index_select(0, self.rows.index_select(0, indices))
+        stem = self.stem.index_select(0, self.rows[indices])
         return stem.to(device).to(self.computed_as or self.stem.dtype)
 
     def subset(self, indices: np.ndarray) -> StoredFeatures:
