@@ -85,9 +85,10 @@ def aggregation_error(
 ) -> float | None:
     """|sum p_k B_k A_k - B A|_F / |sum p_k B_k A_k|_F over all layers: what averaging the factors gets wrong.
 
-    `clients` are the adapters that clients ended with, as the server reads them, padded to the server's rank, p_k
-    their share of the `weights`; `server` has B and A. By how much a residual has grown since `before` counts as a part of B A. None if there are no
-    low-rank layers, or if the mean product is zero. Each of the `processes` computes some layers.
+    `clients` are the adapters that clients ended with, as the server reads them, padded to the server's rank, p_k their
+    share of the `weights`; `server` has B and A. By how much a residual has grown since `before` counts as a part of B
+    A. None if there are no low-rank layers, or if the mean product is zero. Each of the `processes` computes some
+    layers.
     """
     shares = _shares(weights)
 
