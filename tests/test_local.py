@@ -232,7 +232,10 @@ def test_flat_stack_puts_what_is_trained_first() -> None:
     flat = FlatStack(state, torch.device("cpu"), trained={"c", "b"})
     assert flat.num_trained == 3
     assert flat.matrix.tolist() == [[0, 1, 1, 0, 1, 2], [2, 3, 2, 3, 4, 5]]
-    assert list(flat.trained_part(flat.matrix)) == ["b", "c"]
+    rows = flat.trained_rows(flat.matrix)
+    assert [{name: tensor.tolist() for name, tensor in row.items()} for row in rows] == [
+        {"b": [0, 1], "c": 1}, {"b": [2, 3], "c": 2}
+    ]  # fmt: skip
     adapter, leaves = flat.leaves(flat.matrix)
     assert all(torch.equal(adapter[name], state[name]) for name in state)
     assert [adapter[name].requires_grad for name in ("a", "b", "c")] == [False, True, True] and len(leaves) == 2

@@ -161,7 +161,7 @@ def test_a_residual_is_added_without_dropout() -> None:
 def test_what_is_bound_is_what_is_merged(tiny_model: str) -> None:
     options = Lora(towers=("text", "vision"), targets=TARGETS, rank=2)
     model = adapt(tiny_model, options)
-    adapter = tree.unstack(random_adapters(model, 1))[0]
+    adapter = dict(tree.unstack(random_adapters(model, 1))[0])
     for layer in layers(adapter):
         generator = torch.Generator().manual_seed(len(layer))
         shapes = adapter[f"{layer}.lora_A"].shape[1], adapter[f"{layer}.lora_B"].shape[0]

@@ -44,7 +44,7 @@ from flora.core.rng import Rng
 from flora.core.states import ClientData, ClientUpdate, ServerState
 from flora.core.tree import State
 from flora.engine.engine import Engine
-from flora.federated.aggregation import _End, step
+from flora.federated.aggregation import step
 from flora.federated.federation import Federation
 from flora.federated.round import RoundResult, run_round
 from flora.federated.synchronous import Synchronous
@@ -518,10 +518,11 @@ def test_options_are_checked(raw_config: dict[str, Any]) -> None:
 def test_full_fine_tuning_has_no_low_rank_error_and_makes_no_clients_adapter(
     tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(end: _End, name: str) -> torch.Tensor:
+    def refuse(ends: object, name: str) -> torch.Tensor:
         raise AssertionError(f"{name} is made")
 
-    monkeypatch.setattr(_End, "__getitem__", refuse)
+    monkeypatch.setattr(tree.Moved, "__getitem__", refuse)
+    monkeypatch.setattr(tree, "stacked", refuse)
     with pytest.raises(AssertionError, match=r"lora_. is made"):
         rounds(tiny_model, FedAvg(), 1)
     adapted = adapt(tiny_model, FullFineTuning())

@@ -258,8 +258,8 @@ def compare_planning(setting: Setting) -> list[str]:
     few, many = (_in_fresh_process(order) for order in orders)
     lines = [
         f"{number:,} clients, {min(COHORT, number):,} in a round: dealt out in {row['dealing_seconds']:.1f} s, a round "
-        f"planned in {row['planning_seconds']:.4f} s, finished in {row['finishing_seconds']:.4f} s, peak memory "
-        f"{size(row['peak_bytes'])}"
+        f"planned in {row['planning_seconds']:.4f} s, finished in {row['finishing_seconds']:.4f} s, of which the "
+        f"aggregation error takes {row['error_seconds']:.4f} s, peak memory {size(row['peak_bytes'])}"
         for number, row in zip(NUM_CLIENTS, (few, many), strict=True)
     ]
     seconds, memory = (many[name] - few[name] for name in ("planning_seconds", "peak_bytes"))

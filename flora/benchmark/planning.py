@@ -17,10 +17,11 @@ from flora.clip.towers.towers import AdaptedClip
 from flora.communication.participation import Participation
 from flora.communication.sampling import Uniform
 from flora.core import tree
+from flora.core.low_rank import aggregation_error
 from flora.core.memory import peak_memory_bytes
 from flora.core.rng import Rng
 from flora.core.states import FRESH, ClientData, ServerState
-from flora.core.tree import StateLike
+from flora.core.tree import Moved, StateLike
 from flora.data.partition import Iid
 from flora.engine.engine import Engine
 from flora.engine.tasks import ClientResult, ClientTask
@@ -84,17 +85,18 @@ def measure_planning(setting: Setting, num_clients: int) -> dict[str, Any]:
         "dealing_seconds": dealing,
         "planning_seconds": statistics.median(seconds),
         "finishing_seconds": _finishing_seconds(federation, state),
+        "error_seconds": _error_seconds(state, engine.results),
         "peak_bytes": peak_bytes,
     }
 
 
 def _results(adapter: StateLike, tasks: Sequence[ClientTask]) -> list[ClientResult]:
     """Return a result for each task: its adapter is the server's, moved by random numbers."""
-    generator, vector = Rng(0).torch(), tree.flatten(adapter)
-    moved = (vector + 0.01 * torch.randn(len(vector), generator=generator) for _ in tasks)
+    generator, start = Rng(0).torch(), tree.flat(adapter)
+    moved = start.vector + 0.01 * torch.randn(len(tasks), len(start.vector), generator=generator)
     return [
-        ClientResult(task.client, tree.unflatten(each.to(vector.dtype), adapter), 1.0, 1, None, FRESH, {})
-        for task, each in zip(tasks, moved, strict=True)
+        ClientResult(task.client, each, 1.0, 1, None, FRESH, {})
+        for task, each in zip(tasks, start.layout.rows(moved.to(start.vector.dtype)), strict=True)
     ]
 
 
@@ -107,4 +109,15 @@ def _finishing_seconds(federation: Federation, state: ServerState) -> float:
         planned = time.perf_counter()
         run_round(federation, state)
         seconds.append(time.perf_counter() - planned - (planned - started))
+    return statistics.median(seconds)
+
+
+def _error_seconds(state: ServerState, results: Sequence[ClientResult]) -> float:
+    """How long the aggregation error of a round takes, which is a part of finishing it: the median of a few."""
+    ends = [Moved(state.adapter, tree.subtract(tree.flat(result.adapter), state.adapter)) for result in results]
+    seconds = []
+    for _ in range(NUM_FINISHED):
+        started = time.perf_counter()
+        aggregation_error(ends, [1.0] * len(ends), state.adapter)
+        seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)

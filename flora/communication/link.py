@@ -20,12 +20,13 @@ class Broadcast:
     """What the server sends in a round, and what clients read of it.
 
     `read` are the tensors that were sent, as clients have them; `payload` is what travels of them: packed bytes, or the
-    tensors themselves. `extra`, what a correction sends, travels with it as it is.
+    tensors themselves. `extra`, what a correction sends, travels with it as it is. `counted` are its bytes, by rank.
     """
 
     read: State
     payload: StateLike | bytes
     extra: State
+    counted: dict[int | None, int] = field(init=False, default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class Upload:
     `feedback` is what was lost of it, which the client adds to its next delta, where there is error feedback.
     """
 
-    delta: State
+    delta: StateLike
     feedback: State
     num_bytes: int
 
@@ -60,21 +61,26 @@ class Link:
         """Return how many bytes of a broadcast go to a client."""
         if isinstance(broadcast.payload, bytes):
             return len(broadcast.payload) + _extra_bytes(broadcast.extra)
-        return self._payload_bytes({**broadcast.payload, **_named(broadcast.extra)}, client)
+        counted, rank = broadcast.counted, self._rank(client)
+        if rank not in counted:
+            sent = residuals_at_their_smallest({**broadcast.payload, **_named(broadcast.extra)})
+            counted[rank] = self._payload_bytes(sent, client)
+        return counted[rank]
 
-    def upload(self, delta: State, feedback: StateLike, extra: StateLike, client: int, rng: Rng) -> Upload:
+    def upload(self, delta: StateLike, feedback: StateLike, extra: StateLike, client: int, rng: Rng) -> Upload:
         """Send a client's delta, with what was lost of those before, its `feedback`; `extra` travels as it is."""
         compressor = self.options.upload
         if compressor.is_identity or not tree.is_finite(delta):
-            return Upload(delta, {}, self._payload_bytes({**delta, **_named(extra)}, client))
-        meant = tree.add(delta, feedback) if feedback else delta
+            sent = {**delta, **_named(extra)} if extra else delta
+            return Upload(delta, {}, self._payload_bytes(sent, client))
+        meant = tree.add(delta, feedback) if feedback else dict(delta)
         payload, read = _through("communication.upload", compressor, meant, rng)
         lost = tree.subtract(meant, read) if self.options.error_feedback else {}
         return Upload(read, lost, len(payload) + _extra_bytes(extra))
 
     def uplink_bytes(self, sent: StateLike, extra: StateLike, client: int, round: int) -> int:
         """Return how many bytes a client sends of a delta like `sent` in a round, whatever its numbers are."""
-        kind = round, None if self.ranks is None else int(self.ranks[client])
+        kind = round, self._rank(client)
         if kind not in self._counted:
             for other in [known for known in self._counted if known[0] != round]:
                 del self._counted[other]
@@ -83,8 +89,11 @@ class Link:
 
     def _payload_bytes(self, state: StateLike, client: int) -> int:
         """Return how many bytes the state takes on its way to or from a client."""
-        state = residuals_at_their_smallest(state)
-        return payload_bytes(state if self.ranks is None else rank_first(state, int(self.ranks[client])))
+        rank = self._rank(client)
+        return payload_bytes(state if rank is None else rank_first(state, rank))
+
+    def _rank(self, client: int) -> int | None:
+        return None if self.ranks is None else int(self.ranks[client])
 
 
 def _named(extra: StateLike) -> State:

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from flora.communication.compressors import Compressor, NoCompression
+from flora.core import tree
 from flora.core.registry import OptionError, Options, name_of, option
 from flora.core.tree import StateLike
 
@@ -41,10 +42,10 @@ class CommunicationOptions(Options):
 
 def payload_bytes(state: StateLike) -> int:
     """The length in bytes of `state` as safetensors, header included."""
-    return _payload_bytes(tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()))
+    return _payload_bytes(tuple(tree.kinds(state).items()))
 
 
 @lru_cache(maxsize=64)
-def _payload_bytes(layout: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> int:
+def _payload_bytes(kinds: tuple[tuple[str, tuple[torch.Size, torch.dtype]], ...]) -> int:
     # The length depends on names, types and shapes alone.
-    return len(safetensors.torch.save({name: torch.zeros(shape, dtype=dtype) for name, dtype, shape in layout}))
+    return len(safetensors.torch.save({name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in kinds}))

@@ -7,13 +7,17 @@ A layer may have a residual too, a product of its own that is added to B A and t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from flora.core import tree
 from flora.core.processes import ALONE, Message, Processes
 from flora.core.tree import State, StateLike
+
+# Numbers of a factor of some clients' products that a CPU's second-level cache holds beside the others.
+CACHED_NUMBERS = 2**16
 
 Pair = tuple[Tensor, Tensor]
 """The factors of a product: B `(d_out, r)` and A `(r, d_in)`."""
@@ -27,7 +31,7 @@ def factor_of(name: str) -> str | None:
 
 def is_residual(name: str) -> bool:
     """Whether the tensor is a factor of a residual."""
-    return name.rpartition(".")[2] in ("residual_A", "residual_B")
+    return name.endswith((".residual_A", ".residual_B"))
 
 
 def layers(state: StateLike) -> list[str]:
@@ -81,16 +85,31 @@ def aggregation_error(
 ) -> float | None:
     """|sum p_k B_k A_k - B A|_F / |sum p_k B_k A_k|_F over all layers: what averaging the factors gets wrong.
 
-    `clients` are the adapters that clients ended with, as the server reads them, p_k their share of the `weights`;
-    `server` has B and A. By how much a residual has grown since `before` counts as a part of B A. None if there are no
-    low-rank layers, or if the mean product is zero. Each of the `processes` computes some layers.
+    `clients` are the adapters that clients ended with, as the server reads them, padded to the server's rank, p_k their
+    share of the `weights`; `server` has B and A. By how much a residual has grown since `before` counts as a part of B
+    A. None if there are no low-rank layers, or if the mean product is zero. Each of the `processes` computes some
+    layers.
     """
+    shares = _shares(weights)
 
     def norms(layer: str) -> tuple[float, float]:
-        products = mean_product(clients, weights, layer)
-        grown = [*residual_of(server, layer), *(_negative(pair) for pair in residual_of(before or {}, layer))]
-        missed = [*products, *(_negative(pair) for pair in [product_of(server, layer), *grown])]
-        return _squared_norm(products), _squared_norm(missed)
+        known = [_negative(pair) for pair in [product_of(server, layer), *residual_of(server, layer)]]
+        left, right = _side_by_side([*known, *residual_of(before or {}, layer)])
+        rank, sizes = len(server[f"{layer}.lora_A"]), (len(left), right.shape[1])
+        is_narrow = len(clients) * rank + left.shape[1] < min(sizes)  # else factors are larger than their product
+        at_once = len(clients) if is_narrow else max(1, CACHED_NUMBERS // (rank * max(sizes)))
+        parts: Iterable[Pair] = (
+            _in_a_row(*_factors(clients[start : start + at_once], shares[start : start + at_once], layer))
+            for start in range(0, len(clients), at_once)
+        )
+        if is_narrow:
+            left, right = _triangular(_side_by_side([*parts, (left, right)]))
+            number = len(clients) * rank
+            parts, left, right = [(left[:, :number], right[:number])], left[:, number:], right[number:]
+        mean = torch.zeros(len(left), right.shape[1], dtype=torch.float64)
+        for pair in parts:
+            mean.addmm_(*pair)
+        return float(mean.square().sum()), float(mean.addmm_(left, right).square().sum())
 
     names = layers(server)
     own = {layer: norms(layer) for layer in names[processes.rank :: processes.size]}
@@ -113,9 +132,29 @@ def residual_of(state: StateLike, layer: str) -> list[Pair]:
 
 def mean_product(clients: Sequence[StateLike], weights: Sequence[float], layer: str) -> list[Pair]:
     """The K products p_k B_k A_k, whose sum is the mean product; p_k is a client's share of the `weights`."""
-    total = sum(weights)
     pairs = [product_of(client, layer) for client in clients]
-    return [(weight / total * left, right) for weight, (left, right) in zip(weights, pairs, strict=True)]
+    return [(share * left, right) for share, (left, right) in zip(_shares(weights), pairs, strict=True)]
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def _factors(clients: Sequence[StateLike], shares: Sequence[float], layer: str) -> Pair:
+    """Return the p_k B_k `(K, d_out, r)` and the A_k `(K, r, d_in)` of clients of one rank."""
+    left, right = (tree.stacked(clients, f"{layer}.{factor}").double() for factor in ("lora_B", "lora_A"))
+    return left.mul_(torch.tensor(shares, dtype=torch.float64).view(-1, 1, 1)), right
+
+
+def _in_a_row(left: Tensor, right: Tensor) -> Pair:
+    """The factors of the sum of K products, of theirs `(K, d_out, r)` and `(K, r, d_in)`."""
+    return left.transpose(0, 1).flatten(1), right.flatten(0, 1)
+
+
+def _side_by_side(pairs: Sequence[Pair]) -> Pair:
+    """The factors of the sum of products B A: all B `(d_out, R)`, and all A `(R, d_in)`."""
+    return torch.cat([left for left, _ in pairs], dim=1), torch.cat([right for _, right in pairs], dim=0)
 
 
 def low_rank_of_sum(pairs: Sequence[Pair], *, rank: int | None = None, tolerance: float | None = None) -> Pair:
@@ -125,8 +164,9 @@ def low_rank_of_sum(pairs: Sequence[Pair], *, rank: int | None = None, tolerance
     product's norm are left out. By the singular values of a matrix as wide as all factors together, never of the dense
     product.
     """
-    left_basis, left_factor = torch.linalg.qr(torch.cat([left for left, _ in pairs], dim=1))
-    right_basis, right_factor = torch.linalg.qr(torch.cat([right for _, right in pairs], dim=0).T)
+    left, right = _side_by_side(pairs)
+    left_basis, left_factor = torch.linalg.qr(left)
+    right_basis, right_factor = torch.linalg.qr(right.T)
     u, values, v = torch.linalg.svd(left_factor @ right_factor.T, full_matrices=False)
     if tolerance is not None:
         largest = math.sqrt(max(_squared_norm([pair]) for pair in pairs))
@@ -153,10 +193,13 @@ def _negative(pair: Pair) -> Pair:
 
 def _squared_norm(pairs: Sequence[Pair]) -> float:
     """The squared Frobenius norm of the sum of products B A."""
-    left = torch.cat([left for left, _ in pairs], dim=1)
-    right = torch.cat([right for _, right in pairs], dim=0)
-    if left.shape[1] >= min(len(left), right.shape[1]):  # so many factors are larger than their product
-        return float((left @ right).square().sum())
-    # Triangular factors have the same product's norm, without its size and without the cancellation of Gram matrices.
-    left_factor, right_factor = (torch.linalg.qr(matrix, mode="r").R for matrix in (left, right.T))
-    return float((left_factor @ right_factor.T).square().sum())
+    left, right = _side_by_side(pairs)
+    if left.shape[1] < min(len(left), right.shape[1]):  # else factors are larger than their product
+        left, right = _triangular((left, right))
+    return float((left @ right).square().sum())
+
+
+def _triangular(pair: Pair) -> Pair:
+    """Factors of a product of the same norm, without its size and without the cancellation of Gram matrices."""
+    left, right = (torch.linalg.qr(matrix, mode="r").R for matrix in (pair[0], pair[1].T))
+    return left, right.T

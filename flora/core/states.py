@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flora.core.tree import State
+from flora.core.tree import State, StateLike
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class ClientUpdate:
 
     client: int
     num_examples: int
-    delta: State
+    delta: StateLike
     loss: float
     num_steps: int
     num_bytes: int = 0

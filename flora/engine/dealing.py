@@ -111,7 +111,7 @@ def unless_out_of_memory(function: Callable[..., Result], *arguments: object) ->
 
 
 # The parts of a client's result that are state dicts.
-_STATES: Mapping[str, Callable[[ClientResult], State]] = {
+_STATES: Mapping[str, Callable[[ClientResult], StateLike]] = {
     "adapter": lambda result: result.adapter,
     "optimizer": lambda result: result.state.optimizer,
     "correction": lambda result: result.state.correction,
@@ -134,14 +134,14 @@ def _unpack_results(message: Message) -> list[ClientResult]:
     """The inverse of `_pack_results`. As where they were computed, only adapters are parts of larger tensors."""
     stacks = {part: tree.strip_prefix(f"{part}.", message.tensors) for part in _STATES}
     results = []
-    for row, values in enumerate(message.fields):
-        own = {part: {name: tensor[row] for name, tensor in stack.items()} for part, stack in stacks.items()}
+    for row, (values, adapter) in enumerate(zip(message.fields, tree.unstack(stacks["adapter"]), strict=True)):
         optimizer, correction, sent = (
-            {name: tensor.clone() for name, tensor in own[part].items()} for part in ("optimizer", "correction", "sent")
+            {name: tensor[row].clone() for name, tensor in stacks[part].items()}
+            for part in ("optimizer", "correction", "sent")
         )
         fields: dict[str, Any] = dict(zip(_FIELDS, values, strict=True))
         state = ClientState(optimizer=optimizer, correction=correction)
-        results.append(ClientResult(**fields, adapter=own["adapter"], state=state, sent_correction=sent))
+        results.append(ClientResult(**fields, adapter=adapter, state=state, sent_correction=sent))
     return results
 
 

@@ -16,7 +16,7 @@ from flora.clip.adapters.base import HELD_CLASSES, AttachedAdapter
 from flora.clip.loss_terms import ImagesAndClasses, LossTerm, StepView
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.contracts import checked_tensor
-from flora.core.tree import State, StateLike
+from flora.core.tree import FlatState, Layout, State, StateLike
 from flora.engine.batch import FROZEN_IMAGES, OTHER_STEM, Batch, Compute
 from flora.engine.capacity import clients_at_once
 from flora.engine.recording import Recorder, is_recorded
@@ -96,40 +96,32 @@ class FlatStack:
 
     def __init__(self, stack: StateLike, device: torch.device, trained: Collection[str] | None = None) -> None:
         self.trained = [name for name in stack if trained is None or name in trained]
-        self._shapes = {name: stack[name].shape[1:] for name in self.trained}
-        self.num_trained = sum(shape.numel() for shape in self._shapes.values())
-        self._shapes |= {name: tensor.shape[1:] for name, tensor in stack.items()}
+        shapes = {name: stack[name].shape[1:] for name in (*self.trained, *stack)}
+        self._all, self._trained = Layout(tuple(shapes.items())), Layout(tuple(shapes.items())[: len(self.trained)])
+        self.num_trained = self._trained.size
         size = len(next(iter(stack.values())))
         # Where all clients start from one adapter, as `tree.expand` gives it, that is copied to the device once.
         is_one = all(tensor.stride(0) == 0 for tensor in stack.values())
-        rows = [stack[name][:1] if is_one else stack[name] for name in self._shapes]
+        rows = [stack[name][:1] if is_one else stack[name] for name in shapes]
         matrix = torch.cat([tensor.reshape(len(tensor), -1) for tensor in rows], dim=1).to(device)
         self.matrix = matrix.expand(size, -1).clone() if is_one else matrix
 
     def state(self, matrix: Tensor) -> State:
         """The rows of a matrix `(K, P)` as a state dict of tensors `(K, ...)`."""
-        return self._split(list(self._shapes), matrix)
+        return self._all.split(matrix)
 
     def gradients(self, matrix: Tensor) -> State:
         """The rows of gradients `(K, num_trained)` as a state dict of the trained tensors alone, `(K, ...)`."""
-        return self._split(self.trained, matrix)
+        return self._trained.split(matrix)
 
-    def _split(self, names: Sequence[str], matrix: Tensor) -> State:
-        shapes = [self._shapes[name] for name in names]
-        parts = matrix.split([shape.numel() for shape in shapes], dim=1)
-        return {
-            name: part.unflatten(1, shape) if shape else part.squeeze(1)
-            for name, shape, part in zip(names, shapes, parts, strict=True)
-        }
-
-    def trained_part(self, matrix: Tensor) -> State:
-        """The rows of a matrix `(K, P)` as a state dict of the trained tensors alone, `(K, ...)`."""
-        return {name: tensor for name, tensor in self.state(matrix).items() if name in self.trained}
+    def trained_rows(self, matrix: Tensor) -> list[FlatState]:
+        """The trained tensors of each row of a matrix `(K, P)`: views into it."""
+        return self._trained.rows(matrix[:, : self.num_trained])
 
     @property
     def layout(self) -> tuple[int, tuple[str, ...]]:
         """What the columns mean: how many tensors are trained, and the names of all in their order."""
-        return len(self.trained), tuple(self._shapes)
+        return len(self.trained), tuple(self._all.places)
 
     def leaves(self, matrix: Tensor) -> tuple[State, list[Tensor]]:
         """The rows of a matrix `(K, P)` as detached tensors; also those that are trained, as leaves for autograd."""
@@ -349,4 +341,5 @@ def rows_of(losses: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = Fals
     gradients = torch.autograd.grad(
         losses.sum(), leaves, allow_unused=True, materialize_grads=True, retain_graph=keep_graph
     )
-    return torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
+    number = len(losses)
+    return torch.cat([gradient.reshape(number, -1) for gradient in gradients], dim=1)

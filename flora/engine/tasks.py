@@ -84,7 +84,7 @@ class ClientResult:
     """
 
     client: int
-    adapter: State
+    adapter: StateLike
     loss: float
     num_steps: int
     failed_step: int | None

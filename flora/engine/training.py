@@ -52,7 +52,7 @@ def train_block(
     failed = torch.full((len(block.tasks),), -1, device=model.device)
     for num_active, steps in block.segments():
         parameters = flat.matrix[:num_active]
-        stack = flat.state(parameters)
+        stack = {} if model.adapter.after_step is None else flat.state(parameters)
         active_state = {name: tensor[:num_active] for name, tensor in state.items()}
         learning_rate = rates[:num_active] if isinstance(rates, Tensor) else rates
         for step in steps:
@@ -69,7 +69,7 @@ def train_block(
             local.optimizer.step(trained[:num_active], gradients, active_state, learning_rate)
             if model.adapter.after_step is not None:
                 model.adapter.after_step(stack, learning_rate)
-            totals[:num_active] += losses
+            totals[:num_active].add_(losses)
             advance(num_active)
     remembered, sent = correction.finish(trained)
     return _results(block, flat, totals, failed, _client_states(block, state, remembered), sent)
@@ -150,7 +150,7 @@ def _results(
     block: Block, flat: FlatStack, totals: Tensor, failed: Tensor, states: Sequence[ClientState], sent: Sequence[State]
 ) -> list[ClientResult]:
     """A result for each client, from the block's parameters, summed losses `(K,)` and first failed steps `(K,)`."""
-    adapters = tree.unstack(flat.trained_part(flat.matrix.cpu()))
+    adapters = flat.trained_rows(flat.matrix.cpu())
     losses = (totals.cpu() / torch.tensor(block.num_steps)).tolist()
     return [
         ClientResult(

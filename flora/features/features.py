@@ -88,7 +88,8 @@ class StoredFeatures(Features):
         return self.stem.device
 
     def take(self, indices: Tensor, device: torch.device, rngs: Iterable[Rng] | None = None) -> Tensor:
-        return self.stem[self.rows[indices]].to(device).to(self.computed_as or self.stem.dtype)
+        stem = self.stem.index_select(0, self.rows[indices])
+        return stem.to(device).to(self.computed_as or self.stem.dtype)
 
     def subset(self, indices: np.ndarray) -> StoredFeatures:
         chosen = torch.from_numpy(indices)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from flora.client.corrections import Cohort
 from flora.core import tree
@@ -15,7 +13,7 @@ from flora.core.contracts import called, checked_state, checked_tensor, checked_
 from flora.core.errors import DivergedError
 from flora.core.low_rank import aggregation_error, layers, rank_padded, with_any_residual
 from flora.core.states import ClientUpdate, ServerState
-from flora.core.tree import State, StateLike
+from flora.core.tree import Moved, State, StateLike
 from flora.federated.federation import Federation
 from flora.federated.summing import Summed
 from flora.server.aggregators import Aggregator
@@ -52,7 +50,7 @@ def step(
     strategy, aggregator, round = federation.server.strategy, federation.server.aggregator, state.round + 1
     weights = checked_weights("server.strategy", strategy, strategy.weights(updates), len(updates))
     shared, ends = in_server_terms(federation, state.adapter, updates, starts)
-    deltas = [update.delta for update in updates]
+    deltas: list[StateLike] = [update.delta for update in updates]
     if federation.ranks is not None:
         deltas = [{name: end[name] - shared[name] for name in updates[0].delta} for end in ends]
     if summed is None:
@@ -75,7 +73,7 @@ def step(
 
 
 def _combined(
-    aggregator: Aggregator, clusters: Sequence[int], deltas: Sequence[State], weights: Sequence[float]
+    aggregator: Aggregator, clusters: Sequence[int], deltas: Sequence[StateLike], weights: Sequence[float]
 ) -> State:
     """What the aggregator makes of the deltas of each cluster; `clusters` says which one each delta is of."""
     combined: State = {}
@@ -149,22 +147,6 @@ def in_server_terms(
     is: where A and B were both zero, nothing would ever change again.
     """
     if federation.ranks is None:
-        return adapter, [_End(adapter, update.delta) for update in updates]
+        return adapter, [Moved(adapter, update.delta) for update in updates]
     shared = rank_padded(adapter, int(federation.ranks[[update.client for update in updates]].max()))
-    return shared, [_End(starts[update.client], update.delta) for update in updates]
-
-
-class _End(Mapping[str, Tensor]):
-    """The adapter that a client ended with. Its tensors are made when they are read: mostly nobody does."""
-
-    def __init__(self, start: StateLike, delta: StateLike) -> None:
-        self._start, self._delta = start, delta
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._start[name] + self._delta[name] if name in self._delta else self._start[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._start)
-
-    def __len__(self) -> int:
-        return len(self._start)
+    return shared, [Moved(starts[update.client], update.delta) for update in updates]

@@ -23,7 +23,7 @@ from flora.core.errors import UserError
 from flora.core.low_rank import rank_padded
 from flora.core.registry import Component
 from flora.core.rng import Rng
-from flora.core.states import ClientData, ClientState, ClientUpdate, InFlight, ServerState
+from flora.core.states import FRESH, ClientData, ClientState, ClientUpdate, InFlight, ServerState
 from flora.core.tree import State, StateLike
 from flora.engine.engine import Engine
 from flora.engine.tasks import ClientTask, TrainingSetup
@@ -258,7 +258,9 @@ class Federation:
             unlabelled_width=unlabelled_width,
         )
 
-    def task(self, client: int, adapter: StateLike, setup: TrainingSetup, rng: Rng) -> ClientTask:
-        """A client's task from an adapter, with nothing of its last rounds; its random numbers are `rng`'s child's."""
-        data = self.clients[client]
-        return ClientTask(client, adapter, data.train, rng.child("client", client), setup, unlabelled=data.unlabelled)
+    def task(
+        self, client: int, adapter: StateLike, setup: TrainingSetup, rng: Rng, state: ClientState = FRESH
+    ) -> ClientTask:
+        """A client's task from an adapter; `state` is of its last rounds, random numbers are those of `rng`'s child."""
+        data, own = self.clients[client], rng.child("client", client)
+        return ClientTask(client, adapter, data.train, own, setup, state, unlabelled=data.unlabelled)

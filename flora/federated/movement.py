@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from flora.core import tree
 from flora.core.tree import StateLike
@@ -28,11 +29,12 @@ def movement_of(deltas: Sequence[StateLike]) -> Movement:
     """Return how far clients moved, from their deltas, all of the same names and shapes, each client once."""
     if not deltas:
         return Movement(None, None)
-    squares, total = [], torch.zeros(())
+    squares: list[Tensor] = []
+    total = torch.zeros(())
     for delta in deltas:
-        vector = tree.flatten(delta).double()
-        squares.append(vector.square().sum())
-        total = vector if len(squares) == 1 else total + vector
+        vector = tree.flatten(delta).to(torch.float64, copy=True)
+        squares.append(vector @ vector)
+        total = vector if len(squares) == 1 else total.add_(vector)
     squared = torch.stack(squares)
     mean_square, square_of_mean = float(squared.mean()), float((total / len(deltas)).square().sum())
     drift = None

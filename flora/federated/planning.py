@@ -35,8 +35,7 @@ def server_tasks(
             start = federation.received(adapter, client)
         else:
             start = federation.client_adapter(view, client)
-        task = federation.task(client, start, setup, rng)
-        tasks.append(dataclasses.replace(task, state=view.clients.get(client, FRESH)))
+        tasks.append(federation.task(client, start, setup, rng, view.clients.get(client, FRESH)))
     return tuple(tasks)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from flora.core import tree
 from flora.core.states import FRESH, ClientState, ClientUpdate
+from flora.core.tree import FlatState, StateLike
 from flora.engine.tasks import ClientResult, ClientTask
 from flora.federated.federation import Federation, RoundPlan
 
@@ -17,19 +18,30 @@ def send_updates(
     """Let each client send what it has trained: its update as the server reads it, and what it carries on, by id."""
     tasks = {task.client: task for task in plan.tasks}
     kept = frozenset(filter(federation.roles.stays, plan.view.adapter))
-    return {result.client: _send(federation, plan, tasks[result.client], result, kept) for result in results}
+    starts: dict[int, FlatState] = {}
+    sent = {}
+    for result in results:
+        task = tasks[result.client]
+        if id(task.adapter) not in starts:  # mostly all clients start from one adapter
+            names = (name for name in result.adapter if name not in kept)
+            starts = {id(task.adapter): tree.flat(tree.select(task.adapter, names))}
+        sent[task.client] = _send(federation, plan, task, result, starts[id(task.adapter)])
+    return sent
 
 
 def _send(
-    federation: Federation, plan: RoundPlan, task: ClientTask, result: ClientResult, kept: Collection[str]
+    federation: Federation, plan: RoundPlan, task: ClientTask, result: ClientResult, start: FlatState
 ) -> tuple[ClientUpdate, ClientState]:
-    client = task.client
+    """What the server reads of a client that began at `start`, the tensors that are sent, and what it carries on."""
+    client, trained = task.client, result.adapter
     # Copies, so that no client keeps the memory of all that shared its steps.
-    own = {name: result.adapter[name].clone() for name in result.adapter if name in kept}
+    own = {}
+    if len(trained) > len(start):
+        own = {name: tensor.clone() for name, tensor in trained.items() if name not in start}
     failed_step = result.failed_step
     if failed_step is None and not tree.is_finite(own):
         failed_step = result.num_steps - 1
-    delta = {name: tensor - task.adapter[name] for name, tensor in result.adapter.items() if name not in own}
+    delta: StateLike = tree.subtract(tree.flat(tree.select(trained, start) if own else trained), start)
     extra = result.sent_correction
     if federation.canaries is not None:
         delta, extra = federation.canaries.sent(client, delta, extra)
@@ -41,7 +53,7 @@ def _send(
     update = ClientUpdate(
         client=client,
         num_examples=len(task.examples),
-        delta=upload.delta,
+        delta=tree.flat(upload.delta),
         num_bytes=upload.num_bytes,
         loss=result.loss,
         num_steps=result.num_steps,
@@ -56,6 +68,8 @@ def personal_states(
     federation: Federation, plan: RoundPlan, results: Iterable[ClientResult]
 ) -> Iterator[tuple[int, tree.State]]:
     """The adapters that clients have trained for themselves, by id; one that diverged stays as it was."""
+    if not plan.personal_tasks:
+        return
     starts = {task.client: task.adapter for task in plan.personal_tasks}
     names = federation.roles.own(plan.view.adapter)
     for result in results:

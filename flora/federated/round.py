@@ -160,8 +160,10 @@ def _trained_by_server(
 
     `before` is what the round's clients got, `adapter` what was made of the updates that were accepted.
     """
-    own, trained = federation.server_training, federation.roles.trained(adapter, plan.round)
-    distillation = texts = None
+    own, distillation, texts = federation.server_training, None, None
+    if own.public is None and own.texts is None:
+        return adapter, ServerLosses()
+    trained = federation.roles.trained(adapter, plan.round)
     if own.public is not None:
         _, ends = in_server_terms(federation, before, accepted, {task.client: task.adapter for task in plan.tasks})
         after = own.public.with_teacher(ends).train(adapter, trained, plan.rng.child("distillation"))

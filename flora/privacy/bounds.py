@@ -11,7 +11,7 @@ import torch
 from flora.core import tree
 from flora.core.registry import Component, OptionError, option, register
 from flora.core.rng import Rng
-from flora.core.tree import State, StateLike
+from flora.core.tree import FlatState, Layout, State, StateLike
 
 MAX_EXPONENT = 5.0
 
@@ -69,23 +69,24 @@ class AdaptiveNorm(ClipNorm):
         return clip_norm * math.exp(max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent)))
 
 
-def bounded(delta: StateLike, clip_norm: float) -> tuple[State, bool]:
+def bounded(delta: StateLike, clip_norm: float) -> tuple[StateLike, bool]:
     """Return a delta in double precision, scaled down to a norm of `clip_norm` over all its tensors if it is larger.
 
     Also whether it was within the bound.
     """
-    norm = tree.norm(delta)
+    state = tree.flat(delta)
+    norm = tree.norm(state)
     factor = 1.0 if norm <= clip_norm else clip_norm / norm
-    return {name: tensor.double() * factor for name, tensor in delta.items()}, norm <= clip_norm
+    return FlatState(state.vector.double() * factor, state.layout), norm <= clip_norm
 
 
 def summed(states: Iterable[StateLike], like: StateLike) -> State:
     """The sum of states with the names and shapes of `like`, in double precision and in their order; maybe of none."""
-    total = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in like.items()}
+    layout = Layout.of(like)
+    total = torch.zeros(layout.size, dtype=torch.float64)
     for state in states:
-        for name, tensor in total.items():
-            tensor += state[name]
-    return total
+        total += tree.flatten(state, layout)
+    return tree.unflatten(total, like)
 
 
 def gaussian(like: StateLike, deviation: float, rng: Rng) -> State:

@@ -75,7 +75,7 @@ class Canaries(Component):
         """Return the labels that training examples are trained with."""
         return labels
 
-    def sent(self, client: int, delta: State, coins: Coins) -> State | None:
+    def sent(self, client: int, delta: StateLike, coins: Coins) -> StateLike | None:
         """Return what a client sends in place of its delta; None if it sends what it has."""
         return None
 
@@ -88,14 +88,14 @@ class Canaries(Component):
 class ClientCanaries(Canaries):
     """Canaries that are clients. One that is out sends zeros, as if it were not there; nobody else is touched."""
 
-    def sent(self, client: int, delta: State, coins: Coins) -> State | None:
+    def sent(self, client: int, delta: StateLike, coins: Coins) -> StateLike | None:
         place = int(np.searchsorted(coins.ids, client))
         if place == len(coins.ids) or coins.ids[place] != client:
             return None
         return self.sent_if_in(client, delta, coins.rng) if coins.was_in[place] else zeros(delta)
 
     @abstractmethod
-    def sent_if_in(self, client: int, delta: State, rng: Rng) -> State:
+    def sent_if_in(self, client: int, delta: StateLike, rng: Rng) -> StateLike:
         """Return what a canary that is in sends in place of its delta."""
 
 
@@ -115,7 +115,7 @@ class Directions(ClientCanaries):
         above=0,
     )
 
-    def sent_if_in(self, client: int, delta: State, rng: Rng) -> State:
+    def sent_if_in(self, client: int, delta: StateLike, rng: Rng) -> StateLike:
         direction = _direction(delta, client, rng)
         norm = float(tree.flatten(delta).norm()) if self.norm is None else self.norm
         return tree.scale(direction, norm / float(tree.flatten(direction).norm()))
@@ -135,7 +135,7 @@ class RealClients(ClientCanaries):
     has these and the adapter.
     """
 
-    def sent_if_in(self, client: int, delta: State, rng: Rng) -> State:
+    def sent_if_in(self, client: int, delta: StateLike, rng: Rng) -> StateLike:
         return delta
 
     def scores(self, coins: Coins, evidence: Evidence) -> np.ndarray:
@@ -184,7 +184,7 @@ class PlantedCanaries:
     canaries: Canaries
     coins: Coins
 
-    def sent(self, client: int, delta: State, extra: State) -> tuple[State, State]:
+    def sent(self, client: int, delta: StateLike, extra: State) -> tuple[StateLike, State]:
         """Return what a client sends in place of its delta, and of what a correction sends beside it."""
         instead = self.canaries.sent(client, delta, self.coins)
         return (delta, extra) if instead is None else (instead, zeros(extra))

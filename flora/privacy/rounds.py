@@ -99,7 +99,7 @@ class PrivateRounds:
             state["precision"] = _number(0.0)
         return state
 
-    def sent(self, delta: State, state: StateLike, rng: Rng) -> State:
+    def sent(self, delta: StateLike, state: StateLike, rng: Rng) -> StateLike:
         """Return what a client sends of its delta."""
         if not self.mechanism.noises_at_clients or not tree.is_finite(delta):
             return delta
@@ -111,9 +111,9 @@ class PrivateRounds:
         assert isinstance(self.mechanism.clip_norm, float | int)  # as the rules see to with a secure sum
         return float(self.mechanism.clip_norm)
 
-    def within(self, delta: StateLike) -> State:
+    def within(self, delta: StateLike) -> StateLike:
         """Return what a client puts into a secure sum: its delta within the bound, or as it has noised it."""
-        return dict(delta) if self.mechanism.noises_at_clients else bounded(delta, self.fixed_norm)[0]
+        return delta if self.mechanism.noises_at_clients else bounded(delta, self.fixed_norm)[0]
 
     def release_sum(self, total: State, number: int, state: State, round: int, streams: Streams) -> Release:
         """Add noise to a secure sum of `number` deltas, which clients have bounded by themselves; see `release`."""

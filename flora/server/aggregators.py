@@ -14,7 +14,7 @@ from torch import Tensor
 from flora.core import tree
 from flora.core.counts import part_of
 from flora.core.registry import Component, option, register
-from flora.core.tree import State
+from flora.core.tree import State, StateLike
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Aggregator(Component):
     """Whether it is the plain weighted mean."""
 
     @abstractmethod
-    def combine(self, deltas: Sequence[State], weights: Sequence[float]) -> State:
+    def combine(self, deltas: Sequence[StateLike], weights: Sequence[float]) -> State:
         """One delta from at least one, which come in the order of client ids; `weights` are above 0."""
 
 
@@ -36,7 +36,7 @@ class Mean(Aggregator):
 
     is_mean: ClassVar[bool] = True
 
-    def combine(self, deltas: Sequence[State], weights: Sequence[float]) -> State:
+    def combine(self, deltas: Sequence[StateLike], weights: Sequence[float]) -> State:
         return tree.weighted_mean(deltas, weights)
 
 
@@ -48,7 +48,7 @@ class Median(Aggregator):
     Every client counts the same. Fewer than half of the clients can't move it beyond the others' numbers.
     """
 
-    def combine(self, deltas: Sequence[State], weights: Sequence[float]) -> State:
+    def combine(self, deltas: Sequence[StateLike], weights: Sequence[float]) -> State:
         return _trimmed_mean(deltas, (len(deltas) - 1) // 2)
 
 
@@ -62,7 +62,7 @@ class TrimmedMean(Aggregator):
 
     fraction: float = option("share of the clients left out at either end", 0.2, at_least=0, below=0.5)
 
-    def combine(self, deltas: Sequence[State], weights: Sequence[float]) -> State:
+    def combine(self, deltas: Sequence[StateLike], weights: Sequence[float]) -> State:
         return _trimmed_mean(deltas, math.floor(part_of(self.fraction, len(deltas))))
 
 
@@ -77,7 +77,7 @@ class MultiKrum(Aggregator):
 
     fraction: float = option("share of the clients that may be bad", 0.2, at_least=0, below=0.5)
 
-    def combine(self, deltas: Sequence[State], weights: Sequence[float]) -> State:
+    def combine(self, deltas: Sequence[StateLike], weights: Sequence[float]) -> State:
         number = len(deltas)
         num_bad = math.floor(part_of(self.fraction, number))
         if number == 1:
@@ -97,12 +97,12 @@ class BoundedMean(Aggregator):
 
     max_norm: float = option("largest Euclidean norm of a delta over all its tensors", 1.0, above=0)
 
-    def combine(self, deltas: Sequence[State], weights: Sequence[float]) -> State:
+    def combine(self, deltas: Sequence[StateLike], weights: Sequence[float]) -> State:
         scaled = [tree.scale(delta, min(1.0, self.max_norm / max(tree.norm(delta), 1e-30))) for delta in deltas]
         return tree.weighted_mean(scaled, weights)
 
 
-def _trimmed_mean(deltas: Sequence[State], num_left_out: int) -> State:
+def _trimmed_mean(deltas: Sequence[StateLike], num_left_out: int) -> State:
     """Each number's mean over the K deltas without the `num_left_out` largest and smallest ones."""
     mean: State = {}
     for name, tensor in deltas[0].items():
@@ -111,7 +111,7 @@ def _trimmed_mean(deltas: Sequence[State], num_left_out: int) -> State:
     return mean
 
 
-def _squared_distances(deltas: Sequence[State]) -> Tensor:
+def _squared_distances(deltas: Sequence[StateLike]) -> Tensor:
     """The squared Euclidean distances `(K, K)` between deltas, in double precision."""
     distances = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
     for name in deltas[0]:

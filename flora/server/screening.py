@@ -49,7 +49,7 @@ def screen(
     least three finite updates, because of two nobody knows which is the odd one, and a median above zero.
     """
     accepted, rejections = [], []
-    expected = _layout(adapter)
+    expected = tree.kinds(adapter)
     for update in updates:
         reason = _fault(update, expected)
         if reason is None:
@@ -90,13 +90,9 @@ def refusal(round: int, rejection: Rejection, learning_rate: float) -> DivergedE
     )
 
 
-def _layout(state: StateLike) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-
-
 def _fault(update: ClientUpdate, expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> str | None:
     """Return what makes an update unusable, whose names, shapes and types are to be the expected; None if nothing."""
-    if _layout(update.delta) != expected:
+    if tree.kinds(update.delta) != expected:
         return "wrong names, shapes or types"
     if update.failed_step is not None or not math.isfinite(update.loss):
         return NOT_FINITE
