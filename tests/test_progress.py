@@ -189,8 +189,8 @@ def test_a_block_that_is_halved_is_not_counted_twice(
 ) -> None:
     real, seen = engine.train_block, []
 
-    def only_two(model: Any, features: Any, block: Any, advance: Any) -> Any:
-        result = real(model, features, block, advance)
+    def only_two(model: Any, features: Any, block: Any, *others: Any) -> Any:
+        result = real(model, features, block, *others)
         if len(block.tasks) > 2:
             raise MemoryError
         return result

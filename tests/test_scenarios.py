@@ -91,7 +91,7 @@ def test_a_client_that_never_trains_fine_tunes_the_servers_adapter_as_any_client
         assert max((trained.adapter[name] - state.adapter[name]).abs().max() for name in trained.adapter) > TOLERANCE
         for adapter, found in (
             (state.adapter, scenarios.unseen.server[place]),
-            (state.adapter | trained.adapter, scenarios.unseen.tuned[place]),
+            ({**state.adapter, **trained.adapter}, scenarios.unseen.tuned[place]),
         ):
             stack = tree.expand(adapter, 1)
             with torch.no_grad():
