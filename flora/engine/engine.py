@@ -38,7 +38,8 @@ class Engine:
 
     That number is lowered when a block doesn't fit into memory; results depend on it to rounding only. `features` are
     those of all training images. Where a run has several `processes`, each trains some of the blocks, and all of them
-    hand on all results.
+    hand on all results. `memory_bytes` is how much memory what the frozen model makes of images may take, None being
+    half of what is free.
     """
 
     model: AdaptedClip
@@ -47,9 +48,10 @@ class Engine:
     hooks: Hooks = field(default_factory=Hooks)
     log: Callable[[str], object] = lambda line: None
     processes: Processes = ALONE
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        self._frozen_images = FrozenImages(self.model, self.features)
+        self._frozen_images = FrozenImages(self.model, self.features, self.memory_bytes)
 
     def with_targets(self, targets: StateLike) -> Engine:
         """The same engine with other `targets` of its examples, whose images are the same."""

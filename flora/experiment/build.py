@@ -172,7 +172,7 @@ def build_experiment(
     if canaries is not None:
         train = train.with_labels(torch.from_numpy(canaries.labels(labels, len(images.class_names))))
         log(f"{canaries.canaries.number} canaries, each in or out by a fair coin: this run is to be audited")
-    engine = Engine(model, train, clients_per_block, hooks or Hooks(), log, processes)
+    engine = Engine(model, train, clients_per_block, hooks or Hooks(), log, processes, config.cache.memory_bytes)
     federation = replace(_federation(config, engine, clients, roster, rng), server_training=training, canaries=canaries)
     return Experiment(
         config=config,
