@@ -33,22 +33,21 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(weight_decay=0.1), Sgd(), Sgd(momentum=0.9, nesterov=True)])
-def test_bands_of_columns_change_nothing(optimizer: Optimizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bands_of_columns_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    start, gradients = (torch.randn(size, 3, 50, generator=generator).double() for size in (1, 4))
+    start, gradients = torch.randn(3, 50, generator=generator), torch.randn(4, 3, 50, generator=generator)
 
     def train(numbers: int) -> torch.Tensor:
         monkeypatch.setattr(optimizers, "CACHED_NUMBERS", numbers)
-        parameters = start[0].clone()
-        state = optimizer.init(parameters)
+        parameters = start.clone()
+        state = AdamW(weight_decay=0.1).init(parameters)
         for gradient in gradients:
-            optimizer.step(parameters, gradient, state, 0.05)
+            AdamW(weight_decay=0.1).step(parameters, gradient, state, 0.05)
         return parameters
 
     whole = train(10**6)
     for numbers in (1, 7, 21, 150):
-        torch.testing.assert_close(train(numbers), whole, atol=TOLERANCE, rtol=0)
+        assert torch.equal(train(numbers), whole)
 
 
 @pytest.mark.parametrize(("ours", "theirs", "options"), CASES)

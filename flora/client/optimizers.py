@@ -62,17 +62,15 @@ class Sgd(Optimizer):
         return {"momentum": torch.zeros_like(parameters)} if self.momentum else {}
 
     def step(self, parameters: Tensor, gradients: Tensor, state: State, learning_rate: Rate) -> None:
-        buffers = [state["momentum"]] if self.momentum else []
-        for part, gradient, *buffer in _columns(parameters, gradients, *buffers):
-            if self.weight_decay:
-                gradient = gradient.add(part, alpha=self.weight_decay)
-            for momentum in buffer:
-                momentum.mul_(self.momentum).add_(gradient)
-                gradient = gradient.add(momentum, alpha=self.momentum) if self.nesterov else momentum
-            if isinstance(learning_rate, Tensor):
-                part.sub_(gradient * learning_rate.to(gradient.dtype))
-            else:
-                part.add_(gradient, alpha=-learning_rate)
+        if self.weight_decay:
+            gradients = gradients.add(parameters, alpha=self.weight_decay)
+        if self.momentum:
+            buffer = state["momentum"].mul_(self.momentum).add_(gradients)
+            gradients = gradients.add(buffer, alpha=self.momentum) if self.nesterov else buffer
+        if isinstance(learning_rate, Tensor):
+            parameters.sub_(gradients * learning_rate.to(gradients.dtype))
+        else:
+            parameters.add_(gradients, alpha=-learning_rate)
 
 
 @register("adam")

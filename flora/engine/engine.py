@@ -16,7 +16,7 @@ from flora.client.self_training import PseudoLabels
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
-from flora.core.memory import available_memory_bytes, release_cached_memory
+from flora.core.memory import available_memory_bytes, keep_freed_memory, release_cached_memory
 from flora.core.processes import ALONE, Processes
 from flora.core.tree import StateLike
 from flora.engine.blocks import Block, block_bytes, longest_first, make_block
@@ -65,6 +65,7 @@ class Engine:
         Tasks share steps with those of the same `step_key`, whatever run they are of. Raises `UserError` if one client
         alone doesn't fit into memory.
         """
+        keep_freed_memory()
         total = sum(task.num_steps for task in tasks)
         taken = handed_on = 0
 
