@@ -16,8 +16,8 @@ from torch import Tensor
 State = dict[str, Tensor]
 StateLike = Mapping[str, Tensor]
 
-# Numbers that are copied at once: copies of more, in double precision, would take too much memory.
-MAX_TOGETHER = 2**20
+# Numbers that are copied at once: copies of so many, in double precision, stay in a core's second-level cache.
+MAX_TOGETHER = 2**16
 
 
 @dataclass(frozen=True)
