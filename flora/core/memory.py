@@ -25,8 +25,8 @@ KEPT_BYTES = 2**30
 def keep_freed_memory() -> None:
     """Have this process use memory again that it has freed, where it would give it back and ask for it anew.
 
-    glibc gives back each freed tensor of more than 32 MB, and the system hands out zeros page by page: for the gradients
-    of some million numbers a client that takes longer than to compute them. Without glibc nothing changes.
+    glibc gives back each freed tensor of more than 32 MB, and the system hands out zeros page by page, which is slow
+    where clients have gradients of millions of numbers at every step. Without glibc nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
