@@ -225,7 +225,7 @@ class _CorrectionState:
         return checked_tensor("local.correction", self._correction, found, gradients.shape)
 
     def finish(self, end: Tensor) -> tuple[list[State], list[State]]:
-        """Return what each of the run's clients remembers from now on, and sends, all clients being at `end` `(K, P)`."""
+        """Return what each of the run's clients remembers and sends, when all clients are at `end` `(K, P)`."""
         if not self._own:
             return [{} for _ in self._num_steps], [{} for _ in self._num_steps]
         counts = torch.tensor(self._num_steps, device=end.device, dtype=end.dtype).unsqueeze(1)
