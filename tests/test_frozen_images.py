@@ -18,10 +18,12 @@ from flora.clip.adapters.base import Adapter
 from flora.clip.adapters.deep_prompts import PromptSrc
 from flora.clip.adapters.lora import Lora
 from flora.clip.towers.towers import AdaptedClip
+from flora.config.parse import parse_config
 from flora.core.rng import Rng
 from flora.engine.blocks import Block
 from flora.engine.frozen import FrozenImages
 from flora.engine.tasks import ClientTask, TrainingSetup
+from flora.experiment.build import build_experiment
 from flora.features.features import StoredFeatures
 from flora.features.joined import joined
 from flora.federated.federation import Federation
@@ -101,6 +103,11 @@ def test_no_more_of_them_are_kept_than_may_be(
         again = frozen.of_block(each)
         assert before is not None and again is not None and torch.equal(before.features, again.features)
     assert sum(looked_at) == num_again
+
+
+def test_the_bound_is_that_of_stored_features(raw_config: dict[str, Any]) -> None:
+    experiment = build_experiment(parse_config({**raw_config, "cache": {"folder": None, "memory_bytes": 10**9}}))
+    assert experiment.federation.engine.memory_bytes == 10**9
 
 
 def block(*places: Iterable[int]) -> Block:
