@@ -266,7 +266,9 @@ def sweep_parser() -> Parser:
     parser.add_argument(
         "--skip-refused", action="store_true", help="leave out, and name, what the rules of combinations refuse"
     )
-    parser.add_argument("--chosen", type=Path, metavar="FILE", help="set what such a search has chosen")
+    parser.add_argument(
+        "--chosen", type=Path, metavar="FILE", help="set what such searches have chosen; with --choose: add to the file"
+    )
     return parser
 
 
