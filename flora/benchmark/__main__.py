@@ -233,14 +233,14 @@ def _main(options: argparse.Namespace) -> int:
     unknown = [name for name in names if name not in possible]
     if unknown:
         raise UserError(f"--variants: {unknown[0]!r} is not one of {', '.join(possible)}")
-    measured = run_variants(setting, names, repeats=options.repeats, seconds=options.seconds)
-    if measured.results:
-        print("\n".join(table(measured.results)))
+    measurements = run_variants(setting, names, repeats=options.repeats, seconds=options.seconds)
+    if measurements.results:
+        print("\n".join(table(measurements.results)))
         if options.json is not None:
-            rows = {name: [asdict(each) for each in rows] for name, rows in measured.results.items()}
+            rows = {name: [asdict(each) for each in rows] for name, rows in measurements.results.items()}
             options.json.write_text(json.dumps({"setting": asdict(setting), "results": rows}, indent=2) + "\n")
-    if measured.errors:
-        raise UserError("; ".join(measured.errors))
+    if measurements.errors:
+        raise UserError("; ".join(measurements.errors))
     return 0
 
 
