@@ -435,7 +435,7 @@ def test_classes_that_are_set_aside_have_their_sentences(raw_config: dict[str, A
     )
     assert list(experiment.federation.engine.model.descriptions) == ["thing 0"]
     assert experiment.new is not None
-    assert experiment.new[0].descriptions == {"thing 2": ("something bright", "a {} of many colours")}
+    assert experiment.new.model.descriptions == {"thing 2": ("something bright", "a {} of many colours")}
 
 
 class Stop(Exception):

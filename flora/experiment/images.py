@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.descriptions import check_known, read_descriptions
@@ -26,10 +27,10 @@ from flora.data.datasets.base import Dataset, ImageData, Split, checked_images, 
 from flora.data.value_range import with_one_range
 from flora.data.views import views_of
 from flora.experiment.clients import Roster, Shares, deal_out, ranks_of, roster_of
-from flora.features.features import Features, StoredFeatures
+from flora.features.features import Features, StoredFeatures, images_digest
 from flora.features.live import LiveFeatures, live_features
 from flora.features.loading import load_features
-from flora.features.views import ViewFeatures
+from flora.features.views import ViewFeatures, move_if_they_fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,10 +154,38 @@ def features_key(config: ExperimentConfig, data: ImageData, model: AdaptedClip) 
     return "features", id(data), id(model), seed, repr(options)
 
 
+@dataclass(frozen=True, eq=False)
+class SplitFeatures:
+    """The features of the training, the test and, where classes were set aside, the new images.
+
+    `unreadable` has a line for each image that can't be read, `digests` are those of the images and the labels.
+    """
+
+    train: Features
+    test: Features
+    new: Features | None
+    unreadable: list[str]
+    digests: dict[str, str]
+
+    @property
+    def runs_stem(self) -> bool:
+        """Whether some images go through the stem at each use."""
+        return any(features.runs_stem for features in self._all)
+
+    def moved(self, device: torch.device) -> SplitFeatures:
+        """The same on `device`, if they fit into half of its free memory."""
+        train, test, *new = move_if_they_fit(self._all, device)
+        return replace(self, train=train, test=test, new=new[0] if new else None)
+
+    @property
+    def _all(self) -> list[Features]:
+        return [self.train, self.test] + ([] if self.new is None else [self.new])
+
+
 def features_of_splits(
     config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell, processes: Processes = ALONE
-) -> tuple[list[Features], list[str]]:
-    """The features of the splits, and a line for each image that can't be read.
+) -> SplitFeatures:
+    """The features of the splits.
 
     They are computed once, apart from those of images that are changed at random: the training split's, unless a number
     of views of each is kept.
@@ -179,7 +208,8 @@ def features_of_splits(
     if loader.problems:
         number = sum(len(split) for split in splits.values())
         tell.log(f"left out: {len(loader.problems):,} of {number:,} images can't be read")
-    return list(features.values()), loader.problems
+    digests = {"data_sha256": data_digest(data), "images_sha256": images_digest(list(features.values()))}
+    return SplitFeatures(train, features["test"], features.get("new"), loader.problems, digests)
 
 
 @dataclass(eq=False)

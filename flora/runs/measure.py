@@ -159,8 +159,7 @@ def _measure_server(experiment: Experiment, state: ServerState, evaluation: Eval
         accuracy = _accuracy(experiment, server_stacks(view), experiment.federation.engine.model, experiment.test)
         results |= {"broadcast_accuracy": accuracy, "model_privacy_gap": evaluation.accuracy - accuracy}
     if experiment.new is not None:
-        new_model, features = experiment.new
-        accuracy = accuracy_of(new_model, features)
+        accuracy = accuracy_of(experiment.new.model, experiment.new.features)
         results |= {"new_accuracy": accuracy, "harmonic_mean": harmonic_mean(evaluation.accuracy, accuracy)}
     return results
 

@@ -111,7 +111,7 @@ def _predictions(experiment: Experiment, state: ServerState, number: int) -> Ite
     model = experiment.federation.engine.model
     splits: list[tuple[AdaptedClip, Features]] = [(model, experiment.held_out), (model, experiment.test)]
     if experiment.new is not None:
-        splits.append(experiment.new)
+        splits.append((experiment.new.model, experiment.new.features))
     config = experiment.config.evaluation
     for own, features in splits:
         labels, names = iter(features.labels.tolist()), own.class_names

@@ -24,7 +24,7 @@ from flora.data.augmentation import NoAugmentation
 from flora.data.datasets.base import ImageFiles, ImageSource, Split
 from flora.data.datasets.walk import image_paths
 from flora.data.value_range import EightBitSource, ValueRange
-from flora.experiment.build import adapted_models
+from flora.experiment.prepared import adapted_models
 from flora.features.features import Features
 from flora.features.live import LiveFeatures, live_features
 from flora.runs.finished import Classes, FinishedRun
