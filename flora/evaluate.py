@@ -117,11 +117,11 @@ def _metrics(
         images.class_names,
         None if groups is None else groups[test.split_indices],
     )
-    found = computed(view)
+    metrics = computed(view)
     if len(features) > 1:
         new = evaluation(adapted.models[1], features[1]).accuracy
-        found |= {"new_accuracy": new, "harmonic_mean": harmonic_mean(found["accuracy"], new)}
-    return found
+        metrics |= {"new_accuracy": new, "harmonic_mean": harmonic_mean(metrics["accuracy"], new)}
+    return metrics
 
 
 def _say(line: str) -> None:

@@ -111,13 +111,13 @@ def confidences(model: AdaptedClip, adapter: StateLike, features: Features, *, b
     stack = {name: tensor.to(model.device) for name, tensor in tree.expand(model.adapter.models(adapter)[0], 1).items()}
     with bound(model, stack):
         classes = model.class_features(1)
-    found = []
+    parts = []
     batches = logits_in_batches(model, stack, classes, features, batch_size=batch_size)
     for logits, labels in zip(batches, features.labels.split(batch_size), strict=True):
         targets = labels.to(model.device).unsqueeze(-1)
         others = logits[0].double().scatter(-1, targets, -torch.inf).logsumexp(dim=-1)
-        found.append((logits[0].double().gather(-1, targets).squeeze(-1) - others).cpu())
-    return torch.cat(found).numpy() if found else np.empty(0)
+        parts.append((logits[0].double().gather(-1, targets).squeeze(-1) - others).cpu())
+    return torch.cat(parts).numpy() if parts else np.empty(0)
 
 
 def audited(path: Path, overrides: Sequence[str] = (), *, progress: Progress, log: Callable[[str], object]) -> Subject:

@@ -60,8 +60,8 @@ class Participation:
     def available(self, clock: float, rng: Rng) -> np.ndarray:
         """The clients that can be asked at a time of the network's clock, sorted."""
         assert self.network is not None and self.profiles is not None
-        found = self.network.available(self.profiles, clock, rng)
-        return checked_ids("network", self.network, found, len(self.sizes), what="clients that can be asked")
+        clients = self.network.available(self.profiles, clock, rng)
+        return checked_ids("network", self.network, clients, len(self.sizes), what="clients that can be asked")
 
     def durations(self, clients: np.ndarray, load: ClientLoad) -> np.ndarray:
         """Return how many seconds each of `clients` takes from being asked to having delivered."""

@@ -81,11 +81,11 @@ def _dealt_out(
 
 
 def _by_place(tensors: StateLike) -> dict[str, State]:
-    found: dict[str, State] = {}
+    by_place: dict[str, State] = {}
     for name, tensor in tensors.items():
         place, _, own = name.partition(".")
-        found.setdefault(place, {})[own] = tensor
-    return found
+        by_place.setdefault(place, {})[own] = tensor
+    return by_place
 
 
 def deal(costs: Sequence[float], size: int) -> list[int]:

@@ -212,8 +212,8 @@ class SharedEngine(Engine):
         # A residual has no axis for several adapters, and some adapters are too large for two of them.
         is_alone = any(is_residual(name) for name, _ in shapes) or self.model.adapter.max_clients_per_block is not None
         whole_key = key, tuple(shapes), id(self) if is_alone else None
-        found: Sequence[Result] = self.member.ask(_Evaluation(whole_key, adapters, compute))
-        return found
+        results: Sequence[Result] = self.member.ask(_Evaluation(whole_key, adapters, compute))
+        return results
 
 
 class Together:
@@ -300,12 +300,12 @@ class Together:
         replies: dict[int, _Reply] = {}
         for group in groups.values():
             started = time.perf_counter()
-            found = self._try(partial(self._common, group))
+            outcome = self._try(partial(self._common, group))
             seconds = time.perf_counter() - started
             shares = [member.share for member in group]
             for place, member in enumerate(group):
                 member.spent_seconds += seconds * shares[place] / sum(shares)
-                replies[member.number] = _Reply(found.value[place]) if found.error is None else found
+                replies[member.number] = _Reply(outcome.value[place]) if outcome.error is None else outcome
         return [replies[member.number] for member in members]
 
     def _common(self, members: Sequence[Member]) -> Sequence[Any]:
@@ -367,8 +367,8 @@ def _evaluated(requests: Sequence[_Evaluation]) -> list[Sequence[Any]]:
         return [requests[0].compute(None)] * len(requests)
     numbers = [len(next(iter(each.values()))) for each in adapters]
     stack = {name: torch.cat([each[name] for each in adapters]) for name in adapters[0]}
-    found: list[Any] = []
+    results: list[Any] = []
     for start in range(0, sum(numbers), MAX_ADAPTERS):
-        found += requests[0].compute({name: tensor[start : start + MAX_ADAPTERS] for name, tensor in stack.items()})
+        results += requests[0].compute({name: tensor[start : start + MAX_ADAPTERS] for name, tensor in stack.items()})
     ends = np.cumsum(numbers)
-    return [found[end - number : end] for number, end in zip(numbers, ends.tolist(), strict=True)]
+    return [results[end - number : end] for number, end in zip(numbers, ends.tolist(), strict=True)]

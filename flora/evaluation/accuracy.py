@@ -129,8 +129,8 @@ def client_macro_f1(labels: np.ndarray, predicted: np.ndarray, sizes: np.ndarray
     `labels` and `predicted` cover the parts, of `sizes` `(num_clients,)` examples, one after the other.
     """
     parts = zip(*(np.split(each, np.cumsum(sizes)[:-1]) for each in (labels, predicted)), strict=True)
-    found = [macro_f1(own_labels, own_predicted, num_classes) for own_labels, own_predicted in parts]
-    return np.array([np.nan if each is None else each for each in found])
+    scores = [macro_f1(own_labels, own_predicted, num_classes) for own_labels, own_predicted in parts]
+    return np.array([np.nan if each is None else each for each in scores])
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,9 +189,9 @@ def own_accuracies(
 
     The arguments are as for `own_predictions`.
     """
-    found = own_predictions(model, adapters, features, examples, batch_size=batch_size, prediction=prediction)
+    predictions = own_predictions(model, adapters, features, examples, batch_size=batch_size, prediction=prediction)
     labels = features.labels.cpu().numpy()[np.concatenate(examples)]
-    return client_means(found.classes == labels, np.array([len(each) for each in examples]))
+    return client_means(predictions.classes == labels, np.array([len(each) for each in examples]))
 
 
 @dataclass(frozen=True)

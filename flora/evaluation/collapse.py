@@ -11,8 +11,8 @@ def over_adapters(measure: Callable[[np.ndarray], float | None], features: np.nd
     """What is measured of class features `(C, d)`; of those of several adapters `(K, C, d)` the mean, or None."""
     if features.ndim == 2:
         return measure(features)
-    found = [each for each in map(measure, features) if each is not None]
-    return sum(found) / len(found) if len(found) == len(features) else None
+    measures = [each for each in map(measure, features) if each is not None]
+    return sum(measures) / len(measures) if len(measures) == len(features) else None
 
 
 def effective_rank(features: np.ndarray) -> float | None:

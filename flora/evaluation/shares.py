@@ -23,11 +23,11 @@ def evaluate_in_shares(
         return compute(features)
     batches = range(0, len(features), batch_size)
     own = np.array_split(batches, processes.size)[processes.rank]
-    found: list[Evaluation] = []
+    evaluations: list[Evaluation] = []
     if len(own):
         part = features.subset(np.arange(own[0], min(own[-1] + batch_size, len(features))))
-        found = compute(part)
-    everyone = processes.exchange(_message(found, with_classes=processes.is_first))
+        evaluations = compute(part)
+    everyone = processes.exchange(_message(evaluations, with_classes=processes.is_first))
     tensors = [message.tensors for message in everyone if message.tensors]
     classes = tensors[0]["class_features"].numpy()
     columns = {

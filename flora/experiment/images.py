@@ -102,9 +102,9 @@ def _other_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> dict[str, I
 def images_of(setting: str, dataset: Dataset, rng: Rng, tell: Tell) -> ImageData:
     """The images of a data set that is not `data` but of another setting. Raises `UserError` naming that."""
     with naming(setting):
-        found = checked_images(setting, dataset, dataset.load_with_progress(rng, tell.progress))
-        found = with_jpeg_side(found, dataset.jpeg_side)
-        return with_one_range(found, dataset.value_range, whole=found, progress=tell.progress, log=tell.log)[0]
+        images = checked_images(setting, dataset, dataset.load_with_progress(rng, tell.progress))
+        images = with_jpeg_side(images, dataset.jpeg_side)
+        return with_one_range(images, dataset.value_range, whole=images, progress=tell.progress, log=tell.log)[0]
 
 
 @contextmanager
@@ -333,6 +333,6 @@ def _descriptions(config: ExperimentConfig, data: ImageData, names: Sequence[str
     path = config.prompts.descriptions
     if path is None:
         return {}
-    found, data_names = read_descriptions(path), (*data.class_names, *data.new_class_names)
-    check_known(path, found, data_names)
-    return {name: found[key] for key, name in zip(data_names, names, strict=True) if key in found}
+    sentences, data_names = read_descriptions(path), (*data.class_names, *data.new_class_names)
+    check_known(path, sentences, data_names)
+    return {name: sentences[key] for key, name in zip(data_names, names, strict=True) if key in sentences}

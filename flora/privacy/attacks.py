@@ -56,8 +56,8 @@ def success(members: np.ndarray, others: np.ndarray, rng: Rng) -> Success | None
     tpr = {}
     for rate in FALSE_POSITIVE_RATES:
         if len(others) * rate >= 1:
-            found = float(_rates(positive[None], negative[None], rate)[0])
-            tpr[rate] = found, clopper_pearson(round(found * len(members)), len(members), CONFIDENCE)
+            share = float(_rates(positive[None], negative[None], rate)[0])
+            tpr[rate] = share, clopper_pearson(round(share * len(members)), len(members), CONFIDENCE)
     return Success(
         float(_areas(positive[None], negative[None])[0]),
         _bootstrap(positive, negative, rng),

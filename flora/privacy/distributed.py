@@ -95,14 +95,14 @@ class DistributedDiscreteGaussian(FixedNorm):
         if self.encoding == "rotated":
             return rotated_format(bits, float(self.clip_norm), noise_multiplier, terms)
         share = noise_multiplier * self.clip_norm / math.sqrt(terms.num_least)
-        found = noisy_format(bits, limit, terms.num_asked, share)
-        typical = self.clip_norm / math.sqrt(terms.num_numbers) / found.numbers.unit
+        fmt = noisy_format(bits, limit, terms.num_asked, share)
+        typical = self.clip_norm / math.sqrt(terms.num_numbers) / fmt.numbers.unit
         if typical < 1:
             raise UserError(
                 f"server.secure_sum.bits: in {bits} bits the numbers of an update are {typical:.2g} units in the mean, "
                 "which truncated is nothing: more bits are needed, or privacy.encoding=rotated"
             )
-        return found
+        return fmt
 
 
 def noisy_format(bits: int, limit: float, num_clients: int, deviation: float) -> NoisyFormat:

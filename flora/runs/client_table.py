@@ -118,9 +118,9 @@ def _with_unseen(columns: dict[str, list[Any]], experiment: Experiment, results:
         "num_rounds": [0] * len(unseen),
         "unseen": ["yes"] * len(unseen),
     }
-    found = None if results.scenarios is None else results.scenarios.unseen
-    if found is not None:
-        theirs |= {"unseen_accuracy": _cells(found.server), "unseen_tuned_accuracy": _cells(found.tuned)}
+    accuracies = None if results.scenarios is None else results.scenarios.unseen
+    if accuracies is not None:
+        theirs |= {"unseen_accuracy": _cells(accuracies.server), "unseen_tuned_accuracy": _cells(accuracies.tuned)}
     new = {name: [""] * first for name in theirs if name.startswith("unseen")}
     return {name: column + theirs.get(name, [""] * len(unseen)) for name, column in (columns | new).items()}
 

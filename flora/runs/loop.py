@@ -159,14 +159,14 @@ def resume(
                 log(f"warning: nothing computes the metric {name!r} any more: --import the file that declares it")
             initial = experiment.initial_state()
             files = RunFiles(directory, checkpoints, log, config.checkpoints.keep)
-            found = find_start(
+            begun = find_start(
                 files,
                 initial,
                 client_like=experiment.federation.client_state(initial.adapter),
                 accept_lost_records=accept_lost_records,
             )
             directory.write_config(config)
-            return found
+            return begun
 
         return _run_in(directory, config, listeners, start)
     finally:

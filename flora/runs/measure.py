@@ -168,8 +168,8 @@ def _accuracy(
     experiment: Experiment, stacks: Sequence[StateLike | None], model: AdaptedClip, features: Features
 ) -> float:
     """The mean accuracy of adapters `(1, ...)`, or of the frozen model for None, in `model` on `features`."""
-    found = [evaluate_adapters(experiment, stack, features, model)[0].accuracy for stack in stacks]
-    return sum(found) / len(found)
+    accuracies = [evaluate_adapters(experiment, stack, features, model)[0].accuracy for stack in stacks]
+    return sum(accuracies) / len(accuracies)
 
 
 def _mean(accuracies: np.ndarray) -> float | None:
@@ -180,11 +180,11 @@ def _mean(accuracies: np.ndarray) -> float | None:
 
 def _figures(whose: str, accuracies: np.ndarray | None, sizes: np.ndarray) -> dict[str, float]:
     """The spread of accuracies over clients and their mean weighted by `sizes`, as fields of a record."""
-    found = None if accuracies is None else spread(accuracies)
-    if accuracies is None or found is None:
+    statistics = None if accuracies is None else spread(accuracies)
+    if accuracies is None or statistics is None:
         return {}
     known = ~np.isnan(accuracies)
-    figures = {**asdict(found), "weighted_mean": float(np.average(accuracies[known], weights=sizes[known]))}
+    figures = {**asdict(statistics), "weighted_mean": float(np.average(accuracies[known], weights=sizes[known]))}
     return {f"{whose}_accuracy_{name}": each for name, each in figures.items()}
 
 
@@ -204,8 +204,8 @@ def _on_held_out(experiment: Experiment, state: ServerState) -> ClientResults:
     if len(stacks) > 1:
         clusters = nearest_clusters(federation, state.adapter, range(len(sizes)))
     if len(experiment.held_out):
-        found = [evaluate_adapters(experiment, stack, experiment.held_out)[0] for stack in stacks]
-        evaluation = found[0] if clusters is None else of_rows(found, np.repeat(clusters, sizes))
+        evaluations = [evaluate_adapters(experiment, stack, experiment.held_out)[0] for stack in stacks]
+        evaluation = evaluations[0] if clusters is None else of_rows(evaluations, np.repeat(clusters, sizes))
         server, losses = client_means(evaluation.correct, sizes), client_means(evaluation.losses, sizes)
         labels = experiment.held_out.labels.cpu().numpy()
         f1 = client_macro_f1(labels, evaluation.predicted, sizes, len(experiment.class_names))
@@ -233,7 +233,7 @@ def _predicted_of_held_out(experiment: Experiment, clients: Sequence[int], adapt
     Returns `(N, 2)`, the class and its probability.
     """
     config = experiment.config.evaluation
-    found = own_predictions(
+    predictions = own_predictions(
         experiment.federation.engine.model,
         adapters,
         experiment.held_out,
@@ -241,7 +241,7 @@ def _predicted_of_held_out(experiment: Experiment, clients: Sequence[int], adapt
         batch_size=config.batch_size,
         prediction=config.prediction,
     )
-    return np.stack([found.classes, found.probabilities], axis=1)
+    return np.stack([predictions.classes, predictions.probabilities], axis=1)
 
 
 def _on_test_images(experiment: Experiment, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
@@ -300,8 +300,8 @@ def _of_test_images(
     experiment: Experiment, clients: Sequence[int], adapters: StateLike
 ) -> tuple[np.ndarray, np.ndarray]:
     """Accuracy of each client's own of `adapters` on all test images, and on those of classes not held, `(K,)`."""
-    found = of_blocks(experiment, clients, adapters, lambda some, part: _on_test_images(experiment, some, part))
-    return found[:, 0], found[:, 1]
+    accuracies = of_blocks(experiment, clients, adapters, lambda some, part: _on_test_images(experiment, some, part))
+    return accuracies[:, 0], accuracies[:, 1]
 
 
 def local_only_figures(results: LocalOnlyResults) -> dict[str, Any]:

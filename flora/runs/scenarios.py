@@ -43,18 +43,18 @@ class ScenarioResults:
 
     def figures(self) -> dict[str, Any]:
         """Return what a round's record says of them."""
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if self.unseen is not None:
-            found |= _mean_and_deviation("unseen_accuracy", self.unseen.server)
-            found |= _mean_and_deviation("unseen_tuned_accuracy", self.unseen.tuned)
+            figures |= _mean_and_deviation("unseen_accuracy", self.unseen.server)
+            figures |= _mean_and_deviation("unseen_tuned_accuracy", self.unseen.tuned)
         if self.by_holding is not None:
-            found |= _mean_and_deviation("held_class_accuracy", self.by_holding[:, 0])
-            found |= _mean_and_deviation("other_class_accuracy", self.by_holding[:, 1])
-            if {"held_class_accuracy", "other_class_accuracy"} <= found.keys():
-                found["held_other_harmonic_mean"] = harmonic_mean(
-                    found["held_class_accuracy"], found["other_class_accuracy"]
+            figures |= _mean_and_deviation("held_class_accuracy", self.by_holding[:, 0])
+            figures |= _mean_and_deviation("other_class_accuracy", self.by_holding[:, 1])
+            if {"held_class_accuracy", "other_class_accuracy"} <= figures.keys():
+                figures["held_other_harmonic_mean"] = harmonic_mean(
+                    figures["held_class_accuracy"], figures["other_class_accuracy"]
                 )
-        return found
+        return figures
 
 
 def _mean_and_deviation(name: str, accuracies: np.ndarray) -> dict[str, float]:
@@ -126,13 +126,13 @@ def _by_holding(experiment: Experiment, state: ServerState) -> np.ndarray:
     # Clients that hold the same classes are one to an adapter that all of them have.
     kinds, places = np.unique(holds, axis=0, return_inverse=True)
     server = server_stacks(state)[0] or {}
-    found = of_blocks(
+    measured = of_blocks(
         experiment, range(len(kinds)), server, lambda some, part: accuracies(kinds[np.array(some)], part)
     )[places.reshape(-1)]
     with_own = clients_with_own_adapters(federation, state) if state.round else None
     if with_own is not None:
         for clients, adapters in own_adapters(federation, state, with_own):
-            found[clients] = of_blocks(
+            measured[clients] = of_blocks(
                 experiment, clients, adapters, lambda some, part: accuracies(holds[np.array(some)], part)
             )
-    return found
+    return measured

@@ -71,7 +71,7 @@ def confusion_table(labels: np.ndarray, evaluation: Evaluation, class_names: Seq
 
 def reliability_table(evaluation: Evaluation) -> Table:
     """A row a bin of confidence; the means of an empty one are empty."""
-    found = reliability(evaluation.confidences, evaluation.correct)
+    bins = reliability(evaluation.confidences, evaluation.correct)
     rows = [
         [
             f"{place / NUM_BINS:.6f}",
@@ -80,7 +80,7 @@ def reliability_table(evaluation: Evaluation) -> Table:
             *(("", "") if not count else (f"{confidence:.6f}", f"{accuracy:.6f}")),
         ]
         for place, (count, confidence, accuracy) in enumerate(
-            zip(found.counts.tolist(), found.confidences.tolist(), found.accuracies.tolist(), strict=True)
+            zip(bins.counts.tolist(), bins.confidences.tolist(), bins.accuracies.tolist(), strict=True)
         )
     ]
     return Table(["above", "up_to", "num_images", "confidence", "accuracy"], rows)

@@ -98,7 +98,7 @@ def features_of_files(
     if limits is not None:
         source = EightBitSource(source, ValueRange(limits[0], limits[1]))
     every = np.arange(len(paths))
-    found, problems = live_features(
+    live, problems = live_features(
         Split(source, every, np.zeros(len(paths), dtype=np.int64)),
         model,
         NoAugmentation(),
@@ -108,12 +108,12 @@ def features_of_files(
     for line in problems:
         log(f"left out: {line}")
     return _Rounded(
-        found.split,
+        live.split,
         model,
-        found.augmentation,
-        found.labels,
-        found.split_indices,
-        found.digests,
+        live.augmentation,
+        live.labels,
+        live.split_indices,
+        live.digests,
         storage=config.cache.dtype,
     )
 
@@ -123,7 +123,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
     Raises `UserError` for a path that isn't there, or a folder without images.
     """
-    found: list[Path] = []
+    images: list[Path] = []
     for path in paths:
         try:
             below = image_paths(path) if path.is_dir() else [path] if os.path.exists(path) else []
@@ -133,5 +133,5 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
             raise UserError(
                 f"{path}: no images below this folder" if path.is_dir() else f"{path}: no such file or folder"
             )
-        found += below
-    return found
+        images += below
+    return images

@@ -58,14 +58,14 @@ def _mean_outcome(outcomes: Sequence[Outcome]) -> Outcome:
 
 def dots_of(rows: Sequence[Row], figures: Sequence[str]) -> list[Dot]:
     """The figures of the rows that have them, as fractions, by panel and method."""
-    found = []
+    dots = []
     for row in rows:
         panel, method = panel_and_method(row)
         for name in figures:
             mean = row.mean(name)
             if mean is not None:
-                found.append(Dot(panel, method, title_of(name), mean, row.deviation(name)))
-    return found
+                dots.append(Dot(panel, method, title_of(name), mean, row.deviation(name)))
+    return dots
 
 
 def title_of(name: str) -> str:

@@ -78,8 +78,8 @@ def _missing(configs: Sequence[ExperimentConfig], outcomes: Outcomes, processes:
         ready = _with_what_they_need([config for config in configs if _is_missing(config, outcomes)], outcomes)
         processes.exchange(Message([[config.name for config in ready], outcomes]))
         return ready
-    names, found = processes.exchange(Message())[0].fields
-    outcomes.update(found)
+    names, ended = processes.exchange(Message())[0].fields
+    outcomes.update(ended)
     return [config for config in configs if config.name in names]
 
 
@@ -146,14 +146,14 @@ def _with_what_they_need(configs: Sequence[ExperimentConfig], outcomes: Outcomes
 
     ready = []
     for config in configs:
-        found = problem(repr(config.backbone), config.backbone.fetch)
+        lacking = problem(repr(config.backbone), config.backbone.fetch)
         for data in _datasets(config):
-            if found is None and getattr(data, "download", False):
-                found = problem(repr(data), lambda data=data: data.load(Rng(0)))  # type: ignore[misc]
-        if found is None:
+            if lacking is None and getattr(data, "download", False):
+                lacking = problem(repr(data), lambda data=data: data.load(Rng(0)))  # type: ignore[misc]
+        if lacking is None:
             ready.append(config)
         else:
-            outcomes[config.name] = found
+            outcomes[config.name] = lacking
     return ready
 
 
