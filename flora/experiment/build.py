@@ -12,7 +12,7 @@ import torch
 from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.towers.towers import AdaptedClip
 from flora.communication.participation import Participation
-from flora.config.rules import below, check_experiment
+from flora.config.rules import check_experiment, in_section
 from flora.config.schema import ExperimentConfig
 from flora.core.hooks import Hooks
 from flora.core.processes import ALONE, Message, Processes
@@ -233,7 +233,7 @@ def _experiment(
 def _initial_adapter(federation: Federation, start: State, rng: Rng, log: Callable[[str], object]) -> State:
     """The adapter that the server starts from, `start` in it, after what it trains before round 1."""
     adapter = {**federation.engine.model.initial_adapter(rng.child("adapter")), **start}
-    with below("server"):
+    with in_section("server"):
         federation.server.strategy.check_names(tuple(adapter))
     check_sums(federation, adapter)
     synthetic = federation.server_training.synthetic

@@ -14,7 +14,7 @@ import torch
 
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.descriptions import check_known, read_descriptions
-from flora.config.rules import below
+from flora.config.rules import in_section
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.processes import ALONE, Processes
@@ -320,7 +320,7 @@ def warn_of_untested_classes(test: np.ndarray, class_names: Sequence[str], log: 
 
 def _class_names(config: ExperimentConfig, data: ImageData) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what the classes are called in prompts: those that are trained on, and those that are set aside."""
-    with below("prompts"):
+    with in_section("prompts"):
         names = config.prompts.rename((*data.class_names, *data.new_class_names))
     return names[: len(data.class_names)], names[len(data.class_names) :]
 

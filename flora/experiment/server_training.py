@@ -12,7 +12,7 @@ import torch
 from flora.clip.towers.text import TextTower
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.descriptions import check_known, read_descriptions
-from flora.config.rules import below
+from flora.config.rules import in_section
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.processes import ALONE, Processes
@@ -46,7 +46,7 @@ def find_server_data(config: ExperimentConfig, data: ImageData, rng: Rng, tell: 
     if server.synthetic is not None:
         other = images_of("server.synthetic.data", server.synthetic.data, rng.child("synthetic"), tell)
         split = _drawn(other.train, server.synthetic.num_images, rng.child("synthetic images"))
-        with below("server.synthetic"):
+        with in_section("server.synthetic"):
             own_names = PromptOptions(class_names=server.synthetic.class_names).rename(other.class_names)
         synthetic = _relabelled(split, own_names, names)
     if server.distillation is not None:

@@ -190,8 +190,8 @@ def to_overview(rows: Sequence[Row]) -> str:
     ]
     lines = [["zero-shot", *(accuracy_cell(row, "zero_shot_accuracy") if row else "-" for row in frozen)]]
     for method in methods:
-        found = [place.get((panel, method)) for panel in panels]
-        lines.append([method, *(accuracy_cell(row, "last_accuracy") if row else "-" for row in found)])
+        rows_of_method = [place.get((panel, method)) for panel in panels]
+        lines.append([method, *(accuracy_cell(row, "last_accuracy") if row else "-" for row in rows_of_method)])
     return markdown([["last round", *panels], *lines])
 
 
