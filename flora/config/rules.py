@@ -126,8 +126,8 @@ def _check_ranks(config: ExperimentConfig) -> None:
 
 @contextmanager
 def in_section(section: str) -> Iterator[None]:
-    """Give the options named in an `OptionError` their full dotted names."""
-    """A context in which the options that an `OptionError` names get their full dotted names, from `section` on."""
+    """A context in which options that an `OptionError` names get their full dotted names: `section`, then their own."""
+    try:
         yield
     except OptionError as error:
         raise error.in_section(section) from None
