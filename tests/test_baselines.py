@@ -32,15 +32,8 @@ from flora.client.local_training import LocalTraining
 from flora.client.objectives import Contrastive
 from flora.client.optimizers import Sgd
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.beside import (
-    AttentionAdapter,
-    ClipAdapter,
-    LinearHead,
-    LpPlusPlus,
-    Norm,
-    TaskRes,
-    VisionAndHead,
-)
+from flora.clip.adapters.features import AttentionAdapter, ClipAdapter, Norm
+from flora.clip.adapters.heads import LinearHead, LpPlusPlus, TaskRes, VisionAndHead
 from flora.clip.adapters.deep_prompts import DeepPrompts, Maple, PromptSrc
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.lora import Lora

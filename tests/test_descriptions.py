@@ -35,7 +35,7 @@ from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.client.optimizers import Sgd
 from flora.client.penalties import Anchor, Distillation, Penalty
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.beside import ClipAdapter
+from flora.clip.adapters.features import ClipAdapter
 from flora.clip.adapters.lora import Lora
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.speed import SpeedOptions

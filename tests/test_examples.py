@@ -27,15 +27,8 @@ from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty
 from flora.client.personalization import Ditto, FineTuning
 from flora.client.sampling import LocalExamples, Poisson
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.beside import (
-    AttentionAdapter,
-    ClipAdapter,
-    LinearHead,
-    LpPlusPlus,
-    Norm,
-    TaskRes,
-    VisionAndHead,
-)
+from flora.clip.adapters.features import AttentionAdapter, ClipAdapter, Norm
+from flora.clip.adapters.heads import LinearHead, LpPlusPlus, TaskRes, VisionAndHead
 from flora.clip.adapters.deep_prompts import Maple, PromptSrc
 from flora.clip.adapters.dual_lora import DualLora
 from flora.clip.adapters.full import FullFineTuning

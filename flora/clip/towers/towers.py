@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter
-from flora.clip.adapters.beside import AttachedBeside, LinearUse
+from flora.clip.adapters.outside import AttachedOutside, LinearUse
 from flora.clip.comparison import COSINES, Comparison
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.blocks import AroundBlocks
@@ -154,7 +154,7 @@ class AdaptedClip:
         For an adapter that `is_linear`, bound without gradients: the uses' outputs have them. `drawn` are the places of
         the prompts, where one of each class is drawn.
         """
-        assert isinstance(self.adapter, AttachedBeside)
+        assert isinstance(self.adapter, AttachedOutside)
         classes = self.class_features(num_clients) if drawn is None else self.drawn_class_features(drawn)
         with self.adapter.traced() as uses:
             products = self.adapter.products(self.image_features(stem, num_clients), classes)
