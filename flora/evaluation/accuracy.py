@@ -123,6 +123,15 @@ def client_means(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.divide(totals, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)
 
 
+def places_of_clients(sizes: np.ndarray, clients: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """The places of each of `clients`' held-out examples among those of all, which are in the order of clients.
+
+    `sizes` `(num_clients,)` are the numbers of all clients' examples.
+    """
+    ends = np.cumsum(sizes)
+    return [np.arange(ends[client] - sizes[client], ends[client]) for client in clients]
+
+
 def client_macro_f1(labels: np.ndarray, predicted: np.ndarray, sizes: np.ndarray, num_classes: int) -> np.ndarray:
     """Macro F1 on each client's held-out part, `(num_clients,)`; NaN for a client without one.
 

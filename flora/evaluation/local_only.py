@@ -54,11 +54,7 @@ def train_centralized(federation: Federation, adapter: State, *, advance: Callab
     )
     everyone = ClientData(train, np.empty(0, np.int64), unlabelled=np.setdiff1d(unlabelled, train))
     in_one_place = dataclasses.replace(
-        federation,
-        clients=[everyone],
-        participation=dataclasses.replace(federation.participation, sizes=np.array([len(train)])),
-        ranks=None,
-        rng=federation.rng.child("centralized"),
+        federation.with_clients([everyone]), ranks=None, rng=federation.rng.child("centralized")
     )
     return train_local_only(in_one_place, adapter, np.array([0]), advance=advance)
 

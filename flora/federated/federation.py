@@ -156,6 +156,12 @@ class Federation:
         """The most images without a label that a client has."""
         return max(len(client.unlabelled) for client in self.clients)
 
+    def with_clients(self, clients: Sequence[ClientData]) -> Federation:
+        """Return the same federation of other clients, whatever else is known of those that it has."""
+        sizes = np.array([len(client.train) for client in clients])
+        participation = dataclasses.replace(self.participation, sizes=sizes)
+        return dataclasses.replace(self, clients=clients, participation=participation)
+
     def num_sent(self, num_numbers: int) -> int:
         """Return how many numbers go into a secure sum for an update of `num_numbers`."""
         return num_numbers if self.privacy is None else self.privacy.mechanism.num_sent(num_numbers)

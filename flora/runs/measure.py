@@ -21,6 +21,7 @@ from flora.evaluation.accuracy import (
     evaluate,
     harmonic_mean,
     own_predictions,
+    places_of_clients,
     spread,
     unheld_accuracies,
 )
@@ -214,17 +215,11 @@ def _on_held_out(experiment: Experiment, state: ServerState) -> ClientResults:
     predictions = np.full((len(experiment.held_out), 2), np.nan)
     for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
         said = of_blocks(experiment, clients, adapters, partial(_predicted_of_held_out, experiment))
-        predictions[np.concatenate(_held_out_of(experiment, clients))] = said
+        predictions[np.concatenate(places_of_clients(sizes, clients))] = said
     is_own = np.isin(np.arange(len(sizes)), with_own)
     right = predictions[:, 0] == experiment.held_out.labels.cpu().numpy()
     own = np.where(is_own, client_means(right, sizes), server)
     return ClientResults(server, losses, f1, own, is_own, predictions)
-
-
-def _held_out_of(experiment: Experiment, clients: Sequence[int]) -> list[np.ndarray]:
-    """The places of each client's held-out examples among those of all."""
-    ends = np.cumsum(experiment.held_out_sizes)
-    return [np.arange(ends[client] - experiment.held_out_sizes[client], ends[client]) for client in clients]
 
 
 def _predicted_of_held_out(experiment: Experiment, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
@@ -237,7 +232,7 @@ def _predicted_of_held_out(experiment: Experiment, clients: Sequence[int], adapt
         experiment.federation.engine.model,
         adapters,
         experiment.held_out,
-        _held_out_of(experiment, clients),
+        places_of_clients(experiment.held_out_sizes, clients),
         batch_size=config.batch_size,
         prediction=config.prediction,
     )
@@ -274,8 +269,9 @@ def measure_local_only(
     clients = chosen.tolist()
     results.test[chosen], results.unheld[chosen] = _of_test_images(experiment, clients, own)
     predicted = of_blocks(experiment, clients, own, partial(_predicted_of_held_out, experiment))[:, 0]
-    labels = experiment.held_out.labels.cpu().numpy()[np.concatenate(_held_out_of(experiment, clients))]
-    results.held_out[chosen] = client_means(predicted == labels, experiment.held_out_sizes[chosen])
+    sizes = experiment.held_out_sizes
+    labels = experiment.held_out.labels.cpu().numpy()[np.concatenate(places_of_clients(sizes, clients))]
+    results.held_out[chosen] = client_means(predicted == labels, sizes[chosen])
     with_own = clients_with_own_adapters(federation, state)
     if with_own is None:
         return results

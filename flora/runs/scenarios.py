@@ -11,7 +11,7 @@ import numpy as np
 from flora.client.personalization import FineTuning
 from flora.core.states import ServerState
 from flora.core.tree import StateLike
-from flora.evaluation.accuracy import client_means, harmonic_mean, own_accuracies
+from flora.evaluation.accuracy import client_means, harmonic_mean, own_accuracies, places_of_clients
 from flora.evaluation.held_classes import accuracies_by_holding
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters
 from flora.experiment.build import Experiment
@@ -81,25 +81,21 @@ def _unseen(experiment: Experiment, state: ServerState) -> UnseenResults:
     server = client_means(evaluate_adapters(experiment, server_stacks(state)[0], features)[0].correct, sizes)
     if not state.round:
         return UnseenResults(server, tuned)
-    everybody, first = [*federation.clients, *experiment.unseen], len(federation.clients)
+    first = len(federation.clients)
     with_them = replace(
-        federation,
-        clients=everybody,
-        participation=replace(federation.participation, sizes=np.array([len(each.train) for each in everybody])),
+        federation.with_clients([*federation.clients, *experiment.unseen]),
         personal=FineTuning(epochs=1),
         ranks=None,
         rng=federation.rng.child("unseen"),
     )
-    ends = np.cumsum(sizes)
 
     def accuracies(clients: Sequence[int], adapters: StateLike) -> np.ndarray:
-        places = [np.arange(ends[client - first] - sizes[client - first], ends[client - first]) for client in clients]
         config = experiment.config.evaluation
         return own_accuracies(
             federation.engine.model,
             adapters,
             features,
-            places,
+            places_of_clients(sizes, np.array(clients) - first),
             batch_size=config.batch_size,
             prediction=config.prediction,
         )
