@@ -48,7 +48,7 @@ class Subject:
 
     @property
     def rng(self) -> Rng:
-        """What audits draw their random numbers from: apart from all of the run's own."""
+        """The seed tree of audits, which has no stream of the run's own."""
         return Rng(self.run.config.seed).child("audit")
 
     @property
@@ -80,11 +80,11 @@ class Subject:
 
     @cached_property
     def evidence(self) -> Evidence:
-        """What an attacker has of the last adapter and the first."""
+        """The evidence that the last adapter and the first one give an attacker."""
         return self.evidence_of(self.states[self.last_round].adapter)
 
     def evidence_of(self, last: StateLike) -> Evidence:
-        """What an attacker has of an adapter that training ended with, and the first."""
+        """The evidence that an adapter with which training ended, and the first one, give an attacker."""
         first = self.initial
         return Evidence(
             moved={name: last[name] - first[name] for name in last if not is_residual(name)},

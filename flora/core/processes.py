@@ -275,7 +275,7 @@ def _text(error: BaseException | None) -> str:
 
 
 def _ending(states: list[int], packed: list[Tensor]) -> BaseException:
-    """What the others end with if processes have come to a meeting like this."""
+    """The error that all processes end with when one of them comes to a meeting in one of these `states`."""
     stopped = next((state for state in states if state > STOPPED), None)
     if stopped is not None:
         return Interrupted(stopped - STOPPED)

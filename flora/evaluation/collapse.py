@@ -8,7 +8,7 @@ import numpy as np
 
 
 def over_adapters(measure: Callable[[np.ndarray], float | None], features: np.ndarray) -> float | None:
-    """What is measured of class features `(C, d)`; of those of several adapters `(K, C, d)` the mean, or None."""
+    """Measure class features `(C, d)`; of those of K adapters `(K, C, d)` return the mean, None if one is None."""
     if features.ndim == 2:
         return measure(features)
     measures = [each for each in map(measure, features) if each is not None]

@@ -98,7 +98,7 @@ def own_adapters(
 def _trained_on(
     federation: Federation, view: ServerState, own: dict[int, State], local: LocalTraining
 ) -> dict[int, State]:
-    """Where clients come to from adapters of their own, each on its examples."""
+    """Fine-tune each client's adapter on its examples; return them by client id. One that diverges stays as it was."""
     ended = dict(own)
     rng = federation.rng.child("personal", view.round)
     setup = federation.setup(view.round, federation.roles.ever_trained(view.adapter), local)

@@ -148,7 +148,7 @@ def _with_one_range(config: ExperimentConfig, images: Images, tell: Tell, shared
 
 
 def features_key(config: ExperimentConfig, data: ImageData, model: AdaptedClip) -> Hashable:
-    """All that the features of the splits depend on."""
+    """The key of the splits' features among those that experiments share: all that they depend on."""
     seed = None if config.cache.views is None else config.seed
     options = config.cache, config.local.augmentation, config.local.self_training, config.data.unreadable
     return "features", id(data), id(model), seed, repr(options)

@@ -96,7 +96,7 @@ def moved(context: BuildContext, prepared: Prepared) -> Prepared:
 
 
 def _models_key(config: ExperimentConfig, device: torch.device, images: Images) -> Hashable:
-    """All that the models depend on: the seed too where their weights are random."""
+    """The key of the models among those that experiments share: the seed, too, where their weights are random."""
     seed = config.seed if config.backbone.weights == "random" else None
     parts = config.backbone, config.adapter, config.prompts, config.data.templates, config.speed, images.descriptions
     own = config.personal if config.personal.has_personal else None

@@ -79,7 +79,7 @@ class StemImages:
         return len(self.used)
 
     def key(self) -> dict[str, Any]:
-        """All that their features depend on."""
+        """The key of the images' features in the cache: all that these depend on, as JSON types."""
         return {
             **self.model.vision.stem_key(),
             "images": self.source.fingerprint(self.used),

@@ -61,7 +61,7 @@ def _sum_epsilon(private: PrivateRounds, state: tree.StateLike) -> float | None:
 
 
 def _averaging_error(federation: Federation, state: ServerState, updates: Sequence[ClientUpdate]) -> float | None:
-    """What averaging A and B gets wrong of the updates as they came, before bound and noise."""
+    """The aggregation error of averaging A and B of the updates as they came, before bound and noise."""
     if not updates or federation.server.strategy.has_personal or not layers(state.adapter):
         return None
     _, ends = in_server_terms(federation, state.adapter, updates, {})

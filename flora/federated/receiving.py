@@ -32,7 +32,7 @@ def send_updates(
 def _send(
     federation: Federation, plan: RoundPlan, task: ClientTask, result: ClientResult, start: FlatState
 ) -> tuple[ClientUpdate, ClientState]:
-    """What the server reads of a client that began at `start`, the tensors that are sent, and what it carries on."""
+    """Send a client's delta from `start`, what is sent of it; return it as the server reads it, and its state."""
     client, trained = task.client, result.adapter
     # Copies, so that no client keeps the memory of all that shared its steps.
     own = {}

@@ -140,7 +140,7 @@ def _noted(results: Iterable[ClientResult], reports: dict[int, Mapping[str, int]
 
 
 def _pseudo_label_figures(reports: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
-    """What is known of the labels that images without one were given; nothing where there are none."""
+    """The metrics of pseudo-labels from clients' `reports`, by client id; none where nobody has reported."""
     if not reports:
         return {}
     names = ("num_unlabelled", "num_sure", "num_right")
@@ -216,7 +216,7 @@ def _say(federation: Federation, line: str) -> None:
 
 
 def _instead(federation: Federation) -> str:
-    """What the server does where no update came."""
+    """Return a sentence that says what the server does where no update came."""
     if federation.privacy is None:
         return "the adapter stays as it was"
     return f"the server steps along {'zeros' if federation.privacy.mechanism.noises_in_sum else 'noise alone'}"

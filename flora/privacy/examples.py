@@ -107,5 +107,5 @@ class ExamplePrivacy(Options):
 
     @staticmethod
     def counted(num_releases: int) -> State:
-        """What a client carries from round to round: the number of its releases."""
+        """The state that a client carries from round to round: the number of its releases."""
         return {NUM_RELEASES: torch.tensor([num_releases], dtype=torch.float64)}

@@ -75,7 +75,7 @@ class PrivateRounds:
         return low
 
     def lines(self) -> list[str]:
-        """What a user should know of it before the first round."""
+        """Lines that say what the mechanism promises, for the log before the first round."""
         mechanism, rounds = self.mechanism, self.last_round
         lines = [
             f"privacy: {name_of(mechanism)}, noise multiplier {self.noise_multiplier:.4g}: epsilon "
@@ -91,7 +91,7 @@ class PrivateRounds:
         return lines
 
     def initial_state(self) -> State:
-        """What is carried from round to round: the noise multiplier, the bound where it adapts, what sums spent."""
+        """The state before the first round: the noise multiplier, the bound where it adapts, what sums spend."""
         state = {"noise_multiplier": _number(self.noise_multiplier)}
         if isinstance(self.mechanism.clip_norm, AdaptiveNorm):
             state["clip_norm"] = _number(self.mechanism.clip_norm.initial)

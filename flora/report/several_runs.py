@@ -175,7 +175,7 @@ Places = dict[int, dict[int, float]]
 
 
 def _axes(groups: Sequence[Group]) -> dict[str, tuple[str, Places]]:
-    """What curves go over: the axis's title, and the places of rounds along it."""
+    """The axes that curves can go over, by name: the axis's title, and the places of rounds along it."""
     runs = [run for group in groups for run in group.runs]
     sent = {id(run): charts.sent_bytes(run) for run in runs}
     clocks = {id(run): seconds for run in runs if (seconds := charts.elapsed(run)) is not None}
@@ -212,7 +212,7 @@ def _differences(groups: Sequence[Group]) -> Html:
 
 
 def _side_by_side(groups: Sequence[Group]) -> Html:
-    """What the first run of each group says of its clients and classes."""
+    """The pictures of clients and classes of each group's first run."""
     parts = []
     for title, draw in (
         ("Clients' own held-out images", charts.client_strip),

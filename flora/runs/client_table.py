@@ -126,7 +126,7 @@ def _with_unseen(columns: dict[str, list[Any]], experiment: Experiment, results:
 
 
 def _pseudo_label_columns(records: Sequence[RoundRecord], numbers: list[int]) -> dict[str, list[Any]]:
-    """What clients' images without a label came to, in the last round that each took part in."""
+    """The columns of clients' pseudo-labels, each client's in the last round that it took part in."""
     last: dict[str, list[int]] = {}
     for record in records:
         last |= record.metrics.get("client_pseudo_labels") or {}

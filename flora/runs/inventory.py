@@ -72,7 +72,7 @@ def partition_as_used(experiment: Experiment) -> dict[str, Any]:
 
 
 def _share(client: ClientData, index: int, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """What one client has, as JSON types; `labels` are those of all training examples."""
+    """The row of one client in `partition.json`, as JSON types; `labels` are those of all training examples."""
     counts = np.bincount(labels[client.train], minlength=len(class_names))
     return {
         "client": index,

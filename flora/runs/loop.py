@@ -281,7 +281,7 @@ class _Run:
             _say_that_budget_ends(experiment)
             local_only = _compared(experiment, state, log=self.directory.log, shows_bar=shows_bars)
         except BaseException as error:
-            self._save_what_there_is(error)
+            self._save_last_recorded(error)
             raise
         if clients is None:  # the run was stopped behind its last round
             clients = measure_clients(experiment, state)
@@ -302,8 +302,8 @@ class _Run:
             self.recorded = state  # the directory is the first one that is told
         return clients
 
-    def _save_what_there_is(self, error: BaseException) -> None:
-        """Whatever it is that ends the run, nothing of what it has done is lost, if it can still be written."""
+    def _save_last_recorded(self, error: BaseException) -> None:
+        """Save the last recorded state, if it can still be written, and log how to go on, whatever ended the run."""
         with suppress(UserError):
             self.saver.save(self.recorded)
         if self.directory.records_end[0] and not isinstance(error, DivergedError):
