@@ -32,10 +32,10 @@ from flora.client.local_training import LocalTraining
 from flora.client.objectives import Contrastive
 from flora.client.optimizers import Sgd
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.features import AttentionAdapter, ClipAdapter, Norm
-from flora.clip.adapters.heads import LinearHead, LpPlusPlus, TaskRes, VisionAndHead
 from flora.clip.adapters.deep_prompts import DeepPrompts, Maple, PromptSrc
+from flora.clip.adapters.features import AttentionAdapter, ClipAdapter, Norm
 from flora.clip.adapters.full import FullFineTuning
+from flora.clip.adapters.heads import LinearHead, LpPlusPlus, TaskRes, VisionAndHead
 from flora.clip.adapters.lora import Lora
 from flora.clip.adapters.multimodal import PFedMma
 from flora.clip.adapters.prompts import PromptContext

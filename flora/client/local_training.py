@@ -79,7 +79,7 @@ class LocalTraining(Options):
 
     @property
     def step_key(self) -> Hashable:
-        """The key of these options: clients with the same one can share a step, at other rates, for more steps or fewer.
+        """The key of these options: clients with the same one can share a step, whatever their rates and steps.
 
         Their corrections may differ, too, and the noise of private gradients: both come behind the model.
         """

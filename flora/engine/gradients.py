@@ -245,7 +245,7 @@ class SharedTexts:
         return self._leaf
 
     def rows(self, losses: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = False) -> Tensor:
-        """The gradients of losses `(K,)` by the rows' `leaves`, as `rows_of`: by way of the last `leaf`, and directly."""
+        """The gradients of losses `(K,)` by the rows' `leaves`, as `rows_of`: by the last `leaf`, and directly."""
         *direct, by_leaf = torch.autograd.grad(
             losses.sum(), [*leaves, self._leaf], allow_unused=True, materialize_grads=True, retain_graph=keep_graph
         )

@@ -37,7 +37,6 @@ from flora.privacy.canaries import planted
 from flora.privacy.rounds import PrivateRounds
 
 
-
 @dataclass(frozen=True, eq=False)
 class Experiment:
     """Everything a run needs. `held_out` are the clients' held-out examples, one client after the other.
