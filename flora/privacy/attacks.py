@@ -52,15 +52,14 @@ def success(members: np.ndarray, others: np.ndarray, rng: Rng) -> Success | None
     """Return how well scores tell `members` `(P,)` from `others` `(N,)`; None if there is nobody on one side."""
     if not len(members) or not len(others):
         return None
-    positive, negative = _counts(members, others)
     tpr = {}
     for rate in FALSE_POSITIVE_RATES:
         if len(others) * rate >= 1:
-            share = float(_rates(positive[None], negative[None], rate)[0])
+            share = true_positive_rate(members, others, rate)
             tpr[rate] = share, clopper_pearson(round(share * len(members)), len(members), CONFIDENCE)
     return Success(
-        float(_areas(positive[None], negative[None])[0]),
-        _bootstrap(positive, negative, rng),
+        auc(members, others),
+        _bootstrap(*_counts(members, others), rng),
         tpr,
         len(members),
         len(others),
