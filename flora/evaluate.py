@@ -29,7 +29,7 @@ from flora.features.features import Features, images_digest
 from flora.parsers import evaluate_parser
 from flora.runs.environment import environment
 from flora.runs.finished import Classes, FinishedRun, check_overrides, read_run
-from flora.runs.run_directory import check_free_name, write_json_beside
+from flora.runs.run_directory import check_free_name, write_json
 from flora.runs.using import AdaptedRun, adapted_run
 
 # What may be different from the run: the data, the texts, how predictions are made, and where things are.
@@ -49,7 +49,7 @@ def _main(argv: Sequence[str] | None) -> int:
     check_free_name(folder, name)
     run = read_run(options.run, options.overrides)
     content = evaluated(run, options.client)
-    path = write_json_beside(folder, f"{name or name_of(run.config.data)}.json", content, numbered=name is None)
+    path = write_json(folder, f"{name or name_of(run.config.data)}.json", content, numbered=name is None)
     number, frozen, adapted = content["num_images"], content["zero_shot"], content["metrics"]
     print(
         f"zero-shot {percent(frozen['accuracy'])} -> {percent(adapted['accuracy'])} on {number:,} images of "

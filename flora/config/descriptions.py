@@ -29,7 +29,7 @@ def read_descriptions(path: str, setting: str = SETTING) -> dict[str, tuple[str,
         raise UserError(f"{where}: expected a mapping of class names to sentences, got {show(raw)}")
     if not raw:
         raise UserError(f"{where}: describes no class")
-    return {name: _sentences(where, name, found) for name, found in raw.items()}
+    return {name: _sentences(where, name, sentences) for name, sentences in raw.items()}
 
 
 def check_known(

@@ -47,7 +47,7 @@ class PrivateRounds:
         if multiplier is None:
             assert target is not None
             multiplier = smallest_multiplier(
-                lambda found: mechanism.epsilon(found, max(num_rounds, 1), attendance), target
+                lambda candidate: mechanism.epsilon(candidate, max(num_rounds, 1), attendance), target
             )
         if isinstance(mechanism.clip_norm, AdaptiveNorm):
             mechanism.clip_norm.multiplier_of_sum(multiplier, 1.0)  # raises where the count would spend it all

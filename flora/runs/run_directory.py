@@ -298,8 +298,8 @@ def check_free_name(folder: Path, name: str | None) -> None:
         raise UserError(f"{folder / f'{name}.json'}: exists already; choose another --name")
 
 
-def write_json_beside(folder: Path, name: str, content: Any, *, numbered: bool) -> Path:
-    """Write a new JSON file into a folder of a run, which is made if it is not there; return its path.
+def write_json(folder: Path, name: str, content: Any, *, numbered: bool) -> Path:
+    """Write a new JSON file into a folder of a run, which is made if it does not exist; return its path.
 
     `numbered`: if there is one of that name, use the first free of name-2, name-3, ...; else that is a `UserError`.
     """

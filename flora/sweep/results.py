@@ -26,13 +26,13 @@ def with_domain_means(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if DOMAIN in row.labels:
             groups.setdefault(_without_domain(row), []).append(row)
-    found = []
+    rows_and_means = []
     for row in rows:
-        found.append(row)
+        rows_and_means.append(row)
         group = groups.get(_without_domain(row), [])
         if group and row is group[-1]:
-            found += [mean for mean in [_mean_over(group)] if mean.outcomes and len(group) > 1]
-    return found
+            rows_and_means += [mean for mean in [_mean_over(group)] if mean.outcomes and len(group) > 1]
+    return rows_and_means
 
 
 def _without_domain(row: Row) -> tuple[tuple[str, str], ...]:
