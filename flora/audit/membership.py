@@ -55,7 +55,7 @@ def targets_of(subject: Subject, most: int) -> Targets:
 
 
 def canary_examples(subject: Subject) -> np.ndarray:
-    """The training examples that are canaries."""
+    """The ids of the training examples that are canaries, `(N,)`."""
     planted = subject.experiment.federation.canaries
     is_example = planted is not None and planted.canaries.unit == "example"
     return planted.coins.ids if planted is not None and is_example else np.empty(0, np.int64)

@@ -93,7 +93,7 @@ class Subject:
         )
 
     def confidences(self, adapter: StateLike, examples: np.ndarray) -> np.ndarray:
-        """Return how sure a server's adapter is of the labels of training examples: see `confidences`."""
+        """Return how sure a server's adapter is of the labels of N training examples, `(N,)`: see `confidences`."""
         engine = self.experiment.federation.engine
         return confidences(
             engine.model, adapter, engine.features.subset(examples), batch_size=self.run.config.evaluation.batch_size

@@ -87,7 +87,7 @@ class Network(Component):
         """
 
     def available(self, profiles: Profiles, clock: float, rng: Rng) -> np.ndarray:
-        """The clients that can be asked at a time, in seconds since the beginning, which is midnight."""
+        """The ids `(N,)` of the clients that can be asked at a time, in seconds since the first midnight."""
         chance = profiles.availability
         if self.day_curve is not None:
             hours = (clock / 3600 + profiles.time_zone_hours) % 24
@@ -95,7 +95,7 @@ class Network(Component):
         return np.flatnonzero(rng.numpy().random(len(chance)) < chance)
 
     def can_ever_deliver(self, profiles: Profiles) -> np.ndarray:
-        """The clients that can be asked at some hour, and are not always gone before they have sent anything."""
+        """The ids `(N,)` of the clients that can be asked at some hour, and are not always gone before they send."""
         chance = profiles.availability * max(self.day_curve or (1.0,))
         return np.flatnonzero((chance > 0) & (profiles.dropout < 1))
 

@@ -52,19 +52,19 @@ class Participation:
         return self.sampler.expected_size(round, len(self.sizes))
 
     def cohort(self, round: int, present: np.ndarray, number: int, rng: Rng) -> np.ndarray:
-        """A cohort of `number` of the clients `present`, sorted; of any number where the sampler draws that, too."""
+        """A cohort of `number` of the clients `present` `(N,)`, sorted; of any number where the sampler draws that."""
         chosen = self.sampler.sample_in(round, self.sizes[present], number, rng)
         size = None if self.sampler.varies else number
         return present[checked_ids("clients.cohort", self.sampler, chosen, len(present), number=size)]
 
     def available(self, clock: float, rng: Rng) -> np.ndarray:
-        """The clients that can be asked at a time of the network's clock, sorted."""
+        """The sorted ids `(N,)` of the clients that can be asked at a time of the network's clock, in seconds."""
         assert self.network is not None and self.profiles is not None
         clients = self.network.available(self.profiles, clock, rng)
         return checked_ids("network", self.network, clients, len(self.sizes), what="clients that can be asked")
 
     def durations(self, clients: np.ndarray, load: ClientLoad) -> np.ndarray:
-        """Return how many seconds each of `clients` takes from being asked to having delivered."""
+        """Return how many seconds each of `clients` `(N,)` takes from being asked to having delivered, `(N,)`."""
         assert self.network is not None and self.profiles is not None
         return durations(self.network, self.profiles, clients, load)
 

@@ -112,7 +112,7 @@ def _are_sorted_ids(parts: Sequence[Any], below: int) -> bool:
 
 
 def checked_column(setting: str, component: Any, values: Any, number: int, *, what: str) -> np.ndarray:
-    """Return `values`, which must be `number` finite numbers called `what`, one for each client."""
+    """Return `values`, which must be `(number,)` finite numbers called `what`, one for each client."""
     column = np.asarray(values)
     if column.shape != (number,) or column.dtype.kind not in "iuf":
         refuse(setting, component, f"{what} as {_kind(column)}, expected a number for each of {number} clients")

@@ -72,7 +72,7 @@ def _outcomes(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[torch.Ten
 
 
 def class_accuracy(evaluation: Evaluation, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, float | None]:
-    """Accuracy by class name; None for a class without examples."""
+    """Accuracy by class name, of labels `(N,)`; None for a class without examples."""
     totals = np.bincount(labels, minlength=len(class_names))
     right = np.bincount(labels, weights=evaluation.correct, minlength=len(class_names))
     return {
@@ -214,7 +214,7 @@ class Spread:
 
 
 def spread(accuracies: np.ndarray) -> Spread | None:
-    """The spread over the clients that have a result, NaN being none; None if no client has one."""
+    """The spread over clients' accuracies `(num_clients,)`, NaN being none; None if no client has one."""
     known = np.sort(accuracies[~np.isnan(accuracies)])
     if not len(known):
         return None

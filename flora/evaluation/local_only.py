@@ -60,7 +60,7 @@ def train_centralized(federation: Federation, adapter: State, *, advance: Callab
 
 
 def clients_with_own_adapters(federation: Federation, state: ServerState) -> np.ndarray | None:
-    """The clients whose adapters are not the server's, in order; None if no client can ever have its own.
+    """The sorted ids `(N,)` of clients whose adapters are not the server's; None if no client can ever have its own.
 
     These are all where clients train on after the last round, else those that ever took part.
     """

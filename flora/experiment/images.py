@@ -109,7 +109,7 @@ def images_of(setting: str, dataset: Dataset, rng: Rng, tell: Tell) -> ImageData
 
 @contextmanager
 def naming(setting: str) -> Iterator[None]:
-    """Let what is said of `data` be said of `setting`: messages of data sets name the section that most are in."""
+    """A context in which a data set's `UserError` names `setting` in place of `data`, the section of most of them."""
     try:
         yield
     except UserError as error:
@@ -296,7 +296,7 @@ def _dealt_out(config: ExperimentConfig, data: ImageData, class_names: Sequence[
 
 
 def check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:
-    """Raise `UserError` unless there are two classes, all have training images by these labels, and there is a test."""
+    """Raise `UserError` unless there are two classes, all in the labels `train` `(N,)`, and `test` `(M,)` has some."""
     if len(class_names) < 2:
         raise UserError(f"data: {class_names[0]!r} is the only class: there is nothing to tell it from")
     empty = np.flatnonzero(np.bincount(train, minlength=len(class_names)) == 0)

@@ -61,7 +61,7 @@ class Features(_Shared, ABC):
 
     @abstractmethod
     def subset(self, indices: np.ndarray) -> Features:
-        """The examples at `indices`, in that order; what is large is shared."""
+        """The examples at `indices` `(n,)`, in that order; what is large is shared."""
 
     def with_labels(self, labels: Tensor) -> Features:
         """The same examples with other labels `(N,)`, on the CPU."""

@@ -131,7 +131,7 @@ def check_sums(federation: Federation, adapter: StateLike) -> None:
 
 
 def vector_of(delta: StateLike) -> np.ndarray:
-    """Return a delta's numbers in the order of its names, float64."""
+    """Return a delta's numbers `(P,)` in the order of its names, float64."""
     return tree.flatten({name: tensor.double() for name, tensor in delta.items()}).numpy()
 
 

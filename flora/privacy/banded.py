@@ -83,7 +83,7 @@ def inverse(column: np.ndarray) -> np.ndarray:
 
 
 def sensitivity(column: np.ndarray, num_participations: int, separation: int) -> float:
-    """Return the norm of what one client adds to C x over all rounds, in clip norms: the largest there is.
+    """Return the largest norm, in clip norms, of what one client adds to C x over all rounds, from C's first `column`.
 
     A client takes part in at most `num_participations` of the rounds, any two of them `separation` or more apart. The
     first column of C has no negative numbers and never rises, so the worst is as often as possible from the first round

@@ -67,7 +67,7 @@ class ExamplePrivacy(Options):
         return torch.bmm(factors.unsqueeze(1), gradients).squeeze(1)
 
     def factors(self, norms: Tensor) -> Tensor:
-        """Return by how much gradients of these norms are scaled down: 1 for those within the bound."""
+        """Return the factors by which gradients of these norms are scaled, of their shape: 1 within the bound."""
         return self.clip_norm / norms.clamp(min=self.clip_norm)
 
     def noise(self, like: Tensor, rng: Rng) -> Tensor:

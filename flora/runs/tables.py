@@ -63,7 +63,7 @@ def last_tables(experiment: Experiment, state: ServerState, clients: ClientResul
 
 
 def confusion_table(labels: np.ndarray, evaluation: Evaluation, class_names: Sequence[str]) -> Table:
-    """A row a class, as it is labelled; a column a class, as it is predicted; numbers of images."""
+    """A row a class, as `labels` `(N,)` say; a column a class, as it is predicted; numbers of images."""
     counts = confusion(labels, evaluation.predicted, len(class_names))
     rows = [[name, *row] for name, row in zip(class_names, counts.tolist(), strict=True)]
     return Table(["label", *class_names], rows)

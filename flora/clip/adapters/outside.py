@@ -86,7 +86,7 @@ class FitsEveryModel(Adapter):
 
 
 def uniform(rng: Rng, shape: tuple[int, ...], fan_in: int) -> Tensor:
-    """As `torch.nn.Linear` starts: uniform within 1/sqrt(fan_in)."""
+    """Numbers of this `shape` as `torch.nn.Linear` starts: uniform within 1/sqrt(fan_in), fp32."""
     bound = 1 / math.sqrt(fan_in)
     return torch.empty(shape).uniform_(-bound, bound, generator=rng.torch())
 
