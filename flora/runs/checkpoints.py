@@ -133,8 +133,8 @@ class CheckpointFolder:
     def tidy(self, round: int, *, keep: int, set_aside: Path) -> None:
         """Make room for a run that goes on after `round`: later checkpoints are moved to `set_aside`.
 
-        Unfinished ones are taken away, and those of `round` and before it but the newest `keep`. Raises `UserError` if the
-        folder can't be changed.
+        Unfinished ones are taken away, and those of `round` and before it but the newest `keep`. Raises
+        `UserError` if the folder can't be changed.
         """
         try:
             for rubbish in self.path.glob("part-*"):
