@@ -68,7 +68,7 @@ def evaluated(run: FinishedRun, client: str | None = None) -> dict[str, Any]:
     tell = Tell(image_progress(_say), _say)
     images = find_test_images(config, rng, tell)
     adapted = adapted_run(run, Classes(images.class_names, images.new_class_names, images.descriptions), client)
-    loader = Loader(config, adapted.models[0], tell, config.data.unreadable == "skip")
+    loader = Loader(config, adapted.models[0], tell, config.data.skips_unreadable)
     splits = {"test": images.data.test} | ({"new": images.data.new} if images.data.new is not None else {})
     features = list(loader.load(splits).values())
     for line in loader.problems:

@@ -191,7 +191,7 @@ def features_of_splits(
     of views of each is kept.
     """
     splits = {"training": data.train, "test": data.test} | ({"new": data.new} if data.new is not None else {})
-    loader = Loader(config, model, tell, config.data.unreadable == "skip", processes)
+    loader = Loader(config, model, tell, config.data.skips_unreadable, processes)
     features = loader.load(splits)
     train = loader.changed_at_random("training", config.local.augmentation, features["training"], data.train)
     self_training = config.local.active_self_training

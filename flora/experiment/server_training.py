@@ -139,7 +139,7 @@ def server_digests(training: ServerTraining, data: ServerData) -> dict[str, str]
 
 def _features(name: str, dataset: Dataset, split: Split, loader: Loader) -> Features:
     """A split's features, of the data set of `server.NAME`."""
-    loader = replace(loader, skip_unreadable=dataset.unreadable == "skip", problems=[])
+    loader = replace(loader, skip_unreadable=dataset.skips_unreadable, problems=[])
     with naming(f"server.{name}.data"):
         features = loader.load({name: split})[name]
     if loader.problems:

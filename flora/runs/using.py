@@ -102,7 +102,7 @@ def features_of_files(
         Split(source, every, np.zeros(len(paths), dtype=np.int64)),
         model,
         NoAugmentation(),
-        skip_unreadable=config.data.unreadable == "skip",
+        skip_unreadable=config.data.skips_unreadable,
         progress=progress,
     )
     for line in problems:

@@ -268,6 +268,11 @@ class Dataset(Component):
         if limits is not None and not (len(limits) == 2 and -math.inf < limits[0] < limits[1] < math.inf):
             raise OptionError("value_range", f"expected [LOW, HIGH] with LOW below HIGH, got {list(limits)}")
 
+    @property
+    def skips_unreadable(self) -> bool:
+        """Whether images that can't be read are left out."""
+        return self.unreadable == "skip"
+
     @abstractmethod
     def load(self, rng: Rng) -> ImageData:
         """Index the images without decoding them; any random split is drawn from `rng`.
