@@ -54,32 +54,32 @@ def _main(argv: Sequence[str] | None) -> int:
 def audit(subject: Subject, options: Any) -> dict[str, Any]:
     """Make the attacks that `options`, the parsed command line, ask for; return the record as JSON types."""
     after = adapters_asked_for(subject, options.rounds)
-    results: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if "membership" in options.only:
         total = options.references * max(after)
         with bar("reference runs", total, "round", shown=options.references > 0) as progress:
-            results["membership"] = example_membership(
+            found["membership"] = example_membership(
                 subject, after, num_references=options.references, most=options.examples, advance=progress.update
             )
     if "clients" in options.only:
         total = options.references * subject.last_round
         with bar("reference runs of clients", total, "round", shown=options.references > 0) as progress:
-            results["clients"] = client_membership(subject, num_references=options.references, advance=progress.update)
+            found["clients"] = client_membership(subject, num_references=options.references, advance=progress.update)
     hides_updates = subject.run.config.server.secure_sum is not None
     if hides_updates:
         _say("single updates: not attacked, because with server.secure_sum nobody sees them")
     if "updates" in options.only and not hides_updates:
         asked = options.rounds or [round + 1 for round in subject.states if round < subject.last_round]
-        results["updates"] = class_presence(subject, [round for round in asked if round - 1 in subject.states])
+        found["updates"] = class_presence(subject, [round for round in asked if round - 1 in subject.states])
     if "canaries" in options.only:
-        results["canaries"] = canary_audit(subject, delta=options.delta, confidence=CONFIDENCE)
+        found["canaries"] = canary_audit(subject, delta=options.delta, confidence=CONFIDENCE)
     engine, config = subject.experiment.federation.engine, subject.run.config
     return {
         "run": str(subject.run.path),
         "rounds": subject.last_round,
         "adapter_sha256": state_digest(subject.run.adapter),
         "guarantee": guarantees(subject),
-        **results,
+        **found,
         "environment": environment(engine.model.device, config.seed, engine.clients_per_block),
     }
 

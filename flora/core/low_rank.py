@@ -113,8 +113,8 @@ def aggregation_error(
 
     names = layers(server)
     own = {layer: norms(layer) for layer in names[processes.rank :: processes.size]}
-    squares = {layer: each for message in processes.exchange(Message(own)) for layer, each in message.fields.items()}
-    mean, wrong = (sum(squares[layer][part] for layer in names) for part in (0, 1))
+    found = {layer: each for message in processes.exchange(Message(own)) for layer, each in message.fields.items()}
+    mean, wrong = (sum(found[layer][part] for layer in names) for part in (0, 1))
     return math.sqrt(wrong / mean) if mean > 0 else None
 
 
@@ -170,8 +170,8 @@ def low_rank_of_sum(pairs: Sequence[Pair], *, rank: int | None = None, tolerance
     u, values, v = torch.linalg.svd(left_factor @ right_factor.T, full_matrices=False)
     if tolerance is not None:
         largest = math.sqrt(max(_squared_norm([pair]) for pair in pairs))
-        needed = int((values > tolerance * largest).sum())
-        rank = needed if rank is None else min(needed, rank)
+        found = int((values > tolerance * largest).sum())
+        rank = found if rank is None else min(found, rank)
     return left_basis @ (u[:, :rank] * values[:rank]), v[:rank] @ right_basis.T
 
 
