@@ -14,7 +14,7 @@ from flora.core.registry import option, register
 from flora.core.tree import State, StateLike
 from flora.privacy.accounting import Attendance, spent_epsilon
 from flora.privacy.discrete import MOST_DEVIATION
-from flora.privacy.fixed_point import FixedPoint
+from flora.privacy.fixed_point import FixedPoint, NoisyFormat, Terms
 from flora.privacy.mechanisms import FixedNorm, Streams
 from flora.privacy.rotation import rotated_size, rounded_norm
 
@@ -28,27 +28,6 @@ ROOM_OF_SUM = 6
 MOST_OF_ROUNDING = 2.0
 """How many times as long rounding may make an update, and so how many times as large the noise."""
 ENCODINGS = ("truncated", "rotated")
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a sum is of: `num_numbers` numbers of each of `num_asked` clients, of whom `num_least` stay at least."""
-
-    num_asked: int
-    num_least: int
-    num_numbers: int
-
-
-@dataclass(frozen=True)
-class NoisyFormat:
-    """How numbers are written to which a share of noise is added, and the share's variance in squared units.
-
-    Rotated numbers have a norm of at most `largest` units when they are rounded; None where they are truncated.
-    """
-
-    numbers: FixedPoint
-    variance: int
-    largest: float | None = None
 
 
 @register("distributed_discrete_gaussian")
@@ -90,7 +69,6 @@ class DistributedDiscreteGaussian(FixedNorm):
         return rotated_size(num_numbers) if self.encoding == "rotated" else num_numbers
 
     def format_of(self, bits: int, limit: float, noise_multiplier: float, terms: Terms) -> NoisyFormat:
-        """Return how numbers of at most `limit` are written. Raises `UserError` if the ring is too small."""
         assert isinstance(self.clip_norm, float | int)
         if self.encoding == "rotated":
             return rotated_format(bits, float(self.clip_norm), noise_multiplier, terms)

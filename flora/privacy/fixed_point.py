@@ -94,3 +94,24 @@ class FixedPoint:
         unused = 64 - self.bits  # shifted up and back, so that the highest bit becomes the sign
         signed = (words.astype(np.uint64) << np.uint64(unused)).view(np.int64) >> np.int64(unused)
         return np.ldexp(signed.astype(np.float64), -self.fraction_bits)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The size of a secure sum: `num_numbers` of each of `num_asked` clients, of whom `num_least` stay at least."""
+
+    num_asked: int
+    num_least: int
+    num_numbers: int
+
+
+@dataclass(frozen=True)
+class NoisyFormat:
+    """How numbers are written to which a share of noise is added, and the share's variance in squared units.
+
+    Rotated numbers have a norm of at most `largest` units when they are rounded; None where they are truncated.
+    """
+
+    numbers: FixedPoint
+    variance: int
+    largest: float | None = None

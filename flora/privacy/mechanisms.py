@@ -19,6 +19,7 @@ from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 from flora.privacy.accounting import ACCOUNTANTS, Attendance, spent_epsilon, tree_sensitivity
 from flora.privacy.bounds import ClipNorm, bounded, gaussian
+from flora.privacy.fixed_point import NoisyFormat, Terms
 
 Streams = Callable[[int], Rng]
 """The random numbers of a round's noise, by the round's number."""
@@ -73,6 +74,13 @@ class Privacy(Component):
     def num_sent(self, num_numbers: int) -> int:
         """Return how many numbers go into a secure sum for an update of `num_numbers`."""
         return num_numbers
+
+    def format_of(self, bits: int, limit: float, noise_multiplier: float, terms: Terms) -> NoisyFormat:
+        """Return how numbers of at most `limit` and a client's share of the noise are written where `noises_in_sum`.
+
+        Raises `UserError` if the ring is too small.
+        """
+        raise NotImplementedError
 
     def on_sum(self, like: StateLike, deviation: float, round: int, streams: Streams) -> State:
         """Return the noise on a round's sum, with the names and shapes of `like`, in double precision."""
