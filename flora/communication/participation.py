@@ -73,8 +73,8 @@ class Participation:
         if self.network is None or self.profiles is None:
             everybody = np.arange(len(self.sizes))
             return CohortOutcome(self.cohort(round, everybody, self.cohort_size(round), rng.child("cohort")))
-        own = rng.child("network")
-        present = self.available(clock, own.child("available"))
+        stream = rng.child("network")
+        present = self.available(clock, stream.child("available"))
         if not len(present):
             return CohortOutcome(present, seconds=self.network.wait_seconds)
         needed = min(self.cohort_size(round), len(present))
@@ -88,5 +88,5 @@ class Participation:
             takes=self.durations(asked, load),
             dropout=self.profiles.dropout[asked],
             num_needed=len(asked) if self.sampler.varies else needed,
-            rng=own.child("dropout"),
+            rng=stream.child("dropout"),
         )

@@ -85,28 +85,30 @@ def own_adapters(
     residual = {name: tensor.unsqueeze(0) for name, tensor in view.adapter.items() if is_residual(name)}
 
     def together(group: Sequence[int]) -> tuple[list[int], StateLike]:
-        own = {client: federation.client_adapter(view, client) for client in group}
+        adapters = {client: federation.client_adapter(view, client) for client in group}
         if local is not None:
-            own = _trained_on(federation, view, own, local)
+            adapters = _trained_on(federation, view, adapters, local)
         names = [name for name in view.adapter if name not in residual]
-        stack = tree.stack([tree.select(own[client], names) for client in group])
+        stack = tree.stack([tree.select(adapters[client], names) for client in group])
         return list(group), federation.engine.model.adapter.models({**stack, **residual})[-1]
 
     yield from federation.engine.in_blocks(clients.tolist(), together)
 
 
 def _trained_on(
-    federation: Federation, view: ServerState, own: dict[int, State], local: LocalTraining
+    federation: Federation, view: ServerState, adapters: dict[int, State], local: LocalTraining
 ) -> dict[int, State]:
     """Fine-tune each client's adapter on its examples; return them by client id. One that diverges stays as it was."""
-    ended = dict(own)
+    tuned = dict(adapters)
     rng = federation.rng.child("personal", view.round)
     setup = federation.setup(view.round, federation.roles.ever_trained(view.adapter), local)
-    for result in federation.engine.train([federation.task(client, each, setup, rng) for client, each in own.items()]):
+    for result in federation.engine.train(
+        [federation.task(client, each, setup, rng) for client, each in adapters.items()]
+    ):
         if result.is_finite:
-            ended[result.client] = {**own[result.client], **result.adapter}
+            tuned[result.client] = {**adapters[result.client], **result.adapter}
         else:
             federation.engine.log(
                 f"client {result.client}'s own adapter diverged after the last round, and stays as it was"
             )
-    return ended
+    return tuned

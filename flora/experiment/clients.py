@@ -119,17 +119,18 @@ def hide_labels(client: ClientData, fraction: float, rng: Rng) -> ClientData:
 
 def _check_unlabelled(config: ExperimentConfig, clients: Sequence[ClientData]) -> None:
     """Raise `OptionError` if there are fewer images without a label than self-training asks for."""
-    own = config.local.self_training
-    if own is None:
+    self_training = config.local.self_training
+    if self_training is None:
         return
     most = max(len(client.unlabelled) for client in clients)
     if not most:
         fraction = config.clients.labelled_fraction
         raise OptionError("clients.labelled_fraction", f"no client has an image without a label, with {fraction:g}")
-    if own.batch_size is not None and own.batch_size > most:
+    batch_size = self_training.batch_size
+    if batch_size is not None and batch_size > most:
         raise OptionError(
             "local.self_training.batch_size",
-            f"expected at most {most}, the most images without a label that a client has, got {own.batch_size}",
+            f"expected at most {most}, the most images without a label that a client has, got {batch_size}",
         )
 
 

@@ -99,9 +99,9 @@ def _models_key(config: ExperimentConfig, device: torch.device, images: Images) 
     """The key of the models among those that experiments share: the seed, too, where their weights are random."""
     seed = config.seed if config.backbone.weights == "random" else None
     parts = config.backbone, config.adapter, config.prompts, config.data.templates, config.speed, images.descriptions
-    own = config.personal if config.personal.has_personal else None
+    personal = config.personal if config.personal.has_personal else None
     names = images.class_names, images.new_class_names
-    return "models", seed, repr(parts), own, names, str(device), config.evaluation.patches is not None
+    return "models", seed, repr(parts), personal, names, str(device), config.evaluation.patches is not None
 
 
 def _models(

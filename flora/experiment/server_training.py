@@ -85,8 +85,8 @@ def _sentences(config: ExperimentConfig, names: Sequence[str]) -> tuple[tuple[st
     check_known(path, described, names, setting)
     renamed = dict(zip(names, config.prompts.rename(tuple(names)), strict=True))
     class_of: dict[str, str] = {}
-    for name, own in described.items():
-        for sentence in (each.replace("{}", renamed[name]) for each in own):
+    for name, sentences in described.items():
+        for sentence in (each.replace("{}", renamed[name]) for each in sentences):
             other = class_of.setdefault(sentence, name)
             if other != name:
                 raise UserError(f"{setting}: {path}: {show(sentence)} describes both {show(other)} and {show(name)}")

@@ -104,8 +104,8 @@ def live_features(
     problems = [each for each in digests_or_problems if isinstance(each, str)]
     if problems and not skip_unreadable:
         raise refusal(problems)
-    kept = np.flatnonzero([isinstance(each, bytes) for each in digests_or_problems])
-    check_some_are_left(len(kept), len(split), problems)
+    readable = np.flatnonzero([isinstance(each, bytes) for each in digests_or_problems])
+    check_some_are_left(len(readable), len(split), problems)
     digests = as_rows([each for each in digests_or_problems if isinstance(each, bytes)])
-    labels = torch.from_numpy(split.labels[kept])
-    return LiveFeatures(split, model, augmentation, labels, kept, digests), problems
+    labels = torch.from_numpy(split.labels[readable])
+    return LiveFeatures(split, model, augmentation, labels, readable, digests), problems

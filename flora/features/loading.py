@@ -56,11 +56,13 @@ def load_features(
 
 
 def _of_split(split: Split, entry: Entry, rows: np.ndarray, problems: Sequence[str]) -> StoredFeatures:
-    own = rows[split.source_indices]
-    kept = np.flatnonzero(own >= 0)
-    check_some_are_left(len(kept), len(split), problems)
-    labels = torch.from_numpy(split.labels[kept])
-    return StoredFeatures(entry.stem, torch.from_numpy(own[kept]), labels, kept, entry.digests[own[kept]])
+    places = rows[split.source_indices]
+    readable = np.flatnonzero(places >= 0)
+    check_some_are_left(len(readable), len(split), problems)
+    labels = torch.from_numpy(split.labels[readable])
+    return StoredFeatures(
+        entry.stem, torch.from_numpy(places[readable]), labels, readable, entry.digests[places[readable]]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,12 +230,12 @@ class _Source:
         """Return what the images from `start` on come to, in their order; processes take turns in computing batches."""
         rank, size = self.processes.rank, self.processes.size
         batches = self.images.batches(start)
-        own = self.images.computed_parts(batches[rank::size])
+        computed = self.images.computed_parts(batches[rank::size])
         if size == 1:
-            yield from own
+            yield from computed
             return
         for _ in range(0, len(batches), size):
-            part = next(own, None)
+            part = next(computed, None)
             for message in self.processes.exchange(Message() if part is None else part.to_message()):
                 if message.fields is not None:
                     yield Part.from_message(message)

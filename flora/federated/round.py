@@ -171,16 +171,16 @@ def _trained_by_server(
 
     `before` is what the round's clients got, `adapter` what was made of the updates that were accepted.
     """
-    own, distillation, texts = federation.server_training, None, None
-    if own.public is None and own.texts is None:
+    training, distillation, texts = federation.server_training, None, None
+    if training.public is None and training.texts is None:
         return adapter, ServerLosses()
     trained = federation.roles.trained(adapter, plan.round)
-    if own.public is not None:
+    if training.public is not None:
         _, ends = in_server_terms(federation, before, accepted, {task.client: task.adapter for task in plan.tasks})
-        after = own.public.with_teacher(ends).train(adapter, trained, plan.rng.child("distillation"))
+        after = training.public.with_teacher(ends).train(adapter, trained, plan.rng.child("distillation"))
         adapter, distillation = after.adapter, after.loss
-    if own.texts is not None and plan.round % own.texts.every == 0:
-        after = own.texts.train(adapter, trained, plan.rng.child("texts"))
+    if training.texts is not None and plan.round % training.texts.every == 0:
+        after = training.texts.train(adapter, trained, plan.rng.child("texts"))
         adapter, texts = after.adapter, after.loss
     return adapter, ServerLosses(distillation, texts)
 

@@ -92,7 +92,7 @@ def _bars(run: RunFiles) -> Html:
         ("the classes that each client holds", run.figure("held_class_accuracy"), "result"),
         ("the classes that only others hold", run.figure("other_class_accuracy"), "result"),
     ]
-    own = [
+    held_out = [
         ("alone", run.figure("held_out_local_only_accuracy"), ""),
         ("own adapters", run.figure("held_out_personal_accuracy") or run.figure("personal_accuracy_mean"), ""),
         (together, run.figure("held_out_federated_accuracy") or run.figure("client_accuracy_mean"), "result"),
@@ -102,7 +102,7 @@ def _bars(run: RunFiles) -> Html:
         ("clients that never train, one pass", run.figure("unseen_tuned_accuracy"), "result"),
     ]
     parts = []
-    for title, rows in (("on the common test images", common), ("on the clients' own held-out images, mean", own)):
+    for title, rows in (("on the common test images", common), ("on the clients' own held-out images, mean", held_out)):
         lines = [(name, value, percent(value), kind) for name, value, kind in rows if value is not None]
         if lines:
             parts.append(element("div", element("h3", f"Accuracy {title}"), bars(lines)))

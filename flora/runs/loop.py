@@ -380,8 +380,8 @@ def _compared(
 
 def _program() -> str:
     """Return what to type to run this program again: a user's own file that calls `main`, or this module."""
-    own = (
+    script = (
         sys.argv[0] if sys.argv[0].endswith(".py") and getattr(sys.modules["__main__"], "__spec__", 1) is None else None
     )
-    program = f"{shlex.quote(sys.executable)} {'-m flora.simulate' if own is None else shlex.quote(own)}"
+    program = f"{shlex.quote(sys.executable)} {'-m flora.simulate' if script is None else shlex.quote(script)}"
     return " ".join([program, *(f"--import {shlex.quote(os.path.abspath(path))}" for path in imported)])

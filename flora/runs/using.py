@@ -126,12 +126,12 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     images: list[Path] = []
     for path in paths:
         try:
-            below = image_paths(path) if path.is_dir() else [path] if os.path.exists(path) else []
+            images_of_path = image_paths(path) if path.is_dir() else [path] if os.path.exists(path) else []
         except OSError as error:
             raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
-        if not below:
+        if not images_of_path:
             raise UserError(
                 f"{path}: no images below this folder" if path.is_dir() else f"{path}: no such file or folder"
             )
-        images += below
+        images += images_of_path
     return images
