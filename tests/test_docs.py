@@ -123,10 +123,10 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(predict, "image_files", lambda paths: paths)
     monkeypatch.setattr(predict, "_answers", lambda *arguments: seen.append(arguments) or iter(()))  # type: ignore[func-returns-value]
     monkeypatch.setattr(evaluate, "evaluated", evaluated)
-    monkeypatch.setattr(evaluate, "write_json_beside", lambda folder, name, *arguments, **options: folder / name)
+    monkeypatch.setattr(evaluate, "write_json", lambda folder, name, *arguments, **options: folder / name)
     monkeypatch.setattr(audit, "audited", lambda *arguments, **options: seen.append(arguments))
     monkeypatch.setattr(audit, "audit", lambda *arguments: {"guarantee": {}})
-    monkeypatch.setattr(audit, "write_json_beside", lambda folder, name, *arguments, **options: folder / name)
+    monkeypatch.setattr(audit, "write_json", lambda folder, name, *arguments, **options: folder / name)
     monkeypatch.setattr(export, "peft_adapter", lambda *arguments: seen.append(arguments) or {})  # type: ignore[func-returns-value]
     monkeypatch.setattr(export, "huggingface_files", lambda *arguments: {})
     monkeypatch.setattr(new, "look", lambda path: seen.append(path))

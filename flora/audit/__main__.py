@@ -25,7 +25,7 @@ from flora.report.audits import lines
 from flora.runs.environment import environment
 from flora.runs.finished import check_overrides
 from flora.runs.resume import CHANGEABLE
-from flora.runs.run_directory import check_free_name, write_json_beside
+from flora.runs.run_directory import check_free_name, write_json
 
 # What may be different from the run: where things are, and how it is computed.
 ALLOWED = (*CHANGEABLE, "device")
@@ -44,7 +44,7 @@ def _main(argv: Sequence[str] | None) -> int:
     check_free_name(folder, name)
     subject = audited(options.run, options.overrides, progress=image_progress(_say), log=_say)
     content = audit(subject, options)
-    path = write_json_beside(folder, f"{name or 'audit'}.json", content, numbered=name is None)
+    path = write_json(folder, f"{name or 'audit'}.json", content, numbered=name is None)
     for line in lines(content):
         print(line)
     print(f"written to {path}")

@@ -221,8 +221,8 @@ class _CorrectionState:
         if self.is_idle:
             return gradients
         own = {name: tensor[: len(gradients)] for name, tensor in self._own.items()}
-        found = self._correction.correct(gradients, parameters, self._start[: len(gradients)], own, self._server)
-        return checked_tensor("local.correction", self._correction, found, gradients.shape)
+        corrected = self._correction.correct(gradients, parameters, self._start[: len(gradients)], own, self._server)
+        return checked_tensor("local.correction", self._correction, corrected, gradients.shape)
 
     def finish(self, end: Tensor) -> tuple[list[State], list[State]]:
         """Return what each of the run's clients, which came to `end` `(k, P)`, remembers from now on, and sends."""

@@ -60,7 +60,7 @@ class Choices:
 
 
 def labels_of(config: str, values: Mapping[str, str]) -> dict[str, str]:
-    """What a run is called by: its config file and its swept values, but for the seed."""
+    """The labels of a run: its config file and its swept values, but for the seed."""
     return {"experiment": Path(config).stem, **{key: value for key, value in values.items() if key != "seed"}}
 
 
