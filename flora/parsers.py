@@ -80,8 +80,13 @@ def check_simulate(options: argparse.Namespace) -> None:
     if options.resume and len(paths) != 1:
         raise UserError(f"expected one run directory, got {len(paths)}; see --help")
     if not paths or (len(paths) > 1 and not options.check):
-        found = f"one config file, got {len(paths)}" if paths else "a config file, such as quickstart"
-        raise UserError(f"expected {found}; see --help")
+        if not paths:
+            raise UserError("expected a config file, such as quickstart; see --help")
+        more = ", ..." if len(paths) > 3 else ""
+        raise UserError(
+            f"expected one config file, then key=value with quotes around spaces, got {', '.join(map(repr, paths[:3]))}{more}; "
+            "see --help"
+        )
 
 
 def export_parser() -> Parser:
