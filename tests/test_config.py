@@ -266,7 +266,7 @@ def test_an_error_that_no_override_made_names_the_file(config_file: Path) -> Non
         ),
         (
             "rounds: 0x" + "f" * 9000 + "\ndata: patterns\npartition: iid\n",
-            "rounds: expected a whole number, got a num",
+            "rounds: expected a whole number of less than 64 bits, got a num",
         ),
         ("rounds: " + "9" * 9000 + "\n", "not valid YAML: Exceeds the limit"),
         ("a: '\x07'\n", "not valid YAML: unacceptable character #x0007"),
@@ -320,7 +320,9 @@ def test_a_file_name_that_is_no_run_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [10**400, -(10**400)])
 def test_numbers_beyond_all_floats_do_not_overflow(value: int) -> None:
-    with pytest.raises(OptionError, match="seed: expected a whole number, got a number of more than 40 digits"):
+    with pytest.raises(
+        OptionError, match="seed: expected a whole number of less than 64 bits, got a number of more than 40 digits"
+    ):
         parse_config(MINIMAL | {"seed": value})
     with pytest.raises(OptionError, match="learning_rate: expected a number, got a number of more than 40 digits"):
         parse_config(MINIMAL | {"local": {"learning_rate": value}})
