@@ -356,6 +356,7 @@ def test_what_cannot_be_audited_is_refused_in_a_line(
         ([str(quick), "--name", "../x"], "expected a plain file name"),
         ([str(quick), "--references", "3"], "expected an even number"),
         ([str(quick), "--only", "loss"], "expected some of membership, clients, updates, canaries"),
+        ([str(quick), "--only", "canaries"], "--only canaries: this run has none"),
         ([str(quick), "--delta", "1"], "expected a number at least 0 and below 1"),
     ]
     for arguments, message in cases:

@@ -300,6 +300,9 @@ def test_a_missing_file_is_answered_with_the_nearest_one(tmp_path: Path, config_
     assert error_of(missing) == f"No such file or directory; did you mean '{config_file}'?"
     assert error_of(tmp_path / "nowhere" / "x.yaml") == "No such file or directory"
     assert error_of(tmp_path) == "Is a directory"
+    (tmp_path / "config.yaml").write_text("")
+    again = f"--resume goes on with a run, {tmp_path / 'config.yaml'} makes it again"
+    assert error_of(tmp_path) == f"Is a directory; {again}"
 
 
 def test_a_file_without_an_end_is_not_read_to_the_end(tmp_path: Path) -> None:

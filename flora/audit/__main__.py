@@ -54,6 +54,8 @@ def _main(argv: Sequence[str] | None) -> int:
 def audit(subject: Subject, options: Any) -> dict[str, Any]:
     """Make the attacks that `options`, the parsed command line, ask for; return the record as JSON types."""
     after = adapters_asked_for(subject, options.rounds)
+    if options.only == ("canaries",) and subject.experiment.federation.canaries is None:
+        raise UserError("--only canaries: this run has none; they are planted before it (the setting canaries)")
     found: dict[str, Any] = {}
     if "membership" in options.only:
         total = options.references * max(after)
