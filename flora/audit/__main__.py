@@ -44,9 +44,9 @@ def _main(argv: Sequence[str] | None) -> int:
     check_free_name(folder, name)
     subject = audited(options.run, options.overrides, progress=image_progress(_say), log=_say)
     content = audit(subject, options)
-    path = write_json_beside(folder, f"{name or 'audit'}.json", content, numbered=name is None)
     for line in lines(content):
         print(line)
+    path = write_json_beside(folder, f"{name or 'audit'}.json", content, numbered=name is None)
     print(f"written to {path}")
     return 0
 
