@@ -15,6 +15,7 @@ from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.parse import config_to_dict
 from flora.core.command_line import run_program
+from flora.core.errors import UserError
 from flora.core.progress import Tell, image_progress
 from flora.core.records import Evaluation
 from flora.core.registry import name_of
@@ -49,12 +50,17 @@ def _main(argv: Sequence[str] | None) -> int:
     check_free_name(folder, name)
     run = read_run(options.run, options.overrides)
     content = evaluated(run, options.client)
-    path = write_json(folder, f"{name or name_of(run.config.data)}.json", content, numbered=name is None)
     number, frozen, adapted = content["num_images"], content["zero_shot"], content["metrics"]
-    print(
+    found = (
         f"zero-shot {percent(frozen['accuracy'])} -> {percent(adapted['accuracy'])} on {number:,} images of "
-        f"{len(content['class_names'])} classes ({name_of(run.config.data)}); written to {path}"
+        f"{len(content['class_names'])} classes ({name_of(run.config.data)})"
     )
+    try:
+        path = write_json(folder, f"{name or name_of(run.config.data)}.json", content, numbered=name is None)
+    except UserError:
+        print(found)
+        raise
+    print(f"{found}; written to {path}")
     return 0
 
 

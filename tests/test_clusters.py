@@ -216,6 +216,15 @@ def test_a_run_says_how_good_each_clients_model_is(raw_config: dict[str, Any]) -
         read_run(rest.directory).adapter_of("2", initial.adapter)
 
 
+def test_more_models_than_clients_of_a_cohort_can_be_saved(raw_config: dict[str, Any]) -> None:
+    clients = {"number": 4, "cohort": {"name": "uniform", "number": 1}}
+    raw = {**raw_config, "rounds": 2, "clients": clients, "server": {"strategy": {"name": "ifca", "clusters": 4}}}
+    whole = simulate(parse_config(raw))
+    part = simulate(parse_config({**raw, "name": "part", "rounds": 1}))
+    gone_on = resume(part.directory, ["rounds=2"])
+    assert all(torch.equal(gone_on.adapter[name], tensor) for name, tensor in whole.adapter.items())
+
+
 def test_what_is_measured_of_class_features_is_the_mean_over_models() -> None:
     features = np.random.default_rng(0).normal(size=(2, 4, 6))
     one, other = (effective_rank(each) for each in features)

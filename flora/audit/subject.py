@@ -38,7 +38,7 @@ class Subject:
     """A finished run, its experiment, and the server's states that are known of it, by the round that they follow.
 
     The first state and the last are always known, those between where there is a checkpoint. `records` has one of each
-    round.
+    round, but for lost ones.
     """
 
     run: FinishedRun
@@ -65,10 +65,11 @@ class Subject:
     def participants(self) -> np.ndarray:
         """The ids of the clients whose updates came in some round, sorted.
 
-        Where the records don't say who that was (`privacy.publish: false`), those who were drawn. Raises `UserError` if
-        that depends on a network's clock.
+        Where the records don't say who that was (`privacy.publish: false`, lost lines), those who were drawn. Raises
+        `UserError` if that depends on a network's clock.
         """
-        cohorts = [record.cohort for record in self.records if record.round]
+        recorded = {record.round: record.cohort for record in self.records}
+        cohorts = [recorded.get(round) for round in range(1, self.last_round + 1)]
         if any(cohort is None for cohort in cohorts):
             federation = self.experiment.federation
             if federation.participation.network is not None:
@@ -133,7 +134,7 @@ def audited(path: Path, overrides: Sequence[str] = (), *, progress: Progress, lo
     experiment = build_experiment(run.config, Tell(progress, log), clients_per_block=recorded_clients_per_block(path))
     _check_same(run, experiment)
     run.check_fits(experiment.initial_adapter)
-    return Subject(run, experiment, _states(run, experiment, log), _records(run.path))
+    return Subject(run, experiment, _states(run, experiment, log), _records(run))
 
 
 def _check_same(run: FinishedRun, experiment: Experiment) -> None:
@@ -161,10 +162,13 @@ def _states(run: FinishedRun, experiment: Experiment, log: Callable[[str], objec
     return dict(sorted(states.items()))
 
 
-def _records(path: Path) -> tuple[RoundRecord, ...]:
-    """The records of `rounds.jsonl`. Raises `UserError` if it is missing or damaged."""
-    file = path / "rounds.jsonl"
+def _records(run: FinishedRun) -> tuple[RoundRecord, ...]:
+    """The records of `rounds.jsonl`. Raises `UserError` if it is damaged, or has none of the last round."""
+    file = run.path / "rounds.jsonl"
     try:
-        return tuple(RoundRecord.from_dict(json.loads(line)) for line in read_bytes(file).splitlines())
+        records = tuple(RoundRecord.from_dict(json.loads(line)) for line in read_bytes(file).splitlines())
+        if not records or records[-1].round != run.num_rounds:
+            raise ValueError("the last round's is missing")
+        return records
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{file}: missing or damaged") from None

@@ -274,4 +274,6 @@ def _parse_scalar(annotation: Any, raw: Any, path: str) -> Any:
     if annotation is str and isinstance(raw, str) and "\0" not in raw:
         return raw
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if annotation is int and isinstance(raw, int) and not isinstance(raw, bool):
+        words[int] = "a whole number of less than 64 bits"
     raise OptionError(path, f"expected {words.get(annotation, annotation)}, got {show(raw)}")

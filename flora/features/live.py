@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from flora.clip.towers.towers import AdaptedClip
-from flora.core.errors import UserError
 from flora.core.progress import Progress
 from flora.core.rng import Rng
 from flora.data.augmentation import Augmentation
@@ -60,7 +59,7 @@ class LiveFeatures(Features):
             try:
                 image = to_rgb(self.split.open(place))
             except UNREADABLE as error:
-                raise UserError(unreadable(self.split.name(place), error)) from None
+                raise refusal([unreadable(self.split.name(place), error)]) from None
             if stream is not None:
                 image = self.augmentation.apply(image, self.model.clip.architecture.image_size, stream)
             return self.model.clip.preprocess(image)

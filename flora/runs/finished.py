@@ -47,8 +47,11 @@ class FinishedRun:
 
     @property
     def num_rounds(self) -> int:
-        """How many rounds it has; 0 if that can't be read."""
-        return finished_rounds(self.path) or 0
+        """How many rounds it has. Raises `UserError` if that can't be read."""
+        rounds = finished_rounds(self.path)
+        if rounds is None:
+            raise UserError(f"{self.path / 'summary.json'}: missing or damaged")
+        return rounds
 
     @property
     def value_range(self) -> tuple[float, float] | None:

@@ -256,7 +256,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}") from None
+        raise UserError(f"--output: {folder} can't be made: {error.strerror or error}") from None
     lock = lock_file(folder / "lock")
     try:
         yield
