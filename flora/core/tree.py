@@ -172,21 +172,14 @@ def stack(states: Sequence[StateLike]) -> State:
     return {name: torch.stack([state[name] for state in states]) for name in first}
 
 
-def stacked(states: Sequence[StateLike], name: str) -> Tensor:
-    """One tensor of K states of equal shapes, `(K, ...)`."""
+def moves_of(states: Sequence[StateLike], name: str) -> tuple[Tensor, list[Tensor]]:
+    """A tensor near one of K states, where all of them start if they do, and how far each state's is from it."""
     first = states[0]
     if isinstance(first, Moved):
         deltas = [each.delta for each in states if isinstance(each, Moved) and each.start is first.start]
         if len(deltas) == len(states) and name in first.delta:
-            return first.start[name] + stacked(deltas, name)
-    if isinstance(first, FlatState):
-        start, stop, shape = first.layout.places[name]
-        vectors = [
-            each.vector[start:stop] for each in states if isinstance(each, FlatState) and each.layout == first.layout
-        ]
-        if len(vectors) == len(states):
-            return torch.stack(vectors).view(-1, *shape)
-    return torch.stack([state[name] for state in states])
+            return first.start[name], [delta[name] for delta in deltas]
+    return first[name], [state[name] - first[name] for state in states]
 
 
 def unstack(tensors: StateLike) -> list[FlatState]:
