@@ -16,8 +16,8 @@ from torch import Tensor
 State = dict[str, Tensor]
 StateLike = Mapping[str, Tensor]
 
-# Numbers that are copied at once: copies of more, in double precision, would take too much memory.
-MAX_TOGETHER = 2**20
+# Numbers that are copied at once, in double precision: copies of more would leave a CPU's caches.
+MAX_TOGETHER = 2**15
 
 
 @dataclass(frozen=True)
@@ -148,14 +148,14 @@ def weighted_mean(states: Iterable[StateLike], weights: Sequence[float]) -> Stat
         raise ValueError("a weighted mean needs non-negative weights with a positive sum")
     like: StateLike = {}
     layout: Layout | None = None
-    sums: list[Tensor] = []
+    sums = torch.zeros(0, dtype=torch.float64)
     for state, weight in zip(states, weights, strict=True):
         if layout is None:
             like, layout = state, Layout.of(state)
-        parts = flatten(state, layout).split(MAX_TOGETHER)
-        terms = (part.to(torch.float64, copy=True).mul_(weight / total) for part in parts)
-        sums = [known.add_(term) for known, term in zip(sums, terms, strict=True)] if sums else list(terms)
-    mean = unflatten(torch.cat(sums), like)
+            sums = torch.zeros(layout.size, dtype=torch.float64)
+        for known, part in zip(sums.split(MAX_TOGETHER), flatten(state, layout).split(MAX_TOGETHER), strict=True):
+            known.add_(part, alpha=weight / total)
+    mean = unflatten(sums, like)
     return {name: tensor.to(like[name].dtype, copy=True) for name, tensor in mean.items()}
 
 
