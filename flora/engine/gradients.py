@@ -295,8 +295,10 @@ def step_views(
     for bound in model.adapter.models_of_step(stack):
         with model.adapter.bind(bound, generators):
             images = _images(model, batch, number)
-            classes = _class_features(model, batch, number) if texts is None else texts
-            classes = model.classes_of(images[""], classes, batch.classes)
+            if model.comparison.by_image:
+                classes = model.classes_by_image(images[""], batch.classes)
+            else:
+                classes = _class_features(model, batch, number) if texts is None else texts
             features.append((images.pop(""), classes))
             more.append(images)
             scale = model.logit_scale()

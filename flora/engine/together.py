@@ -95,8 +95,9 @@ class Member:
     def join(self, engine: Engine) -> SharedEngine:
         """Return the engine of this run, whose clients train together with the others' from now on."""
         self.engine = SharedEngine(
-            engine.model, engine.features, engine.clients_per_block, engine.hooks, engine.log, member=self
-        )
+            engine.model, engine.features, engine.clients_per_block, engine.hooks, engine.log,
+            memory_bytes=engine.memory_bytes, member=self,
+        )  # fmt: skip
         return self.engine
 
     def call(self, function: Callable[[], Result]) -> Result:
@@ -335,7 +336,10 @@ class _CommonEngine:
         else:
             features, starts = engines[0].features, [0]
         self._starts = {each.member.number: start for each, start in zip(engines, starts, strict=True)}
-        self._engine = Engine(model, features, max(each.clients_per_block for each in engines), hooks)
+        bounds = [each.memory_bytes for each in engines]
+        memory_bytes = None if None in bounds else max(each for each in bounds if each is not None)
+        number = max(each.clients_per_block for each in engines)
+        self._engine = Engine(model, features, number, hooks, memory_bytes=memory_bytes)
 
     def train(self, members: Sequence[Member]) -> list[list[ClientResult]]:
         """Train the clients that each of the runs wants trained, and return each run's results."""

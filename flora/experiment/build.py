@@ -182,7 +182,9 @@ def _federation(
     sizes = np.array([len(client.train) for client in clients])
     profiles = images.roster.profiles
     return Federation(
-        engine=Engine(prepared.model, train, clients_per_block, hooks, log, context.processes),
+        engine=Engine(
+            prepared.model, train, clients_per_block, hooks, log, context.processes, config.cache.memory_bytes
+        ),
         clients=clients,
         participation=Participation(config.clients.cohort, sizes, config.network, profiles, server.stragglers),
         local=config.local,

@@ -93,5 +93,6 @@ def uniform(rng: Rng, shape: tuple[int, ...], fan_in: int) -> Tensor:
 
 def linear(x: Tensor, stack: StateLike, layer: str) -> Tensor:
     """Each client's linear layer on its own rows: `x` `(K, B, d_in)` to `(K, B, d_out)`."""
-    product = torch.bmm(x, stack[f"{layer}.weight"].transpose(1, 2))
+    # The weight on the left: so its gradient comes out laid out as it is, and need not be copied to be a row.
+    product = torch.bmm(stack[f"{layer}.weight"], x.mT).mT
     return product + stack[f"{layer}.bias"].unsqueeze(1) if f"{layer}.bias" in stack else product

@@ -72,7 +72,9 @@ class AdaptedClip:
     def logits(self, stem: Tensor, classes: Tensor) -> Tensor:
         """The logits `(K, B, C)` of stem outputs `(K * B, ...)`; `classes` are as `class_features` gives them."""
         images = self.image_features(stem, len(classes))
-        return self.logit_scale() * self.comparison.similarities(images, self.classes_of(images, classes))
+        if self.comparison.by_image:
+            classes = self.classes_by_image(images)
+        return self.logit_scale() * self.comparison.similarities(images, classes)
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
         """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major.
@@ -127,13 +129,11 @@ class AdaptedClip:
             return self._encode_classes(self.prompts.of_classes(classes).to(self.device), shares)
         return self._encode_classes(self._layout_of_all(num_clients), self._shares)
 
-    def classes_of(self, images: Tensor, classes: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """What images `(K, B, d)` are compared with: `classes`, or where each image has its own, these `(K, B, C, d)`.
+    def classes_by_image(self, images: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """The classes' features that each of the images `(K, B, d)` has for itself, `(K, B, C, d)`.
 
-        `chosen` `(K, C)` are the classes that `classes` are of, if these are not all.
+        `chosen` `(K, C)` are each client's own classes, if these are not all.
         """
-        if not self.comparison.by_image:
-            return classes
         number, size = images.shape[:2]
         chosen = None if chosen is None else chosen.repeat_interleave(size, dim=0)
         stack, parts = self.adapter.for_images(images), []
