@@ -25,8 +25,8 @@ from helpers import (
 )
 from torch import Tensor
 
-from flora.clip.adapters.beside import linear
 from flora.clip.adapters.generated import CoCoOp, FedTpg
+from flora.clip.adapters.outside import linear
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers import towers
 from flora.core import tree

@@ -221,11 +221,11 @@ class _CorrectionState:
         if self.is_idle:
             return gradients
         own = {name: tensor[: len(gradients)] for name, tensor in self._own.items()}
-        found = self._correction.correct(gradients, parameters, self._start[: len(gradients)], own, self._server)
-        return checked_tensor("local.correction", self._correction, found, gradients.shape)
+        corrected = self._correction.correct(gradients, parameters, self._start[: len(gradients)], own, self._server)
+        return checked_tensor("local.correction", self._correction, corrected, gradients.shape)
 
     def finish(self, end: Tensor) -> tuple[list[State], list[State]]:
-        """Return what each of the run's clients remembers and sends, when all clients are at `end` `(K, P)`."""
+        """Return what each of the run's clients remembers from now on, and sends, when they are at `end` `(K, P)`."""
         if not self._own:
             return [{} for _ in self._num_steps], [{} for _ in self._num_steps]
         counts = torch.tensor(self._num_steps, device=end.device, dtype=end.dtype).unsqueeze(1)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter
-from flora.clip.adapters.beside import AttachedBeside, LinearUse
+from flora.clip.adapters.outside import AttachedOutside, LinearUse
 from flora.clip.comparison import COSINES, Comparison
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.blocks import AroundBlocks
@@ -113,7 +113,7 @@ class AdaptedClip:
         return self.vision.suffix(x, around).to(self.clip.dtype)
 
     def _after(self, tower: str) -> Callable[[int, Tensor, Tensor], Tensor] | None:
-        """What the adapter does behind the blocks of a tower, if it does something there."""
+        """The function by which the adapter changes what a tower's blocks give; None if it does not."""
         return None if self.adapter.after_block is None else partial(self.adapter.after_block, tower)
 
     def class_features(self, num_clients: int, classes: Tensor | None = None) -> Tensor:
@@ -154,7 +154,7 @@ class AdaptedClip:
         For an adapter that `is_linear`, bound without gradients: the uses' outputs have them. `drawn` are the places of
         the prompts, where one of each class is drawn.
         """
-        assert isinstance(self.adapter, AttachedBeside)
+        assert isinstance(self.adapter, AttachedOutside)
         classes = self.class_features(num_clients) if drawn is None else self.drawn_class_features(drawn)
         with self.adapter.traced() as uses:
             products = self.adapter.products(self.image_features(stem, num_clients), classes)
@@ -213,7 +213,7 @@ class AdaptedClip:
         return self.adapter.adapt_tokens_by_names(x, layout.positions, learned, self._names)
 
     def _before_text_blocks(self, layout: Layout) -> Callable[[int, Tensor], Tensor] | None:
-        """What the adapter does to what the text tower's blocks get, if it does something there."""
+        """The function by which the adapter changes what the text tower's blocks get; None if it does not."""
         adapt = self.adapter.adapt_text_block
         return None if adapt is None else partial(adapt, self._learned_in(layout))
 
