@@ -272,7 +272,9 @@ def sweep_parser() -> Parser:
     parser.add_argument(
         "--skip-refused", action="store_true", help="leave out, and name, what the rules of combinations refuse"
     )
-    parser.add_argument("--chosen", type=Path, metavar="FILE", help="set what such a search has chosen")
+    parser.add_argument(
+        "--chosen", type=Path, metavar="FILE", help="set what such searches have chosen; with --choose: add to the file"
+    )
     return parser
 
 
@@ -308,7 +310,9 @@ def benchmark_parser() -> Parser:
     parser.add_argument(
         "--seconds", type=float, default=3.0, help="of client-rounds in each process (default: %(default)s)"
     )
-    parser.add_argument("--variants", help="comma-separated names of variants, such as full,naive,ours (default: all)")
+    parser.add_argument(
+        "--variants", help="comma-separated names of variants, such as full,naive,ours (default: all but private)"
+    )
     parser.add_argument("--json", type=Path, help="write every measurement to this file, too")
     _add_other_comparisons(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)

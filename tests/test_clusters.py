@@ -27,7 +27,7 @@ from helpers import (
 
 from flora.audit.subject import audited
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.beside import LinearHead
+from flora.clip.adapters.heads import LinearHead
 from flora.clip.adapters.lora import Lora
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment

@@ -258,17 +258,18 @@ def test_aggregation_error_equals_dense_products(seed: int, number: int, rank: i
     generator = torch.Generator().manual_seed(seed)
     shapes = {"x.lora_A": (rank, 6), "x.lora_B": (5, rank), "y.lora_A": (rank, 3), "y.lora_B": (9, rank)}
     clients = [
-        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(number + 1)
+        {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+        for _ in range(number + 1)
     ]
     server, clients = clients[0], clients[1:]
     weights = [1.0 + place for place in range(number)]
     wrong = mean = 0.0
     for layer in ("x", "y"):
         dense = sum(
-            weight / sum(weights) * client[f"{layer}.lora_B"].double() @ client[f"{layer}.lora_A"].double()
+            weight / sum(weights) * client[f"{layer}.lora_B"] @ client[f"{layer}.lora_A"]
             for weight, client in zip(weights, clients, strict=True)
         )
-        own = server[f"{layer}.lora_B"].double() @ server[f"{layer}.lora_A"].double()
+        own = server[f"{layer}.lora_B"] @ server[f"{layer}.lora_A"]
         wrong += float((dense - own).square().sum())
         mean += float(torch.as_tensor(dense).square().sum())
     assert aggregation_error(clients, weights, server) == pytest.approx((wrong / mean) ** 0.5, rel=1e-9)
@@ -522,7 +523,7 @@ def test_full_fine_tuning_has_no_low_rank_error_and_makes_no_clients_adapter(
         raise AssertionError(f"{name} is made")
 
     monkeypatch.setattr(tree.Moved, "__getitem__", refuse)
-    monkeypatch.setattr(tree, "stacked", refuse)
+    monkeypatch.setattr(tree, "moves_of", refuse)
     with pytest.raises(AssertionError, match=r"lora_. is made"):
         rounds(tiny_model, FedAvg(), 1)
     adapted = adapt(tiny_model, FullFineTuning())

@@ -25,7 +25,7 @@ from flora.report.audits import lines
 from flora.runs.environment import environment
 from flora.runs.finished import check_overrides
 from flora.runs.resume import CHANGEABLE
-from flora.runs.run_directory import check_free_name, write_json_beside
+from flora.runs.run_directory import check_free_name, write_json
 
 # What may be different from the run: where things are, and how it is computed.
 ALLOWED = (*CHANGEABLE, "device")
@@ -46,7 +46,7 @@ def _main(argv: Sequence[str] | None) -> int:
     content = audit(subject, options)
     for line in lines(content):
         print(line)
-    path = write_json_beside(folder, f"{name or 'audit'}.json", content, numbered=name is None)
+    path = write_json(folder, f"{name or 'audit'}.json", content, numbered=name is None)
     print(f"written to {path}")
     return 0
 

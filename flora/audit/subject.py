@@ -48,7 +48,7 @@ class Subject:
 
     @property
     def rng(self) -> Rng:
-        """What audits draw their random numbers from: apart from all of the run's own."""
+        """The seed tree of audits, which has no stream of the run's own."""
         return Rng(self.run.config.seed).child("audit")
 
     @property
@@ -81,11 +81,11 @@ class Subject:
 
     @cached_property
     def evidence(self) -> Evidence:
-        """What an attacker has of the last adapter and the first."""
+        """The evidence that the last adapter and the first one give an attacker."""
         return self.evidence_of(self.states[self.last_round].adapter)
 
     def evidence_of(self, last: StateLike) -> Evidence:
-        """What an attacker has of an adapter that training ended with, and the first."""
+        """The evidence that an adapter with which training ended, and the first one, give an attacker."""
         first = self.initial
         return Evidence(
             moved={name: last[name] - first[name] for name in last if not is_residual(name)},
@@ -94,7 +94,7 @@ class Subject:
         )
 
     def confidences(self, adapter: StateLike, examples: np.ndarray) -> np.ndarray:
-        """Return how sure a server's adapter is of the labels of training examples: see `confidences`."""
+        """Return how sure a server's adapter is of the labels of N training examples, `(N,)`: see `confidences`."""
         engine = self.experiment.federation.engine
         return confidences(
             engine.model, adapter, engine.features.subset(examples), batch_size=self.run.config.evaluation.batch_size
@@ -112,13 +112,13 @@ def confidences(model: AdaptedClip, adapter: StateLike, features: Features, *, b
     stack = {name: tensor.to(model.device) for name, tensor in tree.expand(model.adapter.models(adapter)[0], 1).items()}
     with bound(model, stack):
         classes = model.class_features(1)
-    found = []
+    parts = []
     batches = logits_in_batches(model, stack, classes, features, batch_size=batch_size)
     for logits, labels in zip(batches, features.labels.split(batch_size), strict=True):
         targets = labels.to(model.device).unsqueeze(-1)
         others = logits[0].double().scatter(-1, targets, -torch.inf).logsumexp(dim=-1)
-        found.append((logits[0].double().gather(-1, targets).squeeze(-1) - others).cpu())
-    return torch.cat(found).numpy() if found else np.empty(0)
+        parts.append((logits[0].double().gather(-1, targets).squeeze(-1) - others).cpu())
+    return torch.cat(parts).numpy() if parts else np.empty(0)
 
 
 def audited(path: Path, overrides: Sequence[str] = (), *, progress: Progress, log: Callable[[str], object]) -> Subject:

@@ -230,10 +230,10 @@ def _parse_options(cls: type[Options], raw: Any, path: str) -> Options:
         try:
             return cls(**values)
         except OptionError as error:
-            error = error.below(path)
+            error = error.in_section(path)
             mistakes += [error, *error.others]
     else:
-        mistakes += [error.below(path) for error in out_of_bounds(cls, values)]
+        mistakes += [error.in_section(path) for error in out_of_bounds(cls, values)]
     raise OptionError(mistakes[0].option, mistakes[0].message, mistakes[1:])
 
 

@@ -7,7 +7,7 @@ A layer may have a residual too, a product of its own that is added to B A and t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from flora.core.processes import ALONE, Message, Processes
 from flora.core.tree import State, StateLike
 
 # Numbers of a factor of some clients' products that a CPU's second-level cache holds beside the others.
-CACHED_NUMBERS = 2**16
+CACHED_NUMBERS = 2**17
 
 Pair = tuple[Tensor, Tensor]
 """The factors of a product: B `(d_out, r)` and A `(r, d_in)`."""
@@ -91,31 +91,44 @@ def aggregation_error(
     layers.
     """
     shares = _shares(weights)
-
-    def norms(layer: str) -> tuple[float, float]:
-        known = [_negative(pair) for pair in [product_of(server, layer), *residual_of(server, layer)]]
-        left, right = _side_by_side([*known, *residual_of(before or {}, layer)])
-        rank, sizes = len(server[f"{layer}.lora_A"]), (len(left), right.shape[1])
-        is_narrow = len(clients) * rank + left.shape[1] < min(sizes)  # else factors are larger than their product
-        at_once = len(clients) if is_narrow else max(1, CACHED_NUMBERS // (rank * max(sizes)))
-        parts: Iterable[Pair] = (
-            _in_a_row(*_factors(clients[start : start + at_once], shares[start : start + at_once], layer))
-            for start in range(0, len(clients), at_once)
-        )
-        if is_narrow:
-            left, right = _triangular(_side_by_side([*parts, (left, right)]))
-            number = len(clients) * rank
-            parts, left, right = [(left[:, :number], right[:number])], left[:, number:], right[number:]
-        mean = torch.zeros(len(left), right.shape[1], dtype=torch.float64)
-        for pair in parts:
-            mean.addmm_(*pair)
-        return float(mean.square().sum()), float(mean.addmm_(left, right).square().sum())
-
     names = layers(server)
-    own = {layer: norms(layer) for layer in names[processes.rank :: processes.size]}
+    own = {
+        layer: _norms(clients, shares, server, before or {}, layer) for layer in names[processes.rank :: processes.size]
+    }
     found = {layer: each for message in processes.exchange(Message(own)) for layer, each in message.fields.items()}
     mean, wrong = (sum(found[layer][part] for layer in names) for part in (0, 1))
     return math.sqrt(wrong / mean) if mean > 0 else None
+
+
+def _norms(
+    clients: Sequence[StateLike], shares: Sequence[float], server: StateLike, before: StateLike, layer: str
+) -> tuple[float, float]:
+    """|sum p_k B_k A_k|^2 and |sum p_k B_k A_k - B A|^2 of a layer; p_k are the clients' `shares`.
+
+    With any B_0 near all B_k, and a = sum p_k A_k, the second sum is that of p_k (B_k - B_0) A_k, plus (B_0 - B) a and
+    B (a - A). No large products cancel out in it, so it is added up in the adapters' precision.
+    """
+    left, right = product_of(server, layer)
+    (start_B, moves_B), (start_A, moves_A) = (
+        tree.moves_of(clients, f"{layer}.{each}") for each in ("lora_B", "lora_A")
+    )
+    dtype, moved = server[f"{layer}.lora_B"].dtype, torch.zeros_like(right)
+    wrong = torch.zeros(len(left), right.shape[1], dtype=dtype)
+    at_once = max(1, CACHED_NUMBERS // max(left.numel(), right.numel()))
+    for first in range(0, len(clients), at_once):
+        some = slice(first, first + at_once)
+        share = torch.tensor(shares[some], dtype=dtype).view(-1, 1, 1)
+        ends = torch.stack(moves_A[some]).to(dtype).mul_(share)
+        moved += ends.sum(dim=0)
+        ends.addcmul_(share, start_A.to(dtype))
+        wrong.addmm_(torch.cat(moves_B[some], dim=1).to(dtype), ends.flatten(0, 1))
+    new, old = residual_of(server, layer), residual_of(before, layer)
+    rest = [(start_B - left, start_A + moved), (left, start_A - right + moved), *map(_negative, new), *old]
+    squares = []
+    for pairs in (rest, [(left, right), *new, *map(_negative, old)]):
+        wrong.addmm_(*(each.to(dtype) for each in _side_by_side(pairs)))
+        squares.append(float(wrong.flatten() @ wrong.flatten()))
+    return squares[1], squares[0]
 
 
 def product_of(state: StateLike, layer: str) -> Pair:
@@ -139,17 +152,6 @@ def mean_product(clients: Sequence[StateLike], weights: Sequence[float], layer: 
 def _shares(weights: Sequence[float]) -> list[float]:
     total = sum(weights)
     return [weight / total for weight in weights]
-
-
-def _factors(clients: Sequence[StateLike], shares: Sequence[float], layer: str) -> Pair:
-    """Return the p_k B_k `(K, d_out, r)` and the A_k `(K, r, d_in)` of clients of one rank."""
-    left, right = (tree.stacked(clients, f"{layer}.{factor}").double() for factor in ("lora_B", "lora_A"))
-    return left.mul_(torch.tensor(shares, dtype=torch.float64).view(-1, 1, 1)), right
-
-
-def _in_a_row(left: Tensor, right: Tensor) -> Pair:
-    """The factors of the sum of K products, of theirs `(K, d_out, r)` and `(K, r, d_in)`."""
-    return left.transpose(0, 1).flatten(1), right.flatten(0, 1)
 
 
 def _side_by_side(pairs: Sequence[Pair]) -> Pair:

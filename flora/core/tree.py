@@ -16,8 +16,8 @@ from torch import Tensor
 State = dict[str, Tensor]
 StateLike = Mapping[str, Tensor]
 
-# Numbers that are copied at once: copies of more, in double precision, would take too much memory.
-MAX_TOGETHER = 2**20
+# Numbers that are copied at once, in double precision: copies of more would leave a CPU's caches.
+MAX_TOGETHER = 2**15
 
 
 @dataclass(frozen=True)
@@ -148,14 +148,14 @@ def weighted_mean(states: Iterable[StateLike], weights: Sequence[float]) -> Stat
         raise ValueError("a weighted mean needs non-negative weights with a positive sum")
     like: StateLike = {}
     layout: Layout | None = None
-    sums: list[Tensor] = []
+    sums = torch.zeros(0, dtype=torch.float64)
     for state, weight in zip(states, weights, strict=True):
         if layout is None:
             like, layout = state, Layout.of(state)
-        parts = flatten(state, layout).split(MAX_TOGETHER)
-        terms = (part.to(torch.float64, copy=True).mul_(weight / total) for part in parts)
-        sums = [known.add_(term) for known, term in zip(sums, terms, strict=True)] if sums else list(terms)
-    mean = unflatten(torch.cat(sums), like)
+            sums = torch.zeros(layout.size, dtype=torch.float64)
+        for known, part in zip(sums.split(MAX_TOGETHER), flatten(state, layout).split(MAX_TOGETHER), strict=True):
+            known.add_(part, alpha=weight / total)
+    mean = unflatten(sums, like)
     return {name: tensor.to(like[name].dtype, copy=True) for name, tensor in mean.items()}
 
 
@@ -172,21 +172,14 @@ def stack(states: Sequence[StateLike]) -> State:
     return {name: torch.stack([state[name] for state in states]) for name in first}
 
 
-def stacked(states: Sequence[StateLike], name: str) -> Tensor:
-    """One tensor of K states of equal shapes, `(K, ...)`."""
+def moves_of(states: Sequence[StateLike], name: str) -> tuple[Tensor, list[Tensor]]:
+    """A tensor near one of K states, where all of them start if they do, and how far each state's is from it."""
     first = states[0]
     if isinstance(first, Moved):
         deltas = [each.delta for each in states if isinstance(each, Moved) and each.start is first.start]
         if len(deltas) == len(states) and name in first.delta:
-            return first.start[name] + stacked(deltas, name)
-    if isinstance(first, FlatState):
-        start, stop, shape = first.layout.places[name]
-        vectors = [
-            each.vector[start:stop] for each in states if isinstance(each, FlatState) and each.layout == first.layout
-        ]
-        if len(vectors) == len(states):
-            return torch.stack(vectors).view(-1, *shape)
-    return torch.stack([state[name] for state in states])
+            return first.start[name], [delta[name] for delta in deltas]
+    return first[name], [state[name] - first[name] for state in states]
 
 
 def unstack(tensors: StateLike) -> list[FlatState]:

@@ -37,8 +37,8 @@ def starting_adapter(config: ExperimentConfig, model: AdaptedClip) -> State:
         )
     for name, tensor in given.tensors.items():
         if tensor.shape != initial[name].shape:
-            found, here = list(tensor.shape), list(initial[name].shape)
-            raise OptionError("adapter.start", f"{options.start}: {name} is {found}, expected {here} (adapter.rank)")
+            shape, here = list(tensor.shape), list(initial[name].shape)
+            raise OptionError("adapter.start", f"{options.start}: {name} is {shape}, expected {here} (adapter.rank)")
     if not math.isclose(given.factor, options.factor, rel_tol=1e-9):
         raise OptionError(
             "adapter.start",
