@@ -120,6 +120,7 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for program in (predict, evaluate, export):
         monkeypatch.setattr(program, "read_run", finished)
     monkeypatch.setattr(FinishedRun, "classes", lambda run: Classes(("a", "b"), (), {}))
+    monkeypatch.setattr(FinishedRun, "num_rounds", 1)
     monkeypatch.setattr(predict, "image_files", lambda paths: paths)
     monkeypatch.setattr(predict, "_answers", lambda *arguments: seen.append(arguments) or iter(()))  # type: ignore[func-returns-value]
     monkeypatch.setattr(evaluate, "evaluated", evaluated)

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from flora.sweep.runs import Outcomes, run_all
 from flora.sweep.table import (
     Ratios,
     Row,
+    cells,
     collect,
     to_csv,
     to_curves,
@@ -428,6 +430,12 @@ def test_means_and_deviations_by_hand() -> None:
     assert (named["worst tenth"], named["aggregation error"], named["s per round"]) == ("25.0 ± 0.0 %", "0.12", "0.5")
     assert named["simulated time"] == "1.5 min"
     assert "60.0 ± 10.0 %" in to_text([row])
+    for width in (40, 41, 80):
+        *lines, last = to_text([row], width).splitlines()
+        assert max(map(len, lines)) <= width
+        num_shown = len(re.split("  +", lines[0]))
+        assert last == f"({len(cells([row])[0]) - num_shown} more columns are in table.md)" and num_shown > 1
+    assert to_text([row], 10_000) == to_text([row])
     assert to_csv([row]).splitlines()[1].startswith("a|b,3,0.25,0.0,")
 
 

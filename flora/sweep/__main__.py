@@ -15,6 +15,7 @@ import importlib.util
 import itertools
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -285,7 +286,8 @@ def _report(
 ) -> None:
     """Tabulate and draw the runs that are finished, and print the table; `results` are those of their scenario."""
     table = with_domain_means(with_ratios(collect(_finished(grid, outcomes, folder)), reference))
-    print(to_text(table))  # first of all: it needs no disk
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(to_text(table, width))  # first of all: it needs no disk
     parts = [part for part in (_overview(table, results), to_markdown(table)) if part]
     written = [
         _write(folder / "table.md", "\n".join(parts)),

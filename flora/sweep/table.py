@@ -270,10 +270,12 @@ def to_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def to_text(rows: Sequence[Row]) -> str:
-    """The table for a terminal."""
+def to_text(rows: Sequence[Row], width: int | None = None) -> str:
+    """The table for a terminal of `width` characters, with the columns that fit and how many don't; None: with all."""
     lines = cells(rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    while width is not None and len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > width:
+        widths.pop()
+    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    num_left = len(lines[0]) - len(widths)
+    return "\n".join([*text, *([f"({num_left} more columns are in table.md)"] if num_left else [])])
