@@ -115,8 +115,8 @@ flip: $(VENV)/.installed-report ## run and tabulate experiments/flip: DATASETS= 
 
 flip-rates: $(VENV)/.installed-report ## choose the learning rates of experiments/flip on validation images: RATES= PRESET=
 	$(BIN)/python -m flora.sweep $(flip_files) data=$(DATASETS) local.learning_rate=$(RATES) seed=0 $(flip_set) \
-	  --set scenario=dual --set split.of=validation --choose local.learning_rate --output $(FLIP)/rates_$(PRESET) $(ARGS)
-	cp $(FLIP)/rates_$(PRESET)/chosen.json $(CHOSEN)
+	  --set scenario=dual --set split.of=validation --choose local.learning_rate --chosen $(CHOSEN) \
+	  --output $(FLIP)/rates_$(PRESET) $(ARGS)
 
 NEIGHBOUR ?= self_training
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import flora
-from flora.core.command_line import run_program
+from flora.core.command_line import end_quietly_while_importing, run_program
 from flora.parsers import understand
 
 # Imported when they are asked for: PyTorch takes seconds, and help should not.
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     status = run_program(lambda: understand(name, arguments))
     if status == 0:
+        end_quietly_while_importing()
         status = importlib.import_module(PROGRAMS[name][0]).main(arguments)
     return status
 

@@ -7,11 +7,12 @@ import flora.client.penalties
 import flora.client.personalization
 import flora.client.sampling
 import flora.client.self_training
-import flora.clip.adapters.beside
 import flora.clip.adapters.deep_prompts
 import flora.clip.adapters.dual_lora
+import flora.clip.adapters.features
 import flora.clip.adapters.full
 import flora.clip.adapters.generated
+import flora.clip.adapters.heads
 import flora.clip.adapters.lora
 import flora.clip.adapters.multimodal
 import flora.clip.adapters.personal_prompts

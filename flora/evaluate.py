@@ -15,6 +15,7 @@ from flora import catalogue  # noqa: F401  (registers the components)
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.parse import config_to_dict
 from flora.core.command_line import run_program
+from flora.core.errors import UserError
 from flora.core.progress import Tell, image_progress
 from flora.core.records import Evaluation
 from flora.core.registry import name_of
@@ -29,7 +30,7 @@ from flora.features.features import Features, images_digest
 from flora.parsers import evaluate_parser
 from flora.runs.environment import environment
 from flora.runs.finished import Classes, FinishedRun, check_overrides, read_run
-from flora.runs.run_directory import check_free_name, write_json_beside
+from flora.runs.run_directory import check_free_name, write_json
 from flora.runs.using import AdaptedRun, adapted_run
 
 # What may be different from the run: the data, the texts, how predictions are made, and where things are.
@@ -49,12 +50,17 @@ def _main(argv: Sequence[str] | None) -> int:
     check_free_name(folder, name)
     run = read_run(options.run, options.overrides)
     content = evaluated(run, options.client)
-    path = write_json_beside(folder, f"{name or name_of(run.config.data)}.json", content, numbered=name is None)
     number, frozen, adapted = content["num_images"], content["zero_shot"], content["metrics"]
-    print(
+    found = (
         f"zero-shot {percent(frozen['accuracy'])} -> {percent(adapted['accuracy'])} on {number:,} images of "
-        f"{len(content['class_names'])} classes ({name_of(run.config.data)}); written to {path}"
+        f"{len(content['class_names'])} classes ({name_of(run.config.data)})"
     )
+    try:
+        path = write_json(folder, f"{name or name_of(run.config.data)}.json", content, numbered=name is None)
+    except UserError:
+        print(found)
+        raise
+    print(f"{found}; written to {path}")
     return 0
 
 
@@ -68,7 +74,7 @@ def evaluated(run: FinishedRun, client: str | None = None) -> dict[str, Any]:
     tell = Tell(image_progress(_say), _say)
     images = find_test_images(config, rng, tell)
     adapted = adapted_run(run, Classes(images.class_names, images.new_class_names, images.descriptions), client)
-    loader = Loader(config, adapted.models[0], tell, config.data.unreadable == "skip")
+    loader = Loader(config, adapted.models[0], tell, config.data.skips_unreadable)
     splits = {"test": images.data.test} | ({"new": images.data.new} if images.data.new is not None else {})
     features = list(loader.load(splits).values())
     for line in loader.problems:
@@ -117,11 +123,11 @@ def _metrics(
         images.class_names,
         None if groups is None else groups[test.split_indices],
     )
-    found = computed(view)
+    metrics = computed(view)
     if len(features) > 1:
         new = evaluation(adapted.models[1], features[1]).accuracy
-        found |= {"new_accuracy": new, "harmonic_mean": harmonic_mean(found["accuracy"], new)}
-    return found
+        metrics |= {"new_accuracy": new, "harmonic_mean": harmonic_mean(metrics["accuracy"], new)}
+    return metrics
 
 
 def _say(line: str) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flora.core.command_line import Parser, run_program, split_arguments
+from flora.core.command_line import Parser, end_quietly_while_importing, run_program, split_arguments
 from flora.core.errors import UserError
 
 EXPORT = (
@@ -80,8 +80,10 @@ def check_simulate(options: argparse.Namespace) -> None:
     if options.resume and len(paths) != 1:
         raise UserError(f"expected one run directory, got {len(paths)}; see --help")
     if not paths or (len(paths) > 1 and not options.check):
-        found = f"one config file, got {len(paths)}" if paths else "a config file, such as quickstart"
-        raise UserError(f"expected {found}; see --help")
+        if not paths:
+            raise UserError("expected a config file, such as quickstart; see --help")
+        found = ", ".join([*map(repr, paths[:3]), *(["..."] if len(paths) > 3 else [])])
+        raise UserError(f"expected one config file, then key=value with quotes around spaces, got {found}; see --help")
 
 
 def export_parser() -> Parser:
@@ -96,7 +98,9 @@ def export_parser() -> Parser:
     parser.add_argument(
         "path", type=Path, help="the folder to write, or a file that ends in .safetensors; it must not exist"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="where the backbone is now, if it was moved")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="where the backbone is now, if it was moved"
+    )
     parser.add_argument("--client", help="take the own adapter of this client (name or id) in place of the server's")
     parser.add_argument(
         "--to",
@@ -158,7 +162,9 @@ def evaluate_parser() -> Parser:
         epilog="example: python -m flora.evaluate runs/mine data=dtd data.root=/data",
     )
     parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/quickstart")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="the data (data=...), its split, its prompts")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="the data (data=...), its split, its prompts"
+    )
     parser.add_argument("--client", help="use the own adapter of this client (name or id) in place of the server's")
     parser.add_argument("--name", help="of the record in RUN/evaluations (default: the data set's, and a number)")
     return parser
@@ -173,7 +179,7 @@ def audit_parser() -> Parser:
         prog="python -m flora.audit", description=AUDIT, epilog="example: python -m flora.audit runs/quickstart"
     )
     parser.add_argument("run", type=Path, help="a finished run's folder, such as runs/quickstart")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="where data and backbone are now")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="where data and backbone are now")
     parser.add_argument(
         "--references",
         type=_even,
@@ -266,7 +272,9 @@ def sweep_parser() -> Parser:
     parser.add_argument(
         "--skip-refused", action="store_true", help="leave out, and name, what the rules of combinations refuse"
     )
-    parser.add_argument("--chosen", type=Path, metavar="FILE", help="set what such a search has chosen")
+    parser.add_argument(
+        "--chosen", type=Path, metavar="FILE", help="set what such searches have chosen; with --choose: add to the file"
+    )
     return parser
 
 
@@ -302,7 +310,9 @@ def benchmark_parser() -> Parser:
     parser.add_argument(
         "--seconds", type=float, default=3.0, help="of client-rounds in each process (default: %(default)s)"
     )
-    parser.add_argument("--variants", help="comma-separated names of variants, such as full,naive,ours (default: all)")
+    parser.add_argument(
+        "--variants", help="comma-separated names of variants, such as full,naive,ours (default: all but private)"
+    )
     parser.add_argument("--json", type=Path, help="write every measurement to this file, too")
     _add_other_comparisons(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -339,7 +349,11 @@ def _add_other_comparisons(parser: Parser) -> None:
     parser.add_argument("--secure-sums", metavar="N,N,...", help="time secure sums over so many clients instead")
     parser.add_argument("--planning", action="store_true", help="plan rounds of a million virtual clients instead")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of the experiment that CONFIG names; --sweep's grid"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="of the experiment that CONFIG names; --sweep's grid",
     )
 
 
@@ -367,6 +381,7 @@ def first_look(program: str) -> None:
     status = run_program(lambda: understand(program, sys.argv[1:]))
     if status:
         sys.exit(status)
+    end_quietly_while_importing()
 
 
 PARSERS: dict[str, Callable[[], Parser]] = {

@@ -139,6 +139,16 @@ def plain_texts(
     return F.normalize(model.ln_final(x)[torch.arange(len(x)), ends] @ model.text_projection, dim=-1)
 
 
+def plain_classes(plain: FrozenClip, context: torch.Tensor | None) -> torch.Tensor:
+    """Unit features of `CLASSES` through OpenCLIP, with `context` `(4, width)` in place of "a photo of a"."""
+
+    def put(x: torch.Tensor, ends: torch.Tensor) -> None:
+        if context is not None:
+            x[:, 1:5] = context
+
+    return plain_texts(plain, [f"a photo of a {name}." for name in CLASSES], put)
+
+
 def adapt(
     model: str,
     adapter: Adapter | None = None,

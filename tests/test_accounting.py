@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from flora.core.errors import UserError
-from flora.privacy.accounting import noise_multiplier_for, spent_epsilon, tree_sensitivity
+from flora.privacy.accounting import smallest_multiplier, spent_epsilon, tree_sensitivity
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
@@ -85,14 +85,14 @@ def test_renyi_never_spends_less_than_the_loss_distribution(
 def test_the_multiplier_for_a_target_is_the_smallest_that_does(
     accountant: str, target: float, fraction: float | None
 ) -> None:
-    found = noise_multiplier_for(target, 20, fraction, 1e-5, accountant)
+    found = smallest_multiplier(lambda multiplier: spent_epsilon(multiplier, 20, fraction, 1e-5, accountant), target)
     assert spent_epsilon(found, 20, fraction, 1e-5, accountant) <= target
     assert spent_epsilon(found / 1.0011, 20, fraction, 1e-5, accountant) > target
 
 
 def test_a_target_out_of_reach_is_one_line() -> None:
     with pytest.raises(UserError, match="privacy: no noise multiplier below 1,000,000 gives epsilon 0"):
-        noise_multiplier_for(0.0, 20, None, 1e-300, "rdp")
+        smallest_multiplier(lambda multiplier: spent_epsilon(multiplier, 20, None, 1e-300, "rdp"), 0.0)
 
 
 def nodes_squared(rounds: int, restart: int, taken: list[int]) -> int:

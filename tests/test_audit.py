@@ -25,6 +25,7 @@ from flora.config.parse import parse_config
 from flora.core.registry import option, register
 from flora.core.rng import Rng
 from flora.data.datasets.base import Dataset, ImageArrays, ImageData, Split
+from flora.evaluate import main as evaluate_main
 from flora.evaluation.accuracy import evaluate
 from flora.federated.round import run_round
 from flora.report.audits import audits, canary_line
@@ -321,6 +322,29 @@ def test_the_page_of_a_run_shows_its_audits(quick: Path, tmp_path: Path) -> None
     assert "guarantee for a client: none" in shown and "damaged" not in shown
 
 
+def test_who_took_part_is_known_where_records_of_rounds_are_lost(tiny_model: str, tmp_path: Path) -> None:
+    cohort = {"name": "uniform", "number": 2}
+    clients = {"number": 8, "holdout_fraction": 0.2, "cohort": cohort}
+    run = run_of(tiny_model, tmp_path, clients=clients, **{**QUICK, "rounds": 3})
+    whole = subject_of(run).participants
+    lines = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (run / "rounds.jsonl").write_text("".join([lines[0], lines[-1]]))
+    assert subject_of(run).participants.tolist() == whole.tolist() and len(whole) > 2
+
+
+def test_a_record_that_cannot_be_written_is_shown(quick: Path, tmp_path: Path, capsys: Capture) -> None:
+    run = Path(shutil.copytree(quick, tmp_path / "run", ignore=shutil.ignore_patterns("audits", "evaluations")))
+    for program, arguments, name, shown in (
+        (main, ["--only", "updates"], "audits", "guarantee for a client: none"),
+        (evaluate_main, [], "evaluations", "zero-shot "),
+    ):
+        (run / name).write_text("in the way")
+        capsys.readouterr()
+        assert program([str(run), *arguments]) == 2
+        captured = capsys.readouterr()
+        assert shown in captured.out and "can't be written" in captured.err.splitlines()[-1]
+
+
 def test_records_are_never_written_over(quick: Path, capsys: Capture) -> None:
     arguments = [str(quick), "--only", "clients,canaries"]
     assert main(arguments) == main(arguments) == main([*arguments, "--name", "mine"]) == 0
@@ -344,18 +368,25 @@ def test_what_cannot_be_audited_is_refused_in_a_line(
     (stopped / "adapter.safetensors").unlink()
     unrecorded = Path(shutil.copytree(quick, tmp_path / "unrecorded"))
     (unrecorded / "rounds.jsonl").unlink()
+    emptied = Path(shutil.copytree(quick, tmp_path / "emptied"))
+    (emptied / "rounds.jsonl").write_text("")
+    unsummed = Path(shutil.copytree(quick, tmp_path / "unsummed"))
+    (unsummed / "summary.json").write_text("{}")
     cases: list[tuple[list[str], str]] = [
         ([str(none_held_out)], "no client has held-out images (clients.holdout_fraction)"),
         ([str(no_rounds)], "this run has no rounds"),
         ([str(others)], "not what the run was made with (SHA-256): data"),
         ([str(stopped)], "this run is not finished"),
         ([str(unrecorded)], "rounds.jsonl: missing or damaged"),
+        ([str(emptied)], "rounds.jsonl: missing or damaged"),
+        ([str(unsummed)], "summary.json: missing or damaged"),
         ([str(tmp_path / "nowhere")], "there is no such run directory"),
         ([str(quick), "--rounds", "1"], "of round 1 there is no adapter any more, only of 2, 3; checkpoints.keep=3"),
         ([str(quick), "local.epochs=3"], "local.epochs: a finished run stays what it is"),
         ([str(quick), "--name", "../x"], "expected a plain file name"),
         ([str(quick), "--references", "3"], "expected an even number"),
         ([str(quick), "--only", "loss"], "expected some of membership, clients, updates, canaries"),
+        ([str(quick), "--only", "canaries"], "--only canaries: this run has none"),
         ([str(quick), "--delta", "1"], "expected a number at least 0 and below 1"),
     ]
     for arguments, message in cases:

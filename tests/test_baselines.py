@@ -18,31 +18,24 @@ from helpers import (
     adapt,
     assert_states_close,
     federation,
-    load_clip,
     load_plain,
+    plain_texts,
     random_pixels,
     rounds,
     run,
     start,
     train,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from flora.client.local_training import LocalTraining
 from flora.client.objectives import Contrastive
 from flora.client.optimizers import Sgd
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.beside import (
-    AttentionAdapter,
-    ClipAdapter,
-    LinearHead,
-    LpPlusPlus,
-    Norm,
-    TaskRes,
-    VisionAndHead,
-)
 from flora.clip.adapters.deep_prompts import DeepPrompts, Maple, PromptSrc
+from flora.clip.adapters.features import AttentionAdapter, ClipAdapter, Norm
 from flora.clip.adapters.full import FullFineTuning
+from flora.clip.adapters.heads import LinearHead, LpPlusPlus, TaskRes, VisionAndHead
 from flora.clip.adapters.lora import Lora
 from flora.clip.adapters.multimodal import PFedMma
 from flora.clip.adapters.prompts import PromptContext
@@ -240,24 +233,23 @@ def test_a_prompt_context_replaces_the_words_embeddings(
     tiny_model: str, options: dict[str, Any], num_before: int, class_specific: bool
 ) -> None:
     method = PromptContext(**options, class_specific=class_specific)
-    model, plain = adapt(tiny_model, method, templates=method.templates(())), load_plain(tiny_model).model
+    model, plain = adapt(tiny_model, method, templates=method.templates(())), load_plain(tiny_model)
     stack = moved(model, 2)
     model.release_stems()
     with model.adapter.bind(stack):
         found = model.class_features(2)
-    tokens = load_clip(tiny_model).tokenize([method.templates(())[0].format(name) for name in CLASSES])
-    ends = tokens.argmax(dim=-1).tolist()
+    texts = [method.templates(())[0].format(name) for name in CLASSES]
     assert stack["context"].shape[-2:] == (options.get("num_tokens", 4), 32)
     for client in range(2):
-        x: Any = plain.token_embedding(tokens)  # type: ignore[operator]
-        for place, end in enumerate(ends):
-            context = stack["context"][client, place] if class_specific else stack["context"][client]
-            num_behind = len(context) - num_before
-            x[place, 1 : 1 + num_before] = context[:num_before]
-            x[place, end - 1 - num_behind : end - 1] = context[num_before:]  # then a full stop, then the end
-        x = plain.transformer(x + plain.positional_embedding, attn_mask=plain.attn_mask)  # type: ignore[operator]
-        x = plain.ln_final(x)[torch.arange(3), ends] @ plain.text_projection  # type: ignore[operator]
-        torch.testing.assert_close(found[client], F.normalize(x, dim=-1), atol=TOLERANCE, rtol=0)
+
+        def put(x: Tensor, ends: Tensor, contexts: Tensor = stack["context"][client]) -> None:
+            for place, end in enumerate(ends.tolist()):
+                context = contexts[place] if class_specific else contexts
+                num_behind = len(context) - num_before
+                x[place, 1 : 1 + num_before] = context[:num_before]
+                x[place, end - 1 - num_behind : end - 1] = context[num_before:]  # then a full stop, then the end
+
+        torch.testing.assert_close(found[client], plain_texts(plain, texts, put), atol=TOLERANCE, rtol=0)
 
 
 def test_a_context_behind_the_name_needs_room(tiny_model: str) -> None:

@@ -17,6 +17,7 @@ from flora.benchmark import __main__ as benchmark
 from flora.benchmark.experiment import naive_experiment, our_experiment
 from flora.benchmark.images import stem_flops
 from flora.benchmark.variants import VARIANTS, Setting
+from flora.core.errors import UserError
 from flora.core.rng import Rng
 
 
@@ -86,6 +87,38 @@ def test_the_table_and_the_json(
     assert "GFLOP/s" in lines[-1]
     content = json.loads((tmp_path / "b.json").read_text())
     assert content["results"]["ours"][0]["step_seconds"] > 0
+
+
+def test_a_variant_that_fails_leaves_the_others_their_rows(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(order: dict[str, Any]) -> Any:
+        if order["variant"] == "ours":
+            raise UserError("ours: out of memory")
+        return benchmark._work(order)
+
+    monkeypatch.setattr(benchmark, "_in_fresh_process", work)
+    arguments = ["--model", tiny_model, "--classes", "3", "--clients", "2", "--batch", "4", "--repeats", "2"]
+    assert benchmark.main([*arguments, "--seconds", "0.01", "--variants", "ours,by hand"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[2].startswith("| the strongest loop by hand |")
+    assert printed.err.strip().endswith("ours: out of memory")
+
+
+def test_private_gradients_are_measured_only_where_they_are_named(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(setting: Setting, variants: list[str], **options: Any) -> benchmark.Measurements:
+        asked.append(variants)
+        return benchmark.Measurements({}, [])
+
+    monkeypatch.setattr(benchmark, "run_variants", run)
+    assert benchmark.main(["--model", tiny_model]) == 0
+    assert benchmark.main(["--model", tiny_model, "--variants", "private"]) == 0
+    assert "ours" in asked[0] and "private" not in asked[0]
+    assert asked[1] == ["private"]
 
 
 @pytest.mark.parametrize("objective", ["cross_entropy", "contrastive"])

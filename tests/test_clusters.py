@@ -27,7 +27,7 @@ from helpers import (
 
 from flora.audit.subject import audited
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.beside import LinearHead
+from flora.clip.adapters.heads import LinearHead
 from flora.clip.adapters.lora import Lora
 from flora.config.parse import parse_config
 from flora.config.rules import check_experiment
@@ -214,6 +214,15 @@ def test_a_run_says_how_good_each_clients_model_is(raw_config: dict[str, Any]) -
     (rest.directory / "clients.csv").unlink()
     with pytest.raises(UserError, match=r"clients\.csv: missing or damaged"):
         read_run(rest.directory).adapter_of("2", initial.adapter)
+
+
+def test_more_models_than_clients_of_a_cohort_can_be_saved(raw_config: dict[str, Any]) -> None:
+    clients = {"number": 4, "cohort": {"name": "uniform", "number": 1}}
+    raw = {**raw_config, "rounds": 2, "clients": clients, "server": {"strategy": {"name": "ifca", "clusters": 4}}}
+    whole = simulate(parse_config(raw))
+    part = simulate(parse_config({**raw, "name": "part", "rounds": 1}))
+    gone_on = resume(part.directory, ["rounds=2"])
+    assert all(torch.equal(gone_on.adapter[name], tensor) for name, tensor in whole.adapter.items())
 
 
 def test_what_is_measured_of_class_features_is_the_mean_over_models() -> None:

@@ -164,7 +164,7 @@ def test_overrides(config_file: Path, overrides: list[str], expected: dict[str, 
         ("rounds=true", "rounds: expected a whole number, got True"),
         ("rounds=-1", "rounds: expected a number at least 0, got -1"),
         ("rounds=", "rounds: expected a whole number, got None"),
-        ("rounds=9223372036854775808", "rounds: expected a whole number, got 9223372036854775808"),
+        ("rounds=9223372036854775808", "rounds: expected a whole number of less than 64 bits, got 9223372036854775808"),
         ("rounds=2020-01-01", "rounds: expected a whole number, got '2020-01-01'"),
         ("rounds=1:30", "rounds: expected a whole number, got '1:30'"),
         ("rounds=010", "rounds: expected a whole number, got '010'"),
@@ -266,7 +266,7 @@ def test_an_error_that_no_override_made_names_the_file(config_file: Path) -> Non
         ),
         (
             "rounds: 0x" + "f" * 9000 + "\ndata: patterns\npartition: iid\n",
-            "rounds: expected a whole number, got a num",
+            "rounds: expected a whole number of less than 64 bits, got a num",
         ),
         ("rounds: " + "9" * 9000 + "\n", "not valid YAML: Exceeds the limit"),
         ("a: '\x07'\n", "not valid YAML: unacceptable character #x0007"),
@@ -300,6 +300,9 @@ def test_a_missing_file_is_answered_with_the_nearest_one(tmp_path: Path, config_
     assert error_of(missing) == f"No such file or directory; did you mean '{config_file}'?"
     assert error_of(tmp_path / "nowhere" / "x.yaml") == "No such file or directory"
     assert error_of(tmp_path) == "Is a directory"
+    (tmp_path / "config.yaml").write_text("")
+    again = f"--resume goes on with a run, {tmp_path / 'config.yaml'} makes it again"
+    assert error_of(tmp_path) == f"Is a directory; {again}"
 
 
 def test_a_file_without_an_end_is_not_read_to_the_end(tmp_path: Path) -> None:
@@ -320,7 +323,9 @@ def test_a_file_name_that_is_no_run_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [10**400, -(10**400)])
 def test_numbers_beyond_all_floats_do_not_overflow(value: int) -> None:
-    with pytest.raises(OptionError, match="seed: expected a whole number, got a number of more than 40 digits"):
+    with pytest.raises(
+        OptionError, match="seed: expected a whole number of less than 64 bits, got a number of more than 40 digits"
+    ):
         parse_config(MINIMAL | {"seed": value})
     with pytest.raises(OptionError, match="learning_rate: expected a number, got a number of more than 40 digits"):
         parse_config(MINIMAL | {"local": {"learning_rate": value}})

@@ -35,7 +35,7 @@ from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.client.optimizers import Sgd
 from flora.client.penalties import Anchor, Distillation, Penalty
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.beside import ClipAdapter
+from flora.clip.adapters.features import ClipAdapter
 from flora.clip.adapters.lora import Lora
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.speed import SpeedOptions
@@ -435,7 +435,7 @@ def test_classes_that_are_set_aside_have_their_sentences(raw_config: dict[str, A
     )
     assert list(experiment.federation.engine.model.descriptions) == ["thing 0"]
     assert experiment.new is not None
-    assert experiment.new[0].descriptions == {"thing 2": ("something bright", "a {} of many colours")}
+    assert experiment.new.model.descriptions == {"thing 2": ("something bright", "a {} of many colours")}
 
 
 class Stop(Exception):

@@ -31,10 +31,10 @@ from flora.privacy.distributed import (
     ENCODINGS,
     LEAST_DEVIATION,
     DistributedDiscreteGaussian,
-    Terms,
     noisy_format,
     rotated_format,
 )
+from flora.privacy.fixed_point import Terms
 from flora.privacy.rotation import Rotation, rotated_size, rounded_at_random, rounded_norm
 from flora.privacy.rounds import PrivateRounds
 from flora.privacy.secure_sums import PairwiseMasks

@@ -98,6 +98,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Programs that stop where they would begin to work; what they have understood."""
     seen: list[Any] = []
+    unmeasured = benchmark.Measurements({}, [])
 
     def check(path: str, overrides: list[str], extras: object, **options: Any) -> None:
         if not options["resuming"]:
@@ -122,10 +123,10 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(predict, "image_files", lambda paths: paths)
     monkeypatch.setattr(predict, "_answers", lambda *arguments: seen.append(arguments) or iter(()))  # type: ignore[func-returns-value]
     monkeypatch.setattr(evaluate, "evaluated", evaluated)
-    monkeypatch.setattr(evaluate, "write_json_beside", lambda folder, name, *arguments, **options: folder / name)
+    monkeypatch.setattr(evaluate, "write_json", lambda folder, name, *arguments, **options: folder / name)
     monkeypatch.setattr(audit, "audited", lambda *arguments, **options: seen.append(arguments))
     monkeypatch.setattr(audit, "audit", lambda *arguments: {"guarantee": {}})
-    monkeypatch.setattr(audit, "write_json_beside", lambda folder, name, *arguments, **options: folder / name)
+    monkeypatch.setattr(audit, "write_json", lambda folder, name, *arguments, **options: folder / name)
     monkeypatch.setattr(export, "peft_adapter", lambda *arguments: seen.append(arguments) or {})  # type: ignore[func-returns-value]
     monkeypatch.setattr(export, "huggingface_files", lambda *arguments: {})
     monkeypatch.setattr(new, "look", lambda path: seen.append(path))
@@ -134,7 +135,9 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(simulate, "_run_one", check)
     monkeypatch.setattr(sweep, "run_all", lambda runs, *arguments, **options: seen.append(runs))
     monkeypatch.setattr(export, "merged_model", merged)
-    monkeypatch.setattr(benchmark, "run_variants", lambda setting, *arguments, **options: seen.append(setting))
+    monkeypatch.setattr(
+        benchmark, "run_variants", lambda setting, *arguments, **options: seen.append(setting) or unmeasured
+    )  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_experiments", lambda setting, **options: seen.append(setting))
     monkeypatch.setattr(benchmark, "profile_round", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
     monkeypatch.setattr(benchmark, "compare_processes", lambda *arguments: seen.append(arguments) or [])  # type: ignore[func-returns-value]
@@ -145,7 +148,6 @@ def understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(
         benchmark, "compare_images", lambda settings, *arguments, **options: seen.append(settings) or []
     )  # type: ignore[func-returns-value]
-    monkeypatch.setattr(benchmark, "table", lambda results: [])
     return seen
 
 

@@ -27,19 +27,12 @@ from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty
 from flora.client.personalization import Ditto, FineTuning
 from flora.client.sampling import LocalExamples, Poisson
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.beside import (
-    AttentionAdapter,
-    ClipAdapter,
-    LinearHead,
-    LpPlusPlus,
-    Norm,
-    TaskRes,
-    VisionAndHead,
-)
 from flora.clip.adapters.deep_prompts import Maple, PromptSrc
 from flora.clip.adapters.dual_lora import DualLora
+from flora.clip.adapters.features import AttentionAdapter, ClipAdapter, Norm
 from flora.clip.adapters.full import FullFineTuning
 from flora.clip.adapters.generated import CoCoOp, FedTpg
+from flora.clip.adapters.heads import LinearHead, LpPlusPlus, TaskRes, VisionAndHead
 from flora.clip.adapters.lora import TARGETS, Lora
 from flora.clip.adapters.multimodal import PFedMma
 from flora.clip.adapters.personal_prompts import DpFpl, FedPgp, PromptFolio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import importlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from flora.__main__ import PROGRAMS, main
 from flora.config.parse import load_config
+from flora.core.command_line import end_quietly_while_importing, run_program
 
 ROOT = Path(__file__).parents[1]
 Capture = pytest.CaptureFixture[str]
@@ -72,6 +74,42 @@ def test_help_and_usage_errors_of_programs_import_nothing_heavy(arguments: list[
     )
     assert done.returncode == (2 if arguments in USAGE_ERRORS else 0), done.stderr
     assert (done.stderr.count("\n") == 1) == (arguments in USAGE_ERRORS), done.stderr
+
+
+@pytest.mark.parametrize("start", STARTS, ids=["command", "module"])
+def test_ctrl_c_while_pytorch_is_imported_is_one_line(start: str) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, *rest):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        f"signal.signal(signal.SIGINT, signal.default_int_handler)\n{start}\nsys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "simulate", "experiments/quickstart.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_is_an_exception_again_when_a_program_runs(capsys: Capture) -> None:
+    def interrupted() -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        end_quietly_while_importing()
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert run_program(interrupted) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 HEAVY = {"torch", "torch._dynamo", "torchvision", "open_clip", "timm", "numpy"}

@@ -87,6 +87,22 @@ def test_where_the_stem_gives_them_nothing_is_kept(tiny_model: str, looked_at: l
     assert looked_at == []
 
 
+@pytest.mark.parametrize(("num_kept", "num_again"), [(0, 13), (4, 9), (12, 5), (13, 0), (None, 0)])
+def test_no_more_of_them_are_kept_than_may_be(
+    tiny_model: str, num_kept: int | None, num_again: int, looked_at: list[int]
+) -> None:
+    model, number = adapt(tiny_model, BOTH_TOWERS), len(LABELS)
+    features = StoredFeatures(model.vision.stem(PIXELS), torch.arange(number), LABELS, np.arange(number))
+    blocks = [block(each) for each in ((8, 3, 5, 1), (3, 2, 9, 8), (4, 7, 0, 6, 2))]
+    frozen = FrozenImages(model, features, None if num_kept is None else num_kept * 16 * torch.float64.itemsize)
+    first = [frozen.of_block(each) for each in blocks]
+    looked_at.clear()
+    for before, each in zip(first, blocks, strict=True):
+        again = frozen.of_block(each)
+        assert before is not None and again is not None and torch.equal(before.features, again.features)
+    assert sum(looked_at) == num_again
+
+
 def block(*places: Iterable[int]) -> Block:
     """A step of clients of these examples, each of which sees all of them but for the last one."""
     setup = TrainingSetup(round=1, local=LOCAL, learning_rate=0.1, trained=(), width=3)

@@ -11,18 +11,22 @@ import torch.nn.functional as F
 from helpers import (
     CLASSES,
     LABELS,
+    LOCAL,
     PIXELS,
     TOLERANCE,
     adapt,
     assert_equal_to_a_plain_loop,
+    federation,
     load_plain,
     plain_texts,
     random_adapters,
     random_pixels,
+    rounds,
 )
 from torch import Tensor
 
 from flora.clip.adapters.generated import CoCoOp, FedTpg
+from flora.clip.adapters.outside import linear
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers import towers
 from flora.core import tree
@@ -140,6 +144,33 @@ def test_rounds_with_contexts_of_images_equal_a_plain_loop(tiny_model: str) -> N
 
     _, last = assert_equal_to_a_plain_loop(model, loss)
     assert tree.count(last) == 4 * 32 + (16 + 1) * 4 + (4 + 1) * 32
+
+
+def test_a_step_encodes_the_classes_for_its_images_alone(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapt(tiny_model, COCOOP, templates=COCOOP.templates(()))
+    encode, numbers = model.class_features, list[int]()
+
+    def counted(number: int, classes: Tensor | None = None) -> Tensor:
+        numbers.append(number)
+        return encode(number, classes)
+
+    monkeypatch.setattr(model, "class_features", counted)
+    rounds(federation(model, dataclasses.replace(LOCAL, steps=1, batch_size=4), per_block=5), 1)
+    assert numbers == [1, 5 * 4]  # before the step the frozen model, once
+
+
+def test_a_layers_gradient_is_laid_out_as_its_weight() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 6, 5), (2, 6), (2, 3, 5))
+    )
+    found, expected = linear(x, {"up.weight": weight, "up.bias": bias}, "up"), x @ weight.mT + bias.unsqueeze(1)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    ours, theirs = (torch.autograd.grad(each.square().sum(), [weight, bias, x]) for each in (found, expected))
+    assert ours[0].is_contiguous()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=0)
 
 
 @torch.no_grad()

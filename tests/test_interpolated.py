@@ -26,8 +26,8 @@ from helpers import (
 
 from flora.client.personalization import Apfl
 from flora.clip.adapters.base import Adapter, AttachedAdapter
-from flora.clip.adapters.beside import Norm
 from flora.clip.adapters.deep_prompts import Maple
+from flora.clip.adapters.features import Norm
 from flora.clip.adapters.generated import CoCoOp, FedTpg
 from flora.clip.adapters.interpolated import OWN, SHARE, Interpolated
 from flora.clip.adapters.lora import Lora

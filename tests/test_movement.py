@@ -34,6 +34,17 @@ def test_movement_by_hand() -> None:
     assert alike.delta_norm == pytest.approx(0.5**0.5) and alike.client_drift == pytest.approx(0, abs=1e-7)
 
 
+@pytest.mark.parametrize("number", [1, 4, 7, 100])
+def test_it_is_the_same_of_parts_of_any_size(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    deltas = [{"a": torch.randn(7, generator=torch.Generator().manual_seed(seed)).double()} for seed in range(3)]
+    whole = torch.stack([delta["a"] for delta in deltas])
+    apart = (whole - whole.mean(dim=0)).square().sum().sqrt() / whole.square().sum().sqrt()
+    monkeypatch.setattr(tree, "MAX_TOGETHER", number)
+    found = movement_of(deltas)
+    assert found.delta_norm == pytest.approx(float(whole.norm(dim=1).mean()), abs=TOLERANCE)
+    assert found.client_drift == pytest.approx(float(apart), abs=TOLERANCE)
+
+
 def test_a_round_records_the_movement_of_what_is_averaged(raw_config: dict[str, Any]) -> None:
     seen: list[np.ndarray] = []
 

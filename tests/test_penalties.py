@@ -16,7 +16,7 @@ from flora.client.objectives import Contrastive, CrossEntropy, Objective
 from flora.client.optimizers import Sgd
 from flora.client.penalties import Anchor, Distillation, NoPenalty, Penalty, ProGrad, ReciprocalConsistency
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.beside import LinearHead
+from flora.clip.adapters.heads import LinearHead
 from flora.clip.adapters.lora import Lora
 from flora.clip.adapters.prompts import PromptContext
 from flora.clip.loss_terms import StepView

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    CLASSES,
     LABELS,
     PIXELS,
     TOLERANCE,
@@ -20,6 +20,7 @@ from helpers import (
     assert_states_close,
     federation,
     load_plain,
+    plain_classes,
     train,
 )
 from helpers import rounds as several_rounds
@@ -33,21 +34,9 @@ from flora.core.rng import Rng
 from flora.core.tree import State
 from flora.privacy.examples import ExamplePrivacy
 
-PROMPTS = [f"a photo of a {name}." for name in CLASSES]
 PGP = FedPgp(bottleneck=2, contrast=0.7, temperature=0.4)
 FOLIO = PromptFolio(share=0.3)
 FPL = DpFpl(words="a photo of a")
-
-
-def class_features(plain: Any, tokenize: Callable[[list[str]], Tensor], context: Tensor | None) -> Tensor:
-    """Unit features of the classes with `context` in place of "a photo of a", through plain OpenCLIP."""
-    tokens, model = tokenize(PROMPTS), plain
-    x = model.token_embedding(tokens)
-    if context is not None:
-        x = torch.cat([x[:, :1], context.expand(len(x), -1, -1), x[:, 5:]], dim=1)
-    x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
-    x = model.ln_final(x)[torch.arange(len(x)), tokens.argmax(dim=-1)] @ model.text_projection
-    return F.normalize(x, dim=-1)
 
 
 def pgp_loss(leaves: State, encode: Callable[[Tensor | None], Tensor], images: Tensor, labels: Tensor) -> Tensor:
@@ -69,11 +58,8 @@ def test_rounds_equal_a_plain_loop(tiny_model: str, method: PromptContext, loss_
     whole.model.requires_grad_(False)
     images = model.logit_scale() * model.image_features(model.vision.stem(PIXELS), 1)[0].detach()
 
-    def encode(context: Tensor | None) -> Tensor:
-        return class_features(whole.model, whole.tokenize, context)
-
     def loss(state: State, examples: np.ndarray) -> Tensor:
-        return loss_of(state, encode, images[examples], LABELS[examples])
+        return loss_of(state, partial(plain_classes, whole), images[examples], LABELS[examples])
 
     first, _ = assert_equal_to_a_plain_loop(model, loss, epochs=3, stays=lambda name: name.startswith("local_"))
     assert {name for name in first if not name.startswith("local_")} == {"context"}
@@ -143,7 +129,7 @@ def test_dp_fpl_equals_a_plain_loop(tiny_model: str, rank: int, words: str | Non
             u, v = factors(now["local_context"], rank, stream.child("projection", step).torch())
             leaves = [each.clone().requires_grad_() for each in (now["context"], u, v)]
             rest = now["local_context"] - u @ v
-            texts = class_features(whole.model, whole.tokenize, leaves[0] + leaves[1] @ leaves[2] + rest)
+            texts = plain_classes(whole, leaves[0] + leaves[1] @ leaves[2] + rest)
             loss = F.cross_entropy(images @ texts.T, LABELS[data.train])
             by_context, by_u, by_v = torch.autograd.grad(loss, leaves)
             gradients = {"context": by_context, "local_context": by_u @ v + u @ by_v - u @ u.T @ by_u @ v}

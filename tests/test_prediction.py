@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora.clip.adapters.base import Adapter
-from flora.clip.adapters.beside import ClipAdapter
+from flora.clip.adapters.features import ClipAdapter
 from flora.clip.adapters.lora import Lora
 from flora.clip.prediction import EntropyFusion, FixedFusion, NoFusion, PatchAttention, Prediction
 from flora.clip.towers.towers import AdaptedClip

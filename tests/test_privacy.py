@@ -28,7 +28,7 @@ from flora.federated.federation import Federation
 from flora.federated.round import run_round
 from flora.privacy.accounting import Attendance, spent_epsilon, tree_sensitivity
 from flora.privacy.banded import Banded
-from flora.privacy.bounds import AdaptiveNorm, bounded, gaussian, summed
+from flora.privacy.bounds import AdaptiveNorm, ClipNorm, bounded, gaussian, summed
 from flora.privacy.mechanisms import Central, Local, Privacy, Tree
 from flora.privacy.rounds import PrivateRounds
 from flora.server.strategies.factors import FfaLora
@@ -224,6 +224,30 @@ class TestAdaptiveNorm:
         assert float(after.privacy["clip_norm"]) == pytest.approx(0.02 * math.exp(-0.2 * (share - 0.5)))
         _, second = run_round(parts, after)
         assert second.clip_norm == float(after.privacy["clip_norm"]) and result.clip_norm == 0.02
+
+    def test_another_rule_than_the_quantile_has_its_way(self, tiny_model: str) -> None:
+        parts = private(federation(adapt(tiny_model), LOCAL), Central(Halving(), 0.5))
+        states, results = rounds(parts, 3)
+        assert [result.clip_norm for result in results] == [0.08, 0.04, 0.02]
+        assert float(states[-1].privacy["clip_norm"]) == 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Halving(ClipNorm):
+    """Half the bound after each round, whatever lies within it, with all of the noise on the sum."""
+
+    @property
+    def first(self) -> float:
+        return 0.08
+
+    def deviation(self, noise_multiplier: float, expected: float) -> float:
+        return 0.0
+
+    def multiplier_of_sum(self, noise_multiplier: float, expected: float) -> float:
+        return noise_multiplier
+
+    def after(self, clip_norm: float, num_within: int, num_updates: int, expected: float, noise: float) -> float:
+        return clip_norm / 2
 
 
 class TestLocal:

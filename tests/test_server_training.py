@@ -141,7 +141,7 @@ def test_text_rounds_learn_classes_that_nobody_holds(raw_config: dict[str, Any],
     own = experiment.federation.server_training.texts
     assert own is not None
     examples, model = own.engine.features, own.engine.model
-    assert model.class_names == (*experiment.class_names, *experiment.new[0].class_names)  # type: ignore[index]
+    assert model.class_names == (*experiment.class_names, *experiment.new.model.class_names)  # type: ignore[union-attr]
     assert torch.bincount(examples.labels).tolist() == [2] * 6
     after = own.train(experiment.initial_adapter, tuple(experiment.initial_adapter), Rng(0)).adapter
     stem = examples.take(torch.arange(len(examples)), torch.device("cpu"))

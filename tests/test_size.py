@@ -16,7 +16,6 @@ EXCUSED: dict[str, str] = {
     "core/registry.py: option": "what an option may be: four bounds and a list of choices, each optional",
     "runs/loop.py: simulate": "the public way in: all but the configuration is optional",
     "runs/loop.py: resume": "as `simulate`",
-    "experiment/build.py: build_experiment": "the one reader of the whole configuration, from first line to last",
 }
 
 

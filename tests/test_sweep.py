@@ -274,6 +274,8 @@ def test_two_sweeps_in_one_folder_exclude_each_other(
         error = capsys.readouterr().err
         assert error == f"{folder}: in use by another process ({os.getpid()}); wait for it, or stop it\n"
         assert [path.name for path in folder.iterdir()] == ["lock"]
+        assert run(config_file, folder / "lock", "seed=0") == 2
+        assert capsys.readouterr().err == f"--output: {folder / 'lock'} can't be made: File exists\n"
     assert not folder.exists()
     assert run(config_file, folder, "seed=0") == 0
     assert not (folder / "lock").exists()

@@ -258,6 +258,26 @@ def test_a_search_is_written_down_and_used(
     assert "has no local.learning_rate for other: their files' stays" in capsys.readouterr().err
 
 
+def test_a_later_search_leaves_other_methods_their_choice(
+    config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = Choice({"experiment": "lora"}, "0.3", {"0.3": 0.5})
+    chosen = tmp_path / "rates.json"
+    search = ("--choose", "local.learning_rate", "--chosen", str(chosen), "--set", "split=validation")
+    assert run(config_file, tmp_path / "a", "local.learning_rate=0.00001", *search) == 0
+    (first,) = read_choices(chosen).choices
+    assert first.where == {"experiment": "tiny"} and first.value == "0.00001"
+    chosen.write_text(to_json(Choices("local.learning_rate", (first, lora))))
+    assert run(config_file, tmp_path / "a", "local.learning_rate=0.05,0.00002", *search) == 0
+    kept, again = read_choices(chosen).choices
+    assert kept == lora
+    assert set(again.tried) == {"0.05", "0.00002"}
+    capsys.readouterr()
+    chosen.write_text(to_json(Choices("local.steps", ())))
+    assert run(config_file, tmp_path / "b", "local.learning_rate=0.05", *search) == 2
+    assert "--chosen: expected choices of local.learning_rate" in capsys.readouterr().err
+
+
 def test_nothing_is_chosen_on_test_images(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     choose_rate = ("--choose", "local.learning_rate")
     assert run(config_file, tmp_path / "a", "local.learning_rate=0.1,0.2", *choose_rate) == 2

@@ -478,8 +478,8 @@ def test_patches_are_compared_with_new_classes_too(raw_config: dict[str, Any]) -
     assert isinstance(config.split, BaseToNew)
     built = build_experiment(config)
     model = built.federation.engine.model
-    assert built.new is not None and model.clip.token_classes is built.new[0].clip.token_classes
-    expected = [each.frozen_class_features() for each in (model, built.new[0])]
+    assert built.new is not None and model.clip.token_classes is built.new.model.clip.token_classes
+    expected = [each.frozen_class_features() for each in (model, built.new.model)]
     assert model.clip.token_classes is not None
     close(model.clip.token_classes, torch.cat(expected))
     assert simulate(config).records[-1].metrics

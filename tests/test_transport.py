@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, LABELS, PIXELS, SIZES, TOLERANCE, assert_states_close, federation, load_clip, load_plain
+from helpers import (
+    CLASSES,
+    LABELS,
+    PIXELS,
+    SIZES,
+    TOLERANCE,
+    assert_states_close,
+    federation,
+    load_clip,
+    load_plain,
+    plain_classes,
+)
 from helpers import adapt as adapt_with
 from helpers import rounds as several_rounds
 from torch import Tensor
@@ -108,18 +119,6 @@ def test_each_plan_stops_by_itself(mass: float | None) -> None:
 # Adapters
 
 
-def plain_prompts(whole: Any, contexts: Tensor) -> Tensor:
-    """Unit features `(N, C, d)` with each of the contexts `(N, 4, width)` in place of "a photo of a"."""
-    model, tokens = whole.model, whole.tokenize(PROMPTS)
-    embedded, found = model.token_embedding(tokens), []
-    for context in contexts:
-        x = torch.cat([embedded[:, :1], context.expand(len(tokens), -1, -1), embedded[:, 5:]], dim=1)
-        x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
-        x = model.ln_final(x)[torch.arange(len(x)), tokens.argmax(dim=-1)] @ model.text_projection
-        found.append(F.normalize(x, dim=-1))
-    return torch.stack(found)
-
-
 def plain_patches(whole: Any, pixels: Tensor) -> Tensor:
     """Unit features `(B, M, d)` of the patches, through plain OpenCLIP."""
     whole.model.visual.output_tokens = True
@@ -129,7 +128,7 @@ def plain_patches(whole: Any, pixels: Tensor) -> Tensor:
 
 def plain_logits(whole: Any, contexts: Tensor, patches: Tensor, mass: float | None) -> Tensor:
     """The logits `(B, C)`, one image and class at a time."""
-    prompts = plain_prompts(whole, contexts)
+    prompts = torch.stack([plain_classes(whole, context) for context in contexts])
     rows = []
     for image in patches:
         row = []

@@ -211,7 +211,7 @@ def test_images_that_cannot_be_read(run: Path, images: Path, capsys: Capture) ->
     assert predict.main([str(run), str(images)]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
-    assert f"{broken}: can't be read as an image: of no format that is known here" in said.err
+    assert f"{broken}: can't be read as an image: of no format that is known here; set data.unreadable=skip" in said.err
     assert predict.main([str(run), str(images), "data.unreadable=skip", "--json"]) == 0
     said = capsys.readouterr()
     assert f"left out: {broken}" in said.err and len(json.loads(said.out)["predictions"]) == 48

@@ -25,7 +25,7 @@ from flora.report.audits import lines
 from flora.runs.environment import environment
 from flora.runs.finished import check_overrides
 from flora.runs.resume import CHANGEABLE
-from flora.runs.run_directory import check_free_name, write_json_beside
+from flora.runs.run_directory import check_free_name, write_json
 
 # What may be different from the run: where things are, and how it is computed.
 ALLOWED = (*CHANGEABLE, "device")
@@ -44,9 +44,9 @@ def _main(argv: Sequence[str] | None) -> int:
     check_free_name(folder, name)
     subject = audited(options.run, options.overrides, progress=image_progress(_say), log=_say)
     content = audit(subject, options)
-    path = write_json_beside(folder, f"{name or 'audit'}.json", content, numbered=name is None)
     for line in lines(content):
         print(line)
+    path = write_json(folder, f"{name or 'audit'}.json", content, numbered=name is None)
     print(f"written to {path}")
     return 0
 
@@ -54,6 +54,8 @@ def _main(argv: Sequence[str] | None) -> int:
 def audit(subject: Subject, options: Any) -> dict[str, Any]:
     """Make the attacks that `options`, the parsed command line, ask for; return the record as JSON types."""
     after = adapters_asked_for(subject, options.rounds)
+    if options.only == ("canaries",) and subject.experiment.federation.canaries is None:
+        raise UserError("--only canaries: this run has none; they are planted before it (the setting canaries)")
     found: dict[str, Any] = {}
     if "membership" in options.only:
         total = options.references * max(after)

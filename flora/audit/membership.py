@@ -55,7 +55,7 @@ def targets_of(subject: Subject, most: int) -> Targets:
 
 
 def canary_examples(subject: Subject) -> np.ndarray:
-    """The training examples that are canaries."""
+    """The ids of the training examples that are canaries, `(N,)`."""
     planted = subject.experiment.federation.canaries
     is_example = planted is not None and planted.canaries.unit == "example"
     return planted.coins.ids if planted is not None and is_example else np.empty(0, np.int64)
@@ -87,11 +87,11 @@ def example_membership(
             advance=advance,
         )
     was_in = np.array([np.isin(targets.examples, each.trained_on) for each in references])
-    found = []
+    attacks = []
     for round in rounds:
         scores = _scores(subject, subject.states[round].adapter, targets, references, was_in, round)
-        found += [_result(subject, round, name, each, targets) for name, each in scores.items()]
-    return {"num_references": num_references, "num_examples": len(targets.examples), "attacks": found}
+        attacks += [_result(subject, round, name, each, targets) for name, each in scores.items()]
+    return {"num_references": num_references, "num_examples": len(targets.examples), "attacks": attacks}
 
 
 def _scores(
@@ -145,9 +145,9 @@ def _told(scores: np.ndarray, is_member: np.ndarray, rng: Rng) -> dict[str, Any]
     return as_json(success(scores[known & is_member], scores[known & ~is_member], rng))
 
 
-def as_json(found: Success | None) -> dict[str, Any]:
+def as_json(told: Success | None) -> dict[str, Any]:
     """A success as JSON types; without one its area is None."""
-    return {"auc": None} if found is None else found.to_dict()
+    return {"auc": None} if told is None else told.to_dict()
 
 
 def client_membership(
@@ -166,9 +166,9 @@ def client_membership(
     scores = client_scores(clients, subject.evidence) if len(clients) else np.empty(0)
     content |= as_json(success(scores[took_part], scores[~took_part], subject.rng.child("clients")))
     if num_references and took_part.any() and not took_part.all():
-        found = _client_ratios(subject, clients, num_references, advance)
+        ratios = _client_ratios(subject, clients, num_references, advance)
         content["ratios"] = {
-            name: _told(each, took_part, subject.rng.child("clients", name)) for name, each in found.items()
+            name: _told(each, took_part, subject.rng.child("clients", name)) for name, each in ratios.items()
         }
     return content
 

@@ -39,13 +39,13 @@ def canary_audit(subject: Subject, *, delta: float | None, confidence: float) ->
         return None
     scores, was_in = planted.canaries.scores(planted.coins, subject.evidence), planted.coins.was_in
     delta = stated_delta(subject, planted.canaries.unit) if delta is None else delta
-    found = lower_bound(scores, was_in, delta=delta, confidence=confidence)
+    bound = lower_bound(scores, was_in, delta=delta, confidence=confidence)
     return {
         "unit": planted.canaries.unit,
-        "epsilon_lower_bound": found.epsilon,
+        "epsilon_lower_bound": bound.epsilon,
         "delta": delta,
         "confidence": confidence,
-        "num_canaries": found.guesses.num_canaries,
-        "num_guesses": found.guesses.num_guesses,
-        "num_right": found.guesses.num_right,
+        "num_canaries": bound.guesses.num_canaries,
+        "num_guesses": bound.guesses.num_guesses,
+        "num_right": bound.guesses.num_right,
     } | as_json(success(scores[was_in], scores[~was_in], subject.rng.child("canaries")))

@@ -61,7 +61,7 @@ def train_references(
             references[index].adapters[state.round] = state.adapter
         advance(1)
 
-    federations = [_with_clients(experiment.federation, each.clients) for each in references]
+    federations = [experiment.federation.with_clients(each.clients) for each in references]
     _run_together(federations, experiment.initial_adapter, max(rounds), note, rng)
     return references
 
@@ -130,11 +130,6 @@ def _run_together(
             raise error
 
 
-def _with_clients(federation: Federation, clients: Sequence[ClientData]) -> Federation:
-    sizes = np.array([len(client.train) for client in clients])
-    return replace(federation, clients=clients, participation=replace(federation.participation, sizes=sizes))
-
-
 def _of_some(federation: Federation, ids: np.ndarray) -> Federation:
     """The federation with some of its clients, numbered anew, and as much smaller cohorts; it says who took part."""
     participation, private = federation.participation, federation.privacy
@@ -147,7 +142,7 @@ def _of_some(federation: Federation, ids: np.ndarray) -> Federation:
     if private is not None:
         private = replace(private, mechanism=replace(private.mechanism, publish=True))
     return replace(
-        _with_clients(federation, [federation.clients[index] for index in ids.tolist()]),
+        federation.with_clients([federation.clients[index] for index in ids.tolist()]),
         participation=replace(participation, sampler=sampler, profiles=profiles, sizes=participation.sizes[ids]),
         ranks=None if federation.ranks is None else federation.ranks[ids],
         privacy=private,

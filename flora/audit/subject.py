@@ -38,7 +38,7 @@ class Subject:
     """A finished run, its experiment, and the server's states that are known of it, by the round that they follow.
 
     The first state and the last are always known, those between where there is a checkpoint. `records` has one of each
-    round.
+    round, but for lost ones.
     """
 
     run: FinishedRun
@@ -48,7 +48,7 @@ class Subject:
 
     @property
     def rng(self) -> Rng:
-        """What audits draw their random numbers from: apart from all of the run's own."""
+        """The seed tree of audits, which has no stream of the run's own."""
         return Rng(self.run.config.seed).child("audit")
 
     @property
@@ -65,10 +65,11 @@ class Subject:
     def participants(self) -> np.ndarray:
         """The ids of the clients whose updates came in some round, sorted.
 
-        Where the records don't say who that was (`privacy.publish: false`), those who were drawn. Raises `UserError` if
-        that depends on a network's clock.
+        Where the records don't say who that was (`privacy.publish: false`, lost lines), those who were drawn. Raises
+        `UserError` if that depends on a network's clock.
         """
-        cohorts = [record.cohort for record in self.records if record.round]
+        recorded = {record.round: record.cohort for record in self.records}
+        cohorts = [recorded.get(round) for round in range(1, self.last_round + 1)]
         if any(cohort is None for cohort in cohorts):
             federation = self.experiment.federation
             if federation.participation.network is not None:
@@ -80,11 +81,11 @@ class Subject:
 
     @cached_property
     def evidence(self) -> Evidence:
-        """What an attacker has of the last adapter and the first."""
+        """The evidence that the last adapter and the first one give an attacker."""
         return self.evidence_of(self.states[self.last_round].adapter)
 
     def evidence_of(self, last: StateLike) -> Evidence:
-        """What an attacker has of an adapter that training ended with, and the first."""
+        """The evidence that an adapter with which training ended, and the first one, give an attacker."""
         first = self.initial
         return Evidence(
             moved={name: last[name] - first[name] for name in last if not is_residual(name)},
@@ -93,7 +94,7 @@ class Subject:
         )
 
     def confidences(self, adapter: StateLike, examples: np.ndarray) -> np.ndarray:
-        """Return how sure a server's adapter is of the labels of training examples: see `confidences`."""
+        """Return how sure a server's adapter is of the labels of N training examples, `(N,)`: see `confidences`."""
         engine = self.experiment.federation.engine
         return confidences(
             engine.model, adapter, engine.features.subset(examples), batch_size=self.run.config.evaluation.batch_size
@@ -111,13 +112,13 @@ def confidences(model: AdaptedClip, adapter: StateLike, features: Features, *, b
     stack = {name: tensor.to(model.device) for name, tensor in tree.expand(model.adapter.models(adapter)[0], 1).items()}
     with bound(model, stack):
         classes = model.class_features(1)
-    found = []
+    parts = []
     batches = logits_in_batches(model, stack, classes, features, batch_size=batch_size)
     for logits, labels in zip(batches, features.labels.split(batch_size), strict=True):
         targets = labels.to(model.device).unsqueeze(-1)
         others = logits[0].double().scatter(-1, targets, -torch.inf).logsumexp(dim=-1)
-        found.append((logits[0].double().gather(-1, targets).squeeze(-1) - others).cpu())
-    return torch.cat(found).numpy() if found else np.empty(0)
+        parts.append((logits[0].double().gather(-1, targets).squeeze(-1) - others).cpu())
+    return torch.cat(parts).numpy() if parts else np.empty(0)
 
 
 def audited(path: Path, overrides: Sequence[str] = (), *, progress: Progress, log: Callable[[str], object]) -> Subject:
@@ -133,7 +134,7 @@ def audited(path: Path, overrides: Sequence[str] = (), *, progress: Progress, lo
     experiment = build_experiment(run.config, Tell(progress, log), clients_per_block=recorded_clients_per_block(path))
     _check_same(run, experiment)
     run.check_fits(experiment.initial_adapter)
-    return Subject(run, experiment, _states(run, experiment, log), _records(run.path))
+    return Subject(run, experiment, _states(run, experiment, log), _records(run))
 
 
 def _check_same(run: FinishedRun, experiment: Experiment) -> None:
@@ -161,10 +162,13 @@ def _states(run: FinishedRun, experiment: Experiment, log: Callable[[str], objec
     return dict(sorted(states.items()))
 
 
-def _records(path: Path) -> tuple[RoundRecord, ...]:
-    """The records of `rounds.jsonl`. Raises `UserError` if it is missing or damaged."""
-    file = path / "rounds.jsonl"
+def _records(run: FinishedRun) -> tuple[RoundRecord, ...]:
+    """The records of `rounds.jsonl`. Raises `UserError` if it is damaged, or has none of the last round."""
+    file = run.path / "rounds.jsonl"
     try:
-        return tuple(RoundRecord.from_dict(json.loads(line)) for line in read_bytes(file).splitlines())
+        records = tuple(RoundRecord.from_dict(json.loads(line)) for line in read_bytes(file).splitlines())
+        if not records or records[-1].round != run.num_rounds:
+            raise ValueError("the last round's is missing")
+        return records
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{file}: missing or damaged") from None

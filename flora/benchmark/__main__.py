@@ -111,13 +111,27 @@ def resident_peak_bytes() -> int:
     return peak_memory_bytes(torch.device("cpu"))
 
 
-def run_variants(setting: Setting, variants: Sequence[str], *, repeats: int, seconds: float) -> dict[str, list[Result]]:
-    """Measure each variant `repeats` times in fresh processes, in turns."""
+@dataclass(frozen=True)
+class Measurements:
+    """The results of each variant, and the error messages of those that failed."""
+
+    results: dict[str, list[Result]]
+    errors: list[str]
+
+
+def run_variants(setting: Setting, variants: Sequence[str], *, repeats: int, seconds: float) -> Measurements:
+    """Measure each variant `repeats` times in fresh processes, in turns; one that fails is left out from then on."""
     results: dict[str, list[Result]] = {variant: [] for variant in variants}
+    errors: dict[str, str] = {}
     for variant in tqdm(list(variants) * repeats, desc="processes", disable=None):
+        if variant in errors:
+            continue
         order = {"setting": asdict(setting), "variant": variant, "seconds": seconds, "whole": False}
-        results[variant].append(Result(**_in_fresh_process(order)))
-    return results
+        try:
+            results[variant].append(Result(**_in_fresh_process(order)))
+        except UserError as error:
+            errors[variant] = str(error)
+    return Measurements({name: rows for name, rows in results.items() if rows}, list(errors.values()))
 
 
 def compare_experiments(setting: Setting, *, repeats: int) -> str:
@@ -214,15 +228,19 @@ def _main(options: argparse.Namespace) -> int:
         print("\n".join(compare_tokens(setting, options.tokens, seconds=options.seconds)))
         return 0
     possible = [name for name, variant in VARIANTS.items() if variant.applies(setting)]
-    names = possible if options.variants is None else options.variants.split(",")
+    usual = [name for name in possible if not VARIANTS[name].if_named]
+    names = usual if options.variants is None else options.variants.split(",")
     unknown = [name for name in names if name not in possible]
     if unknown:
         raise UserError(f"--variants: {unknown[0]!r} is not one of {', '.join(possible)}")
-    results = run_variants(setting, names, repeats=options.repeats, seconds=options.seconds)
-    print("\n".join(table(results)))
-    if options.json is not None:
-        measured = {name: [asdict(each) for each in rows] for name, rows in results.items()}
-        options.json.write_text(json.dumps({"setting": asdict(setting), "results": measured}, indent=2) + "\n")
+    measurements = run_variants(setting, names, repeats=options.repeats, seconds=options.seconds)
+    if measurements.results:
+        print("\n".join(table(measurements.results)))
+        if options.json is not None:
+            rows = {name: [asdict(each) for each in rows] for name, rows in measurements.results.items()}
+            options.json.write_text(json.dumps({"setting": asdict(setting), "results": rows}, indent=2) + "\n")
+    if measurements.errors:
+        raise UserError("; ".join(measurements.errors))
     return 0
 
 

@@ -79,9 +79,9 @@ class LocalTraining(Options):
 
     @property
     def step_key(self) -> Hashable:
-        """What must be the same for clients to share a step: not the learning rate, nor how many steps there are.
+        """The key of these options: clients with the same one can share a step, whatever their rates and steps.
 
-        Neither are corrections, nor the noise of private gradients, which come behind the model.
+        Their corrections may differ, too, and the noise of private gradients: both come behind the model.
         """
         alike = replace(self, learning_rate=1.0, schedule=Constant(), epochs=1, steps=None, correction=NoCorrection())
         return alike if self.privacy is None else replace(alike, privacy=replace(self.privacy, **_OTHER_NOISE))

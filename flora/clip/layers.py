@@ -52,7 +52,7 @@ class LowRank(nn.Module):
         dropout: Dropout | None = None,
         residual: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Use these factors from now on."""
+        """Use factors `(K, r, d_in)` and `(K, d_out, r)` from now on, a residual `(R, d_in)`, `(d_out, R)` too."""
         self.lora_A, self.lora_B, self.dropout, self.residual = lora_A, lora_B, dropout, residual
 
     def detach(self) -> None:

@@ -65,7 +65,7 @@ class StepView:
         return self.logit_scale * self.comparison.similarities(self.more[name], self.classes)
 
     def frozen_logits_of(self, name: str) -> Tensor:
-        """The same of the frozen model."""
+        """The frozen model's scaled similarities of the images called `name` and the classes, `(K, U, C)`."""
         assert self.frozen_classes is not None
         return self.logit_scale * self.frozen_more[name] @ self.frozen_classes.mT
 

@@ -16,7 +16,7 @@ from flora.core.files import open_regular, read_text
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the model config and the preprocessing settings in a JSON file."""
+    """Return the model config and the preprocessing settings in a JSON file. Raises `UserError` if it is damaged."""
     try:
         content = json.loads(read_text(path))
     except OSError as error:
@@ -62,7 +62,7 @@ def pair(value: Any) -> tuple[Any, ...]:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights file of a folder, or of a copy of a hub's repository."""
+    """The weights file of a folder, or of a copy of a hub's repository. Raises `UserError` unless it has one."""
     files = sorted(folder.glob("*.safetensors"))
     if [file.name for file in files] == ["model.safetensors", "open_clip_model.safetensors"]:
         return files[1]  # the other one holds the same weights for the libraries transformers or timm

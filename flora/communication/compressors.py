@@ -89,7 +89,7 @@ class Quantizer(Compressor):
 
     @abstractmethod
     def values(self) -> Tensor:
-        """Return what the codes stand for: rising numbers from -1 to 1, in double precision."""
+        """Return the number that each code stands for, `(2^bits,)`: rising from -1 to 1, in double precision."""
 
     def encode(self, state: StateLike, rng: Rng) -> bytes:
         if self.is_identity:
@@ -180,7 +180,7 @@ class TopK(Mask):
     scope: str = option("the share of each tensor, or of all tensors together", "tensor", choices=("tensor", "global"))
 
     def groups(self, state: StateLike) -> list[Tensor]:
-        """The state's numbers as vectors, of each of which the share is sent."""
+        """The state's numbers as vectors `(n,)`, of each of which the share is sent."""
         return [tree.flatten(state)] if self.scope == "global" else [tensor.flatten() for tensor in state.values()]
 
     def encode(self, state: StateLike, rng: Rng) -> bytes:
@@ -266,13 +266,13 @@ def _units(state: StateLike) -> Mapping[str, list[str]]:
 
 
 def pack(codes: Tensor, bits: int) -> bytes:
-    """Codes below 2^bits, one after the other, the lowest bit first, filled up with zeros to a whole byte."""
+    """Codes `(N,)` below 2^bits, one after the other, the lowest bit first, filled up with zeros to a whole byte."""
     spread = (codes.numpy().astype(np.uint32)[:, None] >> np.arange(bits, dtype=np.uint32)) & 1
     return np.packbits(spread.astype(np.uint8), bitorder="little").tobytes()
 
 
 def unpack(content: bytes, number: int, bits: int) -> Tensor:
-    """The inverse of `pack`: `number` codes as int64."""
+    """The inverse of `pack`: codes `(number,)`, int64."""
     spread = np.unpackbits(np.frombuffer(content, dtype=np.uint8), count=number * bits, bitorder="little")
     powers = 1 << np.arange(bits, dtype=np.int64)
     return torch.from_numpy(spread.reshape(number, bits).astype(np.int64) @ powers)

@@ -87,7 +87,7 @@ class Network(Component):
         """
 
     def available(self, profiles: Profiles, clock: float, rng: Rng) -> np.ndarray:
-        """The clients that can be asked at a time, in seconds since the beginning, which is midnight."""
+        """The ids `(N,)` of the clients that can be asked at a time, in seconds since the first midnight."""
         chance = profiles.availability
         if self.day_curve is not None:
             hours = (clock / 3600 + profiles.time_zone_hours) % 24
@@ -95,7 +95,7 @@ class Network(Component):
         return np.flatnonzero(rng.numpy().random(len(chance)) < chance)
 
     def can_ever_deliver(self, profiles: Profiles) -> np.ndarray:
-        """The clients that can be asked at some hour, and are not always gone before they have sent anything."""
+        """The ids `(N,)` of the clients that can be asked at some hour, and are not always gone before they send."""
         chance = profiles.availability * max(self.day_curve or (1.0,))
         return np.flatnonzero((chance > 0) & (profiles.dropout < 1))
 
@@ -180,17 +180,17 @@ class CsvNetwork(Network):
 
     def _by_client(self, rows: Sequence[_Line], names: Iterable[str]) -> list[_Line]:
         """The row of each of the clients `names`, in their order."""
-        found: dict[str, _Line] = {}
+        by_name: dict[str, _Line] = {}
         for line, row in rows:
             name = (row[CLIENT] or "").strip()
-            if name in found:
-                raise self._error(f"line {line}: client {name!r} is in line {found[name][0]} already")
-            found[name] = line, row
+            if name in by_name:
+                raise self._error(f"line {line}: client {name!r} is in line {by_name[name][0]} already")
+            by_name[name] = line, row
         ordered = []
         for name in names:
-            if name not in found:
-                raise self._error(f"no row for client {name!r}; {suggest(name, sorted(found))}")
-            ordered.append(found[name])
+            if name not in by_name:
+                raise self._error(f"no row for client {name!r}; {suggest(name, sorted(by_name))}")
+            ordered.append(by_name[name])
         return ordered
 
     def _error(self, message: str) -> UserError:

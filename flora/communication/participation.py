@@ -52,19 +52,19 @@ class Participation:
         return self.sampler.expected_size(round, len(self.sizes))
 
     def cohort(self, round: int, present: np.ndarray, number: int, rng: Rng) -> np.ndarray:
-        """A cohort of `number` of the clients `present`, sorted; of any number where the sampler draws that, too."""
+        """A cohort of `number` of the clients `present` `(N,)`, sorted; of any number where the sampler draws that."""
         chosen = self.sampler.sample_in(round, self.sizes[present], number, rng)
         size = None if self.sampler.varies else number
         return present[checked_ids("clients.cohort", self.sampler, chosen, len(present), number=size)]
 
     def available(self, clock: float, rng: Rng) -> np.ndarray:
-        """The clients that can be asked at a time of the network's clock, sorted."""
+        """The sorted ids `(N,)` of the clients that can be asked at a time of the network's clock, in seconds."""
         assert self.network is not None and self.profiles is not None
-        found = self.network.available(self.profiles, clock, rng)
-        return checked_ids("network", self.network, found, len(self.sizes), what="clients that can be asked")
+        clients = self.network.available(self.profiles, clock, rng)
+        return checked_ids("network", self.network, clients, len(self.sizes), what="clients that can be asked")
 
     def durations(self, clients: np.ndarray, load: ClientLoad) -> np.ndarray:
-        """Return how many seconds each of `clients` takes from being asked to having delivered."""
+        """Return how many seconds each of `clients` `(N,)` takes from being asked to having delivered, `(N,)`."""
         assert self.network is not None and self.profiles is not None
         return durations(self.network, self.profiles, clients, load)
 
@@ -73,8 +73,8 @@ class Participation:
         if self.network is None or self.profiles is None:
             everybody = np.arange(len(self.sizes))
             return CohortOutcome(self.cohort(round, everybody, self.cohort_size(round), rng.child("cohort")))
-        own = rng.child("network")
-        present = self.available(clock, own.child("available"))
+        stream = rng.child("network")
+        present = self.available(clock, stream.child("available"))
         if not len(present):
             return CohortOutcome(present, seconds=self.network.wait_seconds)
         needed = min(self.cohort_size(round), len(present))
@@ -88,5 +88,5 @@ class Participation:
             takes=self.durations(asked, load),
             dropout=self.profiles.dropout[asked],
             num_needed=len(asked) if self.sampler.varies else needed,
-            rng=own.child("dropout"),
+            rng=stream.child("dropout"),
         )

@@ -56,7 +56,7 @@ class Sampler(Component):
         return Attendance()
 
     def sample_in(self, round: int, sizes: np.ndarray, number: int, rng: Rng) -> np.ndarray:
-        """The ids of a round's cohort: `sample`, unless it matters which round it is."""
+        """The ids `(number,)` of a round's cohort: `sample`, unless it matters which round it is."""
         return self.sample(sizes, number, rng)
 
     @abstractmethod

@@ -29,7 +29,7 @@ def read_descriptions(path: str, setting: str = SETTING) -> dict[str, tuple[str,
         raise UserError(f"{where}: expected a mapping of class names to sentences, got {show(raw)}")
     if not raw:
         raise UserError(f"{where}: describes no class")
-    return {name: _sentences(where, name, found) for name, found in raw.items()}
+    return {name: _sentences(where, name, sentences) for name, sentences in raw.items()}
 
 
 def check_known(
@@ -66,10 +66,10 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _sentences(where: str, name: str, found: Any) -> tuple[str, ...]:
-    sentences = [found] if isinstance(found, str) else found
+def _sentences(where: str, name: str, given: Any) -> tuple[str, ...]:
+    sentences = [given] if isinstance(given, str) else given
     if not isinstance(sentences, list):
-        raise UserError(f"{where}: class {show(name)}: expected a sentence or a list of sentences, got {show(found)}")
+        raise UserError(f"{where}: class {show(name)}: expected a sentence or a list of sentences, got {show(given)}")
     if not sentences:
         raise UserError(f"{where}: class {show(name)} has an empty list: leave it out, or give it a sentence")
     for sentence in sentences:

@@ -61,11 +61,11 @@ def _set(raw: dict[str, Any], keys: Sequence[str], value: Any, root: type[Option
 
 def _name_there(raw: Mapping[str, Any], keys: Sequence[str], root: type[Options]) -> str | None:
     """The name of the component at `keys`: as `raw` gives it, as its preset does, or the default's."""
-    found: Any = with_preset(raw)
+    value: Any = with_preset(raw)
     for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    if component_name(found) is not None:
-        return component_name(found)
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if component_name(value) is not None:
+        return component_name(value)
     default: Any = {field.name: field.default for field in dataclasses.fields(root)}.get(keys[0])
     for key in keys[1:]:
         default = getattr(default, key, None)

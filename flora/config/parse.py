@@ -230,10 +230,10 @@ def _parse_options(cls: type[Options], raw: Any, path: str) -> Options:
         try:
             return cls(**values)
         except OptionError as error:
-            error = error.below(path)
+            error = error.in_section(path)
             mistakes += [error, *error.others]
     else:
-        mistakes += [error.below(path) for error in out_of_bounds(cls, values)]
+        mistakes += [error.in_section(path) for error in out_of_bounds(cls, values)]
     raise OptionError(mistakes[0].option, mistakes[0].message, mistakes[1:])
 
 
@@ -274,4 +274,6 @@ def _parse_scalar(annotation: Any, raw: Any, path: str) -> Any:
     if annotation is str and isinstance(raw, str) and "\0" not in raw:
         return raw
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if annotation is int and isinstance(raw, int) and not isinstance(raw, bool):
+        words[int] = "a whole number of less than 64 bits"
     raise OptionError(path, f"expected {words.get(annotation, annotation)}, got {show(raw)}")

@@ -102,6 +102,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if isinstance(error, FileNotFoundError):
             known = [str(other) for other in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
             hint = f"; {suggest(str(path), known)}" if known else ""
+        elif (path / "config.yaml").is_file():
+            hint = f"; --resume goes on with a run, {path / 'config.yaml'} makes it again"
         raise ConfigError(f"{path}: {error.strerror}{hint}") from None
     except YAML_ERRORS as error:
         raise ConfigError(f"{path}: not valid YAML: {yaml_reason(error)}") from None

@@ -43,9 +43,9 @@ def _check_weights(config: ExperimentConfig) -> None:
 
 def _check_model(config: ExperimentConfig) -> None:
     architecture = config.backbone.architecture()
-    with below("adapter"):
+    with in_section("adapter"):
         config.adapter.check_fits(architecture)
-    with below("backbone.tokens"):
+    with in_section("backbone.tokens"):
         config.backbone.tokens.check_fits(architecture.vision.num_layers)
 
 
@@ -57,9 +57,9 @@ def _check_descriptions(config: ExperimentConfig) -> None:
 
 
 def _check_parts(config: ExperimentConfig) -> None:
-    with below("server"):
+    with in_section("server"):
         config.server.strategy.check_fits(config.adapter)
-    with below("local"):
+    with in_section("local"):
         config.local.correction.check_fits(config.local.optimizer)
 
 
@@ -76,7 +76,7 @@ def _check_number_of_clients(config: ExperimentConfig) -> None:
 
 def check_clients(config: ExperimentConfig, number: int, names: Sequence[str] | None = None) -> None:
     """Raise `UserError` naming the setting if something doesn't go with as many clients, of these names."""
-    with below("clients.cohort"):
+    with in_section("clients.cohort"):
         config.clients.cohort.cohort_size(number)
     counts = {
         "evaluation.num_local_only": config.evaluation.num_local_only,
@@ -125,12 +125,12 @@ def _check_ranks(config: ExperimentConfig) -> None:
 
 
 @contextmanager
-def below(section: str) -> Iterator[None]:
-    """Give the options named in an `OptionError` their full dotted names."""
+def in_section(section: str) -> Iterator[None]:
+    """A context in which options that an `OptionError` names get their full dotted names: `section`, then their own."""
     try:
         yield
     except OptionError as error:
-        raise error.below(section) from None
+        raise error.in_section(section) from None
 
 
 _CHECKS = (

@@ -6,10 +6,13 @@ import argparse
 import errno
 import importlib.util
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from flora.core.errors import UserError
@@ -69,12 +72,27 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return paths, [argument for argument in arguments if argument not in paths]
 
 
+def end_quietly_while_importing() -> None:
+    """Let Ctrl-C end the process in one line, with status 130, until `run_program` has taken over."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    with suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
 def run_program(body: Callable[[], int]) -> int:
     """Return the exit status of `body`, and say in one line on standard error what ended it.
 
     0, 2 for anything the user can mend, 130 for Ctrl-C, 143 for SIGTERM, 141 if the reader of a pipe has gone. Text
     that a stream can't encode is escaped; what can't be written to standard error is left out.
     """
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with _forgiving_streams():
         try:
             status = body()

@@ -32,32 +32,32 @@ def called(component: Any) -> str:
         return type(component).__name__
 
 
-def checked_state(setting: str, component: Any, found: Any, like: StateLike) -> State:
-    """Return `found` in the order of `like`, whose names, types and shapes it must have; a size of 0 stands for any."""
-    if not isinstance(found, Mapping):
-        refuse(setting, component, f"{_kind(found)}, expected tensors by name")
-    missing = [name for name in like if name not in found]
+def checked_state(setting: str, component: Any, value: Any, like: StateLike) -> State:
+    """Return `value` in the order of `like`, whose names, types and shapes it must have; a size of 0 stands for any."""
+    if not isinstance(value, Mapping):
+        refuse(setting, component, f"{_kind(value)}, expected tensors by name")
+    missing = [name for name in like if name not in value]
     if missing:
         refuse(setting, component, f"no tensor {missing[0]!r}")
-    unknown = [name for name in found if name not in like]
+    unknown = [name for name in value if name not in like]
     if unknown:
         refuse(setting, component, f"a tensor {unknown[0]!r} that nobody knows")
     for name, expected in like.items():
-        if not isinstance(found[name], Tensor) or not tree.fits(found[name], expected):
-            refuse(setting, component, f"{name!r} as {_kind(found[name])}, expected {_kind(expected)}")
-    return {name: found[name] for name in like}
+        if not isinstance(value[name], Tensor) or not tree.fits(value[name], expected):
+            refuse(setting, component, f"{name!r} as {_kind(value[name])}, expected {_kind(expected)}")
+    return {name: value[name] for name in like}
 
 
-def checked_tensor(setting: str, component: Any, found: Any, shape: Sequence[int]) -> Tensor:
-    """Return `found`, which must be a tensor of that shape."""
-    if not isinstance(found, Tensor) or found.shape != torch.Size(shape):
-        refuse(setting, component, f"{_kind(found)}, expected shape {tuple(shape)}")
-    return found
+def checked_tensor(setting: str, component: Any, value: Any, shape: Sequence[int]) -> Tensor:
+    """Return `value`, which must be a tensor of that shape."""
+    if not isinstance(value, Tensor) or value.shape != torch.Size(shape):
+        refuse(setting, component, f"{_kind(value)}, expected shape {tuple(shape)}")
+    return value
 
 
-def checked_weights(setting: str, component: Any, found: Sequence[float], number: int) -> list[float]:
-    """Return `found`, which must be `number` finite weights of at least 0 with a sum above 0."""
-    weights = [float(weight) for weight in found]
+def checked_weights(setting: str, component: Any, values: Sequence[float], number: int) -> list[float]:
+    """Return `values`, which must be `number` finite weights of at least 0 with a sum above 0."""
+    weights = [float(weight) for weight in values]
     if len(weights) != number:
         refuse(setting, component, f"{len(weights)} weights for {number} clients")
     wrong = [weight for weight in weights if not 0 <= weight < math.inf]
@@ -67,10 +67,10 @@ def checked_weights(setting: str, component: Any, found: Sequence[float], number
 
 
 def checked_ids(
-    setting: str, component: Any, found: Any, below: int, *, what: str = "clients", number: int | None = None
+    setting: str, component: Any, values: Any, below: int, *, what: str = "clients", number: int | None = None
 ) -> np.ndarray:
-    """Return `found` sorted, int64: `number` distinct ids (None: any number) from 0 to `below` - 1, called `what`."""
-    ids = np.asarray(found)
+    """Return `values` sorted, int64: `number` distinct ids (None: any number) from 0 to `below` - 1, called `what`."""
+    ids = np.asarray(values)
     if ids.ndim != 1 or (ids.dtype.kind not in "iu" and len(ids)):
         refuse(setting, component, f"{what} as {_kind(ids)}, expected whole numbers in one row")
     if number is not None and len(ids) != number:
@@ -85,18 +85,18 @@ def checked_ids(
     return ids
 
 
-def checked_parts(setting: str, component: Any, found: Any, number: int, num_examples: int) -> list[np.ndarray]:
+def checked_parts(setting: str, component: Any, parts: Any, number: int, num_examples: int) -> list[np.ndarray]:
     """Return the examples of each of `number` clients, sorted: distinct ids from 0 to `num_examples` - 1.
 
     Two clients may share an example.
     """
-    if len(found) != number:
-        refuse(setting, component, f"{len(found)} parts for {number} clients")
-    if _are_sorted_ids(found, num_examples):
-        return list(found)
+    if len(parts) != number:
+        refuse(setting, component, f"{len(parts)} parts for {number} clients")
+    if _are_sorted_ids(parts, num_examples):
+        return list(parts)
     return [
         checked_ids(setting, component, part, num_examples, what=f"examples of client {client}")
-        for client, part in enumerate(found)
+        for client, part in enumerate(parts)
     ]
 
 
@@ -111,9 +111,9 @@ def _are_sorted_ids(parts: Sequence[Any], below: int) -> bool:
     return bool(rises.all()) and (not len(flat) or bool(flat.min() >= 0 and flat.max() < below))
 
 
-def checked_column(setting: str, component: Any, found: Any, number: int, *, what: str) -> np.ndarray:
-    """Return `found`, which must be `number` finite numbers called `what`, one for each client."""
-    column = np.asarray(found)
+def checked_column(setting: str, component: Any, values: Any, number: int, *, what: str) -> np.ndarray:
+    """Return `values`, which must be `(number,)` finite numbers called `what`, one for each client."""
+    column = np.asarray(values)
     if column.shape != (number,) or column.dtype.kind not in "iuf":
         refuse(setting, component, f"{what} as {_kind(column)}, expected a number for each of {number} clients")
     if not np.isfinite(column).all():
@@ -121,8 +121,8 @@ def checked_column(setting: str, component: Any, found: Any, number: int, *, wha
     return column
 
 
-def _kind(found: Any) -> str:
+def _kind(value: Any) -> str:
     """Return what something is, in a few words: the type and shape of what has these."""
-    if isinstance(found, Tensor | np.ndarray):
-        return f"{str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}"
-    return f"a {type(found).__name__}"
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

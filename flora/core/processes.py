@@ -181,15 +181,15 @@ class Processes:
         """Tell the others how this process ended, until all have heard; return what ended one of them, if it did."""
         state = _state_after(error)
         text = torch.tensor(list(_text(error).encode()), dtype=torch.uint8)
-        found: BaseException | None = None
+        cause: BaseException | None = None
         with suppress(UserError):  # cut off: nobody is left to be told
             while True:
                 states, packed = self._meet(state, text)
                 if any(each not in (WORKING, DONE) for each in states):
-                    found = found or _ending(states, packed)
+                    cause = cause or _ending(states, packed)
                 if WORKING not in states:
                     break
-        return found
+        return cause
 
     def _leave(self, error: BaseException | None) -> None:
         """End this process at once, after a line by one of those that are left."""
@@ -214,17 +214,17 @@ class Processes:
         states, sizes = ([int(head[column]) for head in heads] for column in (0, 1))
         self.num_bytes += sum(sizes)
         with_something = [rank for rank, size in enumerate(sizes) if size]
-        found = [torch.empty(0, dtype=torch.uint8) for _ in sizes]
+        payloads = [torch.empty(0, dtype=torch.uint8) for _ in sizes]
         if len(with_something) == 1:
             source = with_something[0]
-            found[source] = payload if source == self.rank else torch.empty(sizes[source], dtype=torch.uint8)
-            self._wait(dist.broadcast(found[source], source, async_op=True))
+            payloads[source] = payload if source == self.rank else torch.empty(sizes[source], dtype=torch.uint8)
+            self._wait(dist.broadcast(payloads[source], source, async_op=True))
         elif with_something:
             padded = torch.zeros(max(sizes), dtype=torch.uint8)
             padded[: len(payload)] = payload
-            found = [torch.empty_like(padded) for _ in sizes]
-            self._wait(dist.all_gather(found, padded, async_op=True))
-        return states, [each[:size] for each, size in zip(found, sizes, strict=True)]
+            payloads = [torch.empty_like(padded) for _ in sizes]
+            self._wait(dist.all_gather(payloads, padded, async_op=True))
+        return states, [each[:size] for each, size in zip(payloads, sizes, strict=True)]
 
     def _wait(self, work: Any) -> None:
         """Wait for the others. Raises `UserError` if one is gone, and what signals raise meanwhile."""
@@ -275,7 +275,7 @@ def _text(error: BaseException | None) -> str:
 
 
 def _ending(states: list[int], packed: list[Tensor]) -> BaseException:
-    """What the others end with if processes have come to a meeting like this."""
+    """The error that all processes end with when one of them comes to a meeting in one of these `states`."""
     stopped = next((state for state in states if state > STOPPED), None)
     if stopped is not None:
         return Interrupted(stopped - STOPPED)

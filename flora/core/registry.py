@@ -29,9 +29,9 @@ class OptionError(UserError):
         self.message = message
         self.others = tuple(others)
 
-    def below(self, section: str) -> OptionError:
+    def in_section(self, section: str) -> OptionError:
         """Return this error with the option's name below `section`."""
-        others = [other.below(section) for other in self.others]
+        others = [other.in_section(section) for other in self.others]
         return OptionError(".".join(part for part in (section, self.option) if part), self.message, others)
 
 

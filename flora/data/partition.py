@@ -44,7 +44,7 @@ class Partitioner(Component):
 
 
 def groups_of(partitioner: Partitioner, groups: np.ndarray | None) -> np.ndarray:
-    """`groups`, which a partitioner needs. Raises `UserError` if the data have none."""
+    """`groups` `(N,)`, which a partitioner needs. Raises `UserError` if the data have none."""
     if groups is None:
         raise UserError(
             f"partition: the data name no clients, which {name_of(partitioner)} needs; choose another partitioner"
@@ -65,14 +65,14 @@ def require_number(names: tuple[str, ...], number: int | None) -> tuple[str, ...
 
 
 def collect(owner: np.ndarray, num_owners: int) -> list[np.ndarray]:
-    """The sorted indices that each of the owners 0 .. num_owners - 1 has in `owner`."""
+    """The sorted indices that each of the owners 0 .. num_owners - 1 has in `owner` `(N,)`."""
     order = np.argsort(owner, kind="stable").astype(np.int64, copy=False)
     cuts = np.searchsorted(owner[order], np.arange(num_owners + 1))
     return [order[start:stop] for start, stop in pairwise(cuts.tolist())]
 
 
 def classes_of(labels: np.ndarray) -> dict[int, np.ndarray]:
-    """The sorted indices of each class's examples, for the classes that occur."""
+    """The sorted indices of each class's examples by its label, for the classes that occur in `labels` `(N,)`."""
     names, index = np.unique(labels, return_inverse=True)
     return dict(zip(names.tolist(), collect(index, len(names)), strict=True))
 
@@ -129,7 +129,7 @@ def holders_of(num_classes: int, classes_per_client: int, num_clients: int, rng:
     """The sorted clients that hold each class, when every client holds `classes_per_client` distinct ones at random.
 
     The classes are dealt like cards, a shuffled deck of all of them after another: their numbers of holders differ by
-    at most one, and one more client changes nobody else's classes.
+    at most one, and one more client changes nobody else's classes. Raises `UserError` if there are fewer classes.
     """
     if classes_per_client > num_classes:
         raise UserError(

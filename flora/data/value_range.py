@@ -180,11 +180,11 @@ def _find(
 ) -> ValueRange | None:
     """The one range of all images; None if none has more than 8 bits."""
     files = [(source, int(index)) for source, indices in sources for index in indices if _may_be_deep(source, index)]
-    found = _read_all(files, progress)
-    deep = [each for each in found if not each.depth.is_colour]
-    if len(deep) < len(found):
+    read = _read_all(files, progress)
+    deep = [each for each in read if not each.depth.is_colour]
+    if len(deep) < len(read):
         log(
-            f"warning: data: {len(found) - len(deep):,} colour images have 16 bits a channel; the upper 8 are read, as "
+            f"warning: data: {len(read) - len(deep):,} colour images have 16 bits a channel; the upper 8 are read, as "
             "of the range [0, 65535]"
         )
     if not deep:
@@ -270,13 +270,13 @@ def _read_all(files: Sequence[tuple[ImageSource, int]], progress: Progress) -> l
     """Return what those of the images that have more than 8 bits hold, without those that can't be read."""
     if not files:
         return []
-    advance, found = progress("value range", len(files)), []
+    advance, read = progress("value range", len(files)), []
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
         for values in pool.map(lambda file: _read(*file), files):
             advance(1)
             if values is not None:
-                found.append(values)
-    return found
+                read.append(values)
+    return read
 
 
 def _read(source: ImageSource, index: int) -> _Values | None:

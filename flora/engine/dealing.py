@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Travel(Generic[Result]):
-    """How results get from the process that computed them to the others."""
+    """Packs a result into a message on the process that computed it, and unpacks it on the others."""
 
     pack: Callable[[Result], Message]
     unpack: Callable[[Message], Result]
@@ -30,7 +30,7 @@ class Travel(Generic[Result]):
 
 @dataclass(frozen=True)
 class Work(Generic[Item, Result]):
-    """What is computed of some items at once, and what is to be lowered where that does not fit into memory.
+    """A computation on several items at once, with `advice`: what to lower where these don't fit into memory.
 
     With `travel` each part is computed by one process, the most expensive by `cost` first; without it by all of them.
     """
@@ -81,11 +81,11 @@ def _dealt_out(
 
 
 def _by_place(tensors: StateLike) -> dict[str, State]:
-    found: dict[str, State] = {}
+    by_place: dict[str, State] = {}
     for name, tensor in tensors.items():
         place, _, own = name.partition(".")
-        found.setdefault(place, {})[own] = tensor
-    return found
+        by_place.setdefault(place, {})[own] = tensor
+    return by_place
 
 
 def deal(costs: Sequence[float], size: int) -> list[int]:

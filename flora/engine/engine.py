@@ -16,7 +16,7 @@ from flora.client.self_training import PseudoLabels
 from flora.clip.towers.towers import AdaptedClip
 from flora.core.errors import UserError
 from flora.core.hooks import Hooks
-from flora.core.memory import available_memory_bytes, release_cached_memory
+from flora.core.memory import available_memory_bytes, keep_freed_memory, release_cached_memory
 from flora.core.processes import ALONE, Processes
 from flora.core.tree import StateLike
 from flora.engine.blocks import Block, block_bytes, longest_first, make_block
@@ -38,7 +38,8 @@ class Engine:
 
     That number is lowered when a block doesn't fit into memory; results depend on it to rounding only. `features` are
     those of all training images. Where a run has several `processes`, each trains some of the blocks, and all of them
-    hand on all results.
+    hand on all results. `memory_bytes` is how much memory what the frozen model makes of images may take, None being
+    half of what is free.
     """
 
     model: AdaptedClip
@@ -47,9 +48,10 @@ class Engine:
     hooks: Hooks = field(default_factory=Hooks)
     log: Callable[[str], object] = lambda line: None
     processes: Processes = ALONE
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        self._frozen_images = FrozenImages(self.model, self.features)
+        self._frozen_images = FrozenImages(self.model, self.features, self.memory_bytes)
 
     def with_targets(self, targets: StateLike) -> Engine:
         """The same engine with other `targets` of its examples, whose images are the same."""
@@ -63,6 +65,7 @@ class Engine:
         Tasks share steps with those of the same `step_key`, whatever run they are of. Raises `UserError` if one client
         alone doesn't fit into memory.
         """
+        keep_freed_memory()
         total = sum(task.num_steps for task in tasks)
         taken = handed_on = 0
 

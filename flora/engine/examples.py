@@ -37,7 +37,7 @@ def bounded_gradient_function(
     shares_texts = model.text.trains_blocks and model.adapter.num_models == 1 and model.adapter.can_share_texts
 
     def compute(parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed losses and bounded gradients of clients whose examples go in at once, or of one in parts."""
+        """The summed losses `(K,)` and bounded gradients `(K, P)` of clients that go in at once, or of one in parts."""
         number, size = batch.tensors["labels"].shape
         texts = SharedTexts(model, flat.leaves(parameters), residual, batch.drawn) if shares_texts else None
         examples = batch.as_clients()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flora.clip.towers.towers import AdaptedClip
+from flora.core.memory import available_memory_bytes
 from flora.engine.blocks import Block
 from flora.engine.tasks import ClientTask
 from flora.features.features import Features
@@ -31,12 +32,14 @@ class FrozenImages:
     """The frozen model's features of each task's examples, computed when they are first asked for.
 
     Examples of one task go through the model by themselves, so that the last bits of their features depend on nothing
-    else: not on who shares its steps, nor on what was computed before a run was stopped and gone on with.
+    else: not on who shares its steps, nor on what was computed before a run was stopped and gone on with. Up to
+    `memory_bytes` of them are kept, None being half of the free memory; for more a task's are computed in each block.
     """
 
-    def __init__(self, model: AdaptedClip, features: Features) -> None:
+    def __init__(self, model: AdaptedClip, features: Features, memory_bytes: int | None = None) -> None:
         self._model, self._features = model, features
         self._known: dict[bytes, Tensor] = {}
+        self._room_bytes = memory_bytes
 
     def of_block(self, block: Block) -> BlockImages | None:
         """Return those of a block; None where images change from look to look, or where computing them costs nothing.
@@ -58,11 +61,17 @@ class FrozenImages:
     def _of_task(self, task: ClientTask) -> Tensor:
         """Those of a task's examples, `(N, embed_dim)`, on the CPU."""
         key = task.examples.tobytes()
-        if key not in self._known:
-            places = torch.from_numpy(task.examples).to(self._features.device)
-            parts = [
-                self._model.frozen_image_features(self._features.take(some, self._model.device)).cpu()
-                for some in places.split(stem_batch_size(self._model))
-            ]
-            self._known[key] = torch.cat(parts)
-        return self._known[key]
+        if key in self._known:
+            return self._known[key]
+        places = torch.from_numpy(task.examples).to(self._features.device)
+        parts = [
+            self._model.frozen_image_features(self._features.take(some, self._model.device)).cpu()
+            for some in places.split(stem_batch_size(self._model))
+        ]
+        found = torch.cat(parts)
+        if self._room_bytes is None:
+            self._room_bytes = available_memory_bytes(torch.device("cpu")) // 2
+        if found.nbytes <= self._room_bytes:
+            self._known[key] = found
+            self._room_bytes -= found.nbytes
+        return found

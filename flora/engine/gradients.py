@@ -120,7 +120,7 @@ class FlatStack:
 
     @property
     def layout(self) -> tuple[int, tuple[str, ...]]:
-        """What the columns mean: how many tensors are trained, and the names of all in their order."""
+        """The order of the columns: how many of the tensors are trained, and the names of all of them."""
         return len(self.trained), tuple(self._all.places)
 
     def leaves(self, matrix: Tensor) -> tuple[State, list[Tensor]]:
@@ -245,7 +245,7 @@ class SharedTexts:
         return self._leaf
 
     def rows(self, losses: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = False) -> Tensor:
-        """As `rows_of`: through the last `leaf`, and what reaches the rows' `leaves` in other ways."""
+        """The gradients of losses `(K,)` by the rows' `leaves`, as `rows_of`: by the last `leaf`, and directly."""
         *direct, by_leaf = torch.autograd.grad(
             losses.sum(), [*leaves, self._leaf], allow_unused=True, materialize_grads=True, retain_graph=keep_graph
         )
@@ -295,8 +295,10 @@ def step_views(
     for bound in model.adapter.models_of_step(stack):
         with model.adapter.bind(bound, generators):
             images = _images(model, batch, number)
-            classes = _class_features(model, batch, number) if texts is None else texts
-            classes = model.classes_of(images[""], classes, batch.classes)
+            if model.comparison.by_image:
+                classes = model.classes_by_image(images[""], batch.classes)
+            else:
+                classes = _class_features(model, batch, number) if texts is None else texts
             features.append((images.pop(""), classes))
             more.append(images)
             scale = model.logit_scale()

@@ -36,7 +36,7 @@ class TrainingSetup:
 
     @cached_property
     def step_key(self) -> Hashable:
-        """What the tasks of other rounds or runs must have the same of to share a step with these."""
+        """The key of these tasks: tasks of other rounds or runs that have the same one can share a step with them."""
         rate = None if self.local.optimizer.rate_by_client else self.learning_rate
         return self.trained, self.width, self.unlabelled_width, self.local.step_key, rate
 
@@ -62,7 +62,7 @@ class ClientTask:
 
     @property
     def step_key(self) -> Hashable:
-        """What tasks that share a step have the same of: a residual, which has no client axis, included."""
+        """The key of this task, the same for all tasks that can share a step: a residual has no client axis."""
         has_residual = any(map(is_residual, self.adapter))
         return self.setup.step_key, id(self.setup) if has_residual else None
 

@@ -69,7 +69,7 @@ Request = _Call | _Training | _Evaluation | _Aside
 
 @dataclass(frozen=True, eq=False)
 class _Reply:
-    """What a run gets for its request: a value, or an error to be raised."""
+    """The answer to a run's request: a value, or an error to be raised."""
 
     value: Any = None
     error: BaseException | None = None
@@ -95,8 +95,9 @@ class Member:
     def join(self, engine: Engine) -> SharedEngine:
         """Return the engine of this run, whose clients train together with the others' from now on."""
         self.engine = SharedEngine(
-            engine.model, engine.features, engine.clients_per_block, engine.hooks, engine.log, member=self
-        )
+            engine.model, engine.features, engine.clients_per_block, engine.hooks, engine.log,
+            memory_bytes=engine.memory_bytes, member=self,
+        )  # fmt: skip
         return self.engine
 
     def call(self, function: Callable[[], Result]) -> Result:
@@ -135,7 +136,7 @@ class Member:
 
     @property
     def group(self) -> Hashable:
-        """What the requests of two runs have the same of if they are dealt with in one go."""
+        """The key of the run's request: those of several runs that have the same one are answered together."""
         if isinstance(self.request, _Evaluation):
             return self.request.key
         assert self.engine is not None
@@ -143,7 +144,7 @@ class Member:
 
     @property
     def share(self) -> float:
-        """How much of such a go is for this run, compared with others."""
+        """The weight of this run when the seconds of a common answer are divided among its runs: its local steps."""
         return float(sum(task.num_steps for task in self.request.tasks)) if isinstance(self.request, _Training) else 1.0
 
     def live(self) -> None:
@@ -172,7 +173,7 @@ class SharedEngine(Engine):
 
     @property
     def key(self) -> Hashable:
-        """What runs must have the same of to train together: the model, and features that can be joined."""
+        """The key of this engine: runs with the same one, a model and features to be joined, train together."""
         return id(self.model), True if can_be_joined(self.features) else id(self.member)
 
     def seconds(self) -> float:
@@ -212,8 +213,8 @@ class SharedEngine(Engine):
         # A residual has no axis for several adapters, and some adapters are too large for two of them.
         is_alone = any(is_residual(name) for name, _ in shapes) or self.model.adapter.max_clients_per_block is not None
         whole_key = key, tuple(shapes), id(self) if is_alone else None
-        found: Sequence[Result] = self.member.ask(_Evaluation(whole_key, adapters, compute))
-        return found
+        results: Sequence[Result] = self.member.ask(_Evaluation(whole_key, adapters, compute))
+        return results
 
 
 class Together:
@@ -300,16 +301,16 @@ class Together:
         replies: dict[int, _Reply] = {}
         for group in groups.values():
             started = time.perf_counter()
-            found = self._try(partial(self._common, group))
+            outcome = self._try(partial(self._common, group))
             seconds = time.perf_counter() - started
             shares = [member.share for member in group]
             for place, member in enumerate(group):
                 member.spent_seconds += seconds * shares[place] / sum(shares)
-                replies[member.number] = _Reply(found.value[place]) if found.error is None else found
+                replies[member.number] = _Reply(outcome.value[place]) if outcome.error is None else outcome
         return [replies[member.number] for member in members]
 
     def _common(self, members: Sequence[Member]) -> Sequence[Any]:
-        """What each of some runs gets, all of which want the same kind of thing."""
+        """Answer the requests of several runs, all of one kind, and return each run's answer."""
         requests = [member.request for member in members]
         evaluations = [request for request in requests if isinstance(request, _Evaluation)]
         return _evaluated(evaluations) if evaluations else self._engine(members[0]).train(members)
@@ -335,7 +336,10 @@ class _CommonEngine:
         else:
             features, starts = engines[0].features, [0]
         self._starts = {each.member.number: start for each, start in zip(engines, starts, strict=True)}
-        self._engine = Engine(model, features, max(each.clients_per_block for each in engines), hooks)
+        bounds = [each.memory_bytes for each in engines]
+        memory_bytes = None if None in bounds else max(each for each in bounds if each is not None)
+        number = max(each.clients_per_block for each in engines)
+        self._engine = Engine(model, features, number, hooks, memory_bytes=memory_bytes)
 
     def train(self, members: Sequence[Member]) -> list[list[ClientResult]]:
         """Train the clients that each of the runs wants trained, and return each run's results."""
@@ -361,14 +365,14 @@ class _CommonEngine:
 
 
 def _evaluated(requests: Sequence[_Evaluation]) -> list[Sequence[Any]]:
-    """What the adapters of each request come to, all of which have one key."""
+    """Evaluate the adapters of several requests of one key together, and return the results of each request."""
     adapters = [request.adapters for request in requests if request.adapters is not None]
     if not adapters:  # the frozen model, which is the same for all
         return [requests[0].compute(None)] * len(requests)
     numbers = [len(next(iter(each.values()))) for each in adapters]
     stack = {name: torch.cat([each[name] for each in adapters]) for name in adapters[0]}
-    found: list[Any] = []
+    results: list[Any] = []
     for start in range(0, sum(numbers), MAX_ADAPTERS):
-        found += requests[0].compute({name: tensor[start : start + MAX_ADAPTERS] for name, tensor in stack.items()})
+        results += requests[0].compute({name: tensor[start : start + MAX_ADAPTERS] for name, tensor in stack.items()})
     ends = np.cumsum(numbers)
-    return [found[end - number : end] for number, end in zip(numbers, ends.tolist(), strict=True)]
+    return [results[end - number : end] for number, end in zip(numbers, ends.tolist(), strict=True)]

@@ -193,7 +193,7 @@ class _Corrections:
         sent: list[State] = [{} for _ in range(self._num_rows)]
         for part in self._parts:
             rows = part.first_rows(self._num_rows)
-            for row, *found in zip(rows, *part.finish(end[rows]), strict=True):
+            for row, *found in zip(rows, *part.finish(end), strict=True):
                 remembered[row], sent[row] = found
         return remembered, sent
 
@@ -221,15 +221,15 @@ class _CorrectionState:
         if self.is_idle:
             return gradients
         own = {name: tensor[: len(gradients)] for name, tensor in self._own.items()}
-        found = self._correction.correct(gradients, parameters, self._start[: len(gradients)], own, self._server)
-        return checked_tensor("local.correction", self._correction, found, gradients.shape)
+        corrected = self._correction.correct(gradients, parameters, self._start[: len(gradients)], own, self._server)
+        return checked_tensor("local.correction", self._correction, corrected, gradients.shape)
 
     def finish(self, end: Tensor) -> tuple[list[State], list[State]]:
-        """Return what each of the run's clients, which came to `end` `(k, P)`, remembers from now on, and sends."""
+        """Return what each of the run's clients remembers from now on, and sends, when they are at `end` `(K, P)`."""
         if not self._own:
             return [{} for _ in self._num_steps], [{} for _ in self._num_steps]
         counts = torch.tensor(self._num_steps, device=end.device, dtype=end.dtype).unsqueeze(1)
-        moved = end - self._start
+        moved = end[self._rows] - self._start
         after = self._correction.remember(moved, self._own, self._server, counts, self._setup.learning_rate)
         after = checked_state("local.correction", self._correction, after, self._own)
         # Copies, so that no client keeps its whole block in memory.

@@ -72,7 +72,7 @@ def _outcomes(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[torch.Ten
 
 
 def class_accuracy(evaluation: Evaluation, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, float | None]:
-    """Accuracy by class name; None for a class without examples."""
+    """Accuracy by class name, of labels `(N,)`; None for a class without examples."""
     totals = np.bincount(labels, minlength=len(class_names))
     right = np.bincount(labels, weights=evaluation.correct, minlength=len(class_names))
     return {
@@ -123,14 +123,23 @@ def client_means(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.divide(totals, sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)
 
 
+def places_of_clients(sizes: np.ndarray, clients: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """The places of each of `clients`' held-out examples among those of all, which are in the order of clients.
+
+    `sizes` `(num_clients,)` are the numbers of all clients' examples.
+    """
+    ends = np.cumsum(sizes)
+    return [np.arange(ends[client] - sizes[client], ends[client]) for client in clients]
+
+
 def client_macro_f1(labels: np.ndarray, predicted: np.ndarray, sizes: np.ndarray, num_classes: int) -> np.ndarray:
     """Macro F1 on each client's held-out part, `(num_clients,)`; NaN for a client without one.
 
     `labels` and `predicted` cover the parts, of `sizes` `(num_clients,)` examples, one after the other.
     """
     parts = zip(*(np.split(each, np.cumsum(sizes)[:-1]) for each in (labels, predicted)), strict=True)
-    found = [macro_f1(own_labels, own_predicted, num_classes) for own_labels, own_predicted in parts]
-    return np.array([np.nan if each is None else each for each in found])
+    scores = [macro_f1(own_labels, own_predicted, num_classes) for own_labels, own_predicted in parts]
+    return np.array([np.nan if each is None else each for each in scores])
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,9 +198,9 @@ def own_accuracies(
 
     The arguments are as for `own_predictions`.
     """
-    found = own_predictions(model, adapters, features, examples, batch_size=batch_size, prediction=prediction)
+    predictions = own_predictions(model, adapters, features, examples, batch_size=batch_size, prediction=prediction)
     labels = features.labels.cpu().numpy()[np.concatenate(examples)]
-    return client_means(found.classes == labels, np.array([len(each) for each in examples]))
+    return client_means(predictions.classes == labels, np.array([len(each) for each in examples]))
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,7 @@ class Spread:
 
 
 def spread(accuracies: np.ndarray) -> Spread | None:
-    """The spread over the clients that have a result, NaN being none; None if no client has one."""
+    """The spread over clients' accuracies `(num_clients,)`, NaN being none; None if no client has one."""
     known = np.sort(accuracies[~np.isnan(accuracies)])
     if not len(known):
         return None

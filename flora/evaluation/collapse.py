@@ -8,11 +8,11 @@ import numpy as np
 
 
 def over_adapters(measure: Callable[[np.ndarray], float | None], features: np.ndarray) -> float | None:
-    """What is measured of class features `(C, d)`; of those of several adapters `(K, C, d)` the mean, or None."""
+    """Measure class features `(C, d)`; of those of K adapters `(K, C, d)` return the mean, None if one is None."""
     if features.ndim == 2:
         return measure(features)
-    found = [each for each in map(measure, features) if each is not None]
-    return sum(found) / len(found) if len(found) == len(features) else None
+    measures = [each for each in map(measure, features) if each is not None]
+    return sum(measures) / len(measures) if len(measures) == len(features) else None
 
 
 def effective_rank(features: np.ndarray) -> float | None:

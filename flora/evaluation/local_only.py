@@ -54,17 +54,13 @@ def train_centralized(federation: Federation, adapter: State, *, advance: Callab
     )
     everyone = ClientData(train, np.empty(0, np.int64), unlabelled=np.setdiff1d(unlabelled, train))
     in_one_place = dataclasses.replace(
-        federation,
-        clients=[everyone],
-        participation=dataclasses.replace(federation.participation, sizes=np.array([len(train)])),
-        ranks=None,
-        rng=federation.rng.child("centralized"),
+        federation.with_clients([everyone]), ranks=None, rng=federation.rng.child("centralized")
     )
     return train_local_only(in_one_place, adapter, np.array([0]), advance=advance)
 
 
 def clients_with_own_adapters(federation: Federation, state: ServerState) -> np.ndarray | None:
-    """The clients whose adapters are not the server's, in order; None if no client can ever have its own.
+    """The sorted ids `(N,)` of clients whose adapters are not the server's; None if no client can ever have its own.
 
     These are all where clients train on after the last round, else those that ever took part.
     """
@@ -89,28 +85,30 @@ def own_adapters(
     residual = {name: tensor.unsqueeze(0) for name, tensor in view.adapter.items() if is_residual(name)}
 
     def together(group: Sequence[int]) -> tuple[list[int], StateLike]:
-        own = {client: federation.client_adapter(view, client) for client in group}
+        adapters = {client: federation.client_adapter(view, client) for client in group}
         if local is not None:
-            own = _trained_on(federation, view, own, local)
+            adapters = _trained_on(federation, view, adapters, local)
         names = [name for name in view.adapter if name not in residual]
-        stack = tree.stack([tree.select(own[client], names) for client in group])
+        stack = tree.stack([tree.select(adapters[client], names) for client in group])
         return list(group), federation.engine.model.adapter.models({**stack, **residual})[-1]
 
     yield from federation.engine.in_blocks(clients.tolist(), together)
 
 
 def _trained_on(
-    federation: Federation, view: ServerState, own: dict[int, State], local: LocalTraining
+    federation: Federation, view: ServerState, adapters: dict[int, State], local: LocalTraining
 ) -> dict[int, State]:
-    """Where clients come to from adapters of their own, each on its examples."""
-    ended = dict(own)
+    """Fine-tune each client's adapter on its examples; return them by client id. One that diverges stays as it was."""
+    tuned = dict(adapters)
     rng = federation.rng.child("personal", view.round)
     setup = federation.setup(view.round, federation.roles.ever_trained(view.adapter), local)
-    for result in federation.engine.train([federation.task(client, each, setup, rng) for client, each in own.items()]):
+    for result in federation.engine.train(
+        [federation.task(client, each, setup, rng) for client, each in adapters.items()]
+    ):
         if result.is_finite:
-            ended[result.client] = {**own[result.client], **result.adapter}
+            tuned[result.client] = {**adapters[result.client], **result.adapter}
         else:
             federation.engine.log(
                 f"client {result.client}'s own adapter diverged after the last round, and stays as it was"
             )
-    return ended
+    return tuned

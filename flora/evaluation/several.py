@@ -23,7 +23,7 @@ def one_after_the_other(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 def of_rows(evaluations: Sequence[Evaluation], rows: np.ndarray) -> Evaluation:
-    """What of several adapters each example's own says; `rows` `(N,)` says which of `evaluations` that is."""
+    """One evaluation of N examples, each with the adapter that `rows` `(N,)` names by its place in `evaluations`."""
     if len(evaluations) == 1:
         return evaluations[0]
     columns = {name: [getattr(each, name) for each in evaluations] for name in COLUMNS}
@@ -35,5 +35,5 @@ def of_rows(evaluations: Sequence[Evaluation], rows: np.ndarray) -> Evaluation:
 
 
 def for_each_adapter(values: np.ndarray, evaluation: Evaluation) -> np.ndarray:
-    """What is known of N examples, `(N,)`, once for each adapter that an evaluation is of, `(K * N,)`."""
+    """Repeat values of N examples `(N,)` for each of the K adapters of an evaluation: `(K * N,)`."""
     return np.tile(values, max(len(evaluation.correct) // max(len(values), 1), 1))

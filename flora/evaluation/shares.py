@@ -22,12 +22,12 @@ def evaluate_in_shares(
     if processes.size == 1:
         return compute(features)
     batches = range(0, len(features), batch_size)
-    own = np.array_split(batches, processes.size)[processes.rank]
-    found: list[Evaluation] = []
-    if len(own):
-        part = features.subset(np.arange(own[0], min(own[-1] + batch_size, len(features))))
-        found = compute(part)
-    everyone = processes.exchange(_message(found, with_classes=processes.is_first))
+    share = np.array_split(batches, processes.size)[processes.rank]
+    evaluations: list[Evaluation] = []
+    if len(share):
+        part = features.subset(np.arange(share[0], min(share[-1] + batch_size, len(features))))
+        evaluations = compute(part)
+    everyone = processes.exchange(_message(evaluations, with_classes=processes.is_first))
     tensors = [message.tensors for message in everyone if message.tensors]
     classes = tensors[0]["class_features"].numpy()
     columns = {

@@ -82,13 +82,13 @@ def shown(unit: str, value: Any) -> str:
 
 def _comparison(summary: Summary) -> str:
     """Return what the clients that were also trained alone reach on their own held-out examples, together and alone."""
-    found = {
+    accuracies = {
         "federated": summary.held_out_federated_accuracy,
         "personal": summary.held_out_personal_accuracy,
         "alone": summary.held_out_local_only_accuracy,
         "all in one place": summary.held_out_centralized_accuracy,
     }
-    figures = ", ".join(f"{how} {percent(accuracy)}" for how, accuracy in found.items() if accuracy is not None)
+    figures = ", ".join(f"{how} {percent(accuracy)}" for how, accuracy in accuracies.items() if accuracy is not None)
     number = summary.held_out_num_clients
     return f"on clients' own data: {figures}   ({number} client{'s' if number != 1 else ''})"
 

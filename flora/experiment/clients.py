@@ -45,7 +45,7 @@ def _never_train(config: ExperimentConfig, number: int, rng: Rng) -> np.ndarray:
 
 
 def roster_of(config: ExperimentConfig, groups: np.ndarray | None, rng: Rng) -> Roster:
-    """The clients that train, where training examples of these `groups` are dealt out.
+    """The clients that train, where training examples of these `groups` `(N,)` are dealt out.
 
     Raises `UserError` if the data name as many clients as something in the configuration can't go with.
     """
@@ -97,7 +97,7 @@ def ranks_of(config: ExperimentConfig, num_clients: int, rng: Rng) -> np.ndarray
 
 
 def hold_out(examples: np.ndarray, fraction: float, rng: Rng) -> ClientData:
-    """Split a client's examples: it tests on round(n * fraction) of them (at least one if n > 1 and fraction > 0)."""
+    """Split a client's examples `(n,)`: it tests on round(n fraction), at least one if n > 1 and fraction > 0."""
     count = 0
     if fraction > 0 and len(examples) > 1:
         count = min(max(round(part_of(fraction, len(examples))), 1), len(examples) - 1)
@@ -119,22 +119,25 @@ def hide_labels(client: ClientData, fraction: float, rng: Rng) -> ClientData:
 
 def _check_unlabelled(config: ExperimentConfig, clients: Sequence[ClientData]) -> None:
     """Raise `OptionError` if there are fewer images without a label than self-training asks for."""
-    own = config.local.self_training
-    if own is None:
+    self_training = config.local.self_training
+    if self_training is None:
         return
     most = max(len(client.unlabelled) for client in clients)
     if not most:
         fraction = config.clients.labelled_fraction
         raise OptionError("clients.labelled_fraction", f"no client has an image without a label, with {fraction:g}")
-    if own.batch_size is not None and own.batch_size > most:
+    batch_size = self_training.batch_size
+    if batch_size is not None and batch_size > most:
         raise OptionError(
             "local.self_training.batch_size",
-            f"expected at most {most}, the most images without a label that a client has, got {own.batch_size}",
+            f"expected at most {most}, the most images without a label that a client has, got {batch_size}",
         )
 
 
 def deal_out(config: ExperimentConfig, labels: np.ndarray, groups: np.ndarray | None, rng: Rng) -> Shares:
-    """Each client's share of the training examples. Raises `UserError` if one would have nothing to train on.
+    """Each client's share of the training examples, of `labels` and `groups` `(N,)`.
+
+    Raises `UserError` if a client would have nothing to train on.
 
     Clients that never train are dealt theirs as if they did, and are then left out.
     """

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.descriptions import check_known, read_descriptions
-from flora.config.rules import below
+from flora.config.rules import in_section
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.processes import ALONE, Processes
@@ -26,10 +27,10 @@ from flora.data.datasets.base import Dataset, ImageData, Split, checked_images, 
 from flora.data.value_range import with_one_range
 from flora.data.views import views_of
 from flora.experiment.clients import Roster, Shares, deal_out, ranks_of, roster_of
-from flora.features.features import Features, StoredFeatures
+from flora.features.features import Features, StoredFeatures, images_digest
 from flora.features.live import LiveFeatures, live_features
 from flora.features.loading import load_features
-from flora.features.views import ViewFeatures
+from flora.features.views import ViewFeatures, move_if_they_fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +102,14 @@ def _other_images(config: ExperimentConfig, rng: Rng, tell: Tell) -> dict[str, I
 def images_of(setting: str, dataset: Dataset, rng: Rng, tell: Tell) -> ImageData:
     """The images of a data set that is not `data` but of another setting. Raises `UserError` naming that."""
     with naming(setting):
-        found = checked_images(setting, dataset, dataset.load_with_progress(rng, tell.progress))
-        found = with_jpeg_side(found, dataset.jpeg_side)
-        return with_one_range(found, dataset.value_range, whole=found, progress=tell.progress, log=tell.log)[0]
+        images = checked_images(setting, dataset, dataset.load_with_progress(rng, tell.progress))
+        images = with_jpeg_side(images, dataset.jpeg_side)
+        return with_one_range(images, dataset.value_range, whole=images, progress=tell.progress, log=tell.log)[0]
 
 
 @contextmanager
 def naming(setting: str) -> Iterator[None]:
-    """Let what is said of `data` be said of `setting`: messages of data sets name the section that most are in."""
+    """A context in which a data set's `UserError` names `setting` in place of `data`, the section of most of them."""
     try:
         yield
     except UserError as error:
@@ -147,22 +148,50 @@ def _with_one_range(config: ExperimentConfig, images: Images, tell: Tell, shared
 
 
 def features_key(config: ExperimentConfig, data: ImageData, model: AdaptedClip) -> Hashable:
-    """All that the features of the splits depend on."""
+    """The key of the splits' features among those that experiments share: all that they depend on."""
     seed = None if config.cache.views is None else config.seed
     options = config.cache, config.local.augmentation, config.local.self_training, config.data.unreadable
     return "features", id(data), id(model), seed, repr(options)
 
 
+@dataclass(frozen=True, eq=False)
+class SplitFeatures:
+    """The features of the training, the test and, where classes were set aside, the new images.
+
+    `unreadable` has a line for each image that can't be read, `digests` are those of the images and the labels.
+    """
+
+    train: Features
+    test: Features
+    new: Features | None
+    unreadable: list[str]
+    digests: dict[str, str]
+
+    @property
+    def runs_stem(self) -> bool:
+        """Whether some images go through the stem at each use."""
+        return any(features.runs_stem for features in self._all)
+
+    def moved(self, device: torch.device) -> SplitFeatures:
+        """The same on `device`, if they fit into half of its free memory."""
+        train, test, *new = move_if_they_fit(self._all, device)
+        return replace(self, train=train, test=test, new=new[0] if new else None)
+
+    @property
+    def _all(self) -> list[Features]:
+        return [self.train, self.test] + ([] if self.new is None else [self.new])
+
+
 def features_of_splits(
     config: ExperimentConfig, data: ImageData, model: AdaptedClip, tell: Tell, processes: Processes = ALONE
-) -> tuple[list[Features], list[str]]:
-    """The features of the splits, and a line for each image that can't be read.
+) -> SplitFeatures:
+    """The features of the splits.
 
     They are computed once, apart from those of images that are changed at random: the training split's, unless a number
     of views of each is kept.
     """
     splits = {"training": data.train, "test": data.test} | ({"new": data.new} if data.new is not None else {})
-    loader = Loader(config, model, tell, config.data.unreadable == "skip", processes)
+    loader = Loader(config, model, tell, config.data.skips_unreadable, processes)
     features = loader.load(splits)
     train = loader.changed_at_random("training", config.local.augmentation, features["training"], data.train)
     self_training = config.local.active_self_training
@@ -179,7 +208,8 @@ def features_of_splits(
     if loader.problems:
         number = sum(len(split) for split in splits.values())
         tell.log(f"left out: {len(loader.problems):,} of {number:,} images can't be read")
-    return list(features.values()), loader.problems
+    digests = {"data_sha256": data_digest(data), "images_sha256": images_digest(list(features.values()))}
+    return SplitFeatures(train, features["test"], features.get("new"), loader.problems, digests)
 
 
 @dataclass(eq=False)
@@ -266,7 +296,7 @@ def _dealt_out(config: ExperimentConfig, data: ImageData, class_names: Sequence[
 
 
 def check_classes(train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:
-    """Raise `UserError` unless there are two classes, all have training images by these labels, and there is a test."""
+    """Raise `UserError` unless there are two classes, all in the labels `train` `(N,)`, and `test` `(M,)` has some."""
     if len(class_names) < 2:
         raise UserError(f"data: {class_names[0]!r} is the only class: there is nothing to tell it from")
     empty = np.flatnonzero(np.bincount(train, minlength=len(class_names)) == 0)
@@ -290,7 +320,7 @@ def warn_of_untested_classes(test: np.ndarray, class_names: Sequence[str], log: 
 
 def _class_names(config: ExperimentConfig, data: ImageData) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what the classes are called in prompts: those that are trained on, and those that are set aside."""
-    with below("prompts"):
+    with in_section("prompts"):
         names = config.prompts.rename((*data.class_names, *data.new_class_names))
     return names[: len(data.class_names)], names[len(data.class_names) :]
 
@@ -303,6 +333,6 @@ def _descriptions(config: ExperimentConfig, data: ImageData, names: Sequence[str
     path = config.prompts.descriptions
     if path is None:
         return {}
-    found, data_names = read_descriptions(path), (*data.class_names, *data.new_class_names)
-    check_known(path, found, data_names)
-    return {name: found[key] for key, name in zip(data_names, names, strict=True) if key in found}
+    sentences, data_names = read_descriptions(path), (*data.class_names, *data.new_class_names)
+    check_known(path, sentences, data_names)
+    return {name: sentences[key] for key, name in zip(data_names, names, strict=True) if key in sentences}

@@ -43,7 +43,7 @@ def load_other_data(
             templates=config.adapter.templates(given),
             speed=config.speed,
         )
-        loader = Loader(config, model, tell, dataset.unreadable == "skip", processes)
+        loader = Loader(config, model, tell, dataset.skips_unreadable, processes)
         with naming(f"evaluation.also ({name})"):
             features = loader.load({name: data.test})[name]
         if loader.problems:

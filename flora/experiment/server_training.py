@@ -12,7 +12,7 @@ import torch
 from flora.clip.towers.text import TextTower
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.descriptions import check_known, read_descriptions
-from flora.config.rules import below
+from flora.config.rules import in_section
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
 from flora.core.processes import ALONE, Processes
@@ -44,14 +44,14 @@ def find_server_data(config: ExperimentConfig, data: ImageData, rng: Rng, tell: 
     server, names = config.server, (*data.class_names, *data.new_class_names)
     synthetic = public = None
     if server.synthetic is not None:
-        found = images_of("server.synthetic.data", server.synthetic.data, rng.child("synthetic"), tell)
-        split = _drawn(found.train, server.synthetic.num_images, rng.child("synthetic images"))
-        with below("server.synthetic"):
-            own_names = PromptOptions(class_names=server.synthetic.class_names).rename(found.class_names)
+        other = images_of("server.synthetic.data", server.synthetic.data, rng.child("synthetic"), tell)
+        split = _drawn(other.train, server.synthetic.num_images, rng.child("synthetic images"))
+        with in_section("server.synthetic"):
+            own_names = PromptOptions(class_names=server.synthetic.class_names).rename(other.class_names)
         synthetic = _relabelled(split, own_names, names)
     if server.distillation is not None:
-        found = images_of("server.distillation.data", server.distillation.data, rng.child("public"), tell)
-        public = _drawn(found.train, server.distillation.num_images, rng.child("public images"))
+        other = images_of("server.distillation.data", server.distillation.data, rng.child("public"), tell)
+        public = _drawn(other.train, server.distillation.num_images, rng.child("public images"))
         public = replace(public, labels=np.zeros(len(public), np.int64))
     return ServerData(synthetic, public, _sentences(config, names))
 
@@ -85,8 +85,8 @@ def _sentences(config: ExperimentConfig, names: Sequence[str]) -> tuple[tuple[st
     check_known(path, described, names, setting)
     renamed = dict(zip(names, config.prompts.rename(tuple(names)), strict=True))
     class_of: dict[str, str] = {}
-    for name, own in described.items():
-        for sentence in (each.replace("{}", renamed[name]) for each in own):
+    for name, sentences in described.items():
+        for sentence in (each.replace("{}", renamed[name]) for each in sentences):
             other = class_of.setdefault(sentence, name)
             if other != name:
                 raise UserError(f"{setting}: {path}: {show(sentence)} describes both {show(other)} and {show(name)}")
@@ -95,7 +95,7 @@ def _sentences(config: ExperimentConfig, names: Sequence[str]) -> tuple[tuple[st
 
 def server_training(
     config: ExperimentConfig,
-    found: ServerData,
+    data: ServerData,
     models: Sequence[AdaptedClip],
     clients_per_block: int,
     tell: Tell,
@@ -106,30 +106,30 @@ def server_training(
     `models` are the model with the prompts of the classes that are trained on, and with those of classes set aside.
     """
     server, model = config.server, models[0]
-    for_all = _with_all_classes(models) if found.synthetic is not None or found.sentences else model
+    for_all = _with_all_classes(models) if data.synthetic is not None or data.sentences else model
     loader = Loader(config, model, tell, skip_unreadable=False, processes=processes)
     synthetic = public = texts = None
-    if server.synthetic is not None and found.synthetic is not None:
-        features = _features("synthetic", server.synthetic.data, found.synthetic, loader)
+    if server.synthetic is not None and data.synthetic is not None:
+        features = _features("synthetic", server.synthetic.data, data.synthetic, loader)
         synthetic = ServerExamples("server.synthetic", Engine(for_all, features, 1), server.synthetic.training())
-    if server.distillation is not None and found.public is not None:
-        features = _features("distillation", server.distillation.data, found.public, loader)
+    if server.distillation is not None and data.public is not None:
+        features = _features("distillation", server.distillation.data, data.public, loader)
         engine = Engine(model, features, clients_per_block, log=tell.log)
         public = ServerExamples("server.distillation", engine, server.distillation.training())
     if server.text_rounds is not None:
-        features = _text_features(for_all, found.sentences, tell)
+        features = _text_features(for_all, data.sentences, tell)
         engine = Engine(for_all, features, 1)
         texts = ServerExamples("server.text_rounds", engine, server.text_rounds.training(), server.text_rounds.every)
     return ServerTraining(synthetic, public, texts)
 
 
-def server_digests(training: ServerTraining, found: ServerData) -> dict[str, str]:
+def server_digests(training: ServerTraining, data: ServerData) -> dict[str, str]:
     """A SHA-256 of what the server trains on, for each section of the configuration that says so."""
     digests = {}
     for examples in training.all:
         features, digest = examples.engine.features, hashlib.sha256()
         if features.digests is None:
-            digest.update(repr(found.sentences).encode())
+            digest.update(repr(data.sentences).encode())
         else:
             digest.update(images_digest([features]).encode())
         digest.update(features.labels.numpy().tobytes())
@@ -139,7 +139,7 @@ def server_digests(training: ServerTraining, found: ServerData) -> dict[str, str
 
 def _features(name: str, dataset: Dataset, split: Split, loader: Loader) -> Features:
     """A split's features, of the data set of `server.NAME`."""
-    loader = replace(loader, skip_unreadable=dataset.unreadable == "skip", problems=[])
+    loader = replace(loader, skip_unreadable=dataset.skips_unreadable, problems=[])
     with naming(f"server.{name}.data"):
         features = loader.load({name: split})[name]
     if loader.problems:

@@ -9,6 +9,7 @@ from flora.clip.adapters.files import read_low_rank
 from flora.clip.adapters.lora import Lora
 from flora.clip.towers.towers import AdaptedClip
 from flora.config.schema import ExperimentConfig
+from flora.core.errors import UserError
 from flora.core.registry import OptionError
 from flora.core.rng import Rng
 from flora.core.tree import State
@@ -17,13 +18,16 @@ from flora.core.tree import State
 def starting_adapter(config: ExperimentConfig, model: AdaptedClip) -> State:
     """The factors that `adapter.start` names, in the model's types; empty where it names none.
 
-    Raises `OptionError` if they are not those of the adapter that the configuration describes, and `UserError` if the
-    file can't be read.
+    Raises `OptionError` if the file can't be read, or its factors are not those of the adapter that is configured.
     """
     options = config.adapter
     if not isinstance(options, Lora) or options.start is None:
         return {}
-    given, initial = read_low_rank(Path(options.start)), model.adapter.initial_state(Rng(0))
+    try:
+        given = read_low_rank(Path(options.start))
+    except UserError as error:
+        raise OptionError("adapter.start", str(error)) from None
+    initial = model.adapter.initial_state(Rng(0))
     expected = {name for name in initial if name.rpartition(".")[2] in ("lora_A", "lora_B")}
     missing, surplus = sorted(expected - given.tensors.keys()), sorted(given.tensors.keys() - expected)
     if missing or surplus:
@@ -33,8 +37,8 @@ def starting_adapter(config: ExperimentConfig, model: AdaptedClip) -> State:
         )
     for name, tensor in given.tensors.items():
         if tensor.shape != initial[name].shape:
-            found, here = list(tensor.shape), list(initial[name].shape)
-            raise OptionError("adapter.start", f"{options.start}: {name} is {found}, expected {here} (adapter.rank)")
+            shape, here = list(tensor.shape), list(initial[name].shape)
+            raise OptionError("adapter.start", f"{options.start}: {name} is {shape}, expected {here} (adapter.rank)")
     if not math.isclose(given.factor, options.factor, rel_tol=1e-9):
         raise OptionError(
             "adapter.start",

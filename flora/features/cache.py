@@ -53,7 +53,10 @@ class CacheOptions(Options):
         choices=("computed", "float16", "bfloat16"),
     )
     memory_bytes: int | None = option(
-        "features larger than this stay on disk, memory-mapped; none: half of the free memory", None, at_least=1
+        "features larger than this stay on disk, memory-mapped; so much is kept, too, of what the frozen model makes "
+        "of images that losses compare with; none: half of the free memory",
+        None,
+        at_least=1,
     )
 
     @property

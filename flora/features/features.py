@@ -16,14 +16,14 @@ from flora.core.rng import Rng
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Beside:
-    """What all kinds of features may have beside their own: see `Features`."""
+class _Shared:
+    """The fields that all kinds of features have: see `Features`."""
 
     views: Mapping[str, Features] = field(default_factory=dict)
     targets: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Features(_Beside, ABC):
+class Features(_Shared, ABC):
     """Stem outputs and labels of a split's readable examples, whether they were computed before or are computed now.
 
     Example i of the N has label `labels[i]` (on the CPU) and is example `split_indices[i]` of the split. `digests`
@@ -49,7 +49,7 @@ class Features(_Beside, ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where indices have to be."""
+        """The device that the indices of `take` have to be on."""
 
     @abstractmethod
     def take(self, indices: Tensor, device: torch.device, rngs: Iterable[Rng] | None = None) -> Tensor:
@@ -61,7 +61,7 @@ class Features(_Beside, ABC):
 
     @abstractmethod
     def subset(self, indices: np.ndarray) -> Features:
-        """The examples at `indices`, in that order; what is large is shared."""
+        """The examples at `indices` `(n,)`, in that order; what is large is shared."""
 
     def with_labels(self, labels: Tensor) -> Features:
         """The same examples with other labels `(N,)`, on the CPU."""

@@ -32,17 +32,17 @@ class JoinedFeatures(Features):
     def take(self, indices: Tensor, device: torch.device, rngs: Iterable[Rng] | None = None) -> Tensor:
         inner = torch.tensor(self.starts[1:], device=indices.device)
         part_of = torch.bucketize(indices, inner, right=True)
-        found: Tensor | None = None
+        stacked: Tensor | None = None
         for number in part_of.unique().tolist():
             places = torch.nonzero(part_of == number).squeeze(1)
             rows = self.parts[number].take(indices[places] - self.starts[number], device, rngs)
             if len(places) == len(indices):
                 return rows
-            if found is None:
-                found = rows.new_empty((len(indices), *rows.shape[1:]))
-            found[places.to(device)] = rows
-        assert found is not None
-        return found
+            if stacked is None:
+                stacked = rows.new_empty((len(indices), *rows.shape[1:]))
+            stacked[places.to(device)] = rows
+        assert stacked is not None
+        return stacked
 
     def subset(self, indices: np.ndarray) -> Features:
         raise NotImplementedError("what is joined for training is not cut again")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from flora.clip.towers.towers import AdaptedClip
-from flora.core.errors import UserError
 from flora.core.progress import Progress
 from flora.core.rng import Rng
 from flora.data.augmentation import Augmentation
@@ -60,7 +59,7 @@ class LiveFeatures(Features):
             try:
                 image = to_rgb(self.split.open(place))
             except UNREADABLE as error:
-                raise UserError(unreadable(self.split.name(place), error)) from None
+                raise refusal([unreadable(self.split.name(place), error)]) from None
             if stream is not None:
                 image = self.augmentation.apply(image, self.model.clip.architecture.image_size, stream)
             return self.model.clip.preprocess(image)
@@ -100,12 +99,12 @@ def live_features(
         except UNREADABLE as error:
             return unreadable(split.name(place), error)
 
-    found = in_threads(look, range(len(split)), progress("checking images", len(split)))
-    problems = [each for each in found if isinstance(each, str)]
+    digests_or_problems = in_threads(look, range(len(split)), progress("checking images", len(split)))
+    problems = [each for each in digests_or_problems if isinstance(each, str)]
     if problems and not skip_unreadable:
         raise refusal(problems)
-    kept = np.flatnonzero([isinstance(each, bytes) for each in found])
-    check_some_are_left(len(kept), len(split), problems)
-    digests = as_rows([each for each in found if isinstance(each, bytes)])
-    labels = torch.from_numpy(split.labels[kept])
-    return LiveFeatures(split, model, augmentation, labels, kept, digests), problems
+    readable = np.flatnonzero([isinstance(each, bytes) for each in digests_or_problems])
+    check_some_are_left(len(readable), len(split), problems)
+    digests = as_rows([each for each in digests_or_problems if isinstance(each, bytes)])
+    labels = torch.from_numpy(split.labels[readable])
+    return LiveFeatures(split, model, augmentation, labels, readable, digests), problems

@@ -56,11 +56,13 @@ def load_features(
 
 
 def _of_split(split: Split, entry: Entry, rows: np.ndarray, problems: Sequence[str]) -> StoredFeatures:
-    own = rows[split.source_indices]
-    kept = np.flatnonzero(own >= 0)
-    check_some_are_left(len(kept), len(split), problems)
-    labels = torch.from_numpy(split.labels[kept])
-    return StoredFeatures(entry.stem, torch.from_numpy(own[kept]), labels, kept, entry.digests[own[kept]])
+    places = rows[split.source_indices]
+    readable = np.flatnonzero(places >= 0)
+    check_some_are_left(len(readable), len(split), problems)
+    labels = torch.from_numpy(split.labels[readable])
+    return StoredFeatures(
+        entry.stem, torch.from_numpy(places[readable]), labels, readable, entry.digests[places[readable]]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +81,7 @@ class StemImages:
         return len(self.used)
 
     def key(self) -> dict[str, Any]:
-        """All that their features depend on."""
+        """The key of the images' features in the cache: all that these depend on, as JSON types."""
         return {
             **self.model.vision.stem_key(),
             "images": self.source.fingerprint(self.used),
@@ -122,8 +124,8 @@ class StemImages:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _part(self, batch: range, found: Sequence[tuple[Tensor, bytes] | str]) -> Part:
-        good = [(number, *each) for number, each in zip(batch, found, strict=True) if not isinstance(each, str)]
+    def _part(self, batch: range, images: Sequence[tuple[Tensor, bytes] | str]) -> Part:
+        good = [(number, *each) for number, each in zip(batch, images, strict=True) if not isinstance(each, str)]
         if good:
             rows = self.model.vision.stem(torch.stack([pixels for _, pixels, _ in good]).to(self.model.device)).cpu()
             rows = rows.to(self.storage or rows.dtype)
@@ -135,7 +137,7 @@ class StemImages:
             readable=[number for number, _, _ in good],
             rows=rows,
             digests=[digest for _, _, digest in good],
-            problems={number: each for number, each in zip(batch, found, strict=True) if isinstance(each, str)},
+            problems={number: each for number, each in zip(batch, images, strict=True) if isinstance(each, str)},
         )
 
 
@@ -168,35 +170,35 @@ class _Source:
 
     def entry(self) -> Entry:
         """The entry, the same in all processes: from the cache, else computed in shares, else as process 0 has it."""
-        processes, found = self.processes, self._found()
-        have = [message.fields for message in processes.exchange(Message(found is not None))]
-        if found is not None and all(have):
-            self.tell.log(f"image features: {len(found.readable):,} read from the cache ({_size(self.num_bytes)})")
-            return found
+        processes, entry = self.processes, self._found()
+        have = [message.fields for message in processes.exchange(Message(entry is not None))]
+        if entry is not None and all(have):
+            self.tell.log(f"image features: {len(entry.readable):,} read from the cache ({_size(self.num_bytes)})")
+            return entry
         if not have[0]:
             if processes.is_first:
-                found = self._computed()
+                entry = self._computed()
             else:
                 start = processes.first(Message).fields
                 for _ in self._parts(start):
                     pass
-        if processes.size == 1 and found is not None:
-            return found
+        if processes.size == 1 and entry is not None:
+            return entry
         processes.anybody(False)  # process 0 has it in the cache by now
-        found = self._found() if found is None else found
-        return self._as_process_0_has_it(found) if processes.anybody(found is None) else _needed(found)
+        entry = self._found() if entry is None else entry
+        return self._as_process_0_has_it(entry) if processes.anybody(entry is None) else _needed(entry)
 
     def _found(self) -> Entry | None:
         """The entry in the cache, if there is one that can be gone on with."""
         store, key = self.store(), self.images.key()
-        found = store.read(key, in_memory=self.in_memory)
-        if found is not None and not self.images.are_unreadable(found.problems):
+        entry = store.read(key, in_memory=self.in_memory)
+        if entry is not None and not self.images.are_unreadable(entry.problems):
             self.tell.log("image features: images that could not be read can be by now: computed again")
             store.remove(key)
             return None
-        if found is not None and found.problems and not self.skip_unreadable:
-            raise refusal(list(found.problems.values()))
-        return found
+        if entry is not None and entry.problems and not self.skip_unreadable:
+            raise refusal(list(entry.problems.values()))
+        return entry
 
     def _computed(self) -> Entry:
         """Compute an entry, with what the other processes compute of it, and keep it."""
@@ -228,26 +230,26 @@ class _Source:
         """Return what the images from `start` on come to, in their order; processes take turns in computing batches."""
         rank, size = self.processes.rank, self.processes.size
         batches = self.images.batches(start)
-        own = self.images.computed_parts(batches[rank::size])
+        computed = self.images.computed_parts(batches[rank::size])
         if size == 1:
-            yield from own
+            yield from computed
             return
         for _ in range(0, len(batches), size):
-            part = next(own, None)
+            part = next(computed, None)
             for message in self.processes.exchange(Message() if part is None else part.to_message()):
                 if message.fields is not None:
                     yield Part.from_message(message)
 
-    def _as_process_0_has_it(self, found: Entry | None) -> Entry:
+    def _as_process_0_has_it(self, entry: Entry | None) -> Entry:
         """The entry that process 0 has, by a message: where there is no cache that all processes share."""
         if self.processes.is_first:
-            for part in _needed(found).parts(len(self.images)):
+            for part in _needed(entry).parts(len(self.images)):
                 self.processes.first(part.to_message)
-            return _needed(found)
-        if found is not None:
+            return _needed(entry)
+        if entry is not None:
             for _ in self._received():
                 pass
-            return found
+            return entry
         shape, dtype = self.images.shape()
         create, size = self.store(keeps=self.processes.local_rank == 0).create, (len(self.images), *shape)
         with create(self.images.key(), size, dtype, in_memory=self.in_memory, trust=lambda problems: False) as writer:
@@ -264,9 +266,9 @@ class _Source:
             yield part
 
 
-def _needed(found: Entry | None) -> Entry:
-    assert found is not None
-    return found
+def _needed(entry: Entry | None) -> Entry:
+    assert entry is not None
+    return entry
 
 
 def _size(num_bytes: float) -> str:

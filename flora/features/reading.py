@@ -24,12 +24,12 @@ T = TypeVar("T")
 
 def in_threads(read: Callable[[int], T], numbers: range, advance: Callable[[int], object]) -> list[T]:
     """Return what `read` gives for each of the numbers, in their order; `advance` is told of each."""
-    found = []
+    results = []
     with reading_pool() as pool:
         for each in pool.map(read, numbers):
-            found.append(each)
+            results.append(each)
             advance(1)
-    return found
+    return results
 
 
 def reading_pool() -> ThreadPoolExecutor:

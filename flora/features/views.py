@@ -78,7 +78,7 @@ def _stored(features: Features) -> Iterator[StoredFeatures]:
 
 
 def _moved(features: Features, stems: Mapping[int, Tensor], device: torch.device) -> Features:
-    """The same features with their stems, known by their ids, where they were moved to."""
+    """The same features on a device, with the `stems` there in place of those that have their ids."""
     views = {name: _moved(view, stems, device) for name, view in features.views.items()}
     if isinstance(features, ViewFeatures):
         images, own = (_with_stem(each, stems, device) for each in (features.images, features.stored_views))

@@ -141,16 +141,16 @@ class _Work:
             return
         assert participation.profiles is not None
         self._num_draws += 1
-        own = self._rng.child("network", draw)
+        network_rng = self._rng.child("network", draw)
         busy = {*self.arrived, *(client for _, client, _ in self.queue)}
-        present = participation.available(now, own.child("available"))
+        present = participation.available(now, network_rng.child("available"))
         free = present[~np.isin(present, list(busy))]
         if not len(free):
             return
         stream = self._rng.child("cohort", draw) if draw else self._rng.child("cohort")
         chosen = participation.cohort(self._round, free, min(number, len(free)), stream)
         takes = participation.durations(chosen, self._load)
-        is_gone = own.child("dropout").numpy().random(len(chosen)) < participation.profiles.dropout[chosen]
+        is_gone = network_rng.child("dropout").numpy().random(len(chosen)) < participation.profiles.dropout[chosen]
         for client, seconds, gone in zip(chosen.tolist(), takes.tolist(), is_gone.tolist(), strict=True):
             self.asked.append(client)
             self.training |= set() if gone else {client}

@@ -31,7 +31,7 @@ def count_releases(
 
 
 def exposures(federation: Federation, clients: Mapping[int, ClientState]) -> dict[int, Exposure]:
-    """What each client has sent by now, by id, of those that ever did."""
+    """Return how much each client has released of its examples by now, by id; nothing of those that never did."""
     local = federation.local
     if local.privacy is None:
         return {}

@@ -156,12 +156,21 @@ class Federation:
         """The most images without a label that a client has."""
         return max(len(client.unlabelled) for client in self.clients)
 
+    def with_clients(self, clients: Sequence[ClientData]) -> Federation:
+        """Return the same federation of other clients, whatever else is known of those that it has."""
+        sizes = np.array([len(client.train) for client in clients])
+        participation = dataclasses.replace(self.participation, sizes=sizes)
+        return dataclasses.replace(self, clients=clients, participation=participation)
+
     def num_sent(self, num_numbers: int) -> int:
         """Return how many numbers go into a secure sum for an update of `num_numbers`."""
         return num_numbers if self.privacy is None else self.privacy.mechanism.num_sent(num_numbers)
 
     def initial_state(self, adapter: State) -> ServerState:
-        """The server before the first round, from the adapter that clients start with."""
+        """The server before the first round, from the adapter that clients start with.
+
+        Raises `UserError` if the strategy trains other tensors in round 2 than in round 1, and does not say so.
+        """
         trained = tree.select(adapter, self.roles.trained(adapter, round=1))
         strategy = self.server.strategy
         if not strategy.alternates and tuple(trained) != self.roles.trained(adapter, round=2):
@@ -239,7 +248,10 @@ class Federation:
         )
 
     def setup(self, round: int, trained: Iterable[str], local: LocalTraining | None = None) -> TrainingSetup:
-        """Return what a round's tasks have in common; `local` says how clients train, in place of the federation's."""
+        """Return what a round's tasks have in common; `local` says how clients train, in place of the federation's.
+
+        Raises `UserError` if no tensor is trained.
+        """
         local, trained = local or self.local, tuple(trained)
         if not trained:
             raise UserError(

@@ -30,13 +30,16 @@ def movement_of(deltas: Sequence[StateLike]) -> Movement:
     if not deltas:
         return Movement(None, None)
     squares: list[Tensor] = []
-    total = torch.zeros(())
-    for delta in deltas:
-        vector = tree.flatten(delta).to(torch.float64, copy=True)
-        squares.append(vector @ vector)
-        total = vector if len(squares) == 1 else total.add_(vector)
-    squared = torch.stack(squares)
-    mean_square, square_of_mean = float(squared.mean()), float((total / len(deltas)).square().sum())
+    square_of_mean = 0.0
+    for parts in zip(*(tree.flatten(delta).split(tree.MAX_TOGETHER) for delta in deltas), strict=True):
+        mean = torch.zeros(len(parts[0]), dtype=torch.float64)
+        for part in parts:
+            numbers = part.to(torch.float64)
+            squares.append(numbers @ numbers)
+            mean.add_(numbers, alpha=1 / len(deltas))
+        square_of_mean += float(mean @ mean)
+    squared = torch.stack(squares).view(-1, len(deltas)).sum(dim=0)
+    mean_square = float(squared.mean())
     drift = None
     if len(deltas) > 1 and mean_square > 0:
         drift = max(1 - square_of_mean / mean_square, 0.0) ** 0.5

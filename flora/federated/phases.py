@@ -31,7 +31,7 @@ def train_clients(engine: Engine, plan: RoundPlan) -> Iterator[ClientResult]:
 
 
 def _of_both(first: ClientResult, last: ClientResult) -> ClientResult:
-    """What comes of a client's two phases; a step that failed is counted from the first phase's start."""
+    """Join the results of a client's two phases; a step that failed is counted from the start of the first one."""
     num_steps = first.num_steps + last.num_steps
     failed_step = first.failed_step
     if failed_step is None and last.failed_step is not None:

@@ -12,7 +12,6 @@ from flora.core.states import ClientUpdate, ServerState
 from flora.federated.aggregation import Step, in_server_terms, moved_by, require_finite, stepped
 from flora.federated.federation import Federation
 from flora.federated.summing import Summed
-from flora.privacy.mechanisms import Local
 from flora.privacy.rounds import PrivateRounds
 
 
@@ -55,13 +54,13 @@ def private_step(
 
 def _sum_epsilon(private: PrivateRounds, state: tree.StateLike) -> float | None:
     """The epsilon of sums alone, where clients noise their updates."""
-    if not isinstance(private.mechanism, Local):
+    if not private.mechanism.noises_at_clients:
         return None
     return private.mechanism.sum_epsilon(private.noise_multiplier, float(state["precision"]))
 
 
 def _averaging_error(federation: Federation, state: ServerState, updates: Sequence[ClientUpdate]) -> float | None:
-    """What averaging A and B gets wrong of the updates as they came, before bound and noise."""
+    """The aggregation error of averaging A and B of the updates as they came, before bound and noise."""
     if not updates or federation.server.strategy.has_personal or not layers(state.adapter):
         return None
     _, ends = in_server_terms(federation, state.adapter, updates, {})

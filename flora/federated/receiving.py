@@ -17,13 +17,13 @@ def send_updates(
 ) -> dict[int, tuple[ClientUpdate, ClientState]]:
     """Let each client send what it has trained: its update as the server reads it, and what it carries on, by id."""
     tasks = {task.client: task for task in plan.tasks}
-    kept = frozenset(filter(federation.roles.stays, plan.view.adapter))
+    staying = frozenset(filter(federation.roles.stays, plan.view.adapter))
     starts: dict[int, FlatState] = {}
     sent = {}
     for result in results:
         task = tasks[result.client]
         if id(task.adapter) not in starts:  # mostly all clients start from one adapter
-            names = (name for name in result.adapter if name not in kept)
+            names = (name for name in result.adapter if name not in staying)
             starts = {id(task.adapter): tree.flat(tree.select(task.adapter, names))}
         sent[task.client] = _send(federation, plan, task, result, starts[id(task.adapter)])
     return sent
@@ -32,16 +32,16 @@ def send_updates(
 def _send(
     federation: Federation, plan: RoundPlan, task: ClientTask, result: ClientResult, start: FlatState
 ) -> tuple[ClientUpdate, ClientState]:
-    """What the server reads of a client that began at `start`, the tensors that are sent, and what it carries on."""
+    """Send a client's delta from `start`, what is sent of it; return it as the server reads it, and its state."""
     client, trained = task.client, result.adapter
     # Copies, so that no client keeps the memory of all that shared its steps.
-    own = {}
+    staying = {}
     if len(trained) > len(start):
-        own = {name: tensor.clone() for name, tensor in trained.items() if name not in start}
+        staying = {name: tensor.clone() for name, tensor in trained.items() if name not in start}
     failed_step = result.failed_step
-    if failed_step is None and not tree.is_finite(own):
+    if failed_step is None and not tree.is_finite(staying):
         failed_step = result.num_steps - 1
-    delta: StateLike = tree.subtract(tree.flat(tree.select(trained, start) if own else trained), start)
+    delta: StateLike = tree.subtract(tree.flat(tree.select(trained, start) if staying else trained), start)
     extra = result.sent_correction
     if federation.canaries is not None:
         delta, extra = federation.canaries.sent(client, delta, extra)
@@ -61,7 +61,7 @@ def _send(
         failed_step=failed_step,
         cluster=plan.clusters.get(client, 0),
     )
-    return update, dataclasses.replace(result.state, own=own, feedback=upload.feedback)
+    return update, dataclasses.replace(result.state, own=staying, feedback=upload.feedback)
 
 
 def personal_states(

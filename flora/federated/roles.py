@@ -41,8 +41,8 @@ class TensorRoles:
     def ever_trained(self, names: Iterable[str]) -> tuple[str, ...]:
         """Return what is trained in some round: a strategy that alternates does so every second one."""
         names = tuple(names)
-        found = {*self.trained(names, 1), *self.trained(names, 2)}
-        return tuple(name for name in names if name in found)
+        trained = {*self.trained(names, 1), *self.trained(names, 2)}
+        return tuple(name for name in names if name in trained)
 
     def own(self, names: Iterable[str]) -> tuple[str, ...]:
         """Return the tensors of which each client has a copy of its own."""

@@ -87,31 +87,23 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
     but for the network's clock; with differential privacy the server steps along the noise all the same. Raises
     `UserError` for the first of them where `screening` says so.
     """
-    engine, schedule = federation.engine, federation.schedule
-    started = engine.seconds()
+    started = federation.engine.seconds()
     before, state = state.adapter, federation.continued(state)
-    plan = schedule.plan(federation, state)
+    plan = federation.schedule.plan(federation, state)
     reports: dict[int, Mapping[str, int]] = {}
-    results = _noted(train_clients(engine, plan), reports)
-    received = schedule.receive(plan, send_updates(federation, plan, results))
+    results = _noted(train_clients(federation.engine, plan), reports)
+    received = federation.schedule.receive(plan, send_updates(federation, plan, results))
     received, accepted, rejections = _screened(federation, plan, received)
     summed = sum_securely(federation, plan, accepted)
     if summed is not None:
         received, accepted = _without_lost(federation, plan, received, accepted, summed), list(summed.updates)
-    clients = dict(received.clients)
-    for client, own in personal_states(federation, plan, engine.train(plan.personal_tasks)):
-        clients[client] = dataclasses.replace(clients.get(client, FRESH), own=own)
-    carried = count_releases(federation, plan, clients)
-    after = Step(state.adapter, state.optimizer, state.correction, None, state.privacy)
-    if federation.privacy is not None:
-        after = private_step(federation, state, accepted, summed)
-    elif accepted:
-        after = step(federation, state, accepted, {task.client: task.adapter for task in plan.tasks}, summed)
+    clients = _client_states(federation, plan, received)
+    after = _step_along(federation, state, plan, accepted, summed)
     adapter, server_losses = after.adapter, ServerLosses()
     if accepted or federation.privacy is not None:
         adapter, server_losses = _trained_by_server(federation, plan, state.adapter, accepted, adapter)
     if federation.server.strategy.restarts and accepted:
-        adapter = {**adapter, **engine.model.adapter.initial_state(plan.rng.child("adapter"))}
+        adapter = {**adapter, **federation.engine.model.adapter.initial_state(plan.rng.child("adapter"))}
     adapter, optimizer = released(federation, before, adapter, after.optimizer, plan.round)
     clock = state.clock + (plan.outcome.seconds or 0.0)
     result = _result(federation, plan, received, accepted, rejections)
@@ -121,14 +113,33 @@ def run_round(federation: Federation, state: ServerState) -> tuple[ServerState, 
         **_pseudo_label_figures(reports),
         distillation_loss=server_losses.distillation,
         text_loss=server_losses.texts,
-        example_epsilon=example_epsilon(federation, carried),
+        example_epsilon=example_epsilon(federation, clients),
         aggregation_error=after.aggregation_error,
         **after.figures,
-        train_seconds=engine.seconds() - started,
+        train_seconds=federation.engine.seconds() - started,
     )
     if federation.privacy is not None and not federation.privacy.mechanism.publish:
         result = dataclasses.replace(result, cohort=None, rejected_clients=())
-    return ServerState(plan.round, adapter, optimizer, after.correction, clock, carried, after.privacy), result
+    return ServerState(plan.round, adapter, optimizer, after.correction, clock, clients, after.privacy), result
+
+
+def _client_states(federation: Federation, plan: RoundPlan, received: Received) -> Mapping[int, ClientState]:
+    """Let clients train for themselves, and return what each carries to the next round, its releases counted."""
+    clients = dict(received.clients)
+    for client, own in personal_states(federation, plan, federation.engine.train(plan.personal_tasks)):
+        clients[client] = dataclasses.replace(clients.get(client, FRESH), own=own)
+    return count_releases(federation, plan, clients)
+
+
+def _step_along(
+    federation: Federation, state: ServerState, plan: RoundPlan, accepted: Sequence[ClientUpdate], summed: Summed | None
+) -> Step:
+    """Step from `state` along the accepted updates, with differential privacy along their noisy sum; else stay."""
+    if federation.privacy is not None:
+        return private_step(federation, state, accepted, summed)
+    if accepted:
+        return step(federation, state, accepted, {task.client: task.adapter for task in plan.tasks}, summed)
+    return Step(state.adapter, state.optimizer, state.correction, None, state.privacy)
 
 
 def _noted(results: Iterable[ClientResult], reports: dict[int, Mapping[str, int]]) -> Iterator[ClientResult]:
@@ -140,7 +151,7 @@ def _noted(results: Iterable[ClientResult], reports: dict[int, Mapping[str, int]
 
 
 def _pseudo_label_figures(reports: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
-    """What is known of the labels that images without one were given; nothing where there are none."""
+    """The metrics of pseudo-labels from clients' `reports`, by client id; none where nobody has reported."""
     if not reports:
         return {}
     names = ("num_unlabelled", "num_sure", "num_right")
@@ -160,16 +171,16 @@ def _trained_by_server(
 
     `before` is what the round's clients got, `adapter` what was made of the updates that were accepted.
     """
-    own, distillation, texts = federation.server_training, None, None
-    if own.public is None and own.texts is None:
+    training, distillation, texts = federation.server_training, None, None
+    if training.public is None and training.texts is None:
         return adapter, ServerLosses()
     trained = federation.roles.trained(adapter, plan.round)
-    if own.public is not None:
+    if training.public is not None:
         _, ends = in_server_terms(federation, before, accepted, {task.client: task.adapter for task in plan.tasks})
-        after = own.public.with_teacher(ends).train(adapter, trained, plan.rng.child("distillation"))
+        after = training.public.with_teacher(ends).train(adapter, trained, plan.rng.child("distillation"))
         adapter, distillation = after.adapter, after.loss
-    if own.texts is not None and plan.round % own.texts.every == 0:
-        after = own.texts.train(adapter, trained, plan.rng.child("texts"))
+    if training.texts is not None and plan.round % training.texts.every == 0:
+        after = training.texts.train(adapter, trained, plan.rng.child("texts"))
         adapter, texts = after.adapter, after.loss
     return adapter, ServerLosses(distillation, texts)
 
@@ -216,7 +227,7 @@ def _say(federation: Federation, line: str) -> None:
 
 
 def _instead(federation: Federation) -> str:
-    """What the server does where no update came."""
+    """Return a sentence that says what the server does where no update came."""
     if federation.privacy is None:
         return "the adapter stays as it was"
     return f"the server steps along {'zeros' if federation.privacy.mechanism.noises_in_sum else 'noise alone'}"

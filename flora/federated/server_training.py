@@ -78,7 +78,7 @@ class ServerTraining:
 
     @property
     def all(self) -> list[ServerExamples]:
-        """Those that there are."""
+        """The examples that the server has, in the order in which it trains on them in a round."""
         return [each for each in (self.synthetic, self.public, self.texts) if each is not None]
 
 

@@ -18,8 +18,7 @@ from flora.core.states import ClientUpdate
 from flora.core.tree import State, StateLike
 from flora.federated.federation import Federation, RoundPlan
 from flora.privacy.discrete import discrete_gaussian
-from flora.privacy.distributed import DistributedDiscreteGaussian, Terms
-from flora.privacy.fixed_point import FixedPoint, Ring, Words
+from flora.privacy.fixed_point import FixedPoint, Ring, Terms, Words
 from flora.privacy.rotation import Rotation, rounded_at_random
 from flora.privacy.secure_sums import SecureSum
 from flora.privacy.traffic import SumOutcome
@@ -115,7 +114,7 @@ def sum_format(federation: Federation, secure_sum: SecureSum, num_asked: int, nu
             f"server.secure_sum.bits: {bits} bits can't hold {num_asked:,} clients' weights of up to {most:g}: "
             "expected more bits, or weighting uniform"
         )
-    if private is not None and isinstance(private.mechanism, DistributedDiscreteGaussian):
+    if private is not None and private.mechanism.noises_in_sum:
         terms = Terms(num_asked, secure_sum.smallest_sum(num_asked), num_numbers)
         noisy = private.mechanism.format_of(bits, limit, private.noise_multiplier, terms)
         return SumFormat(limit, noisy.numbers, weight, noisy.variance, noisy.largest)
@@ -131,7 +130,7 @@ def check_sums(federation: Federation, adapter: StateLike) -> None:
 
 
 def vector_of(delta: StateLike) -> np.ndarray:
-    """Return a delta's numbers in the order of its names, float64."""
+    """Return a delta's numbers `(P,)` in the order of its names, float64."""
     return tree.flatten({name: tensor.double() for name, tensor in delta.items()}).numpy()
 
 

@@ -60,18 +60,6 @@ def spent_epsilon(
     return float(composed.get_epsilon_for_delta(delta))
 
 
-def noise_multiplier_for(
-    target_epsilon: float, num_rounds: int, sampling_fraction: float | None, delta: float, accountant: str = "pld"
-) -> float:
-    """Return the smallest noise multiplier, to `PRECISION`, with which `spent_epsilon` is at most `target_epsilon`.
-
-    Raises `UserError` if none below a million does.
-    """
-    return smallest_multiplier(
-        lambda multiplier: spent_epsilon(multiplier, num_rounds, sampling_fraction, delta, accountant), target_epsilon
-    )
-
-
 def smallest_multiplier(spent: Callable[[float], float], target_epsilon: float) -> float:
     """Return the smallest noise multiplier, to `PRECISION`, of which `spent` says at most `target_epsilon`.
 

@@ -52,15 +52,14 @@ def success(members: np.ndarray, others: np.ndarray, rng: Rng) -> Success | None
     """Return how well scores tell `members` `(P,)` from `others` `(N,)`; None if there is nobody on one side."""
     if not len(members) or not len(others):
         return None
-    positive, negative = _counts(members, others)
     tpr = {}
     for rate in FALSE_POSITIVE_RATES:
         if len(others) * rate >= 1:
-            found = float(_rates(positive[None], negative[None], rate)[0])
-            tpr[rate] = found, clopper_pearson(round(found * len(members)), len(members), CONFIDENCE)
+            share = true_positive_rate(members, others, rate)
+            tpr[rate] = share, clopper_pearson(round(share * len(members)), len(members), CONFIDENCE)
     return Success(
-        float(_areas(positive[None], negative[None])[0]),
-        _bootstrap(positive, negative, rng),
+        auc(members, others),
+        _bootstrap(*_counts(members, others), rng),
         tpr,
         len(members),
         len(others),
@@ -68,19 +67,19 @@ def success(members: np.ndarray, others: np.ndarray, rng: Rng) -> Success | None
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
-    """Return the probability that a member has the higher score, ties counting half: the area under the ROC curve."""
+    """Return the area under the ROC curve of scores of `members` `(P,)` and `others` `(N,)`: ties count half."""
     positive, negative = _counts(members, others)
     return float(_areas(positive[None], negative[None])[0])
 
 
 def true_positive_rate(members: np.ndarray, others: np.ndarray, false_positive_rate: float) -> float:
-    """Return the highest share of members at or above a threshold that at most such a share of the others reach."""
+    """Return the highest share of `members` `(P,)` at a threshold that at most that share of `others` `(N,)` reach."""
     positive, negative = _counts(members, others)
     return float(_rates(positive[None], negative[None], false_positive_rate)[0])
 
 
 def advantage(member_losses: np.ndarray, other_losses: np.ndarray) -> float:
-    """Return how much likelier a member than another has a loss of at most the members' mean.
+    """Return how much likelier one of `(P,)` members than of `(N,)` others has a loss of at most the members' mean.
 
     Source: arXiv:1709.01604, adversary 2 and definition 4, with the mean training loss as its threshold.
     """

@@ -73,17 +73,17 @@ def inverse(column: np.ndarray) -> np.ndarray:
 
     C^-1 is one of these, too; its column is what the recursion z_t - sum over k of c_k x_(t - k) makes of 1, 0, 0, ...
     """
-    found = np.zeros(len(column))
-    found[:1] = 1.0
+    first_column = np.zeros(len(column))
+    first_column[:1] = 1.0
     bands = int(np.count_nonzero(column))
     for place in range(1, len(column)):
         reach = min(place, bands - 1)
-        found[place] = -column[1 : reach + 1] @ found[place - reach : place][::-1]
-    return found
+        first_column[place] = -column[1 : reach + 1] @ first_column[place - reach : place][::-1]
+    return first_column
 
 
 def sensitivity(column: np.ndarray, num_participations: int, separation: int) -> float:
-    """Return the norm of what one client adds to C x over all rounds, in clip norms: the largest there is.
+    """Return the largest norm, in clip norms, of what one client adds to C x over all rounds, from C's first `column`.
 
     A client takes part in at most `num_participations` of the rounds, any two of them `separation` or more apart. The
     first column of C has no negative numbers and never rises, so the worst is as often as possible from the first round

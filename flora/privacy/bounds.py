@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,7 +19,27 @@ MAX_EXPONENT = 5.0
 
 @dataclass(frozen=True)
 class ClipNorm(Component):
-    """How the bound of updates changes from round to round."""
+    """How the bound of updates changes from round to round, by a noisy count of those within it."""
+
+    @property
+    @abstractmethod
+    def first(self) -> float:
+        """The bound of round 1."""
+
+    @abstractmethod
+    def deviation(self, noise_multiplier: float, expected: float) -> float:
+        """Return the standard deviation of the noise on the count, where `expected` clients are expected."""
+
+    @abstractmethod
+    def multiplier_of_sum(self, noise_multiplier: float, expected: float) -> float:
+        """Return the noise multiplier of the sum, which with the count's spends as much as `noise_multiplier`.
+
+        Raises `OptionError` if the count alone would spend more.
+        """
+
+    @abstractmethod
+    def after(self, clip_norm: float, num_within: int, num_updates: int, expected: float, noise: float) -> float:
+        """Return the next round's bound, where `num_within` of `num_updates` lay within this one; `noise` is drawn."""
 
 
 @register("adaptive")
@@ -41,15 +62,14 @@ class AdaptiveNorm(ClipNorm):
         above=0,
     )
 
+    @property
+    def first(self) -> float:
+        return self.initial
+
     def deviation(self, noise_multiplier: float, expected: float) -> float:
-        """Return the standard deviation of the noise on the count."""
         return max(expected / 20, noise_multiplier) if self.count_noise is None else self.count_noise
 
     def multiplier_of_sum(self, noise_multiplier: float, expected: float) -> float:
-        """Return the noise multiplier of the sum, which with the count's spends as much as `noise_multiplier`.
-
-        Raises `OptionError` if the count alone would spend more.
-        """
         deviation = self.deviation(noise_multiplier, expected)
         if 2 * deviation <= noise_multiplier:
             raise OptionError(
@@ -58,7 +78,7 @@ class AdaptiveNorm(ClipNorm):
         return 1 / math.sqrt(noise_multiplier**-2 - (2 * deviation) ** -2)
 
     def after(self, clip_norm: float, num_within: int, num_updates: int, expected: float, noise: float) -> float:
-        """Return the next round's bound, where `num_within` of `num_updates` lay within this one; `noise` is drawn.
+        """Return the next round's bound: see `ClipNorm.after`.
 
         What is released is the sum of 1/2 for each that lay within and -1/2 for each that did not, so that a client
         changes it by 1/2 (section 2.2). Differs from the paper: no round changes the bound by more than e**5, for the

@@ -64,7 +64,7 @@ class Canaries(Component):
         return Coins(ids, rng.child("coins").numpy().integers(2, size=self.number) == 1, rng)
 
     def candidates(self, clients: Sequence[ClientData], rng: Rng) -> np.ndarray:
-        """Return the ids of what can be a canary, sorted."""
+        """Return the sorted ids `(N,)` of the clients, or of the examples, that can be a canary."""
         return np.arange(len(clients))
 
     def deal(self, clients: Sequence[ClientData], coins: Coins) -> list[ClientData]:

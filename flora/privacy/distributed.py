@@ -14,7 +14,7 @@ from flora.core.registry import option, register
 from flora.core.tree import State, StateLike
 from flora.privacy.accounting import Attendance, spent_epsilon
 from flora.privacy.discrete import MOST_DEVIATION
-from flora.privacy.fixed_point import FixedPoint
+from flora.privacy.fixed_point import FixedPoint, NoisyFormat, Terms
 from flora.privacy.mechanisms import FixedNorm, Streams
 from flora.privacy.rotation import rotated_size, rounded_norm
 
@@ -28,27 +28,6 @@ ROOM_OF_SUM = 6
 MOST_OF_ROUNDING = 2.0
 """How many times as long rounding may make an update, and so how many times as large the noise."""
 ENCODINGS = ("truncated", "rotated")
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a sum is of: `num_numbers` numbers of each of `num_asked` clients, of whom `num_least` stay at least."""
-
-    num_asked: int
-    num_least: int
-    num_numbers: int
-
-
-@dataclass(frozen=True)
-class NoisyFormat:
-    """How numbers are written to which a share of noise is added, and the share's variance in squared units.
-
-    Rotated numbers have a norm of at most `largest` units when they are rounded; None where they are truncated.
-    """
-
-    numbers: FixedPoint
-    variance: int
-    largest: float | None = None
 
 
 @register("distributed_discrete_gaussian")
@@ -90,19 +69,18 @@ class DistributedDiscreteGaussian(FixedNorm):
         return rotated_size(num_numbers) if self.encoding == "rotated" else num_numbers
 
     def format_of(self, bits: int, limit: float, noise_multiplier: float, terms: Terms) -> NoisyFormat:
-        """Return how numbers of at most `limit` are written. Raises `UserError` if the ring is too small."""
         assert isinstance(self.clip_norm, float | int)
         if self.encoding == "rotated":
             return rotated_format(bits, float(self.clip_norm), noise_multiplier, terms)
         share = noise_multiplier * self.clip_norm / math.sqrt(terms.num_least)
-        found = noisy_format(bits, limit, terms.num_asked, share)
-        typical = self.clip_norm / math.sqrt(terms.num_numbers) / found.numbers.unit
+        fmt = noisy_format(bits, limit, terms.num_asked, share)
+        typical = self.clip_norm / math.sqrt(terms.num_numbers) / fmt.numbers.unit
         if typical < 1:
             raise UserError(
                 f"server.secure_sum.bits: in {bits} bits the numbers of an update are {typical:.2g} units in the mean, "
                 "which truncated is nothing: more bits are needed, or privacy.encoding=rotated"
             )
-        return found
+        return fmt
 
 
 def noisy_format(bits: int, limit: float, num_clients: int, deviation: float) -> NoisyFormat:

@@ -67,7 +67,7 @@ class ExamplePrivacy(Options):
         return torch.bmm(factors.unsqueeze(1), gradients).squeeze(1)
 
     def factors(self, norms: Tensor) -> Tensor:
-        """Return by how much gradients of these norms are scaled down: 1 for those within the bound."""
+        """Return the factors by which gradients of these norms are scaled, of their shape: 1 within the bound."""
         return self.clip_norm / norms.clamp(min=self.clip_norm)
 
     def noise(self, like: Tensor, rng: Rng) -> Tensor:
@@ -107,5 +107,5 @@ class ExamplePrivacy(Options):
 
     @staticmethod
     def counted(num_releases: int) -> State:
-        """What a client carries from round to round: the number of its releases."""
+        """The state that a client carries from round to round: the number of its releases."""
         return {NUM_RELEASES: torch.tensor([num_releases], dtype=torch.float64)}

@@ -31,7 +31,7 @@ class Ring:
         return -(-self.num_words * self.bits // 8)
 
     def reduced(self, words: np.ndarray) -> Words:
-        """Return whole numbers of any type modulo 2^bits."""
+        """Return whole numbers of any type and shape modulo 2^bits."""
         return words.astype(self.dtype) & self.dtype.type(2**self.bits - 1)
 
     def pack(self, words: Words) -> bytes:
@@ -84,13 +84,34 @@ class FixedPoint:
         return math.ldexp(1.0, -self.fraction_bits)
 
     def encode(self, numbers: np.ndarray) -> Words:
-        """Return float64 numbers as words, in whole units."""
+        """Return float64 numbers `(P,)` as words `(P,)`, in whole units."""
         within = np.clip(numbers, -self.limit, self.limit)
         units = self.rounding(np.ldexp(within, self.fraction_bits)).astype(np.int64)
         return Ring(self.bits, len(units)).reduced(units)
 
     def decode(self, words: Words) -> np.ndarray:
-        """Return the float64 numbers that words stand for, the upper half of the ring being those below zero."""
+        """Return the float64 numbers `(P,)` that words `(P,)` stand for, the ring's upper half below zero."""
         unused = 64 - self.bits  # shifted up and back, so that the highest bit becomes the sign
         signed = (words.astype(np.uint64) << np.uint64(unused)).view(np.int64) >> np.int64(unused)
         return np.ldexp(signed.astype(np.float64), -self.fraction_bits)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The size of a secure sum: `num_numbers` of each of `num_asked` clients, of whom `num_least` stay at least."""
+
+    num_asked: int
+    num_least: int
+    num_numbers: int
+
+
+@dataclass(frozen=True)
+class NoisyFormat:
+    """How numbers are written to which a share of noise is added, and the share's variance in squared units.
+
+    Rotated numbers have a norm of at most `largest` units when they are rounded; None where they are truncated.
+    """
+
+    numbers: FixedPoint
+    variance: int
+    largest: float | None = None

@@ -19,6 +19,7 @@ from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 from flora.privacy.accounting import ACCOUNTANTS, Attendance, spent_epsilon, tree_sensitivity
 from flora.privacy.bounds import ClipNorm, bounded, gaussian
+from flora.privacy.fixed_point import NoisyFormat, Terms
 
 Streams = Callable[[int], Rng]
 """The random numbers of a round's noise, by the round's number."""
@@ -34,6 +35,8 @@ class Privacy(Component):
     """Whether clients add their shares of the noise to the words of a secure sum."""
     same_tensors: ClassVar[bool] = False
     """Whether the same tensors must be sent in each round."""
+    counts_sampling: ClassVar[bool] = False
+    """Whether its epsilon is smaller where cohorts are Poisson samples."""
 
     clip_norm: float | ClipNorm = option("largest norm of an update over all its tensors; or how it adapts", above=0)
     noise_multiplier: float | None = option(
@@ -61,9 +64,23 @@ class Privacy(Component):
         """Return what a client sends of its delta."""
         return dict(delta)
 
+    def sum_epsilon(self, noise_multiplier: float, precision: float) -> float | None:
+        """Return the epsilon of sums alone where `noises_at_clients`; None if that is not known.
+
+        `precision` is the sum over rounds of 1 / the number of clients that came.
+        """
+        return None
+
     def num_sent(self, num_numbers: int) -> int:
         """Return how many numbers go into a secure sum for an update of `num_numbers`."""
         return num_numbers
+
+    def format_of(self, bits: int, limit: float, noise_multiplier: float, terms: Terms) -> NoisyFormat:
+        """Return how numbers of at most `limit` and a client's share of the noise are written where `noises_in_sum`.
+
+        Raises `UserError` if the ring is too small.
+        """
+        raise NotImplementedError
 
     def on_sum(self, like: StateLike, deviation: float, round: int, streams: Streams) -> State:
         """Return the noise on a round's sum, with the names and shapes of `like`, in double precision."""
@@ -78,6 +95,8 @@ class Central(Privacy):
     Against whoever sees the server's adapters, all of them; the server itself is trusted. With cohorts by `poisson`
     epsilon is that of sampled sums; with others each client counts for all rounds that it may take part in.
     """
+
+    counts_sampling: ClassVar[bool] = True
 
     def epsilon(self, noise_multiplier: float, num_rounds: int, attendance: Attendance) -> float:
         counted = attendance.most(num_rounds)
@@ -116,7 +135,7 @@ class Local(FixedNorm):
         return tree.in_types_of(delta, tree.add(within, noise))
 
     def sum_epsilon(self, noise_multiplier: float, precision: float) -> float:
-        """Return the epsilon of sums alone: `precision` is the sum over rounds of 1 / the number of clients that came.
+        """Return the epsilon of sums alone: see `Privacy.sum_epsilon`.
 
         A sum over n clients has the noise of n; Gaussian sums of different noise compose by adding precisions up.
         """

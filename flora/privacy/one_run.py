@@ -71,7 +71,7 @@ def epsilon_lower_bound(made: Guesses, delta: float, confidence: float) -> float
 
 
 def lower_bound(scores: np.ndarray, was_in: np.ndarray, *, delta: float, confidence: float = 0.95) -> LowerBound:
-    """Return the best bound over some numbers of guesses.
+    """Return the best bound over some numbers of guesses, from scores `(N,)` and who `was_in` `(N,)`, bool.
 
     Each of them may be wrong with an equal part of 1 - `confidence`, so the best one is wrong with at most that.
     """

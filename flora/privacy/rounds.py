@@ -13,8 +13,8 @@ from flora.core.registry import name_of
 from flora.core.rng import Rng
 from flora.core.tree import State, StateLike
 from flora.privacy.accounting import Attendance, smallest_multiplier
-from flora.privacy.bounds import AdaptiveNorm, bounded, summed
-from flora.privacy.mechanisms import Central, Local, Privacy, Streams
+from flora.privacy.bounds import ClipNorm, bounded, summed
+from flora.privacy.mechanisms import Privacy, Streams
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +47,9 @@ class PrivateRounds:
         if multiplier is None:
             assert target is not None
             multiplier = smallest_multiplier(
-                lambda found: mechanism.epsilon(found, max(num_rounds, 1), attendance), target
+                lambda candidate: mechanism.epsilon(candidate, max(num_rounds, 1), attendance), target
             )
-        if isinstance(mechanism.clip_norm, AdaptiveNorm):
+        if isinstance(mechanism.clip_norm, ClipNorm):
             mechanism.clip_norm.multiplier_of_sum(multiplier, 1.0)  # raises where the count would spend it all
         made = cls(mechanism, attendance, num_rounds, multiplier)
         if num_rounds and not made.last_round:
@@ -75,13 +75,13 @@ class PrivateRounds:
         return low
 
     def lines(self) -> list[str]:
-        """What a user should know of it before the first round."""
+        """Lines that say what the mechanism promises, for the log before the first round."""
         mechanism, rounds = self.mechanism, self.last_round
         lines = [
             f"privacy: {name_of(mechanism)}, noise multiplier {self.noise_multiplier:.4g}: epsilon "
             f"{self.epsilon(rounds):.4g} at delta {mechanism.delta:g} after {rounds} rounds; all clients count alike"
         ]
-        if isinstance(mechanism, Central) and self.attendance.fraction is None:
+        if mechanism.counts_sampling and self.attendance.fraction is None:
             lines.append(
                 "privacy: cohorts are not Poisson samples, so the accountant uses no amplification by sampling"
             )
@@ -91,11 +91,11 @@ class PrivateRounds:
         return lines
 
     def initial_state(self) -> State:
-        """What is carried from round to round: the noise multiplier, the bound where it adapts, what sums spent."""
+        """The state before the first round: the noise multiplier, the bound where it adapts, what sums spend."""
         state = {"noise_multiplier": _number(self.noise_multiplier)}
-        if isinstance(self.mechanism.clip_norm, AdaptiveNorm):
-            state["clip_norm"] = _number(self.mechanism.clip_norm.initial)
-        if isinstance(self.mechanism, Local):
+        if isinstance(self.mechanism.clip_norm, ClipNorm):
+            state["clip_norm"] = _number(self.mechanism.clip_norm.first)
+        if self.mechanism.noises_at_clients:
             state["precision"] = _number(0.0)
         return state
 
@@ -117,7 +117,7 @@ class PrivateRounds:
 
     def release_sum(self, total: State, number: int, state: State, round: int, streams: Streams) -> Release:
         """Add noise to a secure sum of `number` deltas, which clients have bounded by themselves; see `release`."""
-        if isinstance(self.mechanism, Local):
+        if self.mechanism.noises_at_clients:
             after = {**state, "precision": state["precision"] + (1 / number if number else 0.0)}
             return Release(total, after, self.fixed_norm, None)
         deviation = float(state["noise_multiplier"]) * self.fixed_norm
@@ -131,12 +131,12 @@ class PrivateRounds:
 
         `state` is what was carried here; `expected` is the expected number of deltas. There may be none.
         """
-        if isinstance(self.mechanism, Local):
+        if self.mechanism.noises_at_clients:
             after = {**state, "precision": state["precision"] + (1 / len(deltas) if deltas else 0.0)}
             return Release(summed(deltas, like), after, float(self.mechanism.clip_norm), None)  # type: ignore[arg-type]
         adaptive, multiplier = self.mechanism.clip_norm, float(state["noise_multiplier"])
-        if not isinstance(adaptive, AdaptiveNorm):
-            clip_norm = float(adaptive)  # type: ignore[arg-type]
+        if not isinstance(adaptive, ClipNorm):
+            clip_norm = float(adaptive)
         else:
             clip_norm, multiplier = float(state["clip_norm"]), adaptive.multiplier_of_sum(multiplier, expected)
         within = [bounded(delta, clip_norm) for delta in deltas]
@@ -144,7 +144,7 @@ class PrivateRounds:
         total = tree.add(total, self.mechanism.on_sum(like, multiplier * clip_norm, round, streams))
         num_within = sum(is_within for _, is_within in within)
         after = state
-        if isinstance(adaptive, AdaptiveNorm):
+        if isinstance(adaptive, ClipNorm):
             deviation = adaptive.deviation(float(state["noise_multiplier"]), expected)
             noise = deviation * float(streams(round).child("count").numpy().standard_normal())
             following = adaptive.after(clip_norm, num_within, len(deltas), expected, noise)

@@ -42,15 +42,15 @@ def _runs(path: Path) -> list[RunFiles]:
     below = [] if is_run(path) else runs_below(path)
     if not below:
         return [read_files(path)]
-    found = []
+    readable = []
     for each in below:
         try:
-            found.append(read_files(each))
+            readable.append(read_files(each))
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr)
-    if not found:
+    if not readable:
         raise UserError(f"{path}: none of the {len(below)} runs in it can be shown")
-    return found
+    return readable
 
 
 if __name__ == "__main__":

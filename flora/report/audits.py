@@ -67,21 +67,21 @@ def rows_of(content: Mapping[str, Any]) -> list[Sequence[str]]:
 
 def canary_line(canaries: Mapping[str, Any], guarantee: Mapping[str, float | None]) -> str:
     """Return what the canaries show, in one sentence, beside the guarantee."""
-    found, unit = canaries["epsilon_lower_bound"], canaries["unit"]
+    bound, unit = canaries["epsilon_lower_bound"], canaries["unit"]
     line = (
         f"canaries: {canaries['num_right']} of {canaries['num_guesses']} guesses right: epsilon for {UNITS[unit]} is "
-        f"at least {found:.3g} (delta {canaries['delta']:g}, {100 * canaries['confidence']:g} % sure)"
+        f"at least {bound:.3g} (delta {canaries['delta']:g}, {100 * canaries['confidence']:g} % sure)"
     )
     epsilon = guarantee[unit]
-    if epsilon is not None and found > epsilon:
+    if epsilon is not None and bound > epsilon:
         line += f": MORE than the {epsilon:.3g} that the run states"
     return line
 
 
-def _row(attack: str, on: str, found: Mapping[str, Any]) -> Sequence[str]:
-    if found["auc"] is None:
+def _row(attack: str, on: str, success: Mapping[str, Any]) -> Sequence[str]:
+    if success["auc"] is None:
         return attack, on, "nobody to tell apart", "-"
-    low, high = found["interval"]
-    rate = found["tpr_at_fpr"].get("0.01")
-    area = f"{found['auc']:.3f} ({low:.3f} to {high:.3f})"
+    low, high = success["interval"]
+    rate = success["tpr_at_fpr"].get("0.01")
+    area = f"{success['auc']:.3f} ({low:.3f} to {high:.3f})"
     return attack, on, area, "-" if rate is None else f"{100 * rate['tpr']:.1f} %"

@@ -72,8 +72,8 @@ def elapsed(run: RunFiles) -> dict[int, float] | None:
 
 def spent(run: RunFiles) -> dict[int, float] | None:
     """Return the epsilon of clients' privacy that was spent by the end of each round; None where none is counted."""
-    found = {record.round: record.metrics.get("epsilon") or 0.0 for record in run.records}
-    return found if any(found.values()) and all(map(math.isfinite, found.values())) else None
+    by_round = {record.round: record.metrics.get("epsilon") or 0.0 for record in run.records}
+    return by_round if any(by_round.values()) and all(map(math.isfinite, by_round.values())) else None
 
 
 def axes_of(run: RunFiles) -> dict[str, tuple[str, dict[int, float]]]:
@@ -81,17 +81,17 @@ def axes_of(run: RunFiles) -> dict[str, tuple[str, dict[int, float]]]:
 
     Without bytes if none travelled, without time if there was no clock, without epsilon if no privacy was spent.
     """
-    found = {"rounds": ("round", {record.round: float(record.round) for record in run.records})}
+    axes = {"rounds": ("round", {record.round: float(record.round) for record in run.records})}
     sent, seconds = sent_bytes(run), elapsed(run)
     if max(sent.values()) > 0:
-        found["bytes"] = (SENT, scaled(sent, 1e6))
+        axes["bytes"] = (SENT, scaled(sent, 1e6))
     if seconds is not None:
         unit, length = time_unit(max(seconds.values()))
-        found["simulated time"] = (f"simulated {unit}", scaled(seconds, length))
+        axes["simulated time"] = (f"simulated {unit}", scaled(seconds, length))
     epsilon = spent(run)
     if epsilon is not None:
-        found["privacy spent"] = (SPENT, epsilon)
-    return found
+        axes["privacy spent"] = (SPENT, epsilon)
+    return axes
 
 
 def scaled(values: Mapping[int, float], unit: float) -> dict[int, float]:
@@ -144,12 +144,12 @@ def _line(run: RunFiles, name: str, metric: str, places: dict[int, float], style
 
 def curves(run: RunFiles) -> Html:
     """Return accuracy and loss over everything that they can go over."""
-    found = []
+    pictures = []
     for title, of in (("Accuracy", accuracy_lines), ("Loss", loss_lines)):
         for over, (x_title, places) in axes_of(run).items():
             whole = f"{title} over {over}"
-            found.append(picture(whole, partial(_curve, of(run, places), f"{whole} of {run.name}", x_title)))
-    return joined(found)
+            pictures.append(picture(whole, partial(_curve, of(run, places), f"{whole} of {run.name}", x_title)))
+    return joined(pictures)
 
 
 def _curve(lines: Sequence[Line], about: str, x_title: str) -> Html:
@@ -307,7 +307,7 @@ def reliability(run: RunFiles) -> Html:
 
 def other_metrics(run: RunFiles) -> list[Html]:
     """Return a picture of each other metric that changes over rounds, and of rejected updates if there are any."""
-    found = []
+    pictures = []
     declared = METRICS | {name: None for name in run.records[-1].metrics if name not in METRICS}
     for name, metric in declared.items():
         points = [(round, value) for round, value in run.points(name) if math.isfinite(value)]
@@ -316,12 +316,12 @@ def other_metrics(run: RunFiles) -> list[Html]:
         told = metric is None or (metric.of in ("server", "training", "traffic", "privacy") and name not in SHOWN)
         if told and len({value for _, value in points}) > 1:
             title = ABBREVIATIONS.get(name) or name.replace("_", " ").capitalize()
-            found.append(picture(title, partial(_simple, run, name, points), metric.about if metric else ""))
+            pictures.append(picture(title, partial(_simple, run, name, points), metric.about if metric else ""))
     rejected = [(record.round, float(len(record.rejected_clients))) for record in run.records if record.round]
     if any(count for _, count in rejected):
         draw = partial(_simple, run, "rejected updates", rejected)
-        found.append(picture("Rejected updates", draw, "updates that were left out of the average"))
-    return found
+        pictures.append(picture("Rejected updates", draw, "updates that were left out of the average"))
+    return pictures
 
 
 def _simple(run: RunFiles, name: str, points: Sequence[tuple[int, float]]) -> Html:

@@ -33,11 +33,11 @@ class Dot:
 
 def _of_all(grid: Sequence[Axes]) -> tuple[list[Artist], list[str]]:
     """The legend's entries, each label once, whichever of the panels has it."""
-    found: dict[str, Artist] = {}
+    by_label: dict[str, Artist] = {}
     for axes in grid:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    return list(found.values()), list(found)
+            by_label.setdefault(label, handle)
+    return list(by_label.values()), list(by_label)
 
 
 def draw_dots(dots: Sequence[Dot], path: Path) -> list[Path]:

@@ -82,7 +82,7 @@ def naming(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _num_told(settings: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> int:
-    """How many different values of `keys` there are."""
+    """Count the different combinations of values that settings have for `keys`."""
     return len({tuple(plain(own.get(key, NONE)) for key in keys) for own in settings})
 
 

@@ -92,7 +92,7 @@ def _bars(run: RunFiles) -> Html:
         ("the classes that each client holds", run.figure("held_class_accuracy"), "result"),
         ("the classes that only others hold", run.figure("other_class_accuracy"), "result"),
     ]
-    own = [
+    held_out = [
         ("alone", run.figure("held_out_local_only_accuracy"), ""),
         ("own adapters", run.figure("held_out_personal_accuracy") or run.figure("personal_accuracy_mean"), ""),
         (together, run.figure("held_out_federated_accuracy") or run.figure("client_accuracy_mean"), "result"),
@@ -102,7 +102,7 @@ def _bars(run: RunFiles) -> Html:
         ("clients that never train, one pass", run.figure("unseen_tuned_accuracy"), "result"),
     ]
     parts = []
-    for title, rows in (("on the common test images", common), ("on the clients' own held-out images, mean", own)):
+    for title, rows in (("on the common test images", common), ("on the clients' own held-out images, mean", held_out)):
         lines = [(name, value, percent(value), kind) for name, value, kind in rows if value is not None]
         if lines:
             parts.append(element("div", element("h3", f"Accuracy {title}"), bars(lines)))
@@ -276,15 +276,15 @@ def evaluations(run: RunFiles) -> Html:
 
 def _evaluation(name: str, content: Mapping[str, Any]) -> list[Any]:
     """The row of a record. Raises KeyError, TypeError, AttributeError or ValueError for a damaged one."""
-    found, client = content["metrics"], content.get("client")
-    figures = (content["zero_shot"]["accuracy"], *(found.get(key) for key in ("accuracy", "macro_f1")))
+    metrics, client = content["metrics"], content.get("client")
+    figures = (content["zero_shot"]["accuracy"], *(metrics.get(key) for key in ("accuracy", "macro_f1")))
     return [
         name,
         content["config"]["data"]["name"],
         "the server's" if client is None else f"of client {client}",
         content["num_images"],
         len(content["class_names"]),
-        *(Cell(percent(figure), figure) for figure in (*figures, found.get("calibration_error"))),
+        *(Cell(percent(figure), figure) for figure in (*figures, metrics.get("calibration_error"))),
     ]
 
 
@@ -300,8 +300,8 @@ def settings(run: RunFiles) -> Html:
 
 def _environment(run: RunFiles) -> Html:
     def rows() -> Html:
-        found = run.json("environment.json")
-        pairs = [(key.replace("_", " "), _plain(value)) for key, value in found.items() if value is not None]
+        environment = run.json("environment.json")
+        pairs = [(key.replace("_", " "), _plain(value)) for key, value in environment.items() if value is not None]
         return folded("Environment: versions, device, digests", table(["", ""], pairs))
 
     return optional(rows)
@@ -318,23 +318,23 @@ def _plain(value: Any) -> str:
 def commands(run: RunFiles) -> Html:
     """Return what can be done with the run now, as commands."""
     path, again = shlex.quote(str(run.path)), shlex.quote(f"{run.name}-again")
-    found = []
+    lines = []
     if run.summary is None:
         title = "Go on" if run.was_interrupted else "Go on, if it has stopped"
-        found.append((title, f"python -m flora.simulate --resume {path}"))
+        lines.append((title, f"python -m flora.simulate --resume {path}"))
     elif run.config is not None and not run.config.local.schedule.needs_num_rounds:
         rounds = 2 * run.config.rounds or 10
-        found.append(("More rounds", f"python -m flora.simulate --resume {path} rounds={rounds}"))
-    found.append(("The same with another seed", f"python -m flora.simulate {path}/config.yaml seed=1234 name={again}"))
+        lines.append(("More rounds", f"python -m flora.simulate --resume {path} rounds={rounds}"))
+    lines.append(("The same with another seed", f"python -m flora.simulate {path}/config.yaml seed=1234 name={again}"))
     if run.summary is not None and run.records[-1].round:
-        found += [
+        lines += [
             ("What it makes of your images", f"python -m flora.predict {path} photo.jpg"),
             ("How good it is on other data", f"python -m flora.evaluate {path} data=cifar10 data.download=true"),
         ]
     if run.summary is not None:
-        found.append(("A model that OpenCLIP loads", f"python -m flora.export {path} adapted"))
+        lines.append(("A model that OpenCLIP loads", f"python -m flora.export {path} adapted"))
     return element(
         "dl",
-        *(joined([element("dt", what), element("dd", element("code", line))]) for what, line in found),
+        *(joined([element("dt", what), element("dd", element("code", line))]) for what, line in lines),
         class_="commands",
     )

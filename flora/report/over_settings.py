@@ -19,7 +19,7 @@ FIGURES = {"Accuracy": "last_accuracy", "Accuracy on clients' own images": "clie
 
 def over_settings(groups: Sequence[Group]) -> Html:
     """Return the last round's accuracies over each setting that has several numbers; nothing without one."""
-    found = []
+    pictures = []
     for key in differing([group.settings for group in groups]):
         numbers = sorted({number for group in groups if (number := _number(group, key)) is not None})
         if len(numbers) < MIN_NUMBERS:
@@ -29,8 +29,8 @@ def over_settings(groups: Sequence[Group]) -> Html:
             if any(len(line.xs) > 1 for line in lines):
                 whole = f"{title} over {key}"
                 draw = partial(lines_picture, lines, f"{whole}, all runs", key, percent=True, numbers=numbers)
-                found.append(picture(whole, draw))
-    return grid(*found)
+                pictures.append(picture(whole, draw))
+    return grid(*pictures)
 
 
 def _number(group: Group, key: str) -> float | None:

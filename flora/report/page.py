@@ -37,8 +37,8 @@ def page(runs: Sequence[RunFiles]) -> str:
             element("p", ", ".join(run.name for run in runs[:12]) + (", …" if len(runs) > 12 else ""), class_="lead")
         ]
     header = element("header", element("p", "FLoRA", class_="kicker"), element("h1", title), *head)
-    there = [name for name, content in sections.items() if content]
-    body = joined([header, contents(there), element("main", *sections.values()), _footer()])
+    shown = [name for name, content in sections.items() if content]
+    body = joined([header, contents(shown), element("main", *sections.values()), _footer()])
     return _document(title, body, is_live=any(run.summary is None and not run.was_interrupted for run in runs))
 
 

@@ -88,13 +88,13 @@ def svg(draw: Callable[[Figure], None], about: str, size: tuple[float, float] = 
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    own = {
+    style_of_figure = {
         "font.size": 10.0, "axes.labelsize": 10.0, "axes.titlesize": 10.0, "legend.fontsize": 10.0,
         "grid.color": GRID, "svg.fonttype": "none", "svg.hashsalt": about, "image.interpolation": "none",
         "figure.facecolor": "none", "axes.facecolor": "none",
     }  # fmt: skip
     content = io.StringIO()
-    with style.context(["default", STYLE, own]), warnings.catch_warnings():
+    with style.context(["default", STYLE, style_of_figure]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the browser has its own fonts
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)

@@ -54,10 +54,10 @@ class RunFiles:
 
     def setting(self, key: str) -> Any:
         """Return the value of a dotted key of the settings; None where there is none."""
-        found: Any = self.settings
+        value: Any = self.settings
         for part in key.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
-        return found
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
 
     def points(self, metric: str) -> list[tuple[int, float]]:
         """Return the rounds that have a number for a metric, and that number."""

@@ -153,7 +153,7 @@ def averaged(name: str, runs: Sequence[Mapping[int, tuple[float, float]]], style
 
 def _overlaid(groups: Sequence[Group]) -> Html:
     """Accuracies and loss of all groups over rounds, bytes, simulated time and privacy, as far as they have these."""
-    found, some = [], groups[:MAX_LINES]
+    pictures, some = [], groups[:MAX_LINES]
     for title, metric in (
         ("Accuracy", "accuracy"),
         ("Accuracy on clients' own images", "client_accuracy_mean"),
@@ -164,10 +164,10 @@ def _overlaid(groups: Sequence[Group]) -> Html:
             if any(len(line.xs) > 1 for line in lines):
                 about = f"{title} over {over}, all runs"
                 draw = partial(lines_picture, lines, about, x_title, percent=metric != "loss", has_legend=True)
-                found.append(picture(f"{title} over {over}", draw))
+                pictures.append(picture(f"{title} over {over}", draw))
     left_out = len(groups) - len(some)
     note = f"The first {MAX_LINES} lines; {left_out} more are in the table." if left_out else ""
-    return joined([element("p", note) if note else "", grid(*found)])
+    return joined([element("p", note) if note else "", grid(*pictures)])
 
 
 Places = dict[int, dict[int, float]]
@@ -175,7 +175,7 @@ Places = dict[int, dict[int, float]]
 
 
 def _axes(groups: Sequence[Group]) -> dict[str, tuple[str, Places]]:
-    """What curves go over: the axis's title, and the places of rounds along it."""
+    """The axes that curves can go over, by name: the axis's title, and the places of rounds along it."""
     runs = [run for group in groups for run in group.runs]
     sent = {id(run): charts.sent_bytes(run) for run in runs}
     clocks = {id(run): seconds for run in runs if (seconds := charts.elapsed(run)) is not None}
@@ -190,7 +190,7 @@ def _axes(groups: Sequence[Group]) -> dict[str, tuple[str, Places]]:
 
 
 def _lines(groups: Sequence[Group], metric: str, places: Places) -> list[Line]:
-    found = []
+    lines = []
     for style, group in enumerate(groups):
         tables = [
             {round: (places[id(run)][round], value) for round, value in run.points(metric)}
@@ -198,8 +198,8 @@ def _lines(groups: Sequence[Group], metric: str, places: Places) -> list[Line]:
             if id(run) in places
         ]
         line = averaged(group.name, tables, style) if tables else None
-        found += [] if line is None else [line]
-    return found
+        lines += [] if line is None else [line]
+    return lines
 
 
 def _differences(groups: Sequence[Group]) -> Html:
@@ -212,7 +212,7 @@ def _differences(groups: Sequence[Group]) -> Html:
 
 
 def _side_by_side(groups: Sequence[Group]) -> Html:
-    """What the first run of each group says of its clients and classes."""
+    """The pictures of clients and classes of each group's first run."""
     parts = []
     for title, draw in (
         ("Clients' own held-out images", charts.client_strip),

@@ -38,7 +38,7 @@ class Listeners:
     member: Member | None
 
     def of_process(self) -> Listeners:
-        """Who is told in this process: all in process 0, in the others the hooks alone."""
+        """Return who is told in this process: all in process 0, the hooks alone in the others."""
         return self if self.processes.is_first else replace(self, echo=None, sinks=(), progress=False)
 
     def call(self, function: Callable[[], Result]) -> Result:
@@ -87,7 +87,7 @@ def _set_threads_asked_for(config: ExperimentConfig, directory: RunDirectory, pr
 
 
 def _set_threads(directory: RunDirectory, experiment: Experiment, log: Callable[[str], object]) -> None:
-    """As many threads as the run so far has had, or as are fastest now."""
+    """Set as many threads as the run so far has had, or else as are fastest now."""
     recorded = recorded_threads(directory.path)
     if recorded is not None:
         torch.set_num_threads(min(recorded, torch.get_num_threads()))

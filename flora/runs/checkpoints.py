@@ -71,8 +71,8 @@ class CheckpointFolder:
 
     def rounds(self) -> list[int]:
         """The rounds of which there is a checkpoint, whatever its condition, the newest first."""
-        found = [re.fullmatch(r"round-([0-9]{4,9})", path.name) for path in self.path.glob("round-*")]
-        return sorted({int(match[1]) for match in found if match}, reverse=True)
+        matches = [re.fullmatch(r"round-([0-9]{4,9})", path.name) for path in self.path.glob("round-*")]
+        return sorted({int(match[1]) for match in matches if match}, reverse=True)
 
     def save(self, checkpoint: Checkpoint, *, keep: int) -> None:
         """Write a checkpoint, then take away all but the newest `keep`.
@@ -110,8 +110,8 @@ class CheckpointFolder:
             ("server", parts["server"], server_like),
             *(("clients", own, _kinds_of(own, client_layout)) for own in clients.values()),
         ]
-        for name, found, expected in comparisons:
-            wrong = _difference(found, expected)
+        for name, tensors, expected in comparisons:
+            wrong = _difference(tensors, expected)
             if wrong:
                 raise DamagedError(f"{path / name}.safetensors: {wrong}")
         # Safetensors orders names in its own way; what is flattened in the order of names must find its places.
@@ -133,7 +133,8 @@ class CheckpointFolder:
     def tidy(self, round: int, *, keep: int, set_aside: Path) -> None:
         """Make room for a run that goes on after `round`: later checkpoints are moved to `set_aside`.
 
-        Unfinished ones are taken away, and those of `round` and before it but the newest `keep`.
+        Unfinished ones are taken away, and those of `round` and before it but the newest `keep`. Raises
+        `UserError` if the folder can't be changed.
         """
         try:
             for rubbish in self.path.glob("part-*"):
@@ -262,14 +263,14 @@ def _read(file: Path) -> bytes:
         raise UserError(f"{file}: can't be read: {error.strerror or error}") from None
 
 
-def _difference(found: StateLike, expected: StateLike) -> str | None:
+def _difference(tensors: StateLike, expected: StateLike) -> str | None:
     """The first thing in which names, shapes or types differ; None if nothing does. A size of 0 stands for any."""
-    for name in sorted(found.keys() | expected.keys()):
-        if name not in found:
+    for name in sorted(tensors.keys() | expected.keys()):
+        if name not in tensors:
             return f"{name} is missing"
         if name not in expected:
             return f"{name} does not belong here"
-        ours, theirs = found[name], expected[name]
+        ours, theirs = tensors[name], expected[name]
         if not tree.fits(ours, theirs):
             return f"{name} is {tuple(ours.shape)} {ours.dtype}, expected {tuple(theirs.shape)} {theirs.dtype}"
     return None

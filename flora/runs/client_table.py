@@ -118,15 +118,15 @@ def _with_unseen(columns: dict[str, list[Any]], experiment: Experiment, results:
         "num_rounds": [0] * len(unseen),
         "unseen": ["yes"] * len(unseen),
     }
-    found = None if results.scenarios is None else results.scenarios.unseen
-    if found is not None:
-        theirs |= {"unseen_accuracy": _cells(found.server), "unseen_tuned_accuracy": _cells(found.tuned)}
+    accuracies = None if results.scenarios is None else results.scenarios.unseen
+    if accuracies is not None:
+        theirs |= {"unseen_accuracy": _cells(accuracies.server), "unseen_tuned_accuracy": _cells(accuracies.tuned)}
     new = {name: [""] * first for name in theirs if name.startswith("unseen")}
     return {name: column + theirs.get(name, [""] * len(unseen)) for name, column in (columns | new).items()}
 
 
 def _pseudo_label_columns(records: Sequence[RoundRecord], numbers: list[int]) -> dict[str, list[Any]]:
-    """What clients' images without a label came to, in the last round that each took part in."""
+    """The columns of clients' pseudo-labels, each client's in the last round that it took part in."""
     last: dict[str, list[int]] = {}
     for record in records:
         last |= record.metrics.get("client_pseudo_labels") or {}

@@ -47,12 +47,15 @@ class FinishedRun:
 
     @property
     def num_rounds(self) -> int:
-        """How many rounds it has; 0 if that can't be read."""
-        return finished_rounds(self.path) or 0
+        """How many rounds it has. Raises `UserError` if that can't be read."""
+        rounds = finished_rounds(self.path)
+        if rounds is None:
+            raise UserError(f"{self.path / 'summary.json'}: missing or damaged")
+        return rounds
 
     @property
     def value_range(self) -> tuple[float, float] | None:
-        """What images of more than 8 bits were scaled from, if there were any."""
+        """The lowest and the highest value of images of more than 8 bits, as they were scaled; None without any."""
         limits = self._environment().get("value_range")
         return None if limits is None else (float(limits[0]), float(limits[1]))
 
@@ -81,7 +84,7 @@ class FinishedRun:
             raise UserError(f"{self.path / 'adapter.safetensors'}: doesn't fit the adapter that config.yaml describes")
 
     def adapter_of(self, client: str | None, attached: AttachedAdapter) -> StateLike:
-        """What to bind for the server's adapter or, by its name or id, for a client's own, without a client axis.
+        """The tensors to bind for the server's adapter or, by its name or id, a client's own, without a client axis.
 
         Where the server keeps several models, a client's is its cluster's. Raises `UserError` if there is no such
         client, if it has no adapter of its own, or if none is named where there are several models.

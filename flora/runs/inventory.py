@@ -31,7 +31,7 @@ def prompts_as_used(experiment: Experiment) -> dict[str, Any]:
     }
     models = [model]
     if experiment.new is not None:
-        models.append(experiment.new[0])
+        models.append(experiment.new.model)
         content["new_classes"] = _classes(models[1], data.new_class_names, list(shown.values()))
     cut = [pair for each in models for pair in each.text.num_tokens_of_cut]
     return content | {"cut_off": [shown.get(template, template).format(name) for name, template in cut]}
@@ -72,7 +72,7 @@ def partition_as_used(experiment: Experiment) -> dict[str, Any]:
 
 
 def _share(client: ClientData, index: int, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """What one client has, as JSON types; `labels` are those of all training examples."""
+    """The row of one client in `partition.json`, as JSON types; `labels` are those of all training examples."""
     counts = np.bincount(labels[client.train], minlength=len(class_names))
     return {
         "client": index,
@@ -122,7 +122,7 @@ def examples_as_used(experiment: Experiment) -> Iterator[tuple[str, str, str, st
         ("test", data.test, experiment.test, np.arange(len(experiment.test)), data.class_names),
     ]
     if experiment.new is not None and data.new is not None:
-        new = experiment.new[1]
+        new = experiment.new.features
         others.append(("new", data.new, new, np.arange(len(new)), data.new_class_names))
     for split, images, kept, examples, class_names in others:
         for row in _rows(images, kept, examples, class_names):

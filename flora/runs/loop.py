@@ -159,14 +159,14 @@ def resume(
                 log(f"warning: nothing computes the metric {name!r} any more: --import the file that declares it")
             initial = experiment.initial_state()
             files = RunFiles(directory, checkpoints, log, config.checkpoints.keep)
-            found = find_start(
+            begun = find_start(
                 files,
                 initial,
                 client_like=experiment.federation.client_state(initial.adapter),
                 accept_lost_records=accept_lost_records,
             )
             directory.write_config(config)
-            return found
+            return begun
 
         return _run_in(directory, config, listeners, start)
     finally:
@@ -281,7 +281,7 @@ class _Run:
             _say_that_budget_ends(experiment)
             local_only = _compared(experiment, state, log=self.directory.log, shows_bar=shows_bars)
         except BaseException as error:
-            self._save_what_there_is(error)
+            self._save_last_recorded(error)
             raise
         if clients is None:  # the run was stopped behind its last round
             clients = measure_clients(experiment, state)
@@ -302,8 +302,8 @@ class _Run:
             self.recorded = state  # the directory is the first one that is told
         return clients
 
-    def _save_what_there_is(self, error: BaseException) -> None:
-        """Whatever it is that ends the run, nothing of what it has done is lost, if it can still be written."""
+    def _save_last_recorded(self, error: BaseException) -> None:
+        """Save the last recorded state, if it can still be written, and log how to go on, whatever ended the run."""
         with suppress(UserError):
             self.saver.save(self.recorded)
         if self.directory.records_end[0] and not isinstance(error, DivergedError):
@@ -380,8 +380,8 @@ def _compared(
 
 def _program() -> str:
     """Return what to type to run this program again: a user's own file that calls `main`, or this module."""
-    own = (
+    script = (
         sys.argv[0] if sys.argv[0].endswith(".py") and getattr(sys.modules["__main__"], "__spec__", 1) is None else None
     )
-    program = f"{shlex.quote(sys.executable)} {'-m flora.simulate' if own is None else shlex.quote(own)}"
+    program = f"{shlex.quote(sys.executable)} {'-m flora.simulate' if script is None else shlex.quote(script)}"
     return " ".join([program, *(f"--import {shlex.quote(os.path.abspath(path))}" for path in imported)])

@@ -21,6 +21,7 @@ from flora.evaluation.accuracy import (
     evaluate,
     harmonic_mean,
     own_predictions,
+    places_of_clients,
     spread,
     unheld_accuracies,
 )
@@ -159,8 +160,7 @@ def _measure_server(experiment: Experiment, state: ServerState, evaluation: Eval
         accuracy = _accuracy(experiment, server_stacks(view), experiment.federation.engine.model, experiment.test)
         results |= {"broadcast_accuracy": accuracy, "model_privacy_gap": evaluation.accuracy - accuracy}
     if experiment.new is not None:
-        new_model, features = experiment.new
-        accuracy = accuracy_of(new_model, features)
+        accuracy = accuracy_of(experiment.new.model, experiment.new.features)
         results |= {"new_accuracy": accuracy, "harmonic_mean": harmonic_mean(evaluation.accuracy, accuracy)}
     return results
 
@@ -169,8 +169,8 @@ def _accuracy(
     experiment: Experiment, stacks: Sequence[StateLike | None], model: AdaptedClip, features: Features
 ) -> float:
     """The mean accuracy of adapters `(1, ...)`, or of the frozen model for None, in `model` on `features`."""
-    found = [evaluate_adapters(experiment, stack, features, model)[0].accuracy for stack in stacks]
-    return sum(found) / len(found)
+    accuracies = [evaluate_adapters(experiment, stack, features, model)[0].accuracy for stack in stacks]
+    return sum(accuracies) / len(accuracies)
 
 
 def _mean(accuracies: np.ndarray) -> float | None:
@@ -181,11 +181,11 @@ def _mean(accuracies: np.ndarray) -> float | None:
 
 def _figures(whose: str, accuracies: np.ndarray | None, sizes: np.ndarray) -> dict[str, float]:
     """The spread of accuracies over clients and their mean weighted by `sizes`, as fields of a record."""
-    found = None if accuracies is None else spread(accuracies)
-    if accuracies is None or found is None:
+    statistics = None if accuracies is None else spread(accuracies)
+    if accuracies is None or statistics is None:
         return {}
     known = ~np.isnan(accuracies)
-    figures = {**asdict(found), "weighted_mean": float(np.average(accuracies[known], weights=sizes[known]))}
+    figures = {**asdict(statistics), "weighted_mean": float(np.average(accuracies[known], weights=sizes[known]))}
     return {f"{whose}_accuracy_{name}": each for name, each in figures.items()}
 
 
@@ -205,8 +205,8 @@ def _on_held_out(experiment: Experiment, state: ServerState) -> ClientResults:
     if len(stacks) > 1:
         clusters = nearest_clusters(federation, state.adapter, range(len(sizes)))
     if len(experiment.held_out):
-        found = [evaluate_adapters(experiment, stack, experiment.held_out)[0] for stack in stacks]
-        evaluation = found[0] if clusters is None else of_rows(found, np.repeat(clusters, sizes))
+        evaluations = [evaluate_adapters(experiment, stack, experiment.held_out)[0] for stack in stacks]
+        evaluation = evaluations[0] if clusters is None else of_rows(evaluations, np.repeat(clusters, sizes))
         server, losses = client_means(evaluation.correct, sizes), client_means(evaluation.losses, sizes)
         labels = experiment.held_out.labels.cpu().numpy()
         f1 = client_macro_f1(labels, evaluation.predicted, sizes, len(experiment.class_names))
@@ -215,17 +215,11 @@ def _on_held_out(experiment: Experiment, state: ServerState) -> ClientResults:
     predictions = np.full((len(experiment.held_out), 2), np.nan)
     for clients, adapters in own_adapters(federation, state, with_own[sizes[with_own] > 0]):
         said = of_blocks(experiment, clients, adapters, partial(_predicted_of_held_out, experiment))
-        predictions[np.concatenate(_held_out_of(experiment, clients))] = said
+        predictions[np.concatenate(places_of_clients(sizes, clients))] = said
     is_own = np.isin(np.arange(len(sizes)), with_own)
     right = predictions[:, 0] == experiment.held_out.labels.cpu().numpy()
     own = np.where(is_own, client_means(right, sizes), server)
     return ClientResults(server, losses, f1, own, is_own, predictions)
-
-
-def _held_out_of(experiment: Experiment, clients: Sequence[int]) -> list[np.ndarray]:
-    """The places of each client's held-out examples among those of all."""
-    ends = np.cumsum(experiment.held_out_sizes)
-    return [np.arange(ends[client] - experiment.held_out_sizes[client], ends[client]) for client in clients]
 
 
 def _predicted_of_held_out(experiment: Experiment, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
@@ -234,15 +228,15 @@ def _predicted_of_held_out(experiment: Experiment, clients: Sequence[int], adapt
     Returns `(N, 2)`, the class and its probability.
     """
     config = experiment.config.evaluation
-    found = own_predictions(
+    predictions = own_predictions(
         experiment.federation.engine.model,
         adapters,
         experiment.held_out,
-        _held_out_of(experiment, clients),
+        places_of_clients(experiment.held_out_sizes, clients),
         batch_size=config.batch_size,
         prediction=config.prediction,
     )
-    return np.stack([found.classes, found.probabilities], axis=1)
+    return np.stack([predictions.classes, predictions.probabilities], axis=1)
 
 
 def _on_test_images(experiment: Experiment, clients: Sequence[int], adapters: StateLike) -> np.ndarray:
@@ -275,8 +269,9 @@ def measure_local_only(
     clients = chosen.tolist()
     results.test[chosen], results.unheld[chosen] = _of_test_images(experiment, clients, own)
     predicted = of_blocks(experiment, clients, own, partial(_predicted_of_held_out, experiment))[:, 0]
-    labels = experiment.held_out.labels.cpu().numpy()[np.concatenate(_held_out_of(experiment, clients))]
-    results.held_out[chosen] = client_means(predicted == labels, experiment.held_out_sizes[chosen])
+    sizes = experiment.held_out_sizes
+    labels = experiment.held_out.labels.cpu().numpy()[np.concatenate(places_of_clients(sizes, clients))]
+    results.held_out[chosen] = client_means(predicted == labels, sizes[chosen])
     with_own = clients_with_own_adapters(federation, state)
     if with_own is None:
         return results
@@ -301,8 +296,8 @@ def _of_test_images(
     experiment: Experiment, clients: Sequence[int], adapters: StateLike
 ) -> tuple[np.ndarray, np.ndarray]:
     """Accuracy of each client's own of `adapters` on all test images, and on those of classes not held, `(K,)`."""
-    found = of_blocks(experiment, clients, adapters, lambda some, part: _on_test_images(experiment, some, part))
-    return found[:, 0], found[:, 1]
+    accuracies = of_blocks(experiment, clients, adapters, lambda some, part: _on_test_images(experiment, some, part))
+    return accuracies[:, 0], accuracies[:, 1]
 
 
 def local_only_figures(results: LocalOnlyResults) -> dict[str, Any]:

@@ -129,18 +129,18 @@ def find_start(
     without_records: Checkpoint | None = None
     for round in checkpoints.rounds():
         try:
-            found = checkpoints.load(round, like=initial, client_like=client_like)
+            checkpoint = checkpoints.load(round, like=initial, client_like=client_like)
         except DamagedError as error:
             log(f"warning: {error}; trying the checkpoint before it")
             continue
-        if not directory.has_records(found.records_bytes, found.records_sha256):
+        if not directory.has_records(checkpoint.records_bytes, checkpoint.records_sha256):
             log(f"warning: {directory.path / 'rounds.jsonl'}: the records up to round {round} are not those written")
-            without_records = without_records or found
+            without_records = without_records or checkpoint
             continue
-        records = directory.rewind(found.records_bytes)
+        records = directory.rewind(checkpoint.records_bytes)
         checkpoints.tidy(round, keep=files.keep, set_aside=files.aside)
         log(f"going on after round {round}")
-        return Start(found.state, tuple(records), found.wall_seconds, found.clients_per_block)
+        return Start(checkpoint.state, tuple(records), checkpoint.wall_seconds, checkpoint.clients_per_block)
     if without_records is not None:
         return _start_without_all_records(files, without_records, accept_lost_records)
     if finished_rounds(directory.path) is not None:
@@ -153,10 +153,10 @@ def find_start(
     return Start(initial)
 
 
-def _start_without_all_records(files: RunFiles, found: Checkpoint, accept_lost_records: bool) -> Start:
+def _start_without_all_records(files: RunFiles, checkpoint: Checkpoint, accept_lost_records: bool) -> Start:
     """Go on from a whole checkpoint with the records that can be read, if the user accepts that."""
     directory, log = files.directory, files.log
-    path, round = directory.path / "rounds.jsonl", found.state.round
+    path, round = directory.path / "rounds.jsonl", checkpoint.state.round
     records = directory.readable_records(round)
     lost = [number for number in range(round + 1) if number not in records]
     which = "the records are not those that were written"
@@ -172,7 +172,7 @@ def _start_without_all_records(files: RunFiles, found: Checkpoint, accept_lost_r
     files.checkpoints.tidy(round, keep=files.keep, set_aside=files.aside)
     log(f"warning: {path}: {which}; sums over all rounds leave them out; the file as it was is in {files.aside}")
     log(f"going on after round {round}")
-    return Start(found.state, tuple(records.values()), found.wall_seconds, found.clients_per_block)
+    return Start(checkpoint.state, tuple(records.values()), checkpoint.wall_seconds, checkpoint.clients_per_block)
 
 
 def finished_rounds(path: Path) -> int | None:

@@ -116,7 +116,10 @@ class RunDirectory:
         return hashlib.sha256(self._read_records(num_bytes)).hexdigest() == sha256
 
     def rewind(self, num_bytes: int) -> list[RoundRecord]:
-        """Take away all records but those in the first `num_bytes` bytes; return these."""
+        """Take away all records but those in the first `num_bytes` bytes; return these.
+
+        Raises `UserError` if the folder can't be written.
+        """
         content = self._read_records(num_bytes)
         self._records_bytes, self._records_sha256 = len(content), hashlib.sha256(content)
         path = self.path / "rounds.jsonl"
@@ -130,7 +133,7 @@ class RunDirectory:
         return [RoundRecord.from_dict(json.loads(line)) for line in content.splitlines()]
 
     def set_records_aside(self, folder: Path) -> None:
-        """Move the records into `folder`, under a name that is free, and begin anew."""
+        """Move the records into `folder`, under a name that is free, and begin anew. Raises `UserError` if it can't."""
         path = self.path / "rounds.jsonl"
         if path.exists():
             self._before_write(path)
@@ -298,8 +301,8 @@ def check_free_name(folder: Path, name: str | None) -> None:
         raise UserError(f"{folder / f'{name}.json'}: exists already; choose another --name")
 
 
-def write_json_beside(folder: Path, name: str, content: Any, *, numbered: bool) -> Path:
-    """Write a new JSON file into a folder of a run, which is made if it is not there; return its path.
+def write_json(folder: Path, name: str, content: Any, *, numbered: bool) -> Path:
+    """Write a new JSON file into a folder of a run, which is made if it does not exist; return its path.
 
     `numbered`: if there is one of that name, use the first free of name-2, name-3, ...; else that is a `UserError`.
     """

@@ -11,7 +11,7 @@ import numpy as np
 from flora.client.personalization import FineTuning
 from flora.core.states import ServerState
 from flora.core.tree import StateLike
-from flora.evaluation.accuracy import client_means, harmonic_mean, own_accuracies
+from flora.evaluation.accuracy import client_means, harmonic_mean, own_accuracies, places_of_clients
 from flora.evaluation.held_classes import accuracies_by_holding
 from flora.evaluation.local_only import clients_with_own_adapters, own_adapters
 from flora.experiment.build import Experiment
@@ -43,18 +43,18 @@ class ScenarioResults:
 
     def figures(self) -> dict[str, Any]:
         """Return what a round's record says of them."""
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if self.unseen is not None:
-            found |= _mean_and_deviation("unseen_accuracy", self.unseen.server)
-            found |= _mean_and_deviation("unseen_tuned_accuracy", self.unseen.tuned)
+            figures |= _mean_and_deviation("unseen_accuracy", self.unseen.server)
+            figures |= _mean_and_deviation("unseen_tuned_accuracy", self.unseen.tuned)
         if self.by_holding is not None:
-            found |= _mean_and_deviation("held_class_accuracy", self.by_holding[:, 0])
-            found |= _mean_and_deviation("other_class_accuracy", self.by_holding[:, 1])
-            if {"held_class_accuracy", "other_class_accuracy"} <= found.keys():
-                found["held_other_harmonic_mean"] = harmonic_mean(
-                    found["held_class_accuracy"], found["other_class_accuracy"]
+            figures |= _mean_and_deviation("held_class_accuracy", self.by_holding[:, 0])
+            figures |= _mean_and_deviation("other_class_accuracy", self.by_holding[:, 1])
+            if {"held_class_accuracy", "other_class_accuracy"} <= figures.keys():
+                figures["held_other_harmonic_mean"] = harmonic_mean(
+                    figures["held_class_accuracy"], figures["other_class_accuracy"]
                 )
-        return found
+        return figures
 
 
 def _mean_and_deviation(name: str, accuracies: np.ndarray) -> dict[str, float]:
@@ -81,25 +81,21 @@ def _unseen(experiment: Experiment, state: ServerState) -> UnseenResults:
     server = client_means(evaluate_adapters(experiment, server_stacks(state)[0], features)[0].correct, sizes)
     if not state.round:
         return UnseenResults(server, tuned)
-    everybody, first = [*federation.clients, *experiment.unseen], len(federation.clients)
+    first = len(federation.clients)
     with_them = replace(
-        federation,
-        clients=everybody,
-        participation=replace(federation.participation, sizes=np.array([len(each.train) for each in everybody])),
+        federation.with_clients([*federation.clients, *experiment.unseen]),
         personal=FineTuning(epochs=1),
         ranks=None,
         rng=federation.rng.child("unseen"),
     )
-    ends = np.cumsum(sizes)
 
     def accuracies(clients: Sequence[int], adapters: StateLike) -> np.ndarray:
-        places = [np.arange(ends[client - first] - sizes[client - first], ends[client - first]) for client in clients]
         config = experiment.config.evaluation
         return own_accuracies(
             federation.engine.model,
             adapters,
             features,
-            places,
+            places_of_clients(sizes, np.array(clients) - first),
             batch_size=config.batch_size,
             prediction=config.prediction,
         )
@@ -126,13 +122,13 @@ def _by_holding(experiment: Experiment, state: ServerState) -> np.ndarray:
     # Clients that hold the same classes are one to an adapter that all of them have.
     kinds, places = np.unique(holds, axis=0, return_inverse=True)
     server = server_stacks(state)[0] or {}
-    found = of_blocks(
+    measured = of_blocks(
         experiment, range(len(kinds)), server, lambda some, part: accuracies(kinds[np.array(some)], part)
     )[places.reshape(-1)]
     with_own = clients_with_own_adapters(federation, state) if state.round else None
     if with_own is not None:
         for clients, adapters in own_adapters(federation, state, with_own):
-            found[clients] = of_blocks(
+            measured[clients] = of_blocks(
                 experiment, clients, adapters, lambda some, part: accuracies(holds[np.array(some)], part)
             )
-    return found
+    return measured

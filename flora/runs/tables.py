@@ -63,7 +63,7 @@ def last_tables(experiment: Experiment, state: ServerState, clients: ClientResul
 
 
 def confusion_table(labels: np.ndarray, evaluation: Evaluation, class_names: Sequence[str]) -> Table:
-    """A row a class, as it is labelled; a column a class, as it is predicted; numbers of images."""
+    """A row a class, as `labels` `(N,)` say; a column a class, as it is predicted; numbers of images."""
     counts = confusion(labels, evaluation.predicted, len(class_names))
     rows = [[name, *row] for name, row in zip(class_names, counts.tolist(), strict=True)]
     return Table(["label", *class_names], rows)
@@ -71,7 +71,7 @@ def confusion_table(labels: np.ndarray, evaluation: Evaluation, class_names: Seq
 
 def reliability_table(evaluation: Evaluation) -> Table:
     """A row a bin of confidence; the means of an empty one are empty."""
-    found = reliability(evaluation.confidences, evaluation.correct)
+    bins = reliability(evaluation.confidences, evaluation.correct)
     rows = [
         [
             f"{place / NUM_BINS:.6f}",
@@ -80,7 +80,7 @@ def reliability_table(evaluation: Evaluation) -> Table:
             *(("", "") if not count else (f"{confidence:.6f}", f"{accuracy:.6f}")),
         ]
         for place, (count, confidence, accuracy) in enumerate(
-            zip(found.counts.tolist(), found.confidences.tolist(), found.accuracies.tolist(), strict=True)
+            zip(bins.counts.tolist(), bins.confidences.tolist(), bins.accuracies.tolist(), strict=True)
         )
     ]
     return Table(["above", "up_to", "num_images", "confidence", "accuracy"], rows)
@@ -111,7 +111,7 @@ def _predictions(experiment: Experiment, state: ServerState, number: int) -> Ite
     model = experiment.federation.engine.model
     splits: list[tuple[AdaptedClip, Features]] = [(model, experiment.held_out), (model, experiment.test)]
     if experiment.new is not None:
-        splits.append(experiment.new)
+        splits.append((experiment.new.model, experiment.new.features))
     config = experiment.config.evaluation
     for own, features in splits:
         labels, names = iter(features.labels.tolist()), own.class_names

@@ -89,8 +89,8 @@ def _start_of(message: Message) -> Start:
 
 
 def _by_client(tensors: StateLike) -> dict[int, State]:
-    found: dict[int, State] = {}
+    by_client: dict[int, State] = {}
     for name, tensor in tensors.items():
         client, _, own = name.partition(".")
-        found.setdefault(int(client), {})[own] = tensor
-    return found
+        by_client.setdefault(int(client), {})[own] = tensor
+    return by_client

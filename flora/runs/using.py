@@ -24,7 +24,7 @@ from flora.data.augmentation import NoAugmentation
 from flora.data.datasets.base import ImageFiles, ImageSource, Split
 from flora.data.datasets.walk import image_paths
 from flora.data.value_range import EightBitSource, ValueRange
-from flora.experiment.build import adapted_models
+from flora.experiment.prepared import adapted_models
 from flora.features.features import Features
 from flora.features.live import LiveFeatures, live_features
 from flora.runs.finished import Classes, FinishedRun
@@ -98,22 +98,22 @@ def features_of_files(
     if limits is not None:
         source = EightBitSource(source, ValueRange(limits[0], limits[1]))
     every = np.arange(len(paths))
-    found, problems = live_features(
+    live, problems = live_features(
         Split(source, every, np.zeros(len(paths), dtype=np.int64)),
         model,
         NoAugmentation(),
-        skip_unreadable=config.data.unreadable == "skip",
+        skip_unreadable=config.data.skips_unreadable,
         progress=progress,
     )
     for line in problems:
         log(f"left out: {line}")
     return _Rounded(
-        found.split,
+        live.split,
         model,
-        found.augmentation,
-        found.labels,
-        found.split_indices,
-        found.digests,
+        live.augmentation,
+        live.labels,
+        live.split_indices,
+        live.digests,
         storage=config.cache.dtype,
     )
 
@@ -123,15 +123,15 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
     Raises `UserError` for a path that isn't there, or a folder without images.
     """
-    found: list[Path] = []
+    images: list[Path] = []
     for path in paths:
         try:
-            below = image_paths(path) if path.is_dir() else [path] if os.path.exists(path) else []
+            images_of_path = image_paths(path) if path.is_dir() else [path] if os.path.exists(path) else []
         except OSError as error:
             raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
-        if not below:
+        if not images_of_path:
             raise UserError(
                 f"{path}: no images below this folder" if path.is_dir() else f"{path}: no such file or folder"
             )
-        found += below
-    return found
+        images += images_of_path
+    return images

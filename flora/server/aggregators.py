@@ -86,8 +86,8 @@ class MultiKrum(Aggregator):
         num_neighbours = max(number - num_bad - 2, 1)
         # The nearest of all is the delta itself, at distance 0.
         scores = distances.sort(dim=1).values[:, 1 : 1 + num_neighbours].sum(dim=1)
-        kept = scores.argsort(stable=True)[: number - num_bad].sort().values.tolist()
-        return tree.weighted_mean([deltas[place] for place in kept], [weights[place] for place in kept])
+        chosen = scores.argsort(stable=True)[: number - num_bad].sort().values.tolist()
+        return tree.weighted_mean([deltas[place] for place in chosen], [weights[place] for place in chosen])
 
 
 @register("bounded_mean")

@@ -104,7 +104,7 @@ class Adaptive(ServerOptimizer):
 
     @abstractmethod
     def square(self, before: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """The next v."""
+        """Return the next v, from the one `before` and the delta, all three of one shape."""
 
     def step(self, adapter: State, delta: State, state: State) -> tuple[State, State]:
         adapter, state = dict(adapter), dict(state)

@@ -62,16 +62,16 @@ def screen(
     median = float(torch.tensor(norms, dtype=torch.float64).quantile(0.5))
     if median == 0:
         return accepted, rejections
-    bound, kept = options.max_norm_ratio * median, []
+    bound, within = options.max_norm_ratio * median, []
     for update, norm in zip(accepted, norms, strict=True):
         if norm <= bound:
-            kept.append(update)
+            within.append(update)
         elif options.policy == "clip":
-            kept.append(dataclasses.replace(update, delta=tree.scale(update.delta, bound / norm)))
+            within.append(dataclasses.replace(update, delta=tree.scale(update.delta, bound / norm)))
         else:
             reason = f"norm {norm:.3g}, the cohort's median is {median:.3g}"
             rejections.append(Rejection(update.client, None, reason))
-    return kept, sorted(rejections, key=lambda rejection: rejection.client)
+    return within, sorted(rejections, key=lambda rejection: rejection.client)
 
 
 def refusal(round: int, rejection: Rejection, learning_rate: float) -> DivergedError:

@@ -167,9 +167,10 @@ def _main(options: argparse.Namespace, processes: Processes) -> int:
     stopped: Interrupted | None = None
     try:
         with Interrupts() as interrupts:
-            runs = _configurations(options, grid, processes)
+            earlier = _earlier_choices(options)
+            runs = _configurations(options, grid, earlier, processes)
             if options.choose is not None:
-                check_search(options.choose, [axis.partition("=")[0].strip() for axis in axes], runs)
+                check_search(options.choose, [axis.partition("=")[0].strip() for axis in axes], runs, earlier)
             with _locked(options.output) if processes.is_first else nullcontext():
                 try:
                     run_all(
@@ -195,6 +196,8 @@ def _main(options: argparse.Namespace, processes: Processes) -> int:
             if options.choose is not None:
                 found = choose(options.choose, _finished(grid, outcomes, options.output))
                 print(f"chosen: {_write(options.output / 'chosen.json', to_json(found))}")
+                if options.chosen is not None:
+                    _write(options.chosen, to_json(found if earlier is None else earlier.updated(found)))
         except OSError as error:
             raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from None
     print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
@@ -215,8 +218,15 @@ def _check_options(options: argparse.Namespace, grid: Sequence[Combination]) -> 
         raise UserError(f"--jobs: expected a whole number of at least 1, got {options.jobs!r}")
 
 
+def _earlier_choices(options: argparse.Namespace) -> Choices | None:
+    """What earlier searches chose, of the file that --chosen names; a search may be the first to write it."""
+    if options.chosen is None or (options.choose is not None and not options.chosen.exists()):
+        return None
+    return read_choices(options.chosen)
+
+
 def _configurations(
-    options: argparse.Namespace, grid: Sequence[Combination], processes: Processes
+    options: argparse.Namespace, grid: Sequence[Combination], choices: Choices | None, processes: Processes
 ) -> list[ExperimentConfig]:
     """The checked configurations; process 0 says what is left out of them, and what a search has nothing for."""
 
@@ -224,7 +234,6 @@ def _configurations(
         if processes.is_first:
             print(line, file=sys.stderr)
 
-    choices = None if options.chosen is None else read_choices(options.chosen)
     if choices is not None:
         names = choices.without([(each.config, dict(each.values)) for each in grid])
         if names:
@@ -247,7 +256,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}") from None
+        raise UserError(f"--output: {folder} can't be made: {error.strerror or error}") from None
     lock = lock_file(folder / "lock")
     try:
         yield

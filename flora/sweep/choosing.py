@@ -43,6 +43,11 @@ class Choices:
         value = next((each.value for each in self.choices if each.where.items() <= labels.items()), None)
         return None if value is None or self.key in values else f"{self.key}={value}"
 
+    def updated(self, search: Choices) -> Choices:
+        """Return these choices with those of a later search, which replace what was chosen for the same runs."""
+        searched = [each.where for each in search.choices]
+        return Choices(self.key, (*(each for each in self.choices if each.where not in searched), *search.choices))
+
     def without(self, runs: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
         """Return the stems of the config files of which a run, with these swept values, was not searched for."""
         return sorted(
@@ -55,14 +60,16 @@ class Choices:
 
 
 def labels_of(config: str, values: Mapping[str, str]) -> dict[str, str]:
-    """What a run is called by: its config file and its swept values, but for the seed."""
+    """The labels of a run: its config file and its swept values, but for the seed."""
     return {"experiment": Path(config).stem, **{key: value for key, value in values.items() if key != "seed"}}
 
 
-def check_search(key: str, axes: Sequence[str], configs: Sequence[ExperimentConfig]) -> None:
-    """Raise `UserError` unless `key` is swept and all runs are evaluated on validation images."""
+def check_search(key: str, axes: Sequence[str], configs: Sequence[ExperimentConfig], earlier: Choices | None) -> None:
+    """Raise `UserError` unless `key` is swept, as in an earlier search, and all runs read validation images."""
     if key not in axes:
         raise UserError(f"--choose: {key} is not swept; write {key}=value,value")
+    if earlier is not None and earlier.key != key:
+        raise UserError(f"--chosen: expected choices of {key}, as --choose says, or a new file; it has {earlier.key}")
     if not all(_reads_no_test_images(config.split) for config in configs):
         raise UserError("--choose: expected split validation, or one of it: what is chosen on test images is no result")
 

@@ -25,7 +25,7 @@ def why_alone(config: ExperimentConfig) -> str | None:
 
 
 def fold_key(config: ExperimentConfig) -> Hashable:
-    """What runs must have the same of to share their steps."""
+    """The key of a run: runs with the same one can share their steps."""
     seed = config.seed if config.backbone.weights == "random" else None
     model = config.backbone, config.adapter, config.prompts, config.speed, str(choose_device(config.device))
     images = config.data, config.split, config.cache

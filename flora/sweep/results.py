@@ -26,13 +26,13 @@ def with_domain_means(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if DOMAIN in row.labels:
             groups.setdefault(_without_domain(row), []).append(row)
-    found = []
+    rows_and_means = []
     for row in rows:
-        found.append(row)
+        rows_and_means.append(row)
         group = groups.get(_without_domain(row), [])
         if group and row is group[-1]:
-            found += [mean for mean in [_mean_over(group)] if mean.outcomes and len(group) > 1]
-    return found
+            rows_and_means += [mean for mean in [_mean_over(group)] if mean.outcomes and len(group) > 1]
+    return rows_and_means
 
 
 def _without_domain(row: Row) -> tuple[tuple[str, str], ...]:
@@ -58,14 +58,14 @@ def _mean_outcome(outcomes: Sequence[Outcome]) -> Outcome:
 
 def dots_of(rows: Sequence[Row], figures: Sequence[str]) -> list[Dot]:
     """The figures of the rows that have them, as fractions, by panel and method."""
-    found = []
+    dots = []
     for row in rows:
         panel, method = panel_and_method(row)
         for name in figures:
             mean = row.mean(name)
             if mean is not None:
-                found.append(Dot(panel, method, title_of(name), mean, row.deviation(name)))
-    return found
+                dots.append(Dot(panel, method, title_of(name), mean, row.deviation(name)))
+    return dots
 
 
 def title_of(name: str) -> str:

@@ -46,7 +46,7 @@ def run_all(
     missing = _missing(configs, outcomes, processes)
     groups = foldable(missing, most=fold, jobs=jobs * processes.size)
     owners = deal([len(group) for group in groups], processes.size)
-    own = [group for group, owner in zip(groups, owners, strict=True) if owner == processes.rank]
+    mine = [group for group, owner in zip(groups, owners, strict=True) if owner == processes.rank]
     hidden = None if processes.is_first else True  # None: where standard error is no terminal
     with tqdm(
         total=len(configs), initial=len(outcomes), desc="runs", unit="run", disable=hidden, dynamic_ncols=True
@@ -61,10 +61,10 @@ def run_all(
 
         for line in described(groups) if processes.is_first and fold > 1 else []:
             tqdm.write(line, file=sys.stderr)
-        for index, found in work_through(bring_to_their_end, own, jobs=jobs, check=check):
-            for config in own[index]:
+        for index, found in work_through(bring_to_their_end, mine, jobs=jobs, check=check):
+            for config in mine[index]:
                 tell(config, found[config.name] if isinstance(found, dict) else found)
-        done = {config.name: outcomes[config.name] for group in own for config in group}
+        done = {config.name: outcomes[config.name] for group in mine for config in group}
         for rank, message in enumerate(processes.exchange(Message(done))):
             if rank != processes.rank:
                 for config in missing:
@@ -78,8 +78,8 @@ def _missing(configs: Sequence[ExperimentConfig], outcomes: Outcomes, processes:
         ready = _with_what_they_need([config for config in configs if _is_missing(config, outcomes)], outcomes)
         processes.exchange(Message([[config.name for config in ready], outcomes]))
         return ready
-    names, found = processes.exchange(Message())[0].fields
-    outcomes.update(found)
+    names, ended = processes.exchange(Message())[0].fields
+    outcomes.update(ended)
     return [config for config in configs if config.name in names]
 
 
@@ -146,14 +146,14 @@ def _with_what_they_need(configs: Sequence[ExperimentConfig], outcomes: Outcomes
 
     ready = []
     for config in configs:
-        found = problem(repr(config.backbone), config.backbone.fetch)
+        lacking = problem(repr(config.backbone), config.backbone.fetch)
         for data in _datasets(config):
-            if found is None and getattr(data, "download", False):
-                found = problem(repr(data), lambda data=data: data.load(Rng(0)))  # type: ignore[misc]
-        if found is None:
+            if lacking is None and getattr(data, "download", False):
+                lacking = problem(repr(data), lambda data=data: data.load(Rng(0)))  # type: ignore[misc]
+        if lacking is None:
             ready.append(config)
         else:
-            outcomes[config.name] = found
+            outcomes[config.name] = lacking
     return ready
 
 

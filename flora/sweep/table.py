@@ -60,19 +60,19 @@ class Row:
     def mean_first_at(self, accuracy: float) -> tuple[float | None, float | None]:
         """The mean round, and bytes, at which the runs are first so accurate; None if one never is, or is untrained."""
         points = [outcome.first_at(accuracy) for outcome in self.outcomes]
-        found = [point for point in points if point is not None and point.round > 0]
-        if len(found) < len(self.outcomes):
+        reached = [point for point in points if point is not None and point.round > 0]
+        if len(reached) < len(self.outcomes):
             return None, None
-        return statistics.fmean(p.round for p in found), statistics.fmean(p.sent_bytes for p in found)
+        return statistics.fmean(p.round for p in reached), statistics.fmean(p.sent_bytes for p in reached)
 
 
 def with_ratios(rows: Sequence[Row], reference: str) -> list[Row]:
     """The rows, each with its ratios to the row that has a label `reference` and otherwise the same labels, if any."""
-    found = []
+    compared = []
     for row in rows:
         others = [other for other in rows if other.outcomes and _differs_only_by(row, other, reference)]
-        found.append(replace(row, ratios=_ratios(row, others[0]) if row.outcomes and others else None))
-    return found
+        compared.append(replace(row, ratios=_ratios(row, others[0]) if row.outcomes and others else None))
+    return compared
 
 
 def _differs_only_by(row: Row, other: Row, reference: str) -> bool:
@@ -190,8 +190,8 @@ def to_overview(rows: Sequence[Row]) -> str:
     ]
     lines = [["zero-shot", *(accuracy_cell(row, "zero_shot_accuracy") if row else "-" for row in frozen)]]
     for method in methods:
-        found = [place.get((panel, method)) for panel in panels]
-        lines.append([method, *(accuracy_cell(row, "last_accuracy") if row else "-" for row in found)])
+        rows_of_method = [place.get((panel, method)) for panel in panels]
+        lines.append([method, *(accuracy_cell(row, "last_accuracy") if row else "-" for row in rows_of_method)])
     return markdown([["last round", *panels], *lines])
 
 

@@ -62,13 +62,13 @@ class AttachedAdapter(ABC):
     after_step: Callable[[StateLike, float | Tensor], None] | None = None
     project: Callable[[StateLike, StateLike, Sequence[torch.Generator]], StateLike] | None = None
     is_linear = False
-    """Whether linear layers on features of images, each used once, are all that it trains: see `AttachedBeside`."""
+    """Whether linear layers on features of images, each used once, are all that it trains: see `AttachedOutside`."""
     learned_context: Mapping[str, Any] | None = None
     """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
     comparison: Comparison = COSINES
     """How images and classes become logits while adapters are bound; another one than by cosines needs `stack`."""
     stack: StateLike | None = None
-    """The tensors `(K, ...)` that are bound, where it works beside the model."""
+    """The tensors `(K, ...)` that are bound, where it works outside of the frozen layers."""
 
     @property
     def can_share_texts(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter, check_depth
-from flora.clip.adapters.beside import uniform
+from flora.clip.adapters.outside import uniform
 from flora.clip.adapters.prompts import AttachedContext, PromptContext, WithContext, put_vectors
 from flora.clip.adapters.visual_prompts import check_reads_class_token, put_tokens
 from flora.clip.frozen import Architecture, FrozenClip

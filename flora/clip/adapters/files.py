@@ -132,14 +132,14 @@ def _read_peft(folder: Path) -> LowRankFile:
     targets = {module: target for target, module in MODULES.items()}
     path = folder / PEFT_WEIGHTS
     for name, tensor in _read_tensors(path)[0].items():
-        found = re.fullmatch(
+        match = re.fullmatch(
             r"(?:base_model\.model\.)?(text_model|vision_model)(?:\.\w+_model)?\.encoder\.layers\.(\d+)"
             r"\.(\w+\.\w+)\.(lora_[AB])\.weight",
             name,
         )
-        if found is None or found[3] not in targets:
+        if match is None or match[3] not in targets:
             raise UserError(f"{path}: {name} is no factor of a layer of CLIPModel that is adapted here")
-        tensors[f"{towers[found[1]]}.{int(found[2])}.{targets[found[3]]}.{found[4]}"] = tensor
+        tensors[f"{towers[match[1]]}.{int(match[2])}.{targets[match[3]]}.{match[4]}"] = tensor
     if not is_finite(tensors):
         raise UserError(f"{path}: its numbers are not finite")
     rank = config["r"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora.clip.adapters.base import HELD_CLASSES, AttachedAdapter
-from flora.clip.adapters.beside import linear, uniform
+from flora.clip.adapters.outside import linear, uniform
 from flora.clip.adapters.prompts import AttachedContext, PromptContext, WithContext, put_vectors
 from flora.clip.comparison import Comparison, CosinesByImage
 from flora.clip.frozen import Architecture, FrozenClip

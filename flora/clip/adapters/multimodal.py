@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flora.clip.adapters.base import TOWERS, Adapter, AttachedAdapter, check_depth
-from flora.clip.adapters.beside import AttachedBeside
+from flora.clip.adapters.outside import AttachedOutside
 from flora.clip.frozen import Architecture, FrozenClip
 from flora.core.registry import option, register
 from flora.core.rng import Rng
@@ -55,7 +55,7 @@ class PFedMma(Adapter):
         return AttachedPFedMma(self, clip)
 
 
-class AttachedPFedMma(AttachedBeside):
+class AttachedPFedMma(AttachedOutside):
     """Its state dict has, for the n upper blocks from the lowest on, the layers' weights and biases.
 
     These are `T.down.weight` `(n, r, width)`, `T.down.bias` `(n, r)`, `T.up.weight` `(n, width, r)` and `T.up.bias`
@@ -73,7 +73,7 @@ class AttachedPFedMma(AttachedBeside):
             tower: [block.ln_1 for block in blocks[tower][-self._depth :]] for tower in TOWERS
         }
         self.trained_from = dict(self._first)
-        self.after_block = self._beside
+        self.after_block = self._with_bottleneck
 
     def stays(self, name: str) -> bool:
         return not name.startswith("shared.")
@@ -90,7 +90,7 @@ class AttachedPFedMma(AttachedBeside):
             state[f"{layer}.bias"] = torch.zeros(self._depth, d_out, dtype=self.dtype)
         return state
 
-    def _beside(self, tower: str, number: int, given: Tensor, x: Tensor) -> Tensor:
+    def _with_bottleneck(self, tower: str, number: int, given: Tensor, x: Tensor) -> Tensor:
         """What a block gives, and what the bottleneck makes of what it got, both `(K * N, R, width)`."""
         place = number - self._first[tower]
         if self.stack is None or place < 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flora.clip.adapters.base import Adapter, AttachedAdapter
-from flora.clip.adapters.beside import AttachedBeside, FitsEveryModel
+from flora.clip.adapters.outside import AttachedOutside, FitsEveryModel
 from flora.clip.frozen import Architecture, FrozenClip
 from flora.core.errors import UserError
 from flora.core.registry import OptionError, option, register
@@ -101,7 +101,7 @@ class WithContext(Adapter):
         return self.context.shown_templates(given)
 
 
-class AttachedContext(AttachedBeside):
+class AttachedContext(AttachedOutside):
     """Its state dict is `context`: `(n, text width)` for n vectors, `(C, n, text width)` where classes have their own.
 
     The first of them stand behind the prompt's first token, the others before its full stop. Where only the first

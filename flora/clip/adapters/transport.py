@@ -101,7 +101,8 @@ class Transport(Comparison):
     def similarities(self, images: Tensor, classes: Tensor) -> Tensor:
         cosines = torch.einsum("kbmd,kcnd->kbcmn", images, classes)
         with torch.no_grad():
-            plan = self.plan(((cosines - 1) / self.epsilon).exp())
+            # Laid out as it is read, or each iteration's products would copy it first.
+            plan = self.plan(((cosines - 1) / self.epsilon).exp().contiguous())
         return (plan * cosines).sum(dim=(-2, -1))
 
     def plan(self, kernel: Tensor) -> Tensor:

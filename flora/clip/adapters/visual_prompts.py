@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flora.clip.adapters.base import Adapter, AttachedAdapter
-from flora.clip.adapters.beside import AttachedBeside, FitsEveryModel
+from flora.clip.adapters.outside import AttachedOutside, FitsEveryModel
 from flora.clip.frozen import Architecture, FrozenClip
 from flora.core.registry import OptionError, name_of, option, register
 from flora.core.rng import Rng
@@ -50,7 +50,7 @@ def check_reads_class_token(adapter: Adapter, architecture: Architecture) -> Non
         raise OptionError("", f"{needs}: {architecture.name} is read at the mean of all")
 
 
-class AttachedVisualPrompt(AttachedBeside):
+class AttachedVisualPrompt(AttachedOutside):
     """Its state dict is `visual.prompt` `(depth, number of tokens, vision width)`."""
 
     def __init__(self, options: VisualPrompt, clip: FrozenClip) -> None:

@@ -32,7 +32,7 @@ class Layout:
         return Layout(self.num_clients, *(None if each is None else each.to(device) for each in tensors))  # type: ignore[arg-type]
 
     def first(self, num_clients: int) -> Layout:
-        """That of the first clients, without a copy."""
+        """The layout of the first `num_clients` clients alone, without a copy."""
         num_sequences = len(self.positions) * num_clients // self.num_clients
         ends = self.ends[: len(self.ends) * num_clients // self.num_clients]
         return replace(self.sequences(0, num_sequences), num_clients=num_clients, ends=ends)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter
-from flora.clip.adapters.beside import AttachedBeside, LinearUse
+from flora.clip.adapters.outside import AttachedOutside, LinearUse
 from flora.clip.comparison import COSINES, Comparison
 from flora.clip.frozen import FrozenClip
 from flora.clip.towers.blocks import AroundBlocks
@@ -72,7 +72,9 @@ class AdaptedClip:
     def logits(self, stem: Tensor, classes: Tensor) -> Tensor:
         """The logits `(K, B, C)` of stem outputs `(K * B, ...)`; `classes` are as `class_features` gives them."""
         images = self.image_features(stem, len(classes))
-        return self.logit_scale() * self.comparison.similarities(images, self.classes_of(images, classes))
+        if self.comparison.by_image:
+            classes = self.classes_by_image(images)
+        return self.logit_scale() * self.comparison.similarities(images, classes)
 
     def image_features(self, stem: Tensor, num_clients: int) -> Tensor:
         """Unit image features `(K, B, embed_dim)` from stem outputs `(K * B, ...)`, client-major.
@@ -111,7 +113,7 @@ class AdaptedClip:
         return self.vision.suffix(x, around).to(self.clip.dtype)
 
     def _after(self, tower: str) -> Callable[[int, Tensor, Tensor], Tensor] | None:
-        """What the adapter does behind the blocks of a tower, if it does something there."""
+        """The function by which the adapter changes what a tower's blocks give; None if it does not."""
         return None if self.adapter.after_block is None else partial(self.adapter.after_block, tower)
 
     def class_features(self, num_clients: int, classes: Tensor | None = None) -> Tensor:
@@ -127,13 +129,11 @@ class AdaptedClip:
             return self._encode_classes(self.prompts.of_classes(classes).to(self.device), shares)
         return self._encode_classes(self._layout_of_all(num_clients), self._shares)
 
-    def classes_of(self, images: Tensor, classes: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """What images `(K, B, d)` are compared with: `classes`, or where each image has its own, these `(K, B, C, d)`.
+    def classes_by_image(self, images: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """The classes' features that each of the images `(K, B, d)` has for itself, `(K, B, C, d)`.
 
-        `chosen` `(K, C)` are the classes that `classes` are of, if these are not all.
+        `chosen` `(K, C)` are each client's own classes, if these are not all.
         """
-        if not self.comparison.by_image:
-            return classes
         number, size = images.shape[:2]
         chosen = None if chosen is None else chosen.repeat_interleave(size, dim=0)
         stack, parts = self.adapter.for_images(images), []
@@ -154,7 +154,7 @@ class AdaptedClip:
         For an adapter that `is_linear`, bound without gradients: the uses' outputs have them. `drawn` are the places of
         the prompts, where one of each class is drawn.
         """
-        assert isinstance(self.adapter, AttachedBeside)
+        assert isinstance(self.adapter, AttachedOutside)
         classes = self.class_features(num_clients) if drawn is None else self.drawn_class_features(drawn)
         with self.adapter.traced() as uses:
             products = self.adapter.products(self.image_features(stem, num_clients), classes)
@@ -213,7 +213,7 @@ class AdaptedClip:
         return self.adapter.adapt_tokens_by_names(x, layout.positions, learned, self._names)
 
     def _before_text_blocks(self, layout: Layout) -> Callable[[int, Tensor], Tensor] | None:
-        """What the adapter does to what the text tower's blocks get, if it does something there."""
+        """The function by which the adapter changes what the text tower's blocks get; None if it does not."""
         adapt = self.adapter.adapt_text_block
         return None if adapt is None else partial(adapt, self._learned_in(layout))
 

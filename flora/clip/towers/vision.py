@@ -44,7 +44,7 @@ class VisionTower:
 
     @torch.no_grad()
     def stem(self, pixels: Tensor) -> Tensor:
-        """The part that no adapter changes."""
+        """The part that no adapter changes: `(N, ...)` of pixels `(N, 3, H, W)`."""
         with self._clip.autocast():
             parts = [self._run(part.to(self._clip.dtype), range(self.cut)) for part in self.in_parts(pixels)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -116,8 +116,8 @@ TRAINING: tuple[Rule, ...] = (
 
 def _makes_views(config: ExperimentConfig) -> bool:
     """Whether training images are changed at random."""
-    own = config.local.active_self_training
-    of_others = () if own is None else (own.weak, own.strong)
+    self_training = config.local.active_self_training
+    of_others = () if self_training is None else (self_training.weak, self_training.strong)
     return any(each.changes_images for each in (config.local.augmentation, *of_others))
 
 

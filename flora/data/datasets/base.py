@@ -205,12 +205,12 @@ class ImageData:
     remarks: tuple[str, ...] = ()
 
 
-def checked_images(setting: str, component: Component, found: object) -> ImageData:
-    """Return `found`, which must be an `ImageData` whose images and classes exist."""
-    if not isinstance(found, ImageData):
-        refuse(setting, component, f"a {type(found).__name__}, expected ImageData")
-    named = (("training", found.train, found.class_names), ("test", found.test, found.class_names),
-             ("new", found.new, found.new_class_names))  # fmt: skip
+def checked_images(setting: str, component: Component, images: object) -> ImageData:
+    """Return `images`, which must be an `ImageData` whose images and classes exist."""
+    if not isinstance(images, ImageData):
+        refuse(setting, component, f"a {type(images).__name__}, expected ImageData")
+    named = (("training", images.train, images.class_names), ("test", images.test, images.class_names),
+             ("new", images.new, images.new_class_names))  # fmt: skip
     for name, split, class_names in named:
         if split is None:
             continue
@@ -223,7 +223,7 @@ def checked_images(setting: str, component: Component, found: object) -> ImageDa
                 refuse(setting, component, f"{wrong} among the {what} of the {name} images, expected 0 to {below - 1}")
         if split.groups is not None and len(split.groups) != len(split):
             refuse(setting, component, f"{len(split.groups)} groups for {len(split)} {name} images")
-    return found
+    return images
 
 
 def with_jpeg_side(data: ImageData, side: int | None) -> ImageData:
@@ -267,6 +267,11 @@ class Dataset(Component):
         limits = self.value_range
         if limits is not None and not (len(limits) == 2 and -math.inf < limits[0] < limits[1] < math.inf):
             raise OptionError("value_range", f"expected [LOW, HIGH] with LOW below HIGH, got {list(limits)}")
+
+    @property
+    def skips_unreadable(self) -> bool:
+        """Whether images that can't be read are left out."""
+        return self.unreadable == "skip"
 
     @abstractmethod
     def load(self, rng: Rng) -> ImageData:

@@ -151,9 +151,9 @@ class ImageFolder(Dataset):
         below = {next(path.name for path in each.path.parents if path.parent in folders) for each in examples}
         if len(below) < 2:
             return []
-        classes, found = (", ".join(sorted(names)[:3]) for names in ({folder.name for folder in folders}, below))
+        classes, inner = (", ".join(sorted(names)[:3]) for names in ({folder.name for folder in folders}, below))
         return [
-            f"{root}: the class folders ({classes} ...) hold no images themselves, but folders ({found} ...); if those "
+            f"{root}: the class folders ({classes} ...) hold no images themselves, but folders ({inner} ...); if those "
             "are the classes, and the upper ones clients, set data.groups=folder"
         ]
 

@@ -151,8 +151,8 @@ class Caltech101(UnsplitFileSet):
     def _files(self, part: Any) -> tuple[Sequence[str | Path], Sequence[int]]:
         # torchvision counts the files and makes their names up; a stray file would make it name one that isn't there.
         folders = [Path(part.root, "101_ObjectCategories", name) for name in part.categories]
-        found = [(path, label) for label, folder in enumerate(folders) for path in image_paths(folder)]
-        return [path for path, _ in found], [label for _, label in found]
+        pairs = [(path, label) for label, folder in enumerate(folders) for path in image_paths(folder)]
+        return [path for path, _ in pairs], [label for _, label in pairs]
 
 
 @register("sun397")
@@ -168,8 +168,8 @@ class Sun397(UnsplitFileSet):
         return tuple(name.replace("_", " ").replace("/", " ") for name in part.classes)
 
     def _files(self, part: Any) -> tuple[Sequence[str | Path], Sequence[int]]:
-        found = sorted(zip(part._image_files, part._labels, strict=True), key=lambda pair: pair[0].as_posix())
-        return [path for path, _ in found], [label for _, label in found]
+        pairs = sorted(zip(part._image_files, part._labels, strict=True), key=lambda pair: pair[0].as_posix())
+        return [path for path, _ in pairs], [label for _, label in pairs]
 
 
 @register("oxford_pets")

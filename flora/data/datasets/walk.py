@@ -44,7 +44,7 @@ class Walk:
         Links are followed, but not to a folder that has a place of its own below one of `folders`, or holds one of
         them. Raises OSError where a folder can't be read.
         """
-        found: list[list[Path]] = [[] for _ in folders]
+        by_folder: list[list[Path]] = [[] for _ in folders]
         links: deque[tuple[int, Path]] = deque()
         for folder in folders:
             self._above.update(map(str, Path(os.path.realpath(folder)).parents))
@@ -57,8 +57,8 @@ class Walk:
             if real in self._seen or real in self._above:
                 self.repeated.append(folder)
             else:
-                links.extend((number, link) for link in self._walk(folder, real, found[number]))
-        return [sorted(paths, key=Path.as_posix) for paths in found]
+                links.extend((number, link) for link in self._walk(folder, real, by_folder[number]))
+        return [sorted(paths, key=Path.as_posix) for paths in by_folder]
 
     def remarks(self) -> list[str]:
         """Return what was left out, a line each."""
@@ -72,7 +72,7 @@ class Walk:
             lines.append(f"images of types that are not read: {types}; convert them to JPEG or PNG")
         return [f"left out: {line}" for line in lines]
 
-    def _walk(self, folder: Path, real: str, found: list[Path]) -> list[Path]:
+    def _walk(self, folder: Path, real: str, images: list[Path]) -> list[Path]:
         """Add the images below `folder`, whose real path is `real`; return the links to folders, sorted."""
         links, stack = [], [(folder, real)]
         while stack:
@@ -89,15 +89,15 @@ class Walk:
                     elif _is_dir(entry):
                         links.append(place / entry.name)
                     else:
-                        self._add(entry, place, found)
+                        self._add(entry, place, images)
         return sorted(links, key=Path.as_posix)
 
-    def _add(self, entry: os.DirEntry[str], place: Path, found: list[Path]) -> None:
+    def _add(self, entry: os.DirEntry[str], place: Path, images: list[Path]) -> None:
         suffix = os.path.splitext(entry.name)[1].lower()
         if suffix in OTHER_SUFFIXES:
             self.other_types[suffix] += 1
         elif suffix in SUFFIXES:
-            (found if _may_be_regular(entry) else self.irregular).append(place / entry.name)
+            (images if _may_be_regular(entry) else self.irregular).append(place / entry.name)
 
 
 def _is_data(name: str) -> bool:

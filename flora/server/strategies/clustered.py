@@ -39,6 +39,6 @@ class Ifca(Strategy):
 
     def initial(self, adapter: State) -> State:
         whole: State = {}
-        for cluster in range(self.clusters):
-            whole |= in_cluster(adapter, cluster)
+        for cluster in range(self.clusters):  # copies, because safetensors refuses tensors that share memory
+            whole |= in_cluster({name: tensor.clone() for name, tensor in adapter.items()}, cluster)
         return whole

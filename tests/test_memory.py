@@ -1,0 +1,27 @@
+"""Memory that a process has freed is used again."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+
+import pytest
+import torch
+
+from flora.core.memory import keep_freed_memory
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc can be told to"
+)
+def test_a_large_tensor_takes_the_pages_of_one_that_was_freed() -> None:
+    keep_freed_memory()
+
+    def num_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(10 * 2**20)  # 40 MB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    num_faults()
+    assert num_faults() < 100
