@@ -137,7 +137,9 @@ def work(
     import flora.features.reading as reading
 
     reading.STEM_BATCH_SIZE = stem_batch
-    processes.LONGEST_START = timedelta(seconds=60)
+    processes.LONGEST_START = timedelta(
+        seconds=30
+    )  # a process that is killed before it has joined is missed after this
     program, *arguments = command
     hooks = {} if mischief is None else {"hooks": mischief.hooks()}
     sys.exit(importlib.import_module(program).main(arguments, **hooks))

@@ -307,16 +307,18 @@ def test_no_process_has_more_to_do_than_it_must(costs: list[int], size: int) -> 
 
 @pytest.mark.stress
 def test_killed_at_random_moments_by_twos_and_resumed_by_any_number(config: str, tmp_path: Path) -> None:
-    expected = whole(tmp_path / "whole", config)
-    choice = random.Random(5)
-    for attempt in range(12):
+    expected = whole(tmp_path / "whole", config)  # where processes are forked from has imported everything by then
+    started = time.monotonic()
+    assert whole(tmp_path / "by 2", config, 2) == expected
+    seconds, choice, all_kills = time.monotonic() - started, random.Random(5), 0
+    for attempt in range(8):
         folder, kills = tmp_path / f"attempt {attempt}", 0
         arguments, directory = [config, f"output={folder}"], folder / "run"
         while True:
             folder.mkdir(exist_ok=True)
             number = 2 if not kills else choice.choice([1, 2, 3])
             processes = several.start(number, arguments, folder, stem_batch=8)
-            time.sleep(choice.uniform(0.5, 6.0))
+            time.sleep(choice.uniform(0.0, seconds))
             victim = choice.choice(processes)
             if victim.is_alive() and kills < 6:
                 assert victim.pid is not None
@@ -331,3 +333,5 @@ def test_killed_at_random_moments_by_twos_and_resumed_by_any_number(config: str,
             else:
                 shutil.rmtree(directory, ignore_errors=True)
         assert left_behind(directory) == expected, attempt
+        all_kills += kills
+    assert all_kills >= 8

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import CLASSES, TOLERANCE, adapt, load_clip, load_plain, random_pixels, write_model
 
 from flora.clip.adapters.lora import Lora
+from flora.clip.layers import Gelu
 from flora.clip.towers.text import TextTower
 from flora.clip.towers.vision import VisionTower
 from flora.core.errors import UserError
@@ -118,3 +119,15 @@ def test_a_prompt_without_anything_of_its_class_is_refused(tiny_model: str) -> N
         UserError, match=r"prompts.templates: nothing of class 'one' is left in 'cat .* reads 77 tokens"
     ):
         adapt(tiny_model, class_names=("one", "two"), templates=("{}", cut))
+
+
+def test_gelu_without_gradients_has_the_same_bits_and_keeps_its_input_with_them() -> None:
+    given = torch.randn(3, 5)
+    expected = torch.nn.GELU()(given)
+    assert torch.equal(Gelu()(given.clone()), expected)
+    kept = given.clone()
+    Gelu()(kept)
+    assert torch.equal(kept, given)
+    with torch.no_grad():
+        assert torch.equal(Gelu()(kept), expected)
+    assert torch.equal(kept, expected)  # it is written over

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flora.clip.frozen import Architecture, FrozenClip, TowerShape, use_own_attention
+from flora.clip.frozen import Architecture, FrozenClip, TowerShape, use_own_attention, use_own_gelu
 from flora.clip.towers.tokens import AllTokens, TokenReduction
 from flora.clip.weights import check_sizes, pair, read_config, read_state, reason_of, weights_in
 from flora.core.errors import UserError
@@ -83,6 +83,7 @@ class Backbone(Options):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         use_own_attention(getattr(model, "text", model))
+        use_own_gelu(model.visual)
         if self.precision == "bf16" or not self.tokens.is_idle:
             # PyTorch's own copies frozen weights at every call in bf16 (3 x slower on a CPU than fp32), and hides keys.
             use_own_attention(model.visual)

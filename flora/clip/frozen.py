@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flora.clip.layers import LoraAttention, LoraLinear
+from flora.clip.layers import Gelu, LoraAttention, LoraLinear
 from flora.clip.towers.tokens import AllTokens, TokenReduction
 
 
@@ -120,6 +120,13 @@ def use_own_attention(tower: Any) -> None:
     """Replace OpenCLIP's attention, which takes no mask for each sequence; ours computes the same, same weights."""
     for block in tower.transformer.resblocks:
         block.attn = LoraAttention(block.attn, {})
+
+
+def use_own_gelu(tower: Any) -> None:
+    """Replace OpenCLIP's GELU, where that is PyTorch's own, by one that takes no memory without gradients."""
+    for block in tower.transformer.resblocks:
+        if type(block.mlp.gelu) is nn.GELU:
+            block.mlp.gelu = Gelu()
 
 
 def parameter_count(model: nn.Module) -> int:
