@@ -281,7 +281,7 @@ def test_methods_are_timed_as_their_authors_write_them_and_as_here(
     monkeypatch.setattr(benchmark, "_in_fresh_process", work)
     assert benchmark.main(["--repeats", "1", "--methods", *paths, "threads=1"]) == 0
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [(row[0], *row[3:]) for row in rows] == [(name, "6000", "500.0", "12") for name in ("lora", "linear_head")]
+    assert [(row[0], *row[3:]) for row in rows] == [(name, "6,000", "500.0", "12") for name in ("lora", "linear_head")]
     assert len(orders) == 4
     assert benchmark.main(["--methods", "threads=1"]) == 2
     assert "--methods: expected the YAML files" in capsys.readouterr().err

@@ -82,6 +82,8 @@ def compare_methods(
             statistics.median(each.step_seconds for each in costs[path, way]) for way in ("written", "ours")
         )
         first = costs[path, "ours"][0]
-        cells = [path.stem, f"{first.num_trained:,}", size(first.sent_bytes), f"{1000 * written:.0f}"]
-        lines.append("| " + " | ".join([*cells, f"{1000 * ours:.1f}", f"{written / ours:.0f}"]) + " |")
+        cells = [path.stem, f"{first.num_trained:,}", size(first.sent_bytes), f"{1000 * written:,.0f}"]
+        times = written / ours
+        cells += [f"{1000 * ours:,.1f}", f"{times:,.0f}" if times >= 10 else f"{times:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
