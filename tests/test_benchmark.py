@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +262,13 @@ def test_secure_sums_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
     assert below == "16,384 numbers in 32 bits; uploads without a secure sum: 65.5 KB"
     assert benchmark.main(["--secure-sums", "3,x"]) == 2
     assert "--secure-sums: expected whole numbers of clients from 2, got 'x'" in capsys.readouterr().err
+
+
+def test_a_process_that_was_killed_is_said_to_have_wanted_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(UserError, match="lora, written: its process was killed, most likely for want of memory"):
+        benchmark._in_fresh_process({"variant": "lora, written"})
 
 
 def test_methods_are_timed_as_their_authors_write_them_and_as_here(

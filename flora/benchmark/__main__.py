@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -152,6 +153,8 @@ def compare_experiments(setting: Setting, *, repeats: int) -> str:
 def _in_fresh_process(order: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "flora.benchmark", "--worker", json.dumps(order)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == -signal.SIGKILL:
+        raise UserError(f"{order['variant']}: its process was killed, most likely for want of memory")
     if done.returncode != 0:
         raise UserError(f"{order['variant']}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
