@@ -80,7 +80,7 @@ def combinations(configs: Sequence[str], axes: Sequence[str]) -> list[Combinatio
         if key in choices:
             raise UserError(f"command line: {key} is given twice; write {key}=value,value")
         choices[key] = split_values(values)
-    _refuse_own_keys(list(choices))
+    _refuse_output_and_name(list(choices))
     grid = [
         Combination(config, tuple(zip(choices, values, strict=True)))
         for config in configs
@@ -94,7 +94,7 @@ def combinations(configs: Sequence[str], axes: Sequence[str]) -> list[Combinatio
     return grid
 
 
-def _refuse_own_keys(keys: Sequence[str]) -> None:
+def _refuse_output_and_name(keys: Sequence[str]) -> None:
     for key in keys:
         if key in OWN_KEYS:
             raise UserError(f"command line: {key}: each run of a sweep has its own; --output names the sweep's folder")
@@ -125,12 +125,12 @@ def configurations(
     `choices` are more, of the runs that a search chose them for. Raises `UserError` for the first bad one; with `skip`
     those that the rules refuse are left out, and it is told why.
     """
-    _refuse_own_keys([override.partition("=")[0].strip() for override in shared])
+    _refuse_output_and_name([override.partition("=")[0].strip() for override in shared])
     configs = []
     for each in grid:
-        found = None if choices is None else choices.override(each.config, dict(each.values))
-        own = [*each.overrides, *([found] if found else []), f"output={folder}", f"name={each.name}"]
-        configs.append(load_config(each.config, [*shared, *own]))
+        chosen = None if choices is None else choices.override(each.config, dict(each.values))
+        of_run = [*each.overrides, *([chosen] if chosen else []), f"output={folder}", f"name={each.name}"]
+        configs.append(load_config(each.config, [*shared, *of_run]))
     allowed = []
     for each, config in zip(grid, configs, strict=True):
         try:
@@ -195,10 +195,10 @@ def _main(options: argparse.Namespace, processes: Processes) -> int:
         try:
             _report(grid, outcomes, options.output, options.reference or "full", _results(runs))
             if options.choose is not None:
-                found = choose(options.choose, _finished(grid, outcomes, options.output))
-                print(f"chosen: {_write(options.output / 'chosen.json', to_json(found))}")
+                chosen = choose(options.choose, _finished(grid, outcomes, options.output))
+                print(f"chosen: {_write(options.output / 'chosen.json', to_json(chosen))}")
                 if options.chosen is not None:
-                    _write(options.chosen, to_json(found if earlier is None else earlier.updated(found)))
+                    _write(options.chosen, to_json(chosen if earlier is None else earlier.updated(chosen)))
         except OSError as error:
             raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from None
     print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
