@@ -42,9 +42,9 @@ from flora.runs.run_directory import lock_file
 from flora.sweep.choosing import Choices, Run, check_search, choose, read_choices, to_json
 from flora.sweep.folding import MOST_TOGETHER
 from flora.sweep.over_values import pictures_over_values
-from flora.sweep.results import dots_of, to_results, with_domain_means
+from flora.sweep.results import dots_of, to_latex, to_results, with_domain_means
 from flora.sweep.runs import Outcomes, run_all
-from flora.sweep.table import Row, collect, to_csv, to_curves, to_markdown, to_overview, to_text, with_ratios
+from flora.sweep.table import Row, aligned, collect, markdown, to_csv, to_curves, to_markdown, to_text, with_ratios
 
 # Each run's own, made of the grid.
 OWN_KEYS = ("name", "output")
@@ -284,21 +284,18 @@ def _finished(grid: Sequence[Combination], outcomes: Outcomes, folder: Path) -> 
 def _report(
     grid: Sequence[Combination], outcomes: Outcomes, folder: Path, reference: str, results: Sequence[str]
 ) -> None:
-    """Tabulate and draw the runs that are finished, and print the table; `results` are those of their scenario."""
+    """Tabulate and draw the runs that are finished, and print the tables; `results` are those of their scenario."""
     table = with_domain_means(with_ratios(collect(_finished(grid, outcomes, folder)), reference))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(to_text(table, width))  # first of all: it needs no disk
-    parts = [part for part in (_overview(table, results), to_markdown(table)) if part]
+    overview = to_results(table, results or ("last_accuracy",))
+    print(to_text(table, width), aligned(overview, width), sep="\n\n")  # first of all: it needs no disk
     written = [
-        _write(folder / "table.md", "\n".join(parts)),
+        _write(folder / "table.md", f"{markdown(overview)}\n{to_markdown(table)}"),
         _write(folder / "table.csv", to_csv(table)),
+        _write(folder / "results.tex", to_latex(overview)),
         *_pictures(table, folder, results),
     ]
     print(f"\nwritten: {', '.join(map(str, written))}")
-
-
-def _overview(table: Sequence[Row], results: Sequence[str]) -> str:
-    return to_results(table, results) if results else to_overview(table)
 
 
 def _write(path: Path, text: str) -> Path:
