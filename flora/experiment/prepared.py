@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from flora.clip.adapter_check import check_adapter
 from flora.clip.frozen import FrozenClip, parameter_count
 from flora.clip.towers.text import with_classes
 from flora.clip.towers.towers import AdaptedClip
@@ -117,6 +118,8 @@ def _models(
     models = adapted_models(config, clip, (images.class_names, images.new_class_names), images.descriptions)
     _warn_of_cut_prompts(models, tell)
     _check_clients_per_block(config, models[0])
+    if not type(config.adapter).__module__.startswith("flora."):
+        check_adapter(config.adapter, models[0])
     if not models[0].text.is_cut_at_end:
         tell.log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
     return models, number, digests | images.descriptions_digest

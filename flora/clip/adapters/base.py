@@ -23,52 +23,72 @@ HELD_CLASSES = "held_classes"
 
 
 class AttachedAdapter(ABC):
-    """An adapter attached to a frozen model.
+    """An adapter attached to a frozen model: where it starts from, and how the model computes while it is bound.
 
-    `trained_from` says for each tower which of its stages is the first that the adapter changes: stage 0 is the
-    embedding, stage 1 + i block i, stage 1 + num_layers the head, and 2 + num_layers means that it changes none.
-    `is_large` says that it is about as large as the model, `mergeable` that it can be merged into its weights.
-    `num_models` is how many models it stands for: see `models`. `loss_terms` are terms of its own that are added to a
-    client's loss. `after_step(stack, learning_rate)`, if there is one, changes the trained tensors `(K, ...)` in place
-    after each local step; the learning rate is a number, or `(K, 1)` where clients differ in it.
-    `project(stack, gradients, generators)`, if there is one, returns what a step goes along in place of the gradients
-    of the trained tensors `(K, ...)`, any noise of privacy included; each client and step has a generator.
+    A subclass gives `trained_from`, `initial_state`, `bind` and `merged_state_dict`; all else has a default. There are
+    facts about the adapter, which don't change once it is attached; what it adds to local training; functions by
+    which the towers compute, from the stem's output to the logits, that are called while adapters are bound; and
+    models, where it stands for more than one. Tensors have a leading axis of K clients.
     """
 
+    # Facts about the adapter.
+
     trained_from: dict[str, int]
+    """For each tower the first of its stages that the adapter changes: 0 is the embedding, 1 + i block i,
+    1 + num_layers the head, and 2 + num_layers says that it changes none. What is in front is computed once."""
+    stack: StateLike | None = None
+    """The tensors `(K, ...)` that are bound, of an adapter that works outside of the frozen layers."""
     max_clients_per_block: int | None = None
-    has_dropout = False
-    is_large = False
-    mergeable = True
-    num_models = 1
-    first_loss_model = 0
-    """From which of a step's models on the loss is of them; those before are there for the adapter's terms to read."""
-    adapt_block: Callable[[int, Tensor], Tensor] | None = None
-    """Changes what a block of the vision tower gets, `(K * B, T, width)`; its number is counted from 1."""
-    adapt_text_block: Callable[[Tensor | None, int, Tensor], Tensor] | None = None
-    """The same of the text tower, `(K * G, M, width)`; before the number, which learned vector stands in each slot."""
-    after_block: Callable[[str, int, Tensor, Tensor], Tensor] | None = None
-    """Changes what a block of a tower gives, from the tower's name, the block's number counted from 1, what it got and
-    what it gives, both `(N, R, width)` and client-major."""
-    place_shares: tuple[float, ...] | None = None
-    """How much each of a class's T prompts counts in its mean; None: all alike."""
-    reads_names = False
-    """Whether `adapt_tokens_by_names` takes the place of `adapt_tokens`."""
-    reads_held_classes = False
-    """Whether a local step binds it with `HELD_CLASSES` `(K, C)`, True for the classes of each client's examples."""
-    frozen_templates: tuple[str, ...] | None = None
-    """Those of the classes' frozen features, means over templates, that losses compare with; None: the prompts' own."""
-    loss_terms: tuple[LossTerm, ...] = ()
-    after_step: Callable[[StateLike, float | Tensor], None] | None = None
-    project: Callable[[StateLike, StateLike, Sequence[torch.Generator]], StateLike] | None = None
-    is_linear = False
-    """Whether linear layers on features of images, each used once, are all that it trains: see `AttachedOutside`."""
-    learned_context: Mapping[str, Any] | None = None
-    """What is known of vectors that are learned in place of a prompt's first words, as JSON types."""
+    """How many clients may train in one step; None: as many as memory and caches are good for."""
+    has_dropout: bool = False
+    """Whether training with it draws dropout, so that no two clients see the same features of texts."""
+    is_large: bool = False
+    """Whether it is about as large as the model."""
+    mergeable: bool = True
+    """Whether `merged_state_dict` can write it into the model's weights."""
+    is_linear: bool = False
+    """Whether it trains nothing but linear layers on features of images, each used once: see `AttachedOutside`."""
     comparison: Comparison = COSINES
     """How images and classes become logits while adapters are bound; another one than by cosines needs `stack`."""
-    stack: StateLike | None = None
-    """The tensors `(K, ...)` that are bound, where it works outside of the frozen layers."""
+    place_shares: tuple[float, ...] | None = None
+    """How much each of a class's T prompts counts in the mean of their features; None: all alike."""
+    frozen_templates: tuple[str, ...] | None = None
+    """The templates of the frozen class features that losses compare with; None: those of the prompts."""
+    reads_names: bool = False
+    """Whether `adapt_tokens_by_names` is called, not `adapt_tokens`."""
+    reads_held_classes: bool = False
+    """Whether a local step binds it with `HELD_CLASSES` `(K, C)`, True for the classes of each client's examples."""
+    learned_context: Mapping[str, Any] | None = None
+    """For the model's card: what vectors are learned in place of a prompt's first words, as JSON types."""
+
+    # What it adds to local training.
+
+    loss_terms: tuple[LossTerm, ...] = ()
+    """Terms that are added to each client's loss."""
+    after_step: Callable[[StateLike, float | Tensor], None] | None = None
+    """Changes the trained tensors `(K, ...)` in place after each local step, from them and the learning rate: a
+    number, or `(K, 1)` where clients differ in it."""
+    project: Callable[[StateLike, StateLike, Sequence[torch.Generator]], StateLike] | None = None
+    """Makes the direction of a step of the trained tensors `(K, ...)` and their gradients, which have privacy's noise
+    already; random numbers come from one generator for each client and step."""
+
+    # Functions within the towers; None: the blocks stay as they are.
+
+    adapt_block: Callable[[int, Tensor], Tensor] | None = None
+    """Changes the input `(K * B, T, width)` of a vision block. Blocks are counted from 1."""
+    adapt_text_block: Callable[[Tensor | None, int, Tensor], Tensor] | None = None
+    """Changes the input `(K * G, M, width)` of a text block, from which learned vector stands in each slot (as in
+    `adapt_tokens`), the block's number and the input."""
+    after_block: Callable[[str, int, Tensor, Tensor], Tensor] | None = None
+    """Changes the output of a block of either tower, from the tower's name, the block's number, its input and its
+    output, both `(N, R, width)` and client-major."""
+
+    # Models, where the adapter stands for more than one.
+
+    num_models: int = 1
+    """How many models there are: see `models`."""
+    first_loss_model: int = 0
+    """The first of a step's models whose loss is trained on; those in front of it are only read by `loss_terms`."""
 
     @property
     def can_share_texts(self) -> bool:
@@ -77,7 +97,7 @@ class AttachedAdapter(ABC):
 
     @abstractmethod
     def initial_state(self, rng: Rng, class_features: Tensor | None = None) -> State:
-        """The adapter that the server starts from, as a state dict on the CPU, without a client axis.
+        """Return the adapter that the server starts from, on the CPU, without an axis of clients.
 
         Its numbers are of the type `FrozenClip.dtype`; random ones are the same in each precision, up to rounding.
 
@@ -86,33 +106,36 @@ class AttachedAdapter(ABC):
 
     @abstractmethod
     def bind(self, stack: StateLike, generators: Sequence[torch.Generator] | None = None) -> Any:
-        """A context in which the model computes with the adapters of K clients, tensors `(K, ...)`.
+        """Return a context in which the model computes with the adapters of K clients, tensors `(K, ...)`.
 
-        `generators`, one a client, switch dropout on: they are for training.
+        `generators`, one for each client, switch dropout on: they are for training.
         """
-
-    def stays(self, name: str) -> bool:
-        """Whether a tensor never leaves its client."""
-        return False
-
-    def models(self, stack: StateLike) -> list[StateLike]:
-        """The models that an adapter stands for, each as what to `bind`: the server's first, the client's own last."""
-        return [stack]
-
-    def models_of_step(self, stack: StateLike) -> list[StateLike]:
-        """Those of `models` that a local step computes."""
-        return self.models(stack)
 
     @abstractmethod
     def merged_state_dict(self, state_dict: StateLike, adapter: StateLike) -> State:
-        """A new OpenCLIP state dict that computes what `state_dict` with `adapter` beside it does."""
+        """Return a new OpenCLIP state dict that computes what `state_dict` with the `adapter` bound does."""
+
+    def stays(self, name: str) -> bool:
+        """Return whether a tensor never leaves its client."""
+        return False
+
+    def models(self, stack: StateLike) -> list[StateLike]:
+        """Return the models that an adapter stands for, each as tensors to `bind`.
+
+        The first is the server's, the last is the client's personal one.
+        """
+        return [stack]
+
+    def models_of_step(self, stack: StateLike) -> list[StateLike]:
+        """Return those of `models` that a local step computes."""
+        return self.models(stack)
 
     def adapt_patches(self, x: Tensor) -> Tensor:
-        """Change the vision stem's output `(K * B, ...)` before the trained part sees it."""
+        """Change the vision stem's output `(K * B, ...)`, which the trained part of the tower gets."""
         return x
 
     def learned_places(self, ends: Tensor, length: int, num_classes: int) -> Tensor | None:
-        """Which learned vector stands at each position of the prompts: `(P, length)` int64, -1 where a word's does.
+        """Return which learned vector stands at each position of the prompts: `(P, length)` int64, -1 for a word.
 
         The prompts, class-major, are read at the positions `ends` `(P,)`. None: words stand everywhere. Raises
         `UserError` if a prompt has no room for the vectors.
@@ -120,7 +143,7 @@ class AttachedAdapter(ABC):
         return None
 
     def adapt_tokens(self, x: Tensor, positions: Tensor, learned: Tensor | None) -> Tensor:
-        """Change the text stem's output `(K * G, M, width)`.
+        """Change the text stem's output `(K * G, M, width)`, which the trained part of the tower gets.
 
         `positions` `(K * G, M)` are those in prompts, `learned` `(K * G, M)` says which learned vector stands there, as
         `learned_places` does.
@@ -140,9 +163,9 @@ class AttachedAdapter(ABC):
         return features
 
     def for_images(self, images: Tensor) -> StateLike:
-        """What to bind for the class features of each of these images `(K, B, embed_dim)`: tensors `(K * B, ...)`.
+        """Return what to bind for the class features of each of these images `(K, B, embed_dim)`: `(K * B, ...)`.
 
-        It is asked for while adapters of K clients are bound, where `comparison` is `by_image`.
+        Called while adapters of K clients are bound, where `comparison` is `by_image`.
         """
         raise NotImplementedError
 

@@ -18,19 +18,9 @@ class AdapterWrapper(AttachedAdapter):
 
     def __init__(self, inner: AttachedAdapter) -> None:
         self.inner = inner
-        # What an adapter is does not change once it is attached.
-        self.trained_from, self.max_clients_per_block = inner.trained_from, inner.max_clients_per_block
-        self.has_dropout, self.is_large, self.mergeable = inner.has_dropout, inner.is_large, inner.mergeable
-        self.num_models, self.first_loss_model = inner.num_models, inner.first_loss_model
-        self.adapt_block, self.adapt_text_block, self.after_block = (
-            inner.adapt_block,
-            inner.adapt_text_block,
-            inner.after_block,
-        )
-        self.place_shares, self.reads_names = inner.place_shares, inner.reads_names
-        self.reads_held_classes, self.frozen_templates = inner.reads_held_classes, inner.frozen_templates
-        self.loss_terms, self.after_step, self.project = inner.loss_terms, inner.after_step, inner.project
-        self.is_linear, self.learned_context, self.comparison = inner.is_linear, inner.learned_context, inner.comparison
+        # Facts don't change once an adapter is attached; `stack` does, and is asked for below.
+        for name in AttachedAdapter.__annotations__.keys() - {"stack"}:
+            setattr(self, name, getattr(inner, name))
 
     @property
     def stack(self) -> StateLike | None:  # type: ignore[override]

@@ -11,21 +11,21 @@ COMPARISON: tuple[Rule, ...] = (
         "local.objective",
         "an adapter that compares images and classes in its own way needs an objective of logits alone (cross_entropy, "
         "multi_positive)",
-        lambda c: _is_own(c) and not c.local.objective.from_logits,
+        lambda c: _compares_otherwise(c) and not c.local.objective.from_logits,
         "expected cross_entropy or multi_positive: {objective} compares features by itself, and {adapter} has its own "
         "way",
     ),
     Rule(
         "local.penalty",
         "and a penalty of logits alone (none, distillation, prograd, reciprocal_consistency)",
-        lambda c: _is_own(c) and not c.local.penalty.from_logits,
+        lambda c: _compares_otherwise(c) and not c.local.penalty.from_logits,
         "expected none, distillation, prograd or reciprocal_consistency: {penalty} compares features by itself, and "
         "{adapter} has its own way",
     ),
     Rule(
         "evaluation.patches",
         "and nothing that patches add to a similarity",
-        lambda c: _is_own(c) and c.evaluation.patches is not None,
+        lambda c: _compares_otherwise(c) and c.evaluation.patches is not None,
         "expected none, because {adapter} compares images and classes in its own way",
     ),
     Rule(
@@ -49,5 +49,6 @@ COMPARISON: tuple[Rule, ...] = (
 )
 
 
-def _is_own(config: ExperimentConfig) -> bool:
+def _compares_otherwise(config: ExperimentConfig) -> bool:
+    """Whether the adapter compares images and classes in another way than by cosines."""
     return config.adapter.comparison != COSINES

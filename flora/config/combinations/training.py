@@ -28,7 +28,7 @@ TRAINING: tuple[Rule, ...] = (
     ),
     Rule(
         "local.prompts",
-        "drawn prompts need one that trains with the experiment's prompts: no prompt_context, no head",
+        "drawn prompts need an adapter that trains with the experiment's prompts, and has no weights for each class",
         lambda c: c.local.prompts == "random" and (_makes_prompts(c) or c.adapter.knows_classes),
         "expected ensemble, because {adapter} does not train with the experiment's prompts",
     ),
@@ -44,7 +44,8 @@ TRAINING: tuple[Rule, ...] = (
     ),
     Rule(
         "evaluation.templates",
-        "templates to evaluate with need one that reads prompts then: no prompt_context, no head",
+        "templates to evaluate with need an adapter that reads the experiment's prompts then, without weights for each "
+        "class",
         lambda c: bool(c.evaluation.templates) and (_makes_prompts(c) or c.adapter.knows_classes),
         "expected none, because {adapter} does not read the experiment's prompts",
     ),
@@ -62,8 +63,7 @@ TRAINING: tuple[Rule, ...] = (
     ),
     Rule(
         "backbone.tokens",
-        "fewer tokens of an image need an adapter that adds none (visual_prompt, maple, prompt_src) and changes none "
-        "behind a block (pfedmma)",
+        "fewer tokens of an image need an adapter that adds none, and changes none behind a block",
         lambda c: not c.backbone.tokens.is_idle and not c.adapter.takes_fewer_tokens,
         "expected all, because {adapter} needs all tokens of an image",
     ),
