@@ -277,7 +277,7 @@ def test_a_search_is_written_down_and_used(
     other = tmp_path / "other.yaml"
     other.write_text(Path(config_file).read_text())
     assert run(str(other), tmp_path / "others", "--chosen", str(search / "chosen.json")) == 0
-    assert "has no local.learning_rate for other: their files' stays" in capsys.readouterr().err
+    assert "has no local.learning_rate for other: the value in their own files is used" in capsys.readouterr().err
 
 
 def test_a_later_search_leaves_other_methods_their_choice(
