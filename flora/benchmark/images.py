@@ -132,10 +132,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def _pixels(images: StemImages, number: int) -> torch.Tensor:
-    found = images.read(number)
-    if isinstance(found, str):
-        raise UserError(f"--images: {found}")
-    return found[0]
+    image = images.read(number)
+    if isinstance(image, str):
+        raise UserError(f"--images: {image}")
+    return image[0]
 
 
 def _together(images: StemImages, settings: ImageSettings) -> float:
@@ -164,10 +164,10 @@ def _plain_seconds(model: str, precision: str, pixels: torch.Tensor, seconds: fl
 
 
 def _jpeg_files(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-    if not found:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not files:
         raise UserError(f"--images: {folder}: expected a folder with JPEG files below it")
-    return found
+    return files
 
 
 def _made_files(folder: Path, number: int) -> list[Path]:

@@ -46,15 +46,15 @@ def _row(number: int, neighbours: int | None) -> str:
     num_phases = {client: 2 if client < DROPPED * number else 4 for client in range(number)}
     inputs = {client: words for client, phases in num_phases.items() if phases > 2}
     started = time.process_time()
-    found = options.add_up(inputs, Attendance(num_phases), ring, Rng(0))
+    outcome = options.add_up(inputs, Attendance(num_phases), ring, Rng(0))
     seconds = time.process_time() - started
-    if found.words is None:
-        raise UserError(f"--secure-sums: {number} clients: {found.failure}")
+    if outcome.words is None:
+        raise UserError(f"--secure-sums: {number} clients: {outcome.failure}")
     traffic = options.client_traffic(number, ring.payload_bytes)
     cells: Sequence[str] = (
         f"{number:,}",
         "all" if neighbours is None else str(neighbours),
-        f"{found.num_agreements:,}",
+        f"{outcome.num_agreements:,}",
         f"{seconds:.2f}",
         size(sum(traffic.uplink_bytes.values())),
         size(sum(traffic.downlink_bytes.values())),

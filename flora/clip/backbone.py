@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from flora.clip.frozen import Architecture, FrozenClip, TowerShape, use_own_attention, use_own_gelu
 from flora.clip.towers.tokens import AllTokens, TokenReduction
-from flora.clip.weights import check_sizes, pair, read_config, read_state, reason_of, weights_in
+from flora.clip.weights import ModelConfig, check_sizes, pair, read_config, read_state, reason_of, weights_in
 from flora.core.errors import UserError
 from flora.core.registry import Options, option, suggest
 from flora.core.rng import Rng
@@ -65,7 +65,7 @@ class Backbone(Options):
 
     def architecture(self) -> Architecture:
         """The model's sizes, from its config alone. Raises `UserError` if it is unknown or not supported."""
-        return _architecture(self.model, _find_config(self.model)[0])
+        return _architecture(self.model, _find_config(self.model).model)
 
     def load(self, device: torch.device, rng: Rng) -> FrozenClip:
         """Build the model on `device`, in evaluation mode, without gradients. `rng` draws weights that are `random`.
@@ -74,7 +74,8 @@ class Backbone(Options):
         """
         import open_clip
 
-        config, preprocess = _find_config(self.model)
+        described = _find_config(self.model)
+        config = described.model
         architecture = _architecture(self.model, config)
         weights_file, weights_preprocess = self._find_weights(config)
         model = _build(self.model, config, rng)
@@ -90,7 +91,7 @@ class Backbone(Options):
         model.eval().to(device)
         if self.precision == "fp64":
             model.double()
-        given = {**preprocess, **weights_preprocess, "size": architecture.image_size}
+        given = {**described.preprocess, **weights_preprocess, "size": architecture.image_size}
         settings, transform = _preprocessing(self.model, given)
         if weights_file is not None and weights_file.suffix == ".safetensors":
             _check_exported(weights_file, config, asdict(settings))
@@ -110,12 +111,11 @@ class Backbone(Options):
 
     def fetch(self) -> None:
         """Have OpenCLIP download the weights, unless they are there. Raises `UserError` as `load` does."""
-        self._find_weights(_find_config(self.model)[0])
+        self._find_weights(_find_config(self.model).model)
 
     def check_weights(self) -> None:
         """Raise `UserError` for what is wrong with the weights, as far as it shows before they are fetched or read."""
-        config, _ = _find_config(self.model)
-        self._find_weights(config, fetch=False)
+        self._find_weights(_find_config(self.model).model, fetch=False)
 
     def _find_weights(self, config: dict[str, Any], *, fetch: bool = True) -> tuple[Path | None, dict[str, Any]]:
         """The weights file (None: random weights, or not fetched) and what a tag says about preprocessing."""
@@ -165,8 +165,8 @@ def _names_a_hub(name: str) -> bool:
     return bool(re.match(r"[A-Za-z][A-Za-z0-9+-]*:(?!\\)", name)) and not Path(name).exists()
 
 
-def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model config and preprocessing settings that `name` leads to."""
+def _find_config(name: str) -> ModelConfig:
+    """What is said of the model that `name` leads to."""
     import open_clip
 
     builtin = ASSETS / f"{name}.json"
@@ -192,7 +192,7 @@ def _find_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if config is None:
         known = [*open_clip.list_models(), "quickstart"]
         raise UserError(f"backbone.model: {name!r} is not known; {suggest(name, known)}".rstrip())
-    return config, {}
+    return ModelConfig(config)
 
 
 def _architecture(name: str, config: dict[str, Any]) -> Architecture:

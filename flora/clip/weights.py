@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,16 @@ from flora.core.files import open_regular, read_text
 from flora.core.registry import show
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the model config and the preprocessing settings in a JSON file. Raises `UserError` if it is damaged."""
+@dataclass(frozen=True)
+class ModelConfig:
+    """What OpenCLIP builds a model from, and how images are preprocessed for it, as far as that is said."""
+
+    model: dict[str, Any]
+    preprocess: dict[str, Any] = field(default_factory=dict)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Return what a JSON file says of a model. Raises `UserError` if it is damaged."""
     try:
         content = json.loads(read_text(path))
     except OSError as error:
@@ -32,7 +41,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for key, part in {**config, "preprocess_cfg": preprocess}.items():
         if key.endswith("_cfg") and not isinstance(part, dict):
             raise UserError(f"backbone.model: {path}: {key}: expected an object, got {part!r}")
-    return config, preprocess
+    return ModelConfig(config, preprocess)
 
 
 def check_sizes(name: str, config: dict[str, Any], vision: Any, text: Any) -> None:

@@ -80,10 +80,15 @@ def class_accuracy(evaluation: Evaluation, labels: np.ndarray, class_names: Sequ
     }
 
 
-def balanced_accuracy(by_class: Mapping[str, float | None]) -> tuple[float, float]:
-    """The mean over classes of the accuracy on each, and the worst class's, of the classes that have examples."""
+def balanced_accuracy(by_class: Mapping[str, float | None]) -> float:
+    """The mean over classes of the accuracy on each, of the classes that have examples."""
     known = [accuracy for accuracy in by_class.values() if accuracy is not None]
-    return sum(known) / len(known), min(known)
+    return sum(known) / len(known)
+
+
+def worst_class_accuracy(by_class: Mapping[str, float | None]) -> float:
+    """The accuracy on the class that is recognised worst, of those that have examples."""
+    return min(accuracy for accuracy in by_class.values() if accuracy is not None)
 
 
 def domain_accuracy(evaluation: Evaluation, domains: np.ndarray | None) -> dict[str, float] | None:

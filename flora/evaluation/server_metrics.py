@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flora.core.metrics import Figure, Metric, first, last, mean
-from flora.evaluation.accuracy import balanced_accuracy, domain_accuracy
+from flora.evaluation.accuracy import balanced_accuracy, domain_accuracy, worst_class_accuracy
 from flora.evaluation.classification import macro_auroc, macro_f1, reliability, top_accuracy
 from flora.evaluation.collapse import effective_rank, mean_cosine, over_adapters
 from flora.evaluation.declaring import COMPUTED, declare, figure, of_last
@@ -68,9 +68,9 @@ declare(
 declare(Metric("class_accuracy", "accuracy by class on the common test images", "by name", "server"))
 COMPUTED["class_accuracy"] = lambda view: view.class_accuracy
 of_last("balanced_accuracy", "mean over classes of the accuracy on each", "fraction", "server", "classes alike")
-COMPUTED["balanced_accuracy"] = lambda view: balanced_accuracy(view.class_accuracy)[0]
+COMPUTED["balanced_accuracy"] = lambda view: balanced_accuracy(view.class_accuracy)
 of_last("worst_class_accuracy", "accuracy on the class that is recognised worst", "fraction", "server", "worst class")
-COMPUTED["worst_class_accuracy"] = lambda view: balanced_accuracy(view.class_accuracy)[1]
+COMPUTED["worst_class_accuracy"] = lambda view: worst_class_accuracy(view.class_accuracy)
 of_last("macro_f1", "mean over classes of F1 on the common test images", "fraction", "server")
 COMPUTED["macro_f1"] = lambda view: macro_f1(view.labels, view.evaluation.predicted, len(view.class_names))
 of_last(

@@ -40,6 +40,15 @@ class BuildContext:
 
 
 @dataclass(frozen=True, eq=False)
+class Models:
+    """The frozen model with the prompts of its classes, and with those of new ones if there are any; its parameters."""
+
+    models: list[AdaptedClip]
+    backbone_parameters: int
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """What takes time to load or to compute: models, the adapter that a run starts from, the features of its images.
 
@@ -68,10 +77,8 @@ def prepare(context: BuildContext, images: Images) -> Prepared:
     """
     config, shared, tell, processes = context.config, context.shared, context.tell, context.processes
     device = choose_device(config.device, processes)
-    models, backbone_parameters, models_digests = shared.of(
-        _models_key(config, device, images), lambda: _models(context, device, images)
-    )
-    model = models[0]
+    loaded = shared.of(_models_key(config, device, images), lambda: _models(context, device, images))
+    model = loaded.models[0]
     by_template = shared.of(
         ("by template", id(model), config.evaluation.templates), lambda: _models_by_template(config, model, tell)
     )
@@ -84,10 +91,10 @@ def prepare(context: BuildContext, images: Images) -> Prepared:
         ("other data", id(model), id(images.other), repr(config.cache)),
         lambda: load_other_data(config, images.other, model, tell, processes),
     )
-    digests = models_digests | ({"start_sha256": state_digest(start)} if start else {}) | features.digests
+    digests = loaded.digests | ({"start_sha256": state_digest(start)} if start else {}) | features.digests
     if other_data:
         digests["other_images_sha256"] = images_digest([each.features for each in other_data.values()])
-    return Prepared(models, backbone_parameters, by_template, start, features, digests, other_data)
+    return Prepared(loaded.models, loaded.backbone_parameters, by_template, start, features, digests, other_data)
 
 
 def moved(context: BuildContext, prepared: Prepared) -> Prepared:
@@ -105,10 +112,8 @@ def _models_key(config: ExperimentConfig, device: torch.device, images: Images) 
     return "models", seed, repr(parts), personal, names, str(device), config.evaluation.patches is not None
 
 
-def _models(
-    context: BuildContext, device: torch.device, images: Images
-) -> tuple[list[AdaptedClip], int, dict[str, str]]:
-    """The model with the prompts of its classes, and with those of new ones if there are any; its size and digest."""
+def _models(context: BuildContext, device: torch.device, images: Images) -> Models:
+    """Load the frozen model, and adapt it."""
     config, tell = context.config, context.tell
     clip = config.backbone.load(device, context.rng.child("backbone"))
     number = parameter_count(clip.model)
@@ -122,7 +127,7 @@ def _models(
         check_adapter(config.adapter, models[0])
     if not models[0].text.is_cut_at_end:
         tell.log("the text tower is not causal or not read at the end-of-text token: prompts stay padded")
-    return models, number, digests | images.descriptions_digest
+    return Models(models, number, digests | images.descriptions_digest)
 
 
 def adapted_models(

@@ -220,14 +220,15 @@ def gini(values: np.ndarray) -> float:
 
 def partition_map(run: RunFiles) -> Html:
     """Return how many training images of each class each client has."""
-    classes, clients, counts = partition_of(run)
-    title = "client" if len(clients) <= MAX_COLUMNS else f"the first {MAX_COLUMNS:,} clients"
-    return heat_map(counts, classes, clients, f"training images by class and client of {run.name}", (title, "class"))
+    partition = partition_of(run)
+    about = f"training images by class and client of {run.name}"
+    title = "client" if len(partition.clients) <= MAX_COLUMNS else f"the first {MAX_COLUMNS:,} clients"
+    return heat_map(partition.counts, partition.classes, partition.clients, about, (title, "class"))
 
 
 def participation(run: RunFiles) -> Html:
     """Return in how many rounds each client's update came. Raises `Absent` where all came always."""
-    num_clients = len(partition_of(run)[1])
+    num_clients = len(partition_of(run).clients)
     cohorts = [record.cohort for record in run.records if record.round and record.cohort is not None]
     if not cohorts:
         raise Absent("No round says who took part.")

@@ -114,8 +114,17 @@ def evaluations_of(run: RunFiles) -> dict[str, Mapping[str, Any] | None]:
     return {name: content if isinstance(content, dict) else None for name, content in contents.items()}
 
 
-def partition_of(run: RunFiles) -> tuple[list[str], list[str], np.ndarray]:
-    """Return the classes, the clients' names and the counts `(C, N)` of training images.
+@dataclass(frozen=True, eq=False)
+class PartitionCounts:
+    """How many training images of each of C classes each of N clients has, `(C, N)`, and their names."""
+
+    classes: list[str]
+    clients: list[str]
+    counts: np.ndarray
+
+
+def partition_of(run: RunFiles) -> PartitionCounts:
+    """Return how many training images of each class each client has.
 
     Raises `Absent`, also where a run doesn't publish what differential privacy does not cover.
     """
@@ -129,7 +138,7 @@ def partition_of(run: RunFiles) -> tuple[list[str], list[str], np.ndarray]:
         counts = [[int(each["class_counts"].get(name, 0)) for each in clients] for name in classes]
     except (KeyError, TypeError, ValueError, AttributeError):
         raise Absent("partition.json is damaged.") from None
-    return classes, names, np.array(counts, float).reshape(len(classes), len(names))
+    return PartitionCounts(classes, names, np.array(counts, float).reshape(len(classes), len(names)))
 
 
 def read_files(path: Path, *, is_live: bool = False) -> RunFiles:

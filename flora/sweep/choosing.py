@@ -94,7 +94,9 @@ def choose(key: str, runs: Sequence[Run]) -> Choices:
         groups.setdefault(tuple(labels.items()), {}).setdefault(value, []).append(accuracy)
     choices = []
     for where, by_value in groups.items():
-        tried = {value: statistics.fmean(found) for value, each in by_value.items() if (found := _all_known(each))}
+        tried = {
+            value: statistics.fmean(accuracies) for value, each in by_value.items() if (accuracies := _all_known(each))
+        }
         if tried:
             choices.append(Choice(dict(where), max(tried, key=lambda value: tried[value]), tried))
     return Choices(key, tuple(choices))
