@@ -34,7 +34,8 @@ class FedTpg(WithContext):
 
     Layers and sizes are those of the authors' code: norms before both layers, four heads, a residual beside the second
     layer alone, which is gated by GELU, no layer of self-attention. Differs from the paper: a client there also chooses
-    among its own classes alone, here among all of the experiment, as with every adapter.
+    among its own classes alone, here among all of the experiment, as with every adapter. In the
+    authors' code clients count equally (`server.strategy.weighting: uniform`).
     """
 
     words: str | None = option(

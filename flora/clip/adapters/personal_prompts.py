@@ -26,8 +26,8 @@ class FedPgp(PromptContext):
 
     A client's own prompts have the context plus U V. The loss is the cross-entropy of these, and a contrast that draws
     the features of the context alone towards the frozen prompts' and away from the client's own. Differs from the
-    paper: V starts at zero, so that all begin with the context. The released code starts from sixteen random vectors
-    (`words: null`, `num_tokens: 16`) and has an inner width of 4.
+    paper and the released code: V starts at zero, so that all begin with the context, where there both U and V are
+    random. That code starts from sixteen random vectors (`words: null`, `num_tokens: 16`) and has an inner width of 4.
     """
 
     has_personal = True
@@ -97,7 +97,7 @@ class PromptFolio(PromptContext):
     A class's features are (1 - share) times those with the context that travels plus share times those with the
     client's own, normalised. Both learn together; the server's model has the first alone. Differs from the released
     code: there the sum is not normalised, contexts start from eight random vectors (`words: null`, `num_tokens: 8`),
-    and the share is 0.4; the benchmark FLiP (arXiv:2503.22263) has 0.2.
+    and the share is 0.4; the benchmark FLiP (arXiv:2503.22263), which does not normalise either, has 0.2.
     """
 
     has_personal = True
@@ -155,7 +155,9 @@ class DpFpl(PromptContext):
 
     Differs from the released code: it adds noise to the gradients by u and v, whose sizes it bounds for a batch, then
     takes G from them, a tenth as long and with the last term added; here gradients of single examples are bounded
-    before their sum and its noise are cut down, which costs no more privacy. That code averages after each step.
+    before their sum and its noise are cut down, which costs no more privacy. That code averages after each
+    step, clients equally (`server.strategy.weighting: uniform`), and moves everyone's own context along the last
+    client's gradient.
     """
 
     has_personal = True

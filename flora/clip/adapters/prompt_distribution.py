@@ -33,7 +33,8 @@ class ProDa(WithContext):
     The covariance is that over prompts, of the same dimension of two classes' features: dimensions are taken as
     independent, as in FLiP's code (the authors' repository has none). Differs from the paper: a step sees all prompts,
     where there 4 of 32 are drawn for it. Differs from FLiP's code: that divides covariances by the number of prompts
-    plus one, weighs the cosines by 1, and has the name at the end of all prompts.
+    plus one, weighs the cosines by 1, has the name at the end of all prompts, and sees one prompt in a step, where both
+    terms are zero.
     """
 
     num_prompts: int = option("contexts, P", 4, at_least=2, at_most=64)
