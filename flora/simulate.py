@@ -18,7 +18,7 @@ from tqdm import tqdm
 from flora.config.listing import list_components
 from flora.config.overrides import override_key
 from flora.config.parse import changes_by_overrides, load_config
-from flora.config.rules import mistakes
+from flora.config.rules import departures, mistakes
 from flora.core.command_line import out_of_memory_reason, run_program, split_arguments
 from flora.core.errors import ConfigError, UserError
 from flora.core.hooks import Hooks
@@ -87,15 +87,17 @@ def _check(paths: Sequence[str], overrides: Sequence[str], *, resuming: bool) ->
     status = 0
     for path in paths:
         lines: list[str] = []
+        warnings: list[str] = []
         try:
             config = resumed_config(Path(path), overrides) if resuming else load_config(path, overrides)
             lines = [f"{path}: {mistake}" for mistake in mistakes(config)]
+            warnings = [f"{path}: {line}" for line in departures(config)]
         except ConfigError as error:
             lines = list(error.mistakes)
         except UserError as error:
             lines = [str(error)]
         if not lines:
-            print(f"{path}: ok")
+            print(*warnings, f"{path}: ok", sep="\n")
         for line in lines:
             print(" ".join(line.splitlines()), file=sys.stderr)
             status = 2

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flora.communication.compressors import TopK
 from flora.communication.sampling import Uniform
-from flora.core.counts import part_of
+from flora.core.counts import counted, part_of
 from flora.core.rng import Rng
 from flora.data.datasets.base import stratified_split
 from flora.experiment.clients import hold_out
@@ -52,3 +52,9 @@ def test_splits_cohorts_and_masks_round_exact_shares(number: int) -> None:
     state = {"a": torch.arange(1.0, number + 1)}
     sent = TopK(fraction=share)
     assert int((sent.decode(sent.encode(state, Rng(0)), state)["a"] != 0).sum()) == expected
+
+
+def test_a_noun_has_an_s_but_where_there_is_one() -> None:
+    assert [counted(number, "client") for number in (0, 1, 2, 2000)] == [
+        "0 clients", "1 client", "2 clients", "2,000 clients",
+    ]  # fmt: skip

@@ -137,6 +137,12 @@ def test_initial_state_is_random_a_and_zero_b(tiny_model: str) -> None:
     assert uniform.abs().max() <= 32**-0.5
 
 
+@pytest.mark.parametrize("layers", [(0, 0), (1, -1)])
+def test_a_layer_that_is_named_twice_is_refused(tiny_model: str, layers: tuple[int, ...]) -> None:
+    with pytest.raises(OptionError, match=r"layers: expected each block once \(2 in the tower\), got \["):
+        adapt(tiny_model, Lora(layers=layers))
+
+
 def test_layers_that_do_not_exist(tiny_model: str) -> None:
     with pytest.raises(OptionError, match=r"layers: expected blocks from -2 to 1 \(2 in the tower\), got 2"):
         adapt(tiny_model, Lora(layers=(2,)))

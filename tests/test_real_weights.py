@@ -400,7 +400,8 @@ def test_the_reason_of_a_failed_download_is_not_cut_off(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("open_clip.pretrained.hf_hub_download", fail)
     assert error_of("ViT-B-32-quickgelu", "openai") == (
-        f"backbone.weights: 'openai' of ViT-B-32-quickgelu can't be downloaded: {reason}"
+        f"backbone.weights: 'openai' of ViT-B-32-quickgelu can't be downloaded: {reason.rstrip('.')}; weights "
+        "that are on this machine: backbone.weights=FILE.safetensors"
     )
 
 

@@ -18,7 +18,7 @@ from flora.data.mixtures import WithinGroups
 from flora.data.partition import Dirichlet, Iid
 from flora.data.splits import BaseToNew, LeaveDomainOut, Official, Sample
 from flora.evaluation.metrics import FIGURES
-from flora.simulate import simulate
+from flora.simulate import main, simulate
 
 GIVEN: dict[str, Any] = {"name": "x", "data": "digits"}
 NEEDED: dict[str, dict[str, Any]] = {
@@ -73,6 +73,20 @@ def test_what_a_file_or_the_command_line_says_wins(tmp_path: Path) -> None:
     file.write_text("data: digits\nscenario: global\n")
     config = load_config(file, ["scenario=few_shot", "partition.shots=2"])
     assert (config.scenario, config.partition) == ("few_shot", FewShotOverlapping(shots=2))
+
+
+def test_a_part_that_takes_the_place_of_a_scenarios_is_warned_of(
+    raw_config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--check", "quickstart", "scenario=few_shot"]) == 0
+    warning, ok = capsys.readouterr().out.splitlines()
+    assert ok == "quickstart: ok"
+    assert warning.startswith("quickstart: warning: partition: dirichlet in place of few_shot_overlapping, which the ")
+    assert main(["--check", "quickstart", "scenario=few_shot", "partition=few_shot_overlapping"]) == 0
+    assert capsys.readouterr().out == "quickstart: ok\n"
+    lines: list[str] = []
+    simulate(parse_config({**raw_config, "scenario": "few_shot", "rounds": 0}), echo=lines.append)
+    assert lines[0].startswith("warning: partition: ") and lines[0].endswith("=few_shot_overlapping is the scenario's")
 
 
 def test_a_scenario_lies_above_the_preset(tmp_path: Path) -> None:

@@ -41,7 +41,6 @@ from flora.sweep.table import (
     to_csv,
     to_curves,
     to_markdown,
-    to_overview,
     to_text,
     with_ratios,
 )
@@ -507,23 +506,6 @@ def test_ratios_by_hand() -> None:
         .splitlines()[0]
         .endswith("step_time_ratio,memory_ratio,bytes_per_round_ratio,rounds_ratio,bytes_ratio")
     )
-
-
-def test_the_overview_has_a_row_a_method(tmp_path: Path) -> None:
-    rows = [
-        Row({"experiment": name, "partition": partition}, (outcome(last),))
-        for name, last in (("lora", 0.5), ("full", 0.75))
-        for partition in ("iid", "dirichlet")
-    ]
-    text = to_overview([*rows[:-1], Row(rows[-1].labels, ())])
-    assert text.splitlines() == [
-        "| last round | iid | dirichlet |",
-        "| --- | --- | --- |",
-        "| zero-shot | 25.0 % | 25.0 % |",
-        "| lora | 50.0 % | 50.0 % |",
-        "| full | 75.0 % | - |",
-    ]
-    assert to_overview(rows[:1]) == ""
 
 
 def test_labels_are_what_varies(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from flora.sweep import __main__ as sweep
 from flora.sweep.choosing import Choice, Choices, choose, read_choices, to_json
 from flora.sweep.outcomes import Outcome, Point, columns
 from flora.sweep.over_values import pictures_over_values
-from flora.sweep.results import dots_of, to_results, with_domain_means
+from flora.sweep.results import dots_of, to_latex, to_results, with_domain_means
 from flora.sweep.runs import Outcomes
 from flora.sweep.table import Row, to_csv, to_curves
 
@@ -76,22 +76,44 @@ def test_results_are_one_table_with_what_they_cost() -> None:
         row("head", "digits", 0.3, trainable_parameters=200),
         Row({"experiment": "norm", "data": "digits"}, ()),
     ]
-    table = [
-        line.strip("| ").split(" | ") for line in to_results(rows, ("last_accuracy", "harmonic_mean")).splitlines()
-    ]
+    table = to_results(rows, ("last_accuracy", "harmonic_mean"))
     assert table[0] == [
         "method", "eurosat: last round", "eurosat: harmonic mean", "digits: last round", "digits: harmonic mean",
         "trained", "up per client and round", "ms per client step",
     ]  # fmt: skip
-    assert table[2] == ["zero-shot", "25.0 ± 0.0 %", "-", "25.0 ± 0.0 %", *["-"] * 4]
-    assert table[3] == ["lora", "60.0 ± 14.1 %", "30.0 ± 7.1 %", "90.0 ± 0.0 %", "45.0 ± 0.0 %", "100", "4.0 KB", "2"]
-    assert table[4] == ["head", "40.0 ± 0.0 %", "20.0 ± 0.0 %", "30.0 %", "15.0 %", "100 to 200", "4.0 KB", "2"]
-    assert table[5] == ["norm"] + ["-"] * 7
-    one = to_results([row("lora", "eurosat", 0.5)], ("last_accuracy",)).splitlines()
-    assert one[0].startswith("| method | last round | trained |")
-    assert dots_of(rows[:1], ("last_accuracy",)) == [
-        Dot("eurosat", "lora", "last round", pytest.approx(0.6), pytest.approx(0.1 * 2**0.5))
+    assert table[1] == ["zero-shot", "25.0 ± 0.0 %", "-", "25.0 ± 0.0 %", *["-"] * 4]
+    assert table[2] == ["lora", "60.0 ± 14.1 %", "30.0 ± 7.1 %", "90.0 ± 0.0 %", "45.0 ± 0.0 %", "100", "4.0 KB", "2"]
+    assert table[3] == ["head", "40.0 ± 0.0 %", "20.0 ± 0.0 %", "30.0 %", "15.0 %", "100 to 200", "4.0 KB", "2"]
+    assert table[4] == ["norm"] + ["-"] * 7
+    one = to_results([row("lora", "eurosat", 0.5)], ("last_accuracy",))
+    assert one[0][:3] == ["method", "last round", "trained"]
+    assert dots_of(rows[:1], ("last_accuracy", "harmonic_mean"))[:2] == [
+        Dot("eurosat", "zero-shot", "last round", 0.25, 0.0),
+        Dot("eurosat", "lora", "last round", pytest.approx(0.6), pytest.approx(0.1 * 2**0.5)),
     ]
+
+
+def test_results_are_a_latex_table() -> None:
+    lines = [
+        ["method", "a_b: last round", "up & down"],
+        ["zero-shot", "25.0 %", "-"],
+        ["lora", "60.0 ± 14.1 %", "4.0 KB"],
+        ["head", "-", "1 KB"],
+    ]
+    assert to_latex(lines).splitlines() == [
+        r"% Mean and standard deviation (n - 1) over the seeds, last round. It needs \usepackage{booktabs}.",
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r"method & a\_b: last round (\%) & up \& down \\",
+        r"\midrule",
+        r"zero-shot & 25.0 & - \\",
+        r"\midrule",
+        r"lora & 60.0 $\pm$ 14.1 & 4.0 KB \\",
+        r"head & - & 1 KB \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    assert r"\textbackslash{}x\textasciicircum{}\{\}\#\$" in to_latex([["method"], ["zero-shot"], [r"\x^{}#$"]])
 
 
 def test_results_are_drawn(tmp_path: Path) -> None:

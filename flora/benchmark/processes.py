@@ -56,15 +56,15 @@ class TimedEngine(Engine):
 def compare_processes(path: str, overrides: Sequence[str]) -> list[str]:
     """Lines: a round of an experiment by one process with N threads, and by N with one thread, N being the cores."""
     number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = {each: _measured(path, overrides, each, number // each) for each in (1, number)}
+    costs = {each: _measured(path, overrides, each, number // each) for each in (1, number)}
     lines = []
-    for each, row in found.items():
+    for each, row in costs.items():
         lines.append(
             f"{each} x {number // each} threads: a round takes {row['round']:.3f} s: training {row['train']:.3f} s, of "
             f"which {row['busy']:.3f} s in blocks, evaluation {row['evaluation']:.3f} s, planning and aggregation "
             f"{row['rest']:.3f} s; {size(row['bytes'])} exchanged, blocks of up to {row['clients_per_block']:.0f}"
         )
-    one, many = found[1], found[number]
+    one, many = costs[1], costs[number]
     return [
         *lines,
         f"{number} processes against one: {one['round'] / many['round']:.2f} x in a round, "

@@ -41,6 +41,8 @@ class Cohort:
 class Correction(Component):
     """What is added to each client's gradient, before it is clipped."""
 
+    is_idle: ClassVar[bool] = False
+    """Whether it changes no gradient."""
     is_broadcast: ClassVar[bool] = False
     """Whether clients need what the server remembers."""
     reads_deltas: ClassVar[bool] = False
@@ -85,6 +87,8 @@ class Correction(Component):
 @dataclass(frozen=True)
 class NoCorrection(Correction):
     """The gradient as it is."""
+
+    is_idle = True
 
     def correct(
         self, gradients: Tensor, parameters: Tensor, start: Tensor, own: StateLike, server: StateLike

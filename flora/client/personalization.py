@@ -65,7 +65,8 @@ class Apfl(Personalization):
     stays between 0 and 1. `local.optimizer` takes all of these steps, so plain sgd is the paper's. The loss that is
     recorded is the sum of both models'.
     Differs from the paper: alpha moves in every local step, not once a round. Differs from the authors' code, which
-    mixes logits in place of parameters, takes v's step after w's, and draws alpha to 0 by a term of its own.
+    mixes logits in place of parameters, takes v's step after w's, and moves alpha by a mean of the gradients of v and
+    w in place of that of the mixture, and by a term that draws it to 0.
     """
 
     has_personal = True

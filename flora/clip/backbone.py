@@ -379,4 +379,7 @@ def _download(model: str, tag: str, settings: dict[str, Any]) -> Path:
         return Path(open_clip.download_pretrained(settings))
     except Exception as error:  # the hub's client, urllib and the file system each raise types of their own
         reason = reason_of(error, after="Last error: ", limit=220)
-        raise UserError(f"backbone.weights: {tag!r} of {model} can't be downloaded: {reason}") from None
+        raise UserError(
+            f"backbone.weights: {tag!r} of {model} can't be downloaded: {reason.rstrip('.')}; weights that are on this "
+            "machine: backbone.weights=FILE.safetensors"
+        ) from None

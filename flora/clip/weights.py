@@ -13,6 +13,7 @@ import torch
 
 from flora.core.errors import UserError
 from flora.core.files import open_regular, read_text
+from flora.core.registry import show
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -43,10 +44,10 @@ def check_sizes(name: str, config: dict[str, Any], vision: Any, text: Any) -> No
     sizes += [("vision_cfg.image_size", side) for side in image] + [("vision_cfg.patch_size", side) for side in patch]
     for key, value in sizes:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"backbone.model: {name}: {key}: expected a whole number above 0, got {value!r}")
+            raise UserError(f"backbone.model: {name}: {key}: expected a whole number above 0, got {show(value)}")
     for key, ratio in (("vision_cfg", vision.mlp_ratio), ("text_cfg", text.mlp_ratio)):
         if not isinstance(ratio, int | float) or ratio <= 0:
-            raise UserError(f"backbone.model: {name}: {key}.mlp_ratio: expected a number above 0, got {ratio!r}")
+            raise UserError(f"backbone.model: {name}: {key}.mlp_ratio: expected a number above 0, got {show(ratio)}")
     if len(image) != 2 or len(patch) != 2 or any(small > large for small, large in zip(patch, image, strict=True)):
         raise UserError(f"backbone.model: {name}: vision_cfg.patch_size: {patch} doesn't fit into image_size, {image}")
     if not isinstance(text.vocab_size, int) or text.vocab_size < 49408:

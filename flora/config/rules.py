@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from flora.clip.adapters.lora import Lora
 from flora.config.combinations.table import check_combinations
 from flora.config.descriptions import read_descriptions
+from flora.config.presets import NO_SCENARIO, component_name, read_scenario
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import UserError
-from flora.core.registry import OptionError
+from flora.core.registry import OptionError, name_of
 from flora.core.rng import Rng
 from flora.federated.buffered import Buffered
 from flora.privacy.accounting import require_accounting
@@ -35,6 +36,20 @@ def mistakes(config: ExperimentConfig) -> Iterator[UserError]:
             if str(error) not in seen:
                 yield error
             seen.add(str(error))
+
+
+def departures(config: ExperimentConfig) -> Iterator[str]:
+    """Warnings of parts that the file or the command line has in place of those that make the scenario what it is."""
+    if config.scenario == NO_SCENARIO:
+        return
+    values = read_scenario(config.scenario).values
+    for key, part in (("split", config.split), ("partition", config.partition)):
+        theirs, ours = component_name(values.get(key)), name_of(part)
+        if theirs not in (None, ours):
+            yield (
+                f"warning: {key}: {ours} in place of {theirs}, which the scenario {config.scenario} has: what a file "
+                f"or the command line says wins; {key}={theirs} is the scenario's"
+            )
 
 
 def _check_weights(config: ExperimentConfig) -> None:

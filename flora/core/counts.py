@@ -1,4 +1,4 @@
-"""Compute a share of a number of things without the rounding errors of binary fractions."""
+"""Numbers of things: exact shares of them, and how a text says them."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def part_of(share: float, number: int) -> Fraction:
     0.29 of 100 is 29, of which a product of floating-point numbers falls short: its `math.floor` is 28.
     """
     return Fraction(repr(float(share))) * int(number)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 client" or "2,000 clients": the noun takes an s where there is not exactly one."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -95,8 +95,8 @@ def aggregation_error(
     own = {
         layer: _norms(clients, shares, server, before or {}, layer) for layer in names[processes.rank :: processes.size]
     }
-    found = {layer: each for message in processes.exchange(Message(own)) for layer, each in message.fields.items()}
-    mean, wrong = (sum(found[layer][part] for layer in names) for part in (0, 1))
+    of_layers = {layer: each for message in processes.exchange(Message(own)) for layer, each in message.fields.items()}
+    mean, wrong = (sum(of_layers[layer][part] for layer in names) for part in (0, 1))
     return math.sqrt(wrong / mean) if mean > 0 else None
 
 
@@ -172,8 +172,8 @@ def low_rank_of_sum(pairs: Sequence[Pair], *, rank: int | None = None, tolerance
     u, values, v = torch.linalg.svd(left_factor @ right_factor.T, full_matrices=False)
     if tolerance is not None:
         largest = math.sqrt(max(_squared_norm([pair]) for pair in pairs))
-        found = int((values > tolerance * largest).sum())
-        rank = found if rank is None else min(found, rank)
+        numerical = int((values > tolerance * largest).sum())
+        rank = numerical if rank is None else min(numerical, rank)
     return left_basis @ (u[:, :rank] * values[:rank]), v[:rank] @ right_basis.T
 
 

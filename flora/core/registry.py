@@ -113,7 +113,7 @@ def out_of_bounds(options: type[Options], values: Mapping[str, Any]) -> list[Opt
         bounds, value = field.metadata.get("bounds", Bounds()), values.get(field.name)
         if not bounds.allow(value):
             shown = list(value) if isinstance(value, tuple) else value
-            mistakes.append(OptionError(field.name, f"expected {bounds.describe()}, got {shown!r}"))
+            mistakes.append(OptionError(field.name, f"expected {bounds.describe()}, got {show(shown)}"))
     return mistakes
 
 
@@ -193,13 +193,19 @@ class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         return repr(x) if abs(x) < 10**40 else "a number of more than 40 digits"
 
+    def repr_bool(self, x: bool, level: int) -> str:
+        return "true" if x else "false"
+
+    def repr_NoneType(self, x: None, level: int) -> str:
+        return "null"
+
 
 _SHORT = _Short()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def show(raw: Any) -> str:
-    """A value as an error message shows it: short, on one line."""
+    """A value as an error message shows it: short, on one line, with the words of YAML (null, true, false)."""
     text = _SHORT.repr(raw)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

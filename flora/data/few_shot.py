@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flora.core.counts import counted
 from flora.core.errors import UserError
 from flora.core.registry import OptionError, option, register
 from flora.core.rng import Rng
@@ -74,12 +75,13 @@ class FewShot(Partitioner):
             return
         per_client = self.classes_per_client or len(classes)
         most_clients = min(sizes) // self.shots * len(classes) // per_client
-        possible = [f"{most_shots} shots"] * (most_shots > 0) + [f"{most_clients} clients"] * (most_clients > 0)
+        possible = [counted(most_shots, "shot")] * (most_shots > 0)
+        possible += [counted(most_clients, "client")] * (most_clients > 0)
         if not possible:
-            possible = [f"{min(sizes) * len(classes) // per_client} clients with 1 shot"]
+            possible = [f"{counted(min(sizes) * len(classes) // per_client, 'client')} with 1 shot"]
         raise UserError(
-            f"partition.shots: too few examples for {num_clients} clients with {self.shots} shots of each of "
-            f"{per_client} classes: expected at most {' or '.join(possible)}"
+            f"partition.shots: too few examples for {counted(num_clients, 'client')} with "
+            f"{counted(self.shots, 'shot')} of each of {per_client} classes: expected at most {' or '.join(possible)}"
         )
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from flora.core.counts import part_of
+from flora.core.counts import counted, part_of
 from flora.core.errors import UserError
 from flora.core.registry import Component, name_of, option, register
 from flora.core.rng import Rng
@@ -83,7 +83,7 @@ def require_examples(labels: np.ndarray, num_clients: int, minimum: int = 1) -> 
         raise UserError(f"clients.number: expected 1 to {len(labels)} (the training examples), got {num_clients}")
     if num_clients * minimum > len(labels):
         raise UserError(
-            f"partition.minimum_examples: {num_clients} clients share {len(labels)} training examples: "
+            f"partition.minimum_examples: {counted(num_clients, 'client')} share {len(labels)} training examples: "
             f"expected at most {len(labels) // num_clients}, got {minimum}"
         )
 
@@ -154,9 +154,9 @@ def covering_holders(num_classes: int, classes_per_client: int, num_clients: int
     least_clients = -(-num_classes // classes_per_client)
     if num_clients < least_clients:
         raise UserError(
-            f"partition.classes_per_client: {num_clients} clients with {classes_per_client} classes each don't cover "
-            f"the {num_classes} classes: expected at least {-(-num_classes // num_clients)} classes, or "
-            f"{least_clients} clients"
+            f"partition.classes_per_client: {counted(num_clients, 'client')} with {classes_per_client} of the "
+            f"{num_classes} classes each can't cover all of them: expected at least {-(-num_classes // num_clients)} "
+            f"classes, or {least_clients} clients"
         )
     return holders
 

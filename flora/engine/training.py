@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flora.client.corrections import NoCorrection
 from flora.client.optimizers import Rate, clip_rows
 from flora.clip.adapters.base import HELD_CLASSES
 from flora.clip.towers.towers import AdaptedClip
@@ -193,8 +192,8 @@ class _Corrections:
         sent: list[State] = [{} for _ in range(self._num_rows)]
         for part in self._parts:
             rows = part.first_rows(self._num_rows)
-            for row, *found in zip(rows, *part.finish(end), strict=True):
-                remembered[row], sent[row] = found
+            for row, *values in zip(rows, *part.finish(end), strict=True):
+                remembered[row], sent[row] = values
         return remembered, sent
 
 
@@ -205,12 +204,12 @@ class _CorrectionState:
         self._setup, self._rows = setup, rows
         self._num_steps = [block.num_steps[row] for row in rows]
         self._correction = setup.local.correction
-        self.is_idle = isinstance(self._correction, NoCorrection)
+        self.is_idle = self._correction.is_idle
         self._start = start if self.is_idle else start[rows]
         self._server = {name: tensor.to(start.device).unsqueeze(0) for name, tensor in setup.server_correction.items()}
         fresh = self._correction.memory(torch.empty(start.shape[1], dtype=start.dtype))
-        found = [block.tasks[row].state.correction or fresh for row in rows]
-        self._own = {name: torch.stack([own[name] for own in found]).to(start.device) for name in fresh}
+        memories = [block.tasks[row].state.correction or fresh for row in rows]
+        self._remembered = {name: torch.stack([each[name] for each in memories]).to(start.device) for name in fresh}
 
     def first_rows(self, number: int) -> list[int]:
         """The block's rows of this run's clients, of the first `number` rows."""
@@ -220,22 +219,22 @@ class _CorrectionState:
         """The corrected gradients `(k, P)` of the first k of the run's clients."""
         if self.is_idle:
             return gradients
-        own = {name: tensor[: len(gradients)] for name, tensor in self._own.items()}
-        corrected = self._correction.correct(gradients, parameters, self._start[: len(gradients)], own, self._server)
+        state = {name: tensor[: len(gradients)] for name, tensor in self._remembered.items()}
+        corrected = self._correction.correct(gradients, parameters, self._start[: len(gradients)], state, self._server)
         return checked_tensor("local.correction", self._correction, corrected, gradients.shape)
 
     def finish(self, end: Tensor) -> tuple[list[State], list[State]]:
         """Return what each of the run's clients remembers from now on, and sends, when they are at `end` `(K, P)`."""
-        if not self._own:
+        if not self._remembered:
             return [{} for _ in self._num_steps], [{} for _ in self._num_steps]
         counts = torch.tensor(self._num_steps, device=end.device, dtype=end.dtype).unsqueeze(1)
         moved = end[self._rows] - self._start
-        after = self._correction.remember(moved, self._own, self._server, counts, self._setup.learning_rate)
-        after = checked_state("local.correction", self._correction, after, self._own)
+        after = self._correction.remember(moved, self._remembered, self._server, counts, self._setup.learning_rate)
+        after = checked_state("local.correction", self._correction, after, self._remembered)
         # Copies, so that no client keeps its whole block in memory.
         old, new = (
             [{name: tensor[row].cpu().clone() for name, tensor in each.items()} for row in range(len(self._num_steps))]
-            for each in (self._own, after)
+            for each in (self._remembered, after)
         )
         return new, [self._correction.sent(before, now) for before, now in zip(old, new, strict=True)]
 

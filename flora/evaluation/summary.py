@@ -7,6 +7,7 @@ from typing import Any
 
 from flora.config.parse import config_to_dict
 from flora.config.schema import ExperimentConfig
+from flora.core.counts import counted
 from flora.core.records import RoundRecord, Summary
 from flora.core.registry import Component, name_of
 from flora.evaluation.metrics import FIGURES, summed_up
@@ -90,7 +91,7 @@ def _comparison(summary: Summary) -> str:
     }
     figures = ", ".join(f"{how} {percent(accuracy)}" for how, accuracy in accuracies.items() if accuracy is not None)
     number = summary.held_out_num_clients
-    return f"on clients' own data: {figures}   ({number} client{'s' if number != 1 else ''})"
+    return f"on clients' own data: {figures}   ({counted(number, 'client')})"
 
 
 def _trained(summary: Summary) -> str:
@@ -101,9 +102,8 @@ def _trained(summary: Summary) -> str:
 def final_line(summary: Summary, config: ExperimentConfig) -> str:
     """The run in one line: what it began with, what it reached, between whom, and at what price."""
     before, after = percent(summary.zero_shot_accuracy), percent(summary.last_accuracy)
-    clients = f"{summary.num_clients} client{'s' if summary.num_clients != 1 else ''}, {describe(config.partition)}"
-    rounds = f"{summary.rounds} round{'s' if summary.rounds != 1 else ''}"
-    line = f"zero-shot {before} -> {after} in {rounds}; {clients}"
+    clients = f"{counted(summary.num_clients, 'client')}, {describe(config.partition)}"
+    line = f"zero-shot {before} -> {after} in {counted(summary.rounds, 'round')}; {clients}"
     if summary.num_clients > 1 and summary.rounds and summary.uplink_bytes_per_client_round is not None:
         line += f"; {size(summary.uplink_bytes_per_client_round)} up per client and round; no image left a client"
     return line

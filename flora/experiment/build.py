@@ -14,6 +14,7 @@ from flora.clip.towers.towers import AdaptedClip
 from flora.communication.participation import Participation
 from flora.config.rules import check_experiment, in_section
 from flora.config.schema import ExperimentConfig
+from flora.core.counts import counted
 from flora.core.hooks import Hooks
 from flora.core.processes import ALONE, Message, Processes
 from flora.core.progress import SILENT, Tell
@@ -157,7 +158,7 @@ def _as_read(context: BuildContext, images: Images, features: SplitFeatures) -> 
     clients, unseen = images.shares.clients, images.shares.unseen
     log(
         f"{len(labels):,} training and {len(test_labels):,} test images, {len(images.class_names)} classes, "
-        f"{len(clients)} clients" + f", {len(unseen)} more that never train" * bool(unseen)
+        f"{counted(len(clients), 'client')}" + f", {len(unseen)} more that never train" * bool(unseen)
     )
     if features.new is not None:
         log(f"{len(features.new):,} more test images, of {len(images.new_class_names)} new classes")

@@ -16,10 +16,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from flora.config.rules import check_experiment
+from flora.config.rules import check_experiment, departures
 from flora.config.schema import ExperimentConfig
 from flora.core import tree
 from flora.core.command_line import imported
+from flora.core.counts import counted
 from flora.core.devices import choose_device
 from flora.core.errors import DivergedError, UserError
 from flora.core.hooks import Hooks
@@ -213,6 +214,8 @@ def _run_in(
     hooks = Hooks(after_step=steps.show).then(listeners.hooks) if listeners.progress else listeners.hooks
     sinks = _sinks(directory, config, listeners, log) if processes.is_first else []
     try:
+        for line in departures(config):
+            log(line)
         for sink in sinks:
             sink.opened(directory.path)
         started = time.perf_counter()
@@ -369,7 +372,8 @@ def _compared(
     if options.num_local_only:
         started = time.perf_counter()
         results = measure_local_only(experiment, state, advance=progress("alone", rounds))
-        log(f"{np.sum(~np.isnan(results.test))} clients trained alone in {time.perf_counter() - started:.1f} s")
+        who = counted(int(np.sum(~np.isnan(results.test))), "client")
+        log(f"{who} trained alone in {time.perf_counter() - started:.1f} s")
     if options.centralized:
         started = time.perf_counter()
         centralized = measure_centralized(experiment, advance=progress("all images in one place", rounds))

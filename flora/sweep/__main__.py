@@ -42,9 +42,9 @@ from flora.runs.run_directory import lock_file
 from flora.sweep.choosing import Choices, Run, check_search, choose, read_choices, to_json
 from flora.sweep.folding import MOST_TOGETHER
 from flora.sweep.over_values import pictures_over_values
-from flora.sweep.results import dots_of, to_results, with_domain_means
+from flora.sweep.results import dots_of, to_latex, to_results, with_domain_means
 from flora.sweep.runs import Outcomes, run_all
-from flora.sweep.table import Row, collect, to_csv, to_curves, to_markdown, to_overview, to_text, with_ratios
+from flora.sweep.table import Row, aligned, collect, markdown, to_csv, to_curves, to_markdown, to_text, with_ratios
 
 # Each run's own, made of the grid.
 OWN_KEYS = ("name", "output")
@@ -80,7 +80,7 @@ def combinations(configs: Sequence[str], axes: Sequence[str]) -> list[Combinatio
         if key in choices:
             raise UserError(f"command line: {key} is given twice; write {key}=value,value")
         choices[key] = split_values(values)
-    _refuse_own_keys(list(choices))
+    _refuse_output_and_name(list(choices))
     grid = [
         Combination(config, tuple(zip(choices, values, strict=True)))
         for config in configs
@@ -94,7 +94,7 @@ def combinations(configs: Sequence[str], axes: Sequence[str]) -> list[Combinatio
     return grid
 
 
-def _refuse_own_keys(keys: Sequence[str]) -> None:
+def _refuse_output_and_name(keys: Sequence[str]) -> None:
     for key in keys:
         if key in OWN_KEYS:
             raise UserError(f"command line: {key}: each run of a sweep has its own; --output names the sweep's folder")
@@ -125,12 +125,12 @@ def configurations(
     `choices` are more, of the runs that a search chose them for. Raises `UserError` for the first bad one; with `skip`
     those that the rules refuse are left out, and it is told why.
     """
-    _refuse_own_keys([override.partition("=")[0].strip() for override in shared])
+    _refuse_output_and_name([override.partition("=")[0].strip() for override in shared])
     configs = []
     for each in grid:
-        found = None if choices is None else choices.override(each.config, dict(each.values))
-        own = [*each.overrides, *([found] if found else []), f"output={folder}", f"name={each.name}"]
-        configs.append(load_config(each.config, [*shared, *own]))
+        chosen = None if choices is None else choices.override(each.config, dict(each.values))
+        of_run = [*each.overrides, *([chosen] if chosen else []), f"output={folder}", f"name={each.name}"]
+        configs.append(load_config(each.config, [*shared, *of_run]))
     allowed = []
     for each, config in zip(grid, configs, strict=True):
         try:
@@ -195,10 +195,10 @@ def _main(options: argparse.Namespace, processes: Processes) -> int:
         try:
             _report(grid, outcomes, options.output, options.reference or "full", _results(runs))
             if options.choose is not None:
-                found = choose(options.choose, _finished(grid, outcomes, options.output))
-                print(f"chosen: {_write(options.output / 'chosen.json', to_json(found))}")
+                chosen = choose(options.choose, _finished(grid, outcomes, options.output))
+                print(f"chosen: {_write(options.output / 'chosen.json', to_json(chosen))}")
                 if options.chosen is not None:
-                    _write(options.chosen, to_json(found if earlier is None else earlier.updated(found)))
+                    _write(options.chosen, to_json(chosen if earlier is None else earlier.updated(chosen)))
         except OSError as error:
             raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from None
     print(*failures, sep="\n", end="\n" * bool(failures), file=sys.stderr)
@@ -284,21 +284,18 @@ def _finished(grid: Sequence[Combination], outcomes: Outcomes, folder: Path) -> 
 def _report(
     grid: Sequence[Combination], outcomes: Outcomes, folder: Path, reference: str, results: Sequence[str]
 ) -> None:
-    """Tabulate and draw the runs that are finished, and print the table; `results` are those of their scenario."""
+    """Tabulate and draw the runs that are finished, and print the tables; `results` are those of their scenario."""
     table = with_domain_means(with_ratios(collect(_finished(grid, outcomes, folder)), reference))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(to_text(table, width))  # first of all: it needs no disk
-    parts = [part for part in (_overview(table, results), to_markdown(table)) if part]
+    overview = to_results(table, results or ("last_accuracy",))
+    print(to_text(table, width), aligned(overview, width), sep="\n\n")  # first of all: it needs no disk
     written = [
-        _write(folder / "table.md", "\n".join(parts)),
+        _write(folder / "table.md", f"{markdown(overview)}\n{to_markdown(table)}"),
         _write(folder / "table.csv", to_csv(table)),
+        _write(folder / "results.tex", to_latex(overview)),
         *_pictures(table, folder, results),
     ]
     print(f"\nwritten: {', '.join(map(str, written))}")
-
-
-def _overview(table: Sequence[Row], results: Sequence[str]) -> str:
-    return to_results(table, results) if results else to_overview(table)
 
 
 def _write(path: Path, text: str) -> Path:

@@ -9,9 +9,11 @@ from flora.core.metrics import Figure
 from flora.evaluation.metrics import FIGURES
 from flora.report.dots import Dot
 from flora.sweep.outcomes import IMPLIED, Outcome, frozen
-from flora.sweep.table import Row, accuracy_cell, figure_cell, markdown, panel_and_method
+from flora.sweep.table import Row, accuracy_cell, figure_cell, panel_and_method
 
 DOMAIN = "split.domain"
+# What the frozen model is called among the methods.
+ZERO_SHOT = "zero-shot"
 # What a method costs, in the table of a scenario's results.
 COSTS = ("trainable_parameters", "uplink_bytes_per_client_round", "step_seconds")
 
@@ -57,8 +59,13 @@ def _mean_outcome(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def dots_of(rows: Sequence[Row], figures: Sequence[str]) -> list[Dot]:
-    """The figures of the rows that have them, as fractions, by panel and method."""
-    dots = []
+    """The figures of the rows that have them, as fractions, by panel and method; those of the frozen model first."""
+    dots = [
+        Dot(panel, ZERO_SHOT, title_of(name), mean, row.deviation(of))
+        for panel, row in _first_rows(rows).items()
+        for name in figures
+        if (of := frozen(name)) is not None and (mean := row.mean(of)) is not None
+    ]
     for row in rows:
         panel, method = panel_and_method(row)
         for name in figures:
@@ -66,6 +73,11 @@ def dots_of(rows: Sequence[Row], figures: Sequence[str]) -> list[Dot]:
             if mean is not None:
                 dots.append(Dot(panel, method, title_of(name), mean, row.deviation(name)))
     return dots
+
+
+def _first_rows(rows: Sequence[Row]) -> dict[str, Row]:
+    """Each panel's first row that has a finished run: its frozen model stands for the panel's."""
+    return {panel_and_method(row)[0]: row for row in reversed(rows) if row.outcomes}
 
 
 def title_of(name: str) -> str:
@@ -77,8 +89,8 @@ def _figure(name: str) -> Figure:
     return IMPLIED[name][0] if name in IMPLIED else FIGURES[name]
 
 
-def to_results(rows: Sequence[Row], figures: Sequence[str]) -> str:
-    """A scenario's results in Markdown: a line for each method, columns for each panel and figure, then the costs.
+def to_results(rows: Sequence[Row], figures: Sequence[str]) -> list[list[str]]:
+    """The results as cells: a line for each method, columns for each panel and figure, then the costs.
 
     The first line is the frozen model, where it has such a figure. Each is the mean over seeds, with the deviation
     (n - 1). A cost that is not the same in all panels is given from its least to its most.
@@ -88,18 +100,44 @@ def to_results(rows: Sequence[Row], figures: Sequence[str]) -> str:
     place = {panel_and_method(row): row for row in rows if row.outcomes}
     columns = [(panel, name) for panel in panels for name in figures]
     head = ["method", *(_head(panel, name, len(panels), len(figures)) for panel, name in columns)]
-    first = {panel: row for row in reversed(rows) if row.outcomes for panel in [panel_and_method(row)[0]]}
+    first = _first_rows(rows)
     zero_shot = [
         accuracy_cell(first[panel], of) if panel in first and (of := frozen(name)) is not None else "-"
         for panel, name in columns
     ]
-    lines = [[*head, *(title_of(name) for name in COSTS)], ["zero-shot", *zero_shot, *["-"] * len(COSTS)]]
+    lines = [[*head, *(title_of(name) for name in COSTS)], [ZERO_SHOT, *zero_shot, *["-"] * len(COSTS)]]
     for method in methods:
         own = {panel: row for panel in panels if (row := place.get((panel, method))) is not None}
         cells = [accuracy_cell(own[panel], name) if panel in own else "-" for panel, name in columns]
         lines.append([method, *cells, *(_cost(list(own.values()), name) for name in COSTS)])
     kept = [any(line[column] != "-" for line in lines[1:]) for column in range(len(lines[0]))]
-    return markdown([[cell for cell, keep in zip(line, kept, strict=True) if keep] for line in lines])
+    return [[cell for cell, keep in zip(line, kept, strict=True) if keep] for line in lines]
+
+
+_ESCAPED = str.maketrans(
+    {each: rf"\{each}" for each in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+)
+
+
+def to_latex(lines: Sequence[Sequence[str]]) -> str:
+    """The cells of `to_results` as a LaTeX table; a column of percentages has the sign in its head alone."""
+    columns = []
+    for head, *cells in zip(*lines, strict=True):
+        if any(cell.endswith(" %") for cell in cells):
+            head, cells = f"{head} (%)", [cell.removesuffix(" %") for cell in cells]
+        columns.append([head, *cells])
+    head, frozen, *methods = (
+        " & ".join(cell.translate(_ESCAPED) for cell in line) + r" \\" for line in zip(*columns, strict=True)
+    )
+    return "\n".join(
+        [
+            r"% Mean and standard deviation (n - 1) over the seeds, last round. It needs \usepackage{booktabs}.",
+            rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
+            *(r"\toprule", head, r"\midrule", frozen, r"\midrule", *methods, r"\bottomrule"),
+            "\\end{tabular}\n",
+        ]
+    )
 
 
 def _head(panel: str, name: str, num_panels: int, num_figures: int) -> str:

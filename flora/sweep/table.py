@@ -175,26 +175,6 @@ def to_curves(rows: Sequence[Row]) -> list[Curve]:
     ]
 
 
-def to_overview(rows: Sequence[Row]) -> str:
-    """The last round's accuracy in Markdown, a line a method and a column for each data set and partition.
-
-    Empty where that would be a single column.
-    """
-    panels = list(dict.fromkeys(panel_and_method(row)[0] for row in rows))
-    if len(panels) < 2:
-        return ""
-    place = {panel_and_method(row): row for row in rows if row.outcomes}
-    methods = dict.fromkeys(panel_and_method(row)[1] for row in rows)
-    frozen = [
-        next((row for row in rows if row.outcomes and panel_and_method(row)[0] == panel), None) for panel in panels
-    ]
-    lines = [["zero-shot", *(accuracy_cell(row, "zero_shot_accuracy") if row else "-" for row in frozen)]]
-    for method in methods:
-        rows_of_method = [place.get((panel, method)) for panel in panels]
-        lines.append([method, *(accuracy_cell(row, "last_accuracy") if row else "-" for row in rows_of_method)])
-    return markdown([["last round", *panels], *lines])
-
-
 def accuracy_cell(row: Row, field: str) -> str:
     mean, deviation = row.mean(field), row.deviation(field)
     if mean is None:
@@ -272,7 +252,11 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 def to_text(rows: Sequence[Row], width: int | None = None) -> str:
     """The table for a terminal of `width` characters, with the columns that fit and how many don't; None: with all."""
-    lines = cells(rows)
+    return aligned(cells(rows), width)
+
+
+def aligned(lines: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """Lines of cells for a terminal, as `to_text` has them."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     while width is not None and len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > width:
         widths.pop()

@@ -97,7 +97,7 @@ class LpPlusPlus(Head):
     and alpha_c at a number that is given, where the paper computes both from the features of all images, which clients
     do not share; and both are trained by the local optimizer at its rate, where the paper derives a step size for each
     from these features. The released code has a learned bias for each class, too, and a step of alpha after every ten
-    of w.
+    of w, along the sum of all its gradients so far.
     """
 
     alpha: float = option("how much the text features count at first; 1: as in the zero-shot classifier", 1.0, above=0)

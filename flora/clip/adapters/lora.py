@@ -70,7 +70,10 @@ class Lora(Adapter):
             if not -num_layers <= block < num_layers:
                 allowed = f"{-num_layers} to {num_layers - 1}"
                 raise OptionError("layers", f"expected blocks from {allowed} ({num_layers} in the tower), got {block}")
-        return sorted({block % num_layers for block in chosen})
+        blocks = sorted({block % num_layers for block in chosen})
+        if len(blocks) < len(chosen):
+            raise OptionError("layers", f"expected each block once ({num_layers} in the tower), got {list(chosen)}")
+        return blocks
 
     @property
     def changes_images(self) -> bool:

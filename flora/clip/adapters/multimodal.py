@@ -26,7 +26,8 @@ class PFedMma(Adapter):
     before its attention. All three layers, each with a bias, are learned; the shared ones travel, down and up stay with
     the client. Blocks are paired from the top. Starts as the authors' code: weights are normal numbers of variance
     2 / d_out, biases zero. Differs from it: there the gradients of these layers are divided by `scale`, which is a
-    learning rate of 1 / `scale` as much for SGD, and nothing for Adam; and blocks are paired from the bottom.
+    learning rate of 1 / `scale` as much for SGD, and nothing for Adam; blocks are paired from the bottom; and one
+    optimiser, with its momentum, goes from client to client.
     """
 
     has_personal = True

@@ -23,7 +23,7 @@ class VisualPrompt(FitsEveryModel):
     With `depth` 1 they go through all blocks (VPT-shallow); with more, each of the first `depth` blocks gets tokens of
     its own in their place (VPT-deep). The first block's pass the norm before the blocks, as the image's do. Differs
     from the paper: there they stand between the class token and the image's, which changes nothing, for attention knows
-    no order; and they start from normal numbers of standard deviation 0.02.
+    no order; and they start from uniform numbers, here from normal ones of standard deviation 0.02.
     """
 
     num_tokens: int = option("learned tokens in a block", 8, at_least=1, at_most=1024)

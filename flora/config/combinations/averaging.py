@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from flora.client.corrections import NoCorrection
 from flora.client.local_training import LocalTraining
 from flora.clip.adapters.lora import Lora
 from flora.config.combinations.rule import (
@@ -195,4 +194,4 @@ def _has_phases(config: ExperimentConfig) -> bool:
 
 def _couples_gradients(local: LocalTraining) -> bool:
     """Whether a tensor's step depends on more than its gradient: on those of others, or on where it began."""
-    return local.clip_norm is not None or local.privacy is not None or not isinstance(local.correction, NoCorrection)
+    return local.clip_norm is not None or local.privacy is not None or not local.correction.is_idle

@@ -61,8 +61,10 @@ class FedRep(FedPer):
     Algorithm 1: a client goes on with its own tensors beside those that the server sent, for `own_epochs` passes or
     `own_steps` steps, and then takes the steps of `local` with what travels beside the tensors that it came to. Who
     does not take part keeps what it had. What each phase draws, and its optimiser, are its own.
-    Differs from the authors' code, where one optimiser with momentum goes through both phases, and clients train their
-    heads once more before they are tested (`personal: fine_tuning` trains all of it).
+    Differs from the authors' code, where clients train their heads once more before they are tested (`personal:
+    fine_tuning` trains all of it), all weigh the same (`weighting: uniform`), and who first takes part in a later round
+    begins with the mean of the others' heads, here with the first head, as in algorithm 1. With the PyTorch that it
+    names, 0.4, heads go on along their momentum in the second phase; with one of today they do as here.
     """
 
     own_epochs: int = option(
