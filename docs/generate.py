@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from flora.runs.client_table import CLIENT_COLUMNS
 from flora.server.strategies.base import Strategy
 
 FOLDER = Path(__file__).parent
+# An option that so many components of a kind have alike is said once for all.
+MANY = 3
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -43,21 +46,33 @@ def sections() -> str:
 
 
 def all_components() -> str:
-    """Every component with its options, by kind."""
+    """Every component with its options, by kind; options that several have alike are said once, above the table."""
     parts = []
     for kind in sorted(kinds(), key=lambda kind: kind.__name__):
         parts += [f"### {kind.__name__}", summary_of(kind)]
-        rows = []
-        for name, component in components(kind).items():
-            if not component.__module__.startswith("flora."):  # a user's own
-                continue
-            options = [
-                f"`{key}` ({default}): {about}" + (f" [{allowed}]" if allowed else "")
-                for key, default, about, allowed in option_rows(component)
+        shipped = {name: each for name, each in components(kind).items() if each.__module__.startswith("flora.")}
+        options = {name: [described(*row) for row in option_rows(component)] for name, component in shipped.items()}
+        counts = Counter(option for of_one in options.values() for option in of_one).most_common()
+        most = {name_in(option): option for option, count in reversed(counts) if count >= MANY}
+        common = [option for option in dict(counts) if most.get(name_in(option)) == option]
+        if common:
+            parts += [
+                "Options that several have alike, which the table only names:",
+                "\n".join(f"- {option}" for option in common),
             ]
-            rows.append([f"`{name}`", summary_of(component), "<br>".join(options)])
+        rows = []
+        for name, component in shipped.items():
+            by_name = [name_in(option) for option in options[name] if option in common]
+            cell = [", ".join(by_name)] * bool(by_name) + [each for each in options[name] if each not in common]
+            rows.append([f"`{name}`", summary_of(component), "<br>".join(cell)])
         parts.append(table(["name", "what it is", "options (default)"], rows))
     return "\n\n".join(parts)
+
+
+def described(key: str, default: str, about: str, allowed: str) -> str:
+    """An option in a line: "`rank` (4): rank of B A [a number at least 1]"."""
+    shown = "must be given" if default == "(required)" else default
+    return f"`{key}` ({shown}): {about}" + (f" [{allowed}]" if allowed else "")
 
 
 def option_table(cls: type[Options]) -> str:
@@ -104,6 +119,11 @@ def scenarios() -> str:
             [f"`{name}`", scenario.about, "<br>".join(settings), ", ".join(f"`{key}`" for key in scenario.results)]
         )
     return table(["`scenario:`", "what it is", "settings", "results"], rows)
+
+
+def name_in(option: str) -> str:
+    """The name at the beginning of an option's line, as Markdown."""
+    return option.partition(" ")[0]
 
 
 FEATURES: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -197,6 +198,19 @@ def test_several_runs_are_overlaid_and_those_of_one_experiment_are_one_line(
     assert content.count('<table class="sortable">') == 2
     for title in ("Accuracy over rounds", "Accuracy over bytes", "Accuracy over simulated time", "Loss over rounds"):
         assert f"<figure><h3>{title}</h3><svg " in content, title
+
+
+def test_the_frozen_model_has_a_bar_for_each_data_set_and_bars_that_are_left_out_are_counted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = (read_files(folder / name) for name in ("second", "third"))
+    assert "zero-shot, " not in text_of(several_runs.sections([run, other])["Results"])
+    other = replace(other, settings={**other.settings, "data": {"name": "elsewhere"}})
+    monkeypatch.setattr(several_runs, "MAX_BARS", 1)
+    text = text_of(several_runs.sections([run, other])["Results"])
+    for each in (run, other):
+        assert f"zero-shot, {each.setting('data.name')} {percent(each.figure('zero_shot_accuracy'))}" in text
+    assert "The first 1; 1 more are in the table." in text
 
 
 def test_a_line_is_the_mean_of_its_seeds_with_a_band() -> None:
@@ -429,6 +443,9 @@ def test_mistakes_are_one_line_and_nothing_is_written(bare: Path, tmp_path: Path
     (tmp_path / "empty").mkdir()
     assert "not a run directory" in refused(tmp_path / "empty")
     assert "not a run directory" in refused(bare / "checkpoints")
+    sweep = tmp_path / "sweeps" / "first"
+    shutil.copytree(bare, sweep / "run")
+    assert refused(sweep.parent).endswith(f"name one of these, or several: {sweep}\n")
     (tmp_path / "mine.html").write_text("<p>my own page</p>")
     assert "is there already" in refused(bare, "--output", tmp_path / "mine.html")
     assert "irectory" in refused(bare, "--output", tmp_path / "empty")

@@ -253,7 +253,7 @@ def test_more_rounds(raw: dict[str, Any], tmp_path: Path) -> None:
         ("local.learning_rate=0.5", "local.learning_rate: 0.01 then, 0.5 now"),
         (
             "partition=iid",
-            "partition.concentration: 0.5 then, None now; partition.minimum_examples: 3 then, None now; ",
+            "partition.concentration: 0.5 then, null now; partition.minimum_examples: 3 then, null now; ",
         ),
         ("seed=3", "seed: 0 then, 3 now"),
         ("evaluation.num_local_only=1", "evaluation.num_local_only: 0 then, 1 now"),

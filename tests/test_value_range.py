@@ -261,7 +261,7 @@ def test_a_run_records_its_range_and_goes_on_with_no_other(tmp_path: Path, raw_c
     assert json.loads((run / "environment.json").read_text())["value_range"] == [0.0, 10_000.0]
     assert "[0, 10000] becomes black to white" in (run / "log.txt").read_text()
     resume(run, ["rounds=2"])
-    with pytest.raises(UserError, match=r"data.value_range: None then, \[0.0, 4000.0\] now"):
+    with pytest.raises(UserError, match=r"data.value_range: null then, \[0.0, 4000.0\] now"):
         resume(run, ["rounds=3", "data.value_range=[0, 4000]"])
     tiff(tmp_path / "images" / "a" / "00", like_sentinel(GREY[0]) + 9)  # the same name and size
     tiff(tmp_path / "images" / "b" / "07", like_sentinel(GREY[7]) + 9)

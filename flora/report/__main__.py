@@ -19,6 +19,9 @@ from flora.report.page import PAGE_NAME, refuse_other_file, write_page
 from flora.report.pictures import require_matplotlib
 from flora.report.reading import RunFiles, is_run, read_files, runs_below
 
+# Folders that an error names.
+MAX_NAMED = 5
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for anything that the user can mend."""
@@ -41,6 +44,10 @@ def _runs(path: Path) -> list[RunFiles]:
     """The run in a folder, or the finished ones among those below it, such as a sweep's; others are named."""
     below = [] if is_run(path) else runs_below(path)
     if not below:
+        folders = [each for each in sorted(path.glob("*")) if runs_below(each)]
+        if folders:
+            names = ", ".join(map(str, folders[:MAX_NAMED])) + ", ..." * (len(folders) > MAX_NAMED)
+            raise UserError(f"{path}: no runs in it, but in folders below it; name one of these, or several: {names}")
         return [read_files(path)]
     readable = []
     for each in below:

@@ -61,15 +61,29 @@ def _headline(groups: Sequence[Group]) -> Html:
         ("on the common test images", "zero_shot_accuracy", "last_accuracy"),
         ("on clients' own held-out images, mean", None, "client_accuracy_mean"),
     ):
-        frozen = _known([run for group in groups for run in group.runs], first) if first else []
-        rows = [("zero-shot", statistics.fmean(frozen), "")] if frozen else []
+        rows = _zero_shot(groups, first) if first else []
         means = [
             (group.name, statistics.fmean(found), "result") for group in groups if (found := _known(group.runs, last))
         ]
         if means:
             lines = [(name, value, percent(value), kind) for name, value, kind in rows + means[:MAX_BARS]]
-            parts.append(element("div", element("h3", f"Accuracy {title}"), bars(lines)))
+            left_out = len(means) - MAX_BARS
+            note = f"The first {MAX_BARS}; {left_out} more are in the table."
+            notes = [element("p", note, class_="note")] * (left_out > 0)
+            parts.append(element("div", element("h3", f"Accuracy {title}"), bars(lines), *notes))
     return grid(*parts)
+
+
+def _zero_shot(groups: Sequence[Group], figure: str) -> list[tuple[str, float, str]]:
+    """The frozen model's bars: one for each data set, on which it is not alike; the mean over its runs."""
+    by_data: dict[str, list[RunFiles]] = {}
+    for run in (run for group in groups for run in group.runs):
+        by_data.setdefault(str(run.setting("data.name")), []).append(run)
+    known = {name: found for name, runs in by_data.items() if (found := _known(runs, figure))}
+    return [
+        (f"zero-shot, {name}" if len(known) > 1 else "zero-shot", statistics.fmean(found), "")
+        for name, found in known.items()
+    ]
 
 
 def _known(runs: Sequence[RunFiles], figure: str) -> list[float]:

@@ -15,7 +15,7 @@ from flora.config.plain_yaml import read_yaml
 from flora.config.schema import ExperimentConfig
 from flora.core.errors import ConfigError, UserError
 from flora.core.records import RoundRecord
-from flora.core.registry import OptionError
+from flora.core.registry import OptionError, show
 from flora.core.states import ClientState, ServerState
 from flora.privacy.rounds import PrivateRounds
 from flora.runs.checkpoints import Checkpoint, CheckpointFolder, DamagedError
@@ -244,7 +244,7 @@ def _current_config(path: Path, stored: Mapping[str, Any], warn: Callable[[str],
 def _refuse_changes(path: Path, before: ExperimentConfig, now: ExperimentConfig) -> None:
     old, new = flat_settings(before), flat_settings(now)
     changes = [
-        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
+        f"{key}: {show(old.get(key))} then, {show(new.get(key))} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key != "rounds" and not _is_changeable(key)
     ]
