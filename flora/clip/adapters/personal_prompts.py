@@ -98,6 +98,7 @@ class PromptFolio(PromptContext):
     client's own, normalised. Both learn together; the server's model has the first alone. Differs from the released
     code: there the sum is not normalised, contexts start from eight random vectors (`words: null`, `num_tokens: 8`),
     and the share is 0.4; the benchmark FLiP (arXiv:2503.22263), which does not normalise either, has 0.2.
+    The released code also weighs a client's context by the number of another client's images.
     """
 
     has_personal = True
