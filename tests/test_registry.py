@@ -136,6 +136,7 @@ def test_suggestions() -> None:
     assert suggest("dirichlett", ["iid", "dirichlet"]) == "did you mean 'dirichlet'?"
     assert suggest("vit-b-32", ["ViT-B-16", "ViT-B-32"]) == "did you mean 'ViT-B-32'?"
     assert suggest("zebra", ["iid", "dirichlet"]) == "expected one of iid, dirichlet"
+    assert suggest("num_test", ["of"]) == "expected 'of'"
     many = suggest("zebra", [f"name{i}" for i in range(500)])
     assert many.startswith("the nearest of the 500 known names are name")
     assert len(many) < 100

@@ -107,6 +107,9 @@ def test_what_a_scenario_needs_is_said() -> None:
         parse_config({**GIVEN, "scenario": "cross_domain"})
     with pytest.raises(OptionError, match=r"scenario: expected one of none, base_to_new"):
         parse_config({**GIVEN, "partition": "iid", "scenario": "glob"})
+    with pytest.raises(OptionError, match=r"^scenario: expected one of none, base_to_new") as caught:
+        parse_config({**GIVEN, "scenario": "glob"})
+    assert not caught.value.others  # not the partition, which a known scenario has
 
 
 def domains_tree(folder: Path) -> Path:

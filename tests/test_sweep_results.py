@@ -87,6 +87,8 @@ def test_results_are_one_table_with_what_they_cost() -> None:
     assert table[4] == ["norm"] + ["-"] * 7
     one = to_results([row("lora", "eurosat", 0.5)], ("last_accuracy",))
     assert one[0][:3] == ["method", "last round", "trained"]
+    panels = [dot.panel for dot in dots_of(rows, ("last_accuracy",))]
+    assert panels == ["eurosat", "digits", "eurosat", "digits", "eurosat", "digits"]  # as in the table
     assert dots_of(rows[:1], ("last_accuracy", "harmonic_mean"))[:2] == [
         Dot("eurosat", "zero-shot", "last round", 0.25, 0.0),
         Dot("eurosat", "lora", "last round", pytest.approx(0.6), pytest.approx(0.1 * 2**0.5)),
@@ -277,7 +279,7 @@ def test_a_search_is_written_down_and_used(
     other = tmp_path / "other.yaml"
     other.write_text(Path(config_file).read_text())
     assert run(str(other), tmp_path / "others", "--chosen", str(search / "chosen.json")) == 0
-    assert "has no local.learning_rate for other: their files' stays" in capsys.readouterr().err
+    assert "has no local.learning_rate for other: the value in their own files is used" in capsys.readouterr().err
 
 
 def test_a_later_search_leaves_other_methods_their_choice(

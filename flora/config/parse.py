@@ -101,7 +101,12 @@ def parse_config(raw: Mapping[str, Any], *, is_complete: bool = False) -> Experi
     """
     if not is_complete:
         raw = _with_clients_of_the_data(with_preset(raw), raw)
-    config: ExperimentConfig = _parse(ExperimentConfig, raw, "")
+    try:
+        config: ExperimentConfig = _parse(ExperimentConfig, raw, "")
+    except OptionError as error:
+        # What is missing may be what a preset or a scenario of the right name has.
+        named = [each for each in (error, *error.others) if each.option in ("preset", "scenario")]
+        raise (OptionError(named[0].option, named[0].message, named[1:]) if named else error) from None
     name = config.name
     if name in (".", "..") or not name.isprintable() or name != name.strip() or "/" in name or "\\" in name:
         raise OptionError("name", f"expected a plain folder name, got {name!r}")

@@ -181,6 +181,8 @@ def suggest(unknown: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(unknown.casefold(), names, n=1)
     if nearest:
         return f"did you mean {names[nearest[0]]!r}?"
+    if len(names) == 1:
+        return f"expected {next(iter(names.values()))!r}"
     if len(names) <= MAX_SUGGESTIONS:
         return "expected one of " + ", ".join(names.values())
     closest = difflib.get_close_matches(unknown.casefold(), names, n=5, cutoff=0.0)

@@ -16,8 +16,9 @@ from torch import Tensor
 State = dict[str, Tensor]
 StateLike = Mapping[str, Tensor]
 
-# Numbers that are copied at once, in double precision: copies of more would leave a CPU's caches.
-MAX_TOGETHER = 2**15
+# Numbers that are copied at once, in double precision: copies of many more would leave a CPU's caches. With fewer there
+# are more calls, and PyTorch computes with 2**15 or fewer in one thread alone.
+MAX_TOGETHER = 2**17
 
 
 @dataclass(frozen=True)

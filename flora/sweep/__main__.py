@@ -238,7 +238,7 @@ def _configurations(
     if choices is not None:
         names = choices.without([(each.config, dict(each.values)) for each in grid])
         if names:
-            tell(f"{options.chosen}: has no {choices.key} for {', '.join(names)}: their files' stays")
+            tell(f"{options.chosen}: has no {choices.key} for {', '.join(names)}: the value in their own files is used")
     return configurations(grid, options.output, options.set, choices, skip=tell if options.skip_refused else None)
 
 

@@ -77,7 +77,11 @@ def dots_of(rows: Sequence[Row], figures: Sequence[str]) -> list[Dot]:
 
 def _first_rows(rows: Sequence[Row]) -> dict[str, Row]:
     """Each panel's first row that has a finished run: its frozen model stands for the panel's."""
-    return {panel_and_method(row)[0]: row for row in reversed(rows) if row.outcomes}
+    first: dict[str, Row] = {}
+    for row in rows:
+        if row.outcomes:
+            first.setdefault(panel_and_method(row)[0], row)
+    return first
 
 
 def title_of(name: str) -> str:

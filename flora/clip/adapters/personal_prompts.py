@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flora.clip.adapters.base import AttachedAdapter
 from flora.clip.adapters.prompts import AttachedContext, PromptContext
+from flora.clip.comparison import Comparison
 from flora.clip.frozen import FrozenClip
 from flora.clip.loss_terms import StepView
 from flora.core.registry import option, register
@@ -92,13 +93,13 @@ class AttachedFedPgp(AttachedContext):
 @register("promptfolio")
 @dataclass(frozen=True)
 class PromptFolio(PromptContext):
-    """Two contexts whose class features are mixed: one travels, one stays (PromptFolio, arXiv:2409.19610).
+    """Two contexts whose logits are mixed: one travels, one stays (PromptFolio, arXiv:2409.19610).
 
-    A class's features are (1 - share) times those with the context that travels plus share times those with the
-    client's own, normalised. Both learn together; the server's model has the first alone. Differs from the released
-    code: there the sum is not normalised, contexts start from eight random vectors (`words: null`, `num_tokens: 8`),
-    and the share is 0.4; the benchmark FLiP (arXiv:2503.22263), which does not normalise either, has 0.2.
-    The released code also weighs a client's context by the number of another client's images.
+    A class's logit is (1 - share) times that with the context that travels plus share times that with the client's own:
+    the sum of features is not normalised, as in the released code. Both learn together; the server's model has the
+    first alone. Differs from that code: there a client's context is weighed by the number of another client's images,
+    contexts start from eight random vectors (`words: null`, `num_tokens: 8`), and the share is 0.4; the benchmark FLiP
+    (arXiv:2503.22263) has 0.2.
     """
 
     has_personal = True
@@ -109,8 +110,29 @@ class PromptFolio(PromptContext):
     def prompts_of_class(self) -> int:
         return 2
 
+    @property
+    def comparison(self) -> Comparison:
+        return MixedPrompts(self.share)
+
     def attach(self, clip: FrozenClip) -> AttachedAdapter:
         return AttachedPromptFolio(self, clip)
+
+
+@dataclass(frozen=True)
+class MixedPrompts(Comparison):
+    """An image's similarity to (1 - share) times a class's first prompt plus share times its second, as it is."""
+
+    share: float
+    reads_prompts: ClassVar[bool] = True
+
+    def similarities(self, images: Tensor, classes: Tensor) -> Tensor:
+        return torch.bmm(images, self._mixed(classes).mT)
+
+    def means(self, classes: Tensor) -> Tensor:
+        return F.normalize(self._mixed(classes), dim=-1)
+
+    def _mixed(self, classes: Tensor) -> Tensor:
+        return (1 - self.share) * classes[:, :, 0] + self.share * classes[:, :, 1]
 
 
 class AttachedTwoContexts(AttachedContext):
@@ -137,11 +159,11 @@ class AttachedTwoContexts(AttachedContext):
 
 
 class AttachedPromptFolio(AttachedTwoContexts):
-    """Two contexts, as there, whose class features are mixed."""
+    """Two contexts, as there, whose logits are mixed."""
 
     def __init__(self, options: PromptFolio, clip: FrozenClip) -> None:
         super().__init__(options, clip)
-        self.place_shares = (1 - options.share, options.share)
+        self.comparison = options.comparison
 
 
 @register("dp_fpl")
