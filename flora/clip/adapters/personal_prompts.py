@@ -97,8 +97,9 @@ class PromptFolio(PromptContext):
 
     A class's logit is (1 - share) times that with the context that travels plus share times that with the client's own:
     the sum of features is not normalised, as in the released code. Both learn together; the server's model has the
-    first alone. Differs from that code: there contexts start from eight random vectors (`words: null`,
-    `num_tokens: 8`), and the share is 0.4; the benchmark FLiP (arXiv:2503.22263) has 0.2.
+    first alone. Differs from that code: there a client's context is weighed by the number of another client's images,
+    contexts start from eight random vectors (`words: null`, `num_tokens: 8`), and the share is 0.4; the benchmark FLiP
+    (arXiv:2503.22263) has 0.2.
     """
 
     has_personal = True
