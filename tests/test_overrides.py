@@ -78,7 +78,7 @@ def test_what_overrides_change_is_said(write: Any) -> None:
     assert changes_by_overrides(path, ["rounds=7", "adapter=lora", "adapter.rank=4", "seed=0"]) == ["rounds: 5 -> 7"]
     lines = changes_by_overrides(path, ["partition={name: dirichlet, concentration: 0.5}"])
     assert "partition.name: 'iid' -> 'dirichlet'" in lines
-    assert "partition.concentration: None -> 0.5" in lines
+    assert "partition.concentration: null -> 0.5" in lines
     path.write_text("data: image_folder\npartition: iid\n")  # can't be used without the override
     assert changes_by_overrides(path, ["data.root=x"]) == ["data.root=x"]
 
