@@ -55,8 +55,8 @@ class Scale(FitsEveryModel):
         return AttachedScale(self, clip)
 
 
-def model_with(options: Adapter, path: str) -> AdaptedClip:
-    clip, templates = load_clip(path), options.templates(("a photo of a {}.",))
+def model_with(options: Adapter, path: str, precision: str = "fp64") -> AdaptedClip:
+    clip, templates = load_clip(path, precision=precision), options.templates(("a photo of a {}.",))
     clip = with_classes(replace(clip, reads_patches=options.comparison.reads_patches), [NAMES], templates)
     return AdaptedClip(clip, options.attach(clip), class_names=NAMES, templates=templates)
 
@@ -67,13 +67,20 @@ def fault(options: Adapter, path: str) -> str:
     return str(caught.value)
 
 
-def test_a_right_one_passes(tiny_model: str) -> None:
-    check_adapter(Scale(), model_with(Scale(), tiny_model))
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+def test_a_right_one_passes(tiny_model: str, precision: str) -> None:
+    check_adapter(Scale(), model_with(Scale(), tiny_model, precision))
 
 
 def test_clients_that_mix_are_refused(tiny_model: str) -> None:
     mixed = Scale(change=lambda features, stack: features * stack["scale"].mean(dim=0))
     assert "adapter: Scale mixes clients: two that compute together get other logits than" in fault(mixed, tiny_model)
+
+
+def test_clients_that_mix_are_refused_in_single_precision(tiny_model: str) -> None:
+    mixed = Scale(change=lambda features, stack: features * stack["scale"].mean(dim=0))
+    with pytest.raises(UserError, match="mixes clients"):
+        check_adapter(mixed, model_with(mixed, tiny_model, "fp32"))
 
 
 def test_axes_that_are_mistaken_do_not_fit(tiny_model: str) -> None:

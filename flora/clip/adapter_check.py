@@ -16,15 +16,16 @@ from flora.core.tree import State, StateLike
 
 # Other numbers than one another, so that axes that are mistaken for each other don't fit.
 NUM_CLIENTS, NUM_IMAGES, NUM_CLASSES = 2, 3, 4
-# The difference that rounding makes, as a part of the largest logit.
-TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2}
+# The difference that rounding may make, as a part of the largest logit. In bf16 it would hide what is looked for.
+TOLERANCES = {"fp64": 1e-8, "fp32": 1e-3}
 
 
 def check_adapter(options: Adapter, model: AdaptedClip) -> None:
     """Compute logits of two clients together and of each alone, and gradients; raise `UserError` naming what is wrong.
 
     The clients have different tensors. They must have the logits that each has alone, and each tensor must have a
-    gradient, unless the adapter adds terms to the loss, by which it may get one. Images are noise.
+    gradient, unless the adapter adds terms to the loss, by which it may get one. Images are noise. With
+    `backbone.precision: bf16` clients are not compared.
     """
     rng = Rng(0)
     stacks = [_moved_away(_start(options, model), rng.child("client", k)) for k in range(NUM_CLIENTS)]
@@ -32,7 +33,7 @@ def check_adapter(options: Adapter, model: AdaptedClip) -> None:
     with torch.no_grad():
         stem = model.vision.stem(torch.randn(size, generator=rng.torch()).to(model.clip.dtype).to(model.device))
     try:
-        if model.adapter.max_clients_per_block is None:
+        if model.adapter.max_clients_per_block is None and model.clip.precision in TOLERANCES:
             _check_clients(options, model, stacks, stem)
         _check_gradients(options, model, stacks[0], stem)
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -67,7 +68,7 @@ def _check_clients(options: Adapter, model: AdaptedClip, stacks: Sequence[State]
     with torch.no_grad():
         together = _logits(model, {name: torch.cat([stack[name] for stack in stacks]) for name in stacks[0]}, stem)
         alone = [_logits(model, stack, stem) for stack in stacks]
-    tolerance = TOLERANCES[model.clip.dtype] * float(together.abs().max())
+    tolerance = TOLERANCES[model.clip.precision] * float(together.abs().max())
     for k, expected in enumerate(alone):
         if not torch.allclose(together[:, k], expected[:, 0], rtol=0, atol=tolerance):
             raise UserError(
