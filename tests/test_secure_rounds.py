@@ -268,7 +268,7 @@ def test_what_needs_single_updates_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["server.secure_sum=masks"], "server.secure_sum.name: 'masks' is not known; expected "),
+        (["server.secure_sum=masks"], "server.secure_sum.name: 'masks' is not known; expected one of pairwise_masks"),
         (["server.secure_sum=pairwise_masks", "server.secure_sum.threshold=0.4"],
          "server.secure_sum.threshold: expected a number above 0.5 and at most 1, got 0.4"),
         (["server.secure_sum=pairwise_masks", "server.secure_sum.neighbours=5"],

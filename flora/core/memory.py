@@ -26,7 +26,8 @@ def keep_freed_memory() -> None:
     """Have this process use memory again that it has freed, where it would give it back and ask for it anew.
 
     glibc gives back each freed tensor of more than 32 MB, and the system hands out zeros page by page, which is slow
-    where clients have gradients of millions of numbers at every step. Without glibc nothing changes.
+    where clients have gradients of millions of numbers at every step. The first few tensors of a size are new all the
+    same, until one that was freed leaves room for the next and its alignment. Without glibc nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
